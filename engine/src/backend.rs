@@ -1,0 +1,173 @@
+//! The backend: whoever does ops. A disk through native AIO, a thread pool, a simulated disk.
+//!
+//! # The contract
+//! 1. Every op taken from [`Submission`] comes back exactly once from [`Backend::harvest`], never
+//!    from inside [`Backend::submit`], in any order. An op that could not even be started comes
+//!    back too, with its error: there is one error path.
+//! 2. `submit` takes ops from the front until the queue is empty or the device takes no more. What
+//!    it leaves is offered again at the next `run`; [`Backend::wants_retry`] tells whether that
+//!    must happen without a completion to wake the loop.
+//! 3. A read or write answers the number of bytes it moved. Fewer than asked is legal (the engine
+//!    asks for the rest, or finds the end of the file); 0 from a read is the end of the file.
+//!    Every other op answers 0.
+//!    A [`Compute`](crate::op::Compute) answers what it was answered, from wherever it may take its
+//!    time: never inside `submit` or `harvest` of a backend that is for loops.
+//! 4. A flush covers every write that was *harvested* before the flush was *submitted*. No order
+//!    holds between any other two ops in flight.
+//! 5. The memory an op names stays where it is until the op has come back.
+//! 6. `submit` and `harvest` never wait for a device, and never call back into the engine.
+//! 7. Once something can be harvested, [`Backend::event_fd`] is readable and stays so until it is.
+//!    A backend without one has everything ready at the next `harvest`.
+//!
+//! The suite in `crate::contract` (a feature) holds every backend to it.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::mem::Memory;
+use crate::ops::{OpRecord, Ops};
+use crate::queue::Queue;
+use crate::units::{Errno, FileId, OpId, Time};
+
+/// What the engine must know of a file before it may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileInfo {
+    /// Offsets and lengths of reads and writes must be multiples of this many bytes (a power of
+    /// two; 1: anything goes).
+    pub request_align: u32,
+    /// Memory addresses must be multiples of this many bytes (a power of two).
+    pub memory_align: u32,
+    /// The file's length in bytes.
+    pub len: u64,
+    /// Can the file grow? A block device cannot.
+    pub can_grow: bool,
+}
+
+/// How an op ended: the bytes it moved (0 for ops that move none), or why it failed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// Which op.
+    pub op: OpId,
+    /// As the kernel puts it: bytes, or an error number below 0.
+    answer: i64,
+}
+
+impl Completion {
+    /// `op` ended so.
+    #[inline]
+    pub fn new(op: OpId, result: Result<u64, Errno>) -> Completion {
+        let answer = match result {
+            Ok(moved) => moved as i64,
+            Err(Errno(number)) => -i64::from(number),
+        };
+        Completion { op, answer }
+    }
+
+    /// As the kernel answers.
+    #[inline(always)]
+    pub(crate) fn raw(op: OpId, answer: i64) -> Completion {
+        Completion { op, answer }
+    }
+
+    /// Bytes moved, or why it failed.
+    #[inline]
+    pub fn result(self) -> Result<u64, Errno> {
+        u64::try_from(self.answer)
+            .map_err(|_| Errno(i32::try_from(self.answer.wrapping_neg()).unwrap_or(Errno::IO.0)))
+    }
+
+    /// Did it move `len` bytes, no less?
+    #[inline(always)]
+    pub(crate) fn is(self, len: u64) -> bool {
+        self.answer as u64 == len
+    }
+}
+
+impl std::fmt::Debug for Completion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}: {:?}", self.op, self.result())
+    }
+}
+
+/// What `submit` may see: the waiting ops, in order, and the memory they name.
+#[derive(Debug)]
+pub struct Submission<'a> {
+    pub(crate) queue: &'a mut Queue<OpId>,
+    /// Every op that has not come back.
+    pub ops: &'a Ops,
+    /// The memory that ops name.
+    pub mem: &'a mut Memory,
+}
+
+impl Submission<'_> {
+    /// The next op, left in the queue.
+    #[inline]
+    pub fn peek(&self) -> Option<(OpId, &OpRecord)> {
+        let &id = self.waiting().first()?;
+        Some((id, &self.ops[id]))
+    }
+
+    /// All ops waiting, oldest first.
+    #[inline]
+    pub fn waiting(&self) -> &[OpId] {
+        self.queue.as_slice()
+    }
+
+    /// Ops waiting.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Nothing waiting?
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Takes `n` ops off the front: they are the backend's now.
+    #[inline]
+    pub fn take(&mut self, n: usize) {
+        self.queue.drop_front(n);
+    }
+}
+
+/// What `harvest` may see: where completions go, and memory to fill for backends that copy.
+#[derive(Debug)]
+pub struct Harvest<'a> {
+    /// Completions, appended in the order the engine shall see them.
+    pub done: &'a mut Vec<Completion>,
+    /// Every op that has not come back.
+    pub ops: &'a Ops,
+    /// The memory that ops name.
+    pub mem: &'a mut Memory,
+}
+
+/// Does ops. See the module's contract.
+pub trait Backend {
+    /// What it works on.
+    type File;
+
+    /// Makes `file` known as `id`; says what the engine must know of it.
+    fn attach(&mut self, id: FileId, file: Self::File) -> io::Result<FileInfo>;
+
+    /// Gives the file back. No op on it is in flight.
+    fn detach(&mut self, id: FileId) -> Option<Self::File>;
+
+    /// Starts ops. Never waits.
+    fn submit(&mut self, submission: &mut Submission<'_>);
+
+    /// Collects what has come back. Never waits.
+    fn harvest(&mut self, harvest: &mut Harvest<'_>);
+
+    /// Readable when there is something to harvest. `None`: there always may be.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Must `run` be called again although nothing will wake the loop?
+    fn wants_retry(&self) -> bool {
+        false
+    }
+
+    /// The time now, for measuring how long a `run` took.
+    fn clock(&self) -> Time;
+}

@@ -1,0 +1,705 @@
+//! The engine: owns nodes and requests, routes completions in, steps states, sends ops out.
+
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::align;
+use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::core::Core;
+use crate::file::FileState;
+use crate::limits::Limits;
+use crate::mem::{Mem, Memory};
+use crate::op::{Op, OpKind, Segs, Target};
+use crate::ops::Ops;
+use crate::slots::{Cause, Origin, Waits, Work};
+use crate::stats::{STATES_MAX, Stats};
+use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
+
+/// A finished request.
+#[derive(Debug)]
+pub struct Finished {
+    /// The name given at submission. The engine makes nothing of it.
+    pub tag: u64,
+    /// How it ended. [`Errno::INVALID`]: the range does not fit the disk or the memory;
+    /// [`Errno::READ_ONLY`], [`Errno::NOT_PERMITTED`] and [`Errno::NOT_SUPPORTED`]: the image does
+    /// not take it; others as the backend said. After an error any part of the range may have been
+    /// read or written.
+    pub result: Result<(), Errno>,
+    /// The memory given at submission: what was read, or what was written, unchanged.
+    pub mem: Mem,
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Why {
+    /// As many requests as [`Limits::requests`] are in flight. Try again after `poll`.
+    Full,
+    /// The engine is being drained. Try again when [`Engine::drained`] answers.
+    Draining,
+}
+
+/// A request that was not taken, and its memory back.
+#[derive(Debug)]
+pub struct Refused {
+    /// Why.
+    pub why: Why,
+    /// The memory.
+    pub mem: Mem,
+}
+
+/// What one `run` did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Progress {
+    /// Events delivered to requests.
+    pub steps: usize,
+    /// Ops handed to the backend.
+    pub submitted: usize,
+    /// `run` again before waiting for anything: nothing will wake the loop for what is left.
+    pub again: bool,
+}
+
+/// Owns images and a slab of requests, and drives them over a [`Backend`].
+///
+/// The methods are of four kinds, and one rule binds them: **after any `submit`, readiness of
+/// [`fd`](Engine::fd), or deadline: call [`run`](Engine::run), then [`poll`](Engine::poll) until
+/// it answers `None`.** Completions never call back into the embedder.
+///
+/// 1. setting up: `attach` a file, `add` a node;
+/// 2. `submit`: only records, never does I/O;
+/// 3. `run(now)`: collects completions, steps every request that has an event, submits the ops
+///    they issued in one batch. It never waits;
+/// 4. asking: `poll`, `fd`, `next_deadline`, `stats`. Their answers change only in `submit`,
+///    `run` and `drain`.
+///
+/// To end: [`drain`](Engine::drain), and go on until [`drained`](Engine::drained) answers. An engine
+/// that is merely dropped waits for the ops in flight, since they name its memory, and begins no
+/// more: requests are left as a crash would leave them, and an image may want a check.
+pub struct Engine<D: Driver, B: Backend> {
+    /// First, so that it is dropped first: it waits for ops in flight, which name memory below.
+    backend: B,
+    nodes: Vec<D>,
+    /// The states of requests, by slab key; taken out for the time of a step.
+    states: Vec<Option<D::State>>,
+    core: Core,
+    completions: Vec<Completion>,
+    /// Guest requests that were not polled yet.
+    guests: usize,
+    /// How many there may be: the limit, or none while it is being drained.
+    open_to: usize,
+    /// Where requests that are ready stand while they are being stepped; otherwise empty.
+    stepping: Vec<ReqId>,
+    drain: Drain,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Drain {
+    /// Requests are taken.
+    Open,
+    /// No more requests; those in flight run to their end.
+    Finishing,
+    /// Every node leaves its image clean.
+    Settling,
+    /// Nothing is in flight, every image is clean (or why not).
+    Drained(Result<(), Errno>),
+}
+
+impl<D: Driver, B: Backend> Engine<D, B> {
+    /// An engine over `backend`. Takes all the memory that it will use, tables apart.
+    ///
+    /// # Panics
+    ///
+    /// If a limit is below its least value.
+    pub fn new(backend: B, limits: Limits) -> Self {
+        assert!(limits.requests > 0 && limits.ops >= 4, "{limits:?}");
+        assert!(limits.buffers >= 2 && limits.bounce_buffers >= 1, "{limits:?}");
+        assert!(limits.buffer_size.is_power_of_two() && limits.buffer_size >= 4096, "{limits:?}");
+        assert!(D::STATES.len() <= STATES_MAX);
+        Engine {
+            nodes: Vec::new(),
+            states: Vec::with_capacity(limits.requests * 4),
+            core: Core::new(limits),
+            backend,
+            completions: Vec::with_capacity(limits.ops),
+            guests: 0,
+            open_to: limits.requests,
+            stepping: Vec::with_capacity(limits.requests * 4),
+            drain: Drain::Open,
+        }
+    }
+
+    /// Makes a file known to the engine and its backend. May wait: before the loop, not in it.
+    ///
+    /// # Errors
+    ///
+    /// The backend's.
+    ///
+    /// # Panics
+    ///
+    /// If the file's blocks are larger than [`Limits::buffer_size`].
+    pub fn attach(&mut self, file: B::File) -> io::Result<(FileId, FileInfo)> {
+        let id = FileId(self.core.files.len() as u32);
+        let info = self.backend.attach(id, file)?;
+        assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
+        assert!(info.request_align as usize <= self.core.limits.buffer_size);
+        self.core.files.push(FileState::new(info, self.core.limits.requests));
+        Ok((id, info))
+    }
+
+    /// The file back; `None` if the backend has no such file (any more). What is asked of it later
+    /// ends with an error.
+    ///
+    /// # Panics
+    ///
+    /// If anything is in flight, in any file: see [`Engine::drain`].
+    pub fn detach(&mut self, file: FileId) -> Option<B::File> {
+        assert!(self.is_idle(), "a file is taken away while requests are in flight");
+        self.backend.detach(file)
+    }
+
+    /// `len` bytes of memory for a node's tables, for as long as the engine lives.
+    pub fn region(&mut self, len: usize) -> RegionId {
+        self.core.mem.add_region(len)
+    }
+
+    /// Adds an opened layer.
+    pub fn add(&mut self, node: D) -> NodeId {
+        self.nodes.push(node);
+        NodeId(self.nodes.len() as u32 - 1)
+    }
+
+    /// A node, to look at. What it says, such as its size, may change in `run`.
+    ///
+    /// # Panics
+    ///
+    /// If `node` is of another engine.
+    pub fn node(&self, node: NodeId) -> &D {
+        self.nodes.get(node.index()).unwrap_or_else(|| panic!("{node:?} is no node of this engine"))
+    }
+
+    /// Takes a request. It is begun at the next [`run`](Engine::run); `mem` belongs to the engine
+    /// until [`poll`](Engine::poll) hands it back. `tag` comes back too; it need not be unique.
+    ///
+    /// Offset and length may be any bytes within the disk; for a read or write the length is that
+    /// of `mem`, and [`REQUEST_MAX`] at most. What does not fit is answered as every other failure:
+    /// through `poll`, with [`Errno::INVALID`]. A length of 0 is a success.
+    ///
+    /// No order holds among requests in flight. Where their ranges overlap and one of them writes,
+    /// each byte is read or left as one of the orders would have it; not so the request as a whole.
+    ///
+    /// # Errors
+    ///
+    /// The memory back, and [`Why`] nothing was done.
+    ///
+    /// # Panics
+    ///
+    /// If `node` is of another engine.
+    #[inline(always)]
+    pub fn submit(
+        &mut self,
+        node: NodeId,
+        io: Io,
+        mem: impl Into<Mem>,
+        tag: u64,
+    ) -> Result<(), Refused> {
+        let mem = mem.into();
+        if self.guests >= self.open_to
+            && let Err(why) = self.reopen()
+        {
+            return Err(Refused { why, mem });
+        }
+        if !self.is_valid(node, &io, &mem) {
+            self.end_at_once(node, io, mem, tag);
+            return Ok(());
+        }
+        self.record(node, io, mem, tag);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn record(&mut self, node: NodeId, io: Io, mem: Mem, tag: u64) -> ReqId {
+        let bits = mem.misaligned_bits();
+        let id = self.core.begin(node, io, Origin::Guest, tag, bits);
+        self.core.mem.set_guest(id, mem);
+        self.guests += 1;
+        id
+    }
+
+    /// A drained engine takes requests again, if it is not full.
+    #[cold]
+    fn reopen(&mut self) -> Result<(), Why> {
+        if self.guests >= self.core.limits.requests {
+            return Err(Why::Full);
+        }
+        if !matches!(self.drain, Drain::Drained(_)) {
+            return Err(Why::Draining);
+        }
+        self.drain = Drain::Open;
+        self.open_to = self.core.limits.requests;
+        Ok(())
+    }
+
+    /// Nothing to do, or nothing that can be done: the request is not begun.
+    #[cold]
+    fn end_at_once(&mut self, node: NodeId, io: Io, mem: Mem, tag: u64) {
+        let fits = io.len == 0 && io.offset <= self.node(node).size() && mem_fits(&io, &mem);
+        let id = self.record(node, io, mem, tag);
+        let unqueued = self.core.ready.pop();
+        assert_eq!(unqueued, Some(id), "it was queued just now");
+        self.core.end(id, if fits { Ok(()) } else { Err(Errno::INVALID) });
+    }
+
+    /// Is there something to do, and can it be done?
+    #[inline(always)]
+    fn is_valid(&self, node: NodeId, io: &Io, mem: &Mem) -> bool {
+        let node = self.node(node);
+        if matches!(io.kind, IoKind::Flush | IoKind::Truncate) {
+            return true;
+        }
+        let end = io.offset.checked_add(io.len);
+        io.len > 0 && end.is_some_and(|end| end <= node.size()) && mem_fits(io, mem)
+    }
+
+    /// Collects completions, steps every request that has an event, hands their ops to the
+    /// backend. Never waits. Calling it without need is harmless.
+    ///
+    /// `now` decides which deadlines have come: it is of the clock that
+    /// [`next_deadline`](Engine::next_deadline) is compared with, for real disks
+    /// [`sys::clock`](crate::sys::clock). Time that stands still or goes back delays chores, no more.
+    pub fn run(&mut self, now: Time) -> Progress {
+        let began = self.backend.clock();
+        self.core.now = now;
+        let mut progress = Progress::default();
+        self.harvest();
+        self.begin_chores(now);
+        self.step_all(&mut progress);
+        self.send(&mut progress);
+        // What a device without latency has done already is not left for another turn of the loop.
+        if progress.submitted > 0 && self.harvest() {
+            self.core.now = now.plus_ns(self.backend.clock().since(began));
+            self.step_all(&mut progress);
+            self.send(&mut progress);
+        }
+        progress.again = self.backend.wants_retry()
+            || (self.backend.event_fd().is_none() && !self.core.ops.is_empty());
+        if self.core.limits.measure {
+            let spent = self.backend.clock().since(began);
+            self.core.stats.run.record(spent);
+            if progress.submitted > 0 {
+                self.core.stats.run_per_op.record(spent / progress.submitted as u64);
+            }
+        }
+        progress
+    }
+
+    /// Collects what has come back; was there anything?
+    #[inline(always)]
+    fn harvest(&mut self) -> bool {
+        let Core { ops, mem, .. } = &mut self.core;
+        self.backend.harvest(&mut Harvest { done: &mut self.completions, ops, mem });
+        if self.completions.is_empty() {
+            return false;
+        }
+        let Engine { core, completions, .. } = self;
+        for &completion in completions.iter() {
+            core.complete(completion);
+        }
+        core.completed();
+        completions.clear();
+        true
+    }
+
+    #[inline(always)]
+    fn step_all(&mut self, progress: &mut Progress) {
+        loop {
+            while !self.core.ready.is_empty() {
+                let mut ready = std::mem::take(&mut self.stepping);
+                std::mem::swap(&mut ready, &mut self.core.ready);
+                ready.iter().for_each(|&id| self.step(id));
+                progress.steps += ready.len();
+                ready.clear();
+                self.stepping = ready;
+            }
+            if !self.go_on_draining() {
+                return;
+            }
+        }
+    }
+
+    fn send(&mut self, progress: &mut Progress) {
+        let before = self.core.out.len();
+        if before > 0 {
+            let Core { out, ops, mem, .. } = &mut self.core;
+            self.backend.submit(&mut Submission { queue: out, ops, mem });
+            progress.submitted += before - self.core.out.len();
+        }
+    }
+
+    fn begin_chores(&mut self, now: Time) {
+        for i in 0..self.nodes.len() {
+            if self.nodes[i].deadline().is_some_and(|due| due <= now) {
+                self.begin_chore(NodeId(i as u32), Chore::Deadline);
+            }
+        }
+    }
+
+    fn begin_chore(&mut self, node: NodeId, chore: Chore) {
+        if let Some(state) = self.nodes[node.index()].chore(chore) {
+            let io = Io { kind: IoKind::Flush, offset: 0, len: 0 };
+            let id = self.core.begin(node, io, Origin::Chore, 0, 0);
+            let slot = self.core.ops.slot_mut(id);
+            (slot.cause, slot.entered) = (Cause::Start, self.core.now);
+            self.put_state(id, state);
+        }
+    }
+
+    #[inline]
+    fn put_state(&mut self, id: ReqId, state: D::State) {
+        if id.index() >= self.states.len() {
+            self.states.resize_with(id.index() + 1, || None);
+        }
+        self.states[id.index()] = Some(state);
+    }
+
+    /// Delivers a request's event to its state.
+    #[inline(always)]
+    fn step(&mut self, id: ReqId) {
+        let Core { ops, files, mem, out, now, .. } = &mut self.core;
+        let request = ops.request_mut(id);
+        let slot = &mut request.slot;
+        debug_assert_eq!((slot.pending, slot.waits), (0, Waits::Nothing), "{id:?}");
+        if slot.cause != Cause::Begin {
+            return self.step_on(id);
+        }
+        slot.submitted = *now;
+        let kind = match slot.io.kind {
+            IoKind::Read => OpKind::Read,
+            IoKind::Write { fua } => OpKind::Write { fua },
+            _ => return self.begin(id),
+        };
+        let Some(pass) = self.nodes[slot.node.index()].pass_on(&slot.io, mem) else {
+            return self.begin(id);
+        };
+        let file = &mut files[pass.file.index()];
+        if !file.takes(slot, kind, pass.offset) {
+            return self.pass_on_carefully(id);
+        }
+        if !matches!(kind, OpKind::Read) {
+            file.note_issued_to(pass.offset + slot.io.len);
+        }
+        request.pass_on(id, kind, pass, *now);
+        ops.passed_on();
+        out.push(OpId(id.0));
+    }
+
+    /// The file may not take as it is what is passed on to it.
+    #[inline(never)]
+    fn pass_on_carefully(&mut self, id: ReqId) {
+        let slot = self.core.ops.slot(id);
+        let (io, driver) = (slot.io, &mut self.nodes[slot.node.index()]);
+        let passed = driver.pass_on(&io, &self.core.mem);
+        let Pass { file, offset, label } = passed.expect("asked again, it answers the same");
+        let mut cx = Cx { core: &mut self.core, me: id };
+        let (target, segs) = (Target::File(file), Segs::one(cx.guest(0, io.len)));
+        let kind = match io.kind {
+            IoKind::Write { fua } => OpKind::Write { fua },
+            _ => OpKind::Read,
+        };
+        cx.issue(Op { kind, target, offset, len: io.len, segs });
+        self.wait(id, label, Waits::Last);
+    }
+
+    /// Begins a request that is not merely passed on.
+    #[inline(never)]
+    fn begin(&mut self, id: ReqId) {
+        let driver = &mut self.nodes[self.core.ops.slot(id).node.index()];
+        let step = driver.begin(&mut Cx { core: &mut self.core, me: id });
+        self.stepped(id, step);
+    }
+
+    /// Delivers its event to a request that has been begun.
+    #[inline(never)]
+    fn step_on(&mut self, id: ReqId) {
+        let slot = self.core.ops.slot_mut(id);
+        slot.issued = false;
+        let event = match slot.cause {
+            Cause::Begin | Cause::Start => Event::Start,
+            Cause::Io => Event::Io(slot.take_result()),
+            Cause::Woken => Event::Woken,
+        };
+        if let Work::Align(key) = slot.work {
+            return self.step_job(id, key, event);
+        }
+        let driver = &mut self.nodes[slot.node.index()];
+        self.core.stats.states[slot.label as usize].record(self.core.now, slot.entered, 1);
+        let state = self.states[id.index()].take().expect("a request has a state");
+        let step = driver.step(state, event, &mut Cx { core: &mut self.core, me: id });
+        self.stepped(id, step);
+    }
+
+    fn stepped(&mut self, id: ReqId, step: Step<D::State>) {
+        match step {
+            Step::Last { label } => self.wait(id, label, Waits::Last),
+            Step::Wait(state) => {
+                self.wait(id, D::label(&state) as u8, Waits::Io);
+                self.put_state(id, state);
+            }
+            Step::Done(result) => self.core.end(id, result),
+            Step::Go(state) => return self.go_on(id, state),
+        }
+        if !self.core.asked.is_empty() {
+            self.begin_asked();
+        }
+    }
+
+    fn go_on(&mut self, id: ReqId, mut state: D::State) {
+        for _ in 0..GO_MAX {
+            let node = self.core.ops.slot(id).node;
+            let driver = &mut self.nodes[node.index()];
+            match driver.step(state, Event::Start, &mut Cx { core: &mut self.core, me: id }) {
+                Step::Go(next) => state = next,
+                next => return self.stepped(id, next),
+            }
+        }
+        panic!("{id:?} goes on and on: {state:?}");
+    }
+
+    #[inline(never)]
+    fn step_job(&mut self, id: ReqId, key: u32, event: Event) {
+        match align::step(&mut self.core, id, key, event) {
+            Some(result) => self.core.end(id, result),
+            None => self.wait(id, 0, Waits::Io),
+        }
+    }
+
+    #[cold]
+    fn begin_asked(&mut self) {
+        while let Some(node) = self.core.asked.pop() {
+            self.begin_chore(node, Chore::Asked);
+        }
+    }
+
+    /// A step answered that it waits: for exactly one thing.
+    fn wait(&mut self, id: ReqId, label: u8, waits: Waits) {
+        let slot = self.core.ops.slot_mut(id);
+        slot.label = label;
+        slot.entered = self.core.now;
+        if slot.waits == Waits::List {
+            assert!(waits == Waits::Io, "{id:?} is on a wait list and has nothing left to do");
+            return;
+        }
+        slot.waits = waits;
+        if slot.pending == 0 {
+            self.done_already(id);
+        }
+    }
+
+    /// All that a step issued was done at once.
+    #[cold]
+    fn done_already(&mut self, id: ReqId) {
+        let slot = self.core.ops.slot_mut(id);
+        assert!(slot.issued, "{id:?} would wait for nothing");
+        if slot.waits == Waits::Last {
+            return self.core.end_last(id);
+        }
+        slot.deliver_io();
+        self.core.ready.push(id);
+    }
+
+    /// Nothing is ready: is there a next stage of draining to begin?
+    fn go_on_draining(&mut self) -> bool {
+        if !self.is_idle() {
+            return false;
+        }
+        match self.drain {
+            Drain::Open | Drain::Drained(_) => false,
+            Drain::Finishing => {
+                self.drain = Drain::Settling;
+                self.core.chore_failed = None;
+                for i in 0..self.nodes.len() {
+                    self.begin_chore(NodeId(i as u32), Chore::Settle);
+                }
+                true
+            }
+            Drain::Settling => {
+                self.drain = Drain::Drained(self.core.chore_failed.take().map_or(Ok(()), Err));
+                false
+            }
+        }
+    }
+
+    /// Begins to drain: no more requests are taken, those in flight run to their end, and every
+    /// node leaves its image clean and stable. Go on as ever, with `run` and `poll`, until
+    /// [`Engine::drained`] answers; `run` once before waiting. While it drains, calling it again
+    /// changes nothing.
+    pub fn drain(&mut self) {
+        if matches!(self.drain, Drain::Open | Drain::Drained(_)) {
+            self.drain = Drain::Finishing;
+            self.open_to = 0;
+        }
+    }
+
+    /// Since [`Engine::drain`]: has everything ended, and how? An error is the first that kept an
+    /// image from being left clean; those of requests come through `poll`.
+    ///
+    /// `Some` from the `run` that ends the last of it until the next `submit` or `drain`. There may
+    /// be finished requests to poll.
+    pub fn drained(&self) -> Option<Result<(), Errno>> {
+        match self.drain {
+            Drain::Drained(result) => Some(result),
+            _ => None,
+        }
+    }
+
+    /// A finished request, oldest first. Makes room for another. `None`: there will be no more
+    /// before the next `run`, or `submit` of a request that has nothing to do.
+    #[inline(always)]
+    pub fn poll(&mut self) -> Option<Finished> {
+        let id = self.core.finished.pop()?;
+        let slot = self.core.ops.free_slot(id);
+        let (tag, result) = (slot.tag, slot.take_result());
+        self.guests -= 1;
+        Some(Finished { tag, result, mem: self.core.mem.take_guest(id) })
+    }
+
+    /// When `run` must be called although nothing else happens; `None`: never. May change in every
+    /// `run`. Being late leaves images marked as in use for longer, no more.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.nodes.iter().filter_map(Driver::deadline).min()
+    }
+
+    /// Readable when `run` has something to collect, until it has; never read it. The same one for
+    /// as long as the engine lives, to be looked at for levels or for edges: a `run` collects all
+    /// there is. `None`: run again as long as [`Progress::again`] says so.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.backend.event_fd()
+    }
+
+    /// Guest requests that have not ended: those submitted, less those that `poll` has given or
+    /// will give. Nodes' own work is not counted: see [`Engine::is_idle`].
+    pub fn in_flight(&self) -> usize {
+        self.guests - self.core.finished.len()
+    }
+
+    /// Is nothing at all in flight, chores included? There may be finished requests to poll.
+    pub fn is_idle(&self) -> bool {
+        self.core.ops.live() == self.core.finished.len()
+    }
+
+    /// What was counted.
+    pub fn stats(&self) -> &Stats {
+        &self.core.stats
+    }
+
+    /// Counts from zero.
+    pub fn reset_stats(&mut self) {
+        self.core.stats = Stats::default();
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The backend, for a simulator that decides what completes next.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// The memory that requests, nodes and the engine hold, for a simulator to look at.
+    pub fn memory(&self) -> &Memory {
+        &self.core.mem
+    }
+
+    /// The ops that have not come back, for a simulator to choose from.
+    pub fn ops(&self) -> &Ops {
+        &self.core.ops
+    }
+
+    /// Would anybody be stepped if this op came back now? Not if its request waits for others too.
+    /// For a simulator: in which order such ops come back makes no difference.
+    pub fn is_awaited(&self, op: OpId) -> bool {
+        let mut slot = self.core.ops.slot(self.core.ops[op].owner.request);
+        while let (1, Waits::Last, Origin::Child(parent)) = (slot.pending, slot.waits, slot.origin)
+        {
+            slot = self.core.ops.slot(parent);
+        }
+        slot.pending == 1
+    }
+
+    /// Panics if a request, op, buffer, claim or waiter is left behind. For tests, at rest.
+    pub fn assert_idle(&self) {
+        self.core.assert_idle();
+    }
+}
+
+/// Has a read or write the memory that it says?
+#[inline(always)]
+fn mem_fits(io: &Io, mem: &Mem) -> bool {
+    match io.kind {
+        IoKind::Read | IoKind::Write { .. } => io.len == mem.len() as u64 && io.len <= REQUEST_MAX,
+        _ => true,
+    }
+}
+
+/// The largest read or write, in bytes.
+pub const REQUEST_MAX: u64 = 1 << 31;
+
+/// `Go` steps in a row that no sound driver reaches.
+const GO_MAX: usize = 64;
+
+impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
+    fn clone(&self) -> Self {
+        Engine {
+            nodes: self.nodes.clone(),
+            states: self.states.clone(),
+            core: self.core.clone(),
+            backend: self.backend.clone(),
+            completions: Vec::new(),
+            guests: self.guests,
+            open_to: self.open_to,
+            stepping: Vec::new(),
+            drain: self.drain,
+        }
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.nodes.clone_from(&source.nodes);
+        self.states.clone_from(&source.states);
+        self.core.clone_from(&source.core);
+        self.backend.clone_from(&source.backend);
+        self.completions.clear();
+        (self.guests, self.open_to, self.drain) = (source.guests, source.open_to, source.drain);
+    }
+}
+
+impl<D: Driver + Hash, B: Backend + Hash> Hash for Engine<D, B> {
+    /// Everything that decides what can happen next; not the statistics.
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.nodes.hash(h);
+        for (id, _) in self.core.ops.slots() {
+            self.states.get(id.index()).hash(h);
+        }
+        self.core.hash(h);
+        self.backend.hash(h);
+        self.drain.hash(h);
+    }
+}
+
+impl<D: Driver, B: Backend> std::fmt::Debug for Engine<D, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (id, slot) in self.core.ops.slots() {
+            let state = self.states.get(id.index());
+            writeln!(
+                f,
+                "{id:?} {:?} {:?} waits for {:?}: {state:?}",
+                slot.io, slot.origin, slot.waits
+            )?;
+        }
+        for (id, record) in self.core.ops.iter() {
+            writeln!(f, "{id:?} {:?} of {:?}", record.op, record.owner)?;
+        }
+        Ok(())
+    }
+}

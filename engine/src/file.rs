@@ -1,0 +1,203 @@
+//! What the engine knows of a file: its alignment, whether a flush is owed, who rewrites blocks.
+//!
+//! Flushes are merged here. A flush in flight covers only what completed before it was issued, so
+//! whoever asks meanwhile rides on the next one, together with everybody else who asks (R55).
+
+use std::hash::{Hash, Hasher};
+
+use crate::backend::FileInfo;
+use crate::core::Core;
+use crate::mutant;
+use crate::op::{Op, OpKind};
+use crate::slots::Slot;
+use crate::units::{Errno, FileId, ReqId};
+use crate::wait::WaitList;
+
+/// A range of a file that somebody reads, changes and writes back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Claim {
+    pub owner: ReqId,
+    pub start: u64,
+    pub end: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct FileState {
+    pub info: FileInfo,
+    /// The bits that are 0 in an offset or length, and in an address, that the file takes.
+    pub block_mask: u32,
+    pub address_mask: u32,
+    /// The length that the ops issued so far make the file have; never too small.
+    pub len: u64,
+    /// Modifying ops completed.
+    written: u64,
+    /// How many of them are known to be stable.
+    stable: u64,
+    /// A flush failed: nobody knows what is stable any more, and every later flush says so (R56).
+    poisoned: Option<Errno>,
+    /// Who waits for the flush in flight, and how many writes it covers.
+    riders: Vec<ReqId>,
+    covers: u64,
+    /// Who waits for the flush after it.
+    next_riders: Vec<ReqId>,
+    /// Zeroing without writing zeros does not work here.
+    pub zero_unsupported: bool,
+    /// Ranges being read, changed and written back.
+    pub claims: Vec<Claim>,
+    /// Requests that wait for a claim to end.
+    pub claim_waiters: WaitList,
+    /// Requests that wait for writes in flight to end.
+    pub write_waiters: WaitList,
+}
+
+impl FileState {
+    /// A file that up to `requests` requests may want something of at once.
+    pub fn new(info: FileInfo, requests: usize) -> FileState {
+        FileState {
+            info,
+            block_mask: info.request_align - 1,
+            address_mask: info.memory_align - 1,
+            len: info.len,
+            // What an earlier process wrote may not be stable: the first flush is a real one.
+            written: 1,
+            stable: 0,
+            poisoned: None,
+            riders: Vec::with_capacity(requests),
+            covers: 0,
+            next_riders: Vec::with_capacity(requests),
+            zero_unsupported: false,
+            claims: Vec::with_capacity(requests),
+            claim_waiters: WaitList::new(),
+            write_waiters: WaitList::new(),
+        }
+    }
+
+    /// `op` is on its way, and means the file to reach to `end`.
+    #[inline]
+    pub fn note_issued(&mut self, op: &Op, end: u64) {
+        match op.kind {
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => {
+                self.len = self.len.max(end);
+            }
+            // It may fail: what it cuts off is counted until it has not.
+            OpKind::Truncate => self.len = self.len.max(op.offset),
+            OpKind::Read | OpKind::Flush | OpKind::Discard | OpKind::Compute(_) => {}
+        }
+    }
+
+    /// Can it take a request as it is, now, as one op at `offset`?
+    #[inline(always)]
+    pub fn takes(&self, request: &Slot, kind: OpKind, offset: u64) -> bool {
+        let bits = request.base_bits;
+        let block = (offset as u32 | request.io.len as u32 | bits) & self.block_mask;
+        let address = (request.base_off | bits) & self.address_mask;
+        block | address == 0 && (matches!(kind, OpKind::Read) || self.claims.is_empty())
+    }
+
+    /// A write that ends at `end` is on its way.
+    #[inline(always)]
+    pub fn note_issued_to(&mut self, end: u64) {
+        if end > self.len {
+            self.len = end;
+        }
+    }
+
+    /// A modifying op has come back. One that failed may have happened in part: it counts too.
+    #[inline]
+    pub fn note_written(&mut self) {
+        self.written += 1;
+    }
+
+    pub fn assert_idle(&self) {
+        assert!(self.riders.is_empty() && self.next_riders.is_empty(), "a flush was forgotten");
+        assert!(self.claims.is_empty(), "claims left: {:?}", self.claims);
+        assert!(self.claim_waiters.is_empty() && self.write_waiters.is_empty());
+    }
+}
+
+impl Hash for FileState {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        (self.info, self.len, self.written - self.stable, self.poisoned).hash(h);
+        (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
+        if !self.riders.is_empty() {
+            (self.written - self.covers).hash(h);
+        }
+        (self.claim_waiters, self.write_waiters).hash(h);
+    }
+}
+
+impl Core {
+    /// `request` wants everything that has completed on `file` to be stable.
+    pub(crate) fn issue_flush(&mut self, request: ReqId, file: FileId) {
+        let state = &mut self.files[file.index()];
+        if let Some(errno) = state.poisoned {
+            let slot = self.ops.slot_mut(request);
+            slot.issued = true;
+            slot.failed = slot.failed.or(Some(errno));
+            return;
+        }
+        if state.written == state.stable || mutant!("flush_does_nothing") {
+            self.ops.slot_mut(request).issued = true;
+            return;
+        }
+        if state.riders.is_empty() {
+            state.riders.push(request);
+            state.covers = state.written;
+            self.stats.flushes += 1;
+            self.enqueue(request, Op::flush(file));
+        } else if mutant!("flush_rides_on_one_in_flight") {
+            state.riders.push(request);
+            self.expect_result(request);
+        } else {
+            state.next_riders.push(request);
+            self.expect_result(request);
+        }
+    }
+
+    /// A flush of a file has come back.
+    pub(crate) fn complete_flush(
+        &mut self,
+        file: FileId,
+        leader: ReqId,
+        result: Result<(), Errno>,
+    ) {
+        let state = &mut self.files[file.index()];
+        debug_assert_eq!(state.riders.first(), Some(&leader));
+        match result {
+            Ok(()) => state.stable = state.covers,
+            Err(_) if mutant!("flush_error_swallowed") => state.stable = state.covers,
+            Err(errno) => state.poisoned = Some(errno),
+        }
+        let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
+        let mut riders = std::mem::take(&mut state.riders);
+        let waiting = std::mem::take(&mut state.next_riders);
+        for &rider in &riders {
+            self.op_done(rider, result);
+        }
+        riders.clear();
+        self.files[file.index()].next_riders = riders;
+        let Some(&first) = waiting.first() else {
+            self.files[file.index()].riders = waiting;
+            return;
+        };
+        // The next flush belongs to the first who asked for it; its result was announced to all.
+        let state = &mut self.files[file.index()];
+        match state.poisoned {
+            Some(errno) => {
+                let mut waiting = waiting;
+                for &rider in &waiting {
+                    self.op_done(rider, Err(errno));
+                }
+                waiting.clear();
+                self.files[file.index()].riders = waiting;
+            }
+            None => {
+                state.riders = waiting;
+                state.covers = state.written;
+                self.ops.slot_mut(first).pending -= 1;
+                self.stats.flushes += 1;
+                self.enqueue(first, Op::flush(file));
+            }
+        }
+    }
+}

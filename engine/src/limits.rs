@@ -1,0 +1,34 @@
+//! How much of everything an engine may have.
+
+/// How much of everything the engine may have at once. All of it is reserved when the engine is
+/// made; every queue's bound follows from these. Each has a least value, given below; with those
+/// the engine is slow but does everything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Guest requests from `submit` to `poll`; one more is refused with [`Why::Full`](crate::Why::Full). At least 1.
+    pub requests: usize,
+    /// Ops in flight or waiting for the backend: what requests of many pieces are cut to. At
+    /// least 4. (Each request has room for one op besides.)
+    pub ops: usize,
+    /// Buffers for drivers (copy-on-write, table writes). At least 2.
+    pub buffers: usize,
+    /// Buffers for unaligned requests. At least 1.
+    pub bounce_buffers: usize,
+    /// Bytes in each buffer: a power of two, at least 4096.
+    pub buffer_size: usize,
+    /// Keep [`Stats`](crate::stats::Stats). A simulation, which copies engines by the million, does without.
+    pub measure: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            requests: 256,
+            ops: 1024,
+            buffers: 64,
+            bounce_buffers: 16,
+            buffer_size: 64 << 10,
+            measure: true,
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! Memory: the buffers that requests bring, the engine's pool, and the regions of nodes.
+//!
+//! Everything that an op reads into or writes from lives here and is named by a
+//! [`Seg`]. Real backends ask for addresses at the moment of submission;
+//! the simulator copies bytes. All buffers of ours start on a page.
+
+use std::hash::{Hash, Hasher};
+use std::ops::{Deref, DerefMut};
+
+use crate::op::{Base, Seg, Segs};
+use crate::sys::ram::{Ram, RamPiece};
+use crate::units::{BufId, RegionId, ReqId};
+
+/// Alignment of every buffer of ours, in bytes; no device asks for more.
+pub const BUF_ALIGN: usize = 4096;
+
+/// Owned memory that starts on a page, fit for O_DIRECT.
+pub struct Buf {
+    /// A page longer than asked for: the buffer starts on the first page boundary in it.
+    bytes: Box<[u8]>,
+}
+
+impl Buf {
+    /// `len` zeros. The memory is reserved at once and touched only when used.
+    pub fn zeroed(len: usize) -> Buf {
+        Buf { bytes: vec![0; len + BUF_ALIGN].into() }
+    }
+
+    /// A copy of `bytes`.
+    pub fn copied(bytes: &[u8]) -> Buf {
+        // Not zeroed first: the simulator copies millions of these.
+        let mut copy: Vec<u8> = Vec::with_capacity(bytes.len() + BUF_ALIGN);
+        let start = copy.as_ptr().addr().wrapping_neg() & (BUF_ALIGN - 1);
+        copy.resize(start, 0);
+        copy.extend_from_slice(bytes);
+        copy.resize(bytes.len() + BUF_ALIGN, 0);
+        Buf { bytes: copy.into() }
+    }
+
+    /// A stand-in that owns nothing.
+    fn empty() -> Buf {
+        Buf { bytes: Box::default() }
+    }
+
+    #[inline(always)]
+    fn start(&self) -> usize {
+        self.bytes.as_ptr().addr().wrapping_neg() & (BUF_ALIGN - 1)
+    }
+
+    #[inline(always)]
+    fn size(&self) -> usize {
+        self.bytes.len().saturating_sub(BUF_ALIGN)
+    }
+
+    /// The address of `len` bytes from byte `off` on.
+    #[inline(always)]
+    fn piece(&mut self, off: usize, len: usize) -> RamPiece {
+        assert!(off + len + BUF_ALIGN <= self.bytes.len(), "outside the buffer");
+        let start = self.start() + off;
+        RamPiece { base: self.bytes.as_mut_ptr().wrapping_add(start), len }
+    }
+}
+
+impl Deref for Buf {
+    type Target = [u8];
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start()..][..self.size()]
+    }
+}
+
+impl DerefMut for Buf {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let (start, size) = (self.start(), self.size());
+        &mut self.bytes[start..][..size]
+    }
+}
+
+impl Clone for Buf {
+    fn clone(&self) -> Buf {
+        Buf::copied(self)
+    }
+
+    fn clone_from(&mut self, source: &Buf) {
+        if self.size() == source.size() {
+            self.copy_from_slice(source);
+        } else {
+            *self = source.clone();
+        }
+    }
+}
+
+impl Hash for Buf {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(self);
+    }
+}
+
+impl std::fmt::Debug for Buf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buf({} bytes)", self.len())
+    }
+}
+
+/// The memory of a request: what a read fills and a write takes its bytes from.
+#[derive(Hash, Debug, Default)]
+pub enum Mem {
+    /// None: flushes, zero writes, discards.
+    #[default]
+    None,
+    /// Owned by the engine until the request has finished, then handed back.
+    Owned(Buf),
+    /// Lent by the embedder.
+    Ram(Ram),
+}
+
+// Moved with every request.
+const _: () = assert!(size_of::<Mem>() <= 24);
+
+impl Mem {
+    /// Bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        match self {
+            Mem::None => 0,
+            // Never a stand-in: those take the place of pool buffers and regions.
+            Mem::Owned(buf) => buf.bytes.len() - BUF_ALIGN,
+            Mem::Ram(ram) => ram.len(),
+        }
+    }
+
+    /// No bytes?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bits that are set in any address or length, as far as alignment cares.
+    #[inline(always)]
+    pub(crate) fn misaligned_bits(&self) -> u32 {
+        match self {
+            Mem::Ram(ram) => ram.misaligned_bits(),
+            // Buffers of ours start on a page, and lengths are looked at one by one.
+            Mem::Owned(_) | Mem::None => 0,
+        }
+    }
+
+    /// The owned buffer, if it is one.
+    pub fn into_buf(self) -> Option<Buf> {
+        match self {
+            Mem::Owned(buf) => Some(buf),
+            _ => None,
+        }
+    }
+}
+
+impl Clone for Mem {
+    fn clone(&self) -> Mem {
+        match self {
+            Mem::None => Mem::None,
+            Mem::Owned(buf) => Mem::Owned(buf.clone()),
+            Mem::Ram(ram) => Mem::Ram(ram.clone()),
+        }
+    }
+
+    fn clone_from(&mut self, source: &Mem) {
+        match (self, source) {
+            (Mem::Owned(buf), Mem::Owned(from)) => buf.clone_from(from),
+            (mem, from) => *mem = from.clone(),
+        }
+    }
+}
+
+impl From<Buf> for Mem {
+    fn from(buf: Buf) -> Mem {
+        Mem::Owned(buf)
+    }
+}
+
+impl From<Ram> for Mem {
+    fn from(ram: Ram) -> Mem {
+        Mem::Ram(ram)
+    }
+}
+
+/// A page-aligned stretch of zeros to write from; longer runs repeat it.
+#[repr(align(4096))]
+struct Zeros([u8; 64 << 10]);
+static ZEROS: Zeros = Zeros([0; 64 << 10]);
+
+/// What is in a buffer that was used before: anything but zeros.
+const STALE: u8 = 0xa5;
+
+fn is_free(buf: usize, free: &[&[BufId]]) -> bool {
+    free.iter().any(|list| list.contains(&BufId(buf as u32)))
+}
+
+/// All memory that ops can name.
+#[derive(Debug, Default)]
+pub struct Memory {
+    guest: Vec<Mem>,
+    pool: Vec<Buf>,
+    regions: Vec<Buf>,
+    /// See [`Memory::copy_but_free`].
+    is_copy: bool,
+}
+
+impl Memory {
+    /// Room for the memory of `requests` requests and `buffers` pool buffers of `size` bytes.
+    pub(crate) fn new(requests: usize, buffers: usize, size: usize) -> Memory {
+        Memory {
+            guest: Vec::with_capacity(requests),
+            pool: (0..buffers).map(|_| Buf::zeroed(size)).collect(),
+            regions: Vec::new(),
+            is_copy: false,
+        }
+    }
+
+    /// Makes this a copy of `source`, for simulations. What is in free buffers is not copied; when
+    /// one is taken from a copy, what is in it does not depend on who had it before.
+    pub(crate) fn copy_but_free(&mut self, source: &Memory, free: &[&[BufId]]) {
+        self.guest.clone_from(&source.guest);
+        self.regions.clone_from(&source.regions);
+        self.pool.resize_with(source.pool.len(), Buf::empty);
+        for (i, (buf, from)) in self.pool.iter_mut().zip(&source.pool).enumerate() {
+            if !is_free(i, free) {
+                buf.clone_from(from);
+            }
+        }
+        self.is_copy = true;
+    }
+
+    /// A free buffer of `size` bytes is taken.
+    #[inline]
+    pub(crate) fn buf_taken(&mut self, buf: BufId, size: usize) {
+        if self.is_copy {
+            let buf = &mut self.pool[buf.index()];
+            if buf.size() != size {
+                *buf = Buf::zeroed(size);
+            }
+            buf.fill(STALE);
+        }
+    }
+
+    /// Hashes all of it except what is in free buffers: nobody reads that.
+    pub(crate) fn hash_but_free<H: Hasher>(&self, free: &[&[BufId]], h: &mut H) {
+        (&self.guest, &self.regions).hash(h);
+        for (i, buf) in self.pool.iter().enumerate() {
+            if !is_free(i, free) {
+                (i, buf).hash(h);
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn set_guest(&mut self, request: ReqId, mem: Mem) {
+        match self.guest.get_mut(request.index()) {
+            // Not dropped: it is none. Who had the place before took his memory with him.
+            Some(place) => {
+                debug_assert!(matches!(place, Mem::None));
+                std::mem::forget(std::mem::replace(place, mem));
+            }
+            None => self.add_guest(request, mem),
+        }
+    }
+
+    #[cold]
+    fn add_guest(&mut self, request: ReqId, mem: Mem) {
+        self.guest.resize_with(request.index(), Mem::default);
+        self.guest.push(mem);
+    }
+
+    #[inline]
+    pub(crate) fn take_guest(&mut self, request: ReqId) -> Mem {
+        self.guest.get_mut(request.index()).map(std::mem::take).unwrap_or_default()
+    }
+
+    pub(crate) fn add_region(&mut self, len: usize) -> RegionId {
+        self.regions.push(Buf::zeroed(len));
+        RegionId(self.regions.len() as u32 - 1)
+    }
+
+    /// A region's bytes.
+    #[inline]
+    pub fn region(&self, id: RegionId) -> &[u8] {
+        &self.regions[id.index()]
+    }
+
+    /// A region's bytes.
+    #[inline]
+    pub fn region_mut(&mut self, id: RegionId) -> &mut [u8] {
+        &mut self.regions[id.index()]
+    }
+
+    /// A pool buffer's bytes.
+    #[inline]
+    pub fn pool(&self, id: BufId) -> &[u8] {
+        &self.pool[id.index()]
+    }
+
+    /// A pool buffer's bytes.
+    #[inline]
+    pub fn pool_mut(&mut self, id: BufId) -> &mut [u8] {
+        &mut self.pool[id.index()]
+    }
+
+    /// A pool buffer and a region at once, to copy between them.
+    pub fn pool_and_region(&mut self, buf: BufId, region: RegionId) -> (&mut [u8], &mut [u8]) {
+        (&mut self.pool[buf.index()], &mut self.regions[region.index()])
+    }
+
+    /// The bytes of `input` to look at, and those of `output` to change: what a
+    /// [`Compute`](crate::op::Compute) works on. Both in pool buffers or regions, and apart.
+    pub fn input_and_output(&mut self, input: Seg, output: Seg) -> (&[u8], &mut [u8]) {
+        assert!(!input.overlaps(&output), "{input:?} and {output:?}");
+        let range = |seg: Seg| seg.off as usize..seg.off as usize + seg.len as usize;
+        if input.base == output.base {
+            let both = [range(input), range(output)];
+            let both = self.owned_mut(input.base).get_disjoint_mut(both);
+            let [from, to] = both.expect("they are inside, and apart");
+            return (from, to);
+        }
+        let Memory { pool, regions, .. } = self;
+        let two = "two buffers that there are";
+        let (from, to) = match (input.base, output.base) {
+            (Base::Pool(a), Base::Pool(b)) => {
+                pool.get_disjoint_mut([a.index(), b.index()]).map(|[a, b]| (a, b)).expect(two)
+            }
+            (Base::Region(a), Base::Region(b)) => {
+                regions.get_disjoint_mut([a.index(), b.index()]).map(|[a, b]| (a, b)).expect(two)
+            }
+            (Base::Pool(a), Base::Region(b)) => (&mut pool[a.index()], &mut regions[b.index()]),
+            (Base::Region(a), Base::Pool(b)) => (&mut regions[a.index()], &mut pool[b.index()]),
+            _ => panic!("{input:?} and {output:?}"),
+        };
+        (&from[range(input)], &mut to[range(output)])
+    }
+
+    /// The address of `segs` from byte `skip` on, if that is plainly one piece of a request's
+    /// memory: the common case, cheaper than [`Memory::pieces`].
+    #[inline(always)]
+    pub(crate) fn single(&mut self, segs: &Segs, skip: u64) -> Option<RamPiece> {
+        let seg = segs.only()?;
+        let off = seg.off as usize + skip as usize;
+        let len = seg.len as usize - skip as usize;
+        let Base::Guest(request) = seg.base else { return None };
+        match &mut self.guest[request.index()] {
+            Mem::Owned(buf) => Some(buf.piece(off, len)),
+            Mem::Ram(ram) => ram.single(off, len),
+            Mem::None => panic!("an op names memory that {request:?} does not have"),
+        }
+    }
+
+    /// The addresses of `segs` from byte `skip` on, one call of `each` per contiguous piece.
+    ///
+    /// For backends, at the moment of submission. The addresses hold until the op completes:
+    /// nothing frees or moves memory that an op in flight names.
+    #[inline]
+    pub fn pieces(&mut self, segs: &Segs, skip: u64, mut each: impl FnMut(RamPiece)) {
+        let mut skip = skip as usize;
+        for seg in segs.as_slice() {
+            let here = seg.len as usize;
+            if skip >= here {
+                skip -= here;
+                continue;
+            }
+            let (off, len) = (seg.off as usize + skip, here - skip);
+            skip = 0;
+            let owned = match seg.base {
+                Base::Guest(r) => match &mut self.guest[r.index()] {
+                    Mem::Owned(buf) => buf,
+                    Mem::Ram(ram) => {
+                        ram.pieces(off, len, &mut each);
+                        continue;
+                    }
+                    Mem::None => panic!("an op names memory that {r:?} does not have"),
+                },
+                Base::Pool(b) => &mut self.pool[b.index()],
+                Base::Region(m) => &mut self.regions[m.index()],
+                Base::Zeros => {
+                    let mut left = len;
+                    while left > 0 {
+                        let take = left.min(ZEROS.0.len());
+                        // Only ever read: ops that fill memory never name zeros.
+                        each(RamPiece { base: ZEROS.0.as_ptr().cast_mut(), len: take });
+                        left -= take;
+                    }
+                    continue;
+                }
+            };
+            each(RamPiece { base: owned[off..off + len].as_mut_ptr(), len });
+        }
+    }
+
+    /// Does every piece of `segs` start at a multiple of `address_mask + 1` and have a length
+    /// that is a multiple of `len_mask + 1`? A scatter list counts as a whole.
+    pub fn is_aligned(&self, segs: &Segs, address_mask: u32, len_mask: u32) -> bool {
+        segs.as_slice().iter().all(|seg| {
+            let bits = self.misaligned_bits(seg.base);
+            (seg.off | bits) & address_mask == 0 && (seg.len | bits) & len_mask == 0
+        })
+    }
+
+    /// The bits that are set in any address or length of `base`, as far as they can be in the
+    /// way of alignment. Buffers of ours start on a page.
+    #[inline(always)]
+    pub(crate) fn misaligned_bits(&self, base: Base) -> u32 {
+        match base {
+            Base::Guest(r) => self.guest[r.index()].misaligned_bits(),
+            _ => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn ram_of(&self, seg: &Seg) -> Option<&Ram> {
+        match seg.base {
+            Base::Guest(r) => match &self.guest[r.index()] {
+                Mem::Ram(ram) => Some(ram),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn owned(&self, base: Base) -> &[u8] {
+        match base {
+            Base::Guest(r) => match &self.guest[r.index()] {
+                Mem::Owned(buf) => buf,
+                other => panic!("{r:?} has {other:?}, not a buffer"),
+            },
+            Base::Pool(b) => &self.pool[b.index()],
+            Base::Region(m) => &self.regions[m.index()],
+            Base::Zeros => panic!("zeros have no length of their own"),
+        }
+    }
+
+    fn owned_mut(&mut self, base: Base) -> &mut [u8] {
+        match base {
+            Base::Guest(r) => match &mut self.guest[r.index()] {
+                Mem::Owned(buf) => buf,
+                other => panic!("{r:?} has {other:?}, not a buffer"),
+            },
+            Base::Pool(b) => &mut self.pool[b.index()],
+            Base::Region(m) => &mut self.regions[m.index()],
+            Base::Zeros => panic!("zeros are only to write from"),
+        }
+    }
+
+    /// Copies `target.len()` bytes of `segs`, from byte `skip` on, into `target`.
+    pub fn gather(&self, segs: &Segs, skip: u64, target: &mut [u8]) {
+        let part = segs.slice(skip, target.len() as u64);
+        let mut at = 0;
+        for seg in part.as_slice() {
+            let (off, len) = (seg.off as usize, seg.len as usize);
+            let to = &mut target[at..at + len];
+            match (seg.base, self.ram_of(seg)) {
+                (_, Some(ram)) => ram.copy_to(off, to),
+                (Base::Zeros, None) => to.fill(0),
+                (base, None) => to.copy_from_slice(&self.owned(base)[off..off + len]),
+            }
+            at += len;
+        }
+    }
+
+    /// Copies `source` to `segs`, from byte `skip` on.
+    pub fn scatter(&mut self, segs: &Segs, skip: u64, source: &[u8]) {
+        let part = segs.slice(skip, source.len() as u64);
+        let mut at = 0;
+        for seg in part.as_slice() {
+            let (off, len) = (seg.off as usize, seg.len as usize);
+            let from = &source[at..at + len];
+            match self.ram_of(seg) {
+                Some(ram) => ram.copy_from(off, from),
+                None => self.owned_mut(seg.base)[off..off + len].copy_from_slice(from),
+            }
+            at += len;
+        }
+    }
+
+    /// Sets `len` bytes of `segs`, from byte `skip` on, to zero.
+    pub fn zero(&mut self, segs: &Segs, skip: u64, len: u64) {
+        let part = segs.slice(skip, len);
+        for seg in part.as_slice() {
+            let (off, len) = (seg.off as usize, seg.len as usize);
+            match self.ram_of(seg) {
+                Some(ram) => ram.zero(off, len),
+                None => self.owned_mut(seg.base)[off..off + len].fill(0),
+            }
+        }
+    }
+
+    /// Copies `len` bytes of `segs`, from byte `skip` on, into the pool buffer `buf` at `at`.
+    pub(crate) fn gather_to_pool(
+        &mut self,
+        segs: &Segs,
+        skip: u64,
+        buf: BufId,
+        at: usize,
+        len: usize,
+    ) {
+        let mut taken = std::mem::replace(&mut self.pool[buf.index()], Buf::empty());
+        self.gather(segs, skip, &mut taken[at..at + len]);
+        self.pool[buf.index()] = taken;
+    }
+
+    /// The reverse: from `buf` at `at` into `segs`, byte `skip` on.
+    pub(crate) fn scatter_from_pool(
+        &mut self,
+        segs: &Segs,
+        skip: u64,
+        buf: BufId,
+        at: usize,
+        len: usize,
+    ) {
+        let taken = std::mem::replace(&mut self.pool[buf.index()], Buf::empty());
+        self.scatter(segs, skip, &taken[at..at + len]);
+        self.pool[buf.index()] = taken;
+    }
+
+    /// The same from `off` of a region.
+    pub(crate) fn gather_to_region(
+        &mut self,
+        segs: &Segs,
+        region: RegionId,
+        off: usize,
+        len: usize,
+    ) {
+        let mut taken = std::mem::replace(&mut self.regions[region.index()], Buf::empty());
+        self.gather(segs, 0, &mut taken[off..off + len]);
+        self.regions[region.index()] = taken;
+    }
+
+    pub(crate) fn scatter_from_region(
+        &mut self,
+        segs: &Segs,
+        region: RegionId,
+        off: usize,
+        len: usize,
+    ) {
+        let taken = std::mem::replace(&mut self.regions[region.index()], Buf::empty());
+        self.scatter(segs, 0, &taken[off..off + len]);
+        self.regions[region.index()] = taken;
+    }
+
+    /// Copies `len` bytes from one region, at an offset, to another.
+    pub fn copy_regions(&mut self, from: (RegionId, usize), to: (RegionId, usize), len: usize) {
+        assert_ne!(from.0, to.0, "a region is not copied onto itself");
+        let taken = std::mem::replace(&mut self.regions[from.0.index()], Buf::empty());
+        let target = &mut self.regions[to.0.index()][to.1..to.1 + len];
+        target.copy_from_slice(&taken[from.1..from.1 + len]);
+        self.regions[from.0.index()] = taken;
+    }
+}

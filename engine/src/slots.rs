@@ -1,0 +1,174 @@
+//! A request's header: what it wants, where it came from, what it waits for.
+
+use std::hash::{Hash, Hasher};
+
+use crate::op::Base;
+use crate::ops::OpOwner;
+use crate::step::Io;
+use crate::units::{Errno, NodeId, ReqId, Time};
+
+/// What a request waits for: exactly one thing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Waits {
+    /// It is being stepped, or about to be.
+    Nothing,
+    /// Its ops; their result is an event for its state.
+    Io,
+    /// Its last ops; their result is its own.
+    Last,
+    /// As `Last`, of a guest's request that was passed on: it is one op, in its first place.
+    Pass,
+    /// A wait list.
+    List,
+    /// `Engine::poll`: it has ended.
+    Poll,
+    /// It is not there.
+    Free,
+}
+
+/// Where a request came from, and so where its result goes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Origin {
+    /// `Engine::submit`.
+    Guest,
+    /// Nobody: a node's own work.
+    Chore,
+    /// An op of another request.
+    Child(ReqId),
+}
+
+/// Why a request is stepped next.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Cause {
+    /// It is new: its node's driver has yet to say what the first state is.
+    Begin,
+    /// It is new, and has a state.
+    Start,
+    /// Its ops have ended; [`Slot::failed`] tells how.
+    Io,
+    /// Somebody woke it.
+    Woken,
+}
+
+/// Which machine a request runs on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Work {
+    /// Its node's driver.
+    Node,
+    /// The engine's own, for an op that the file cannot take as it is; the key of its job.
+    Align(u32),
+}
+
+/// Another request, or none, in four bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Link(u32);
+
+impl Link {
+    pub const NONE: Link = Link(u32::MAX);
+
+    #[inline(always)]
+    pub fn to(request: ReqId) -> Link {
+        Link(request.0)
+    }
+
+    #[inline(always)]
+    pub fn get(self) -> Option<ReqId> {
+        (self != Link::NONE).then_some(ReqId(self.0))
+    }
+}
+
+/// A request's header. Its state lives beside it, in the engine.
+#[derive(Clone, Debug)]
+pub(crate) struct Slot {
+    pub io: Io,
+    pub origin: Origin,
+    /// The embedder's name for a guest's request.
+    pub tag: u64,
+    pub node: NodeId,
+    pub work: Work,
+    /// Its memory: a guest's own, or a piece of its parent's.
+    pub base: Base,
+    pub base_off: u32,
+    /// The bits set in any address or length of it, as far as alignment cares.
+    pub base_bits: u32,
+    /// Ops in flight.
+    pub pending: u32,
+    /// The first error among them; when it has ended: its result.
+    pub failed: Option<Errno>,
+    /// Has the step that is running issued anything?
+    pub issued: bool,
+    pub waits: Waits,
+    pub label: u8,
+    pub cause: Cause,
+    /// The next on the wait list this request is on; of a free header: the next free one.
+    pub next: Link,
+    pub serial: u32,
+    pub ordinal: u32,
+    pub era: u32,
+    pub submitted: Time,
+    pub entered: Time,
+}
+
+impl Default for Slot {
+    fn default() -> Slot {
+        Slot {
+            io: Io::flush(),
+            origin: Origin::Chore,
+            tag: 0,
+            node: NodeId(0),
+            work: Work::Node,
+            base: Base::Zeros,
+            base_off: 0,
+            base_bits: 0,
+            pending: 0,
+            failed: None,
+            issued: false,
+            waits: Waits::Nothing,
+            label: 0,
+            cause: Cause::Start,
+            next: Link::NONE,
+            serial: 0,
+            ordinal: 0,
+            era: 0,
+            submitted: Time(0),
+            entered: Time(0),
+        }
+    }
+}
+
+impl Slot {
+    /// Names its next op, for which it waits from now on.
+    pub fn next_op(&mut self, me: ReqId) -> OpOwner {
+        let owner = OpOwner { serial: self.serial, ordinal: self.ordinal, request: me };
+        self.ordinal += 1;
+        self.pending += 1;
+        self.issued = true;
+        owner
+    }
+
+    /// Its ops' joined result, and a clean slate for the next ones.
+    #[inline(always)]
+    pub fn take_result(&mut self) -> Result<(), Errno> {
+        if self.failed.is_some() {
+            return Err(self.failed.take().expect("it is"));
+        }
+        Ok(())
+    }
+
+    /// All its ops have ended: that is its next event. Whoever calls this makes it ready.
+    #[inline(always)]
+    pub fn deliver_io(&mut self) {
+        self.waits = Waits::Nothing;
+        self.cause = Cause::Io;
+    }
+}
+
+impl Hash for Slot {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        (self.work, self.node, self.io, self.origin, self.tag, self.base, self.base_off).hash(h);
+        (self.pending, self.failed, self.waits, self.next).hash(h);
+        if self.waits == Waits::Nothing {
+            self.cause.hash(h);
+        }
+    }
+}

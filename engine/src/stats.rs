@@ -1,0 +1,204 @@
+//! Counters that stay on: where requests spend their time, and how long the loop is held.
+
+use crate::units::Time;
+
+/// Counts of values in logarithmic buckets, 16 to each power of two: 6 % wide at worst.
+///
+/// Values are nanoseconds wherever the engine uses it.
+#[derive(Clone, Default)]
+pub struct Histogram {
+    /// Made when the first value is counted.
+    buckets: Vec<u64>,
+    max: u64,
+}
+
+const SUB_BITS: u32 = 4;
+const BUCKETS: usize = (64 - SUB_BITS as usize + 1) << SUB_BITS;
+
+impl Histogram {
+    /// Counts `value`.
+    #[inline]
+    pub fn record(&mut self, value: u64) {
+        self.record_times(value, 1);
+    }
+
+    /// Counts `value` so many times.
+    #[inline]
+    pub fn record_times(&mut self, value: u64, times: u64) {
+        if self.buckets.is_empty() {
+            self.buckets.resize(BUCKETS, 0);
+        }
+        self.buckets[bucket_of(value)] += times;
+        self.max = self.max.max(value);
+    }
+
+    /// Values counted.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// The largest value, exactly.
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+
+    /// The value that `per_mille` of 1000 values do not exceed, rounded up to its bucket's end
+    /// (and never above the maximum). 0 when nothing was counted.
+    pub fn quantile(&self, per_mille: u64) -> u64 {
+        let rank = (self.count() * per_mille).div_ceil(1000).max(1);
+        let mut seen = 0;
+        for (i, n) in self.buckets.iter().enumerate() {
+            seen += n;
+            if seen >= rank {
+                return bucket_end(i).min(self.max);
+            }
+        }
+        self.max
+    }
+
+    /// Adds what `other` counted.
+    pub fn merge(&mut self, other: &Histogram) {
+        self.buckets.resize(BUCKETS, 0);
+        for (a, b) in self.buckets.iter_mut().zip(other.buckets.iter()) {
+            *a += b;
+        }
+        self.max = self.max.max(other.max);
+    }
+}
+
+impl std::fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (p50, p99) = (self.quantile(500), self.quantile(990));
+        write!(f, "Histogram({} values, p50 {p50}, p99 {p99}, max {})", self.count(), self.max)
+    }
+}
+
+#[inline]
+fn bucket_of(value: u64) -> usize {
+    let exponent = (u64::BITS - 1 - (value | 1).leading_zeros()).max(SUB_BITS) - SUB_BITS;
+    ((exponent as usize) << SUB_BITS) + (value >> exponent) as usize
+}
+
+fn bucket_end(bucket: usize) -> u64 {
+    if bucket < 2 << SUB_BITS {
+        return bucket as u64;
+    }
+    let exponent = (bucket >> SUB_BITS) as u32 - 1;
+    let mantissa = (bucket & ((1 << SUB_BITS) - 1)) as u64 + (1 << SUB_BITS);
+    (mantissa << exponent) + ((1u64 << exponent) - 1)
+}
+
+/// Time and visits of one state.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StateStats {
+    /// How often a request waited in it.
+    pub visits: u64,
+    /// How long they waited in all, in nanoseconds.
+    pub nanos: u64,
+}
+
+impl StateStats {
+    /// So many requests that entered the state at `entered` have left it.
+    #[inline]
+    pub(crate) fn record(&mut self, now: Time, entered: Time, requests: u64) {
+        self.visits += requests;
+        self.nanos += now.since(entered) * requests;
+    }
+}
+
+/// Guests' requests that have ended in this `run`, were submitted in one and entered their last
+/// state in one: they are counted together.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ended {
+    label: u8,
+    submitted: Time,
+    entered: Time,
+    pub requests: u64,
+}
+
+impl Ended {
+    /// One more. What was collected before, if it was collected of others.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, label: u8, submitted: Time, entered: Time) -> Option<Ended> {
+        let same = (self.label, self.submitted, self.entered) == (label, submitted, entered);
+        if same {
+            self.requests += 1;
+            return None;
+        }
+        let before = std::mem::replace(self, Ended { label, submitted, entered, requests: 1 });
+        (before.requests > 0).then_some(before)
+    }
+}
+
+/// States that can be told apart; a driver with more lumps the rest together.
+pub const STATES_MAX: usize = 96;
+
+/// What the engine has counted since it was made or since the last reset.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// From the `run` that first saw a guest's request to the `run` that finished it.
+    pub latency: Histogram,
+    /// Time inside one `run` call.
+    pub run: Histogram,
+    /// Time inside one `run` call divided by the ops it submitted; calls that submitted some.
+    pub run_per_op: Histogram,
+    /// Waiting, by the driver's state labels (the index into `Driver::STATES`).
+    pub states: [StateStats; STATES_MAX],
+    /// Flushes handed to the backend: far fewer than were asked for, when many ask at once.
+    pub flushes: u64,
+    /// Requests that went through a bounce buffer or a read-modify-write.
+    pub bounced: u64,
+}
+
+impl Default for Stats {
+    fn default() -> Stats {
+        Stats {
+            latency: Histogram::default(),
+            run: Histogram::default(),
+            run_per_op: Histogram::default(),
+            states: std::array::from_fn(|_| StateStats::default()),
+            flushes: 0,
+            bounced: 0,
+        }
+    }
+}
+
+impl Stats {
+    /// They have ended, now. There are some.
+    pub(crate) fn record(&mut self, ended: Ended, now: Time, measure: bool) {
+        let Ended { label, submitted, entered, requests } = ended;
+        self.states[label as usize].record(now, entered, requests);
+        if measure {
+            self.latency.record_times(now.since(submitted), requests);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_holds_its_own_end_and_nothing_larger() {
+        for value in (0..4096).chain([1 << 20, (1 << 20) + 1, u64::MAX / 3, u64::MAX]) {
+            let bucket = bucket_of(value);
+            assert!(bucket < BUCKETS, "{value}");
+            let end = bucket_end(bucket);
+            assert!(end >= value, "{value} in a bucket that ends at {end}");
+            assert!(end - value <= value / 16, "{value} in a bucket that ends at {end}");
+            assert_eq!(bucket_of(end), bucket);
+            if end < u64::MAX {
+                assert_eq!(bucket_of(end + 1), bucket + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn quantiles_are_the_ranked_values() {
+        let mut h = Histogram::default();
+        (1..=1000).for_each(|v| h.record(v));
+        assert!((500..=532).contains(&h.quantile(500)), "{}", h.quantile(500));
+        assert_eq!(h.quantile(1000), 1000);
+        assert_eq!(h.max(), 1000);
+    }
+}

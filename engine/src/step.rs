@@ -1,0 +1,330 @@
+//! What a driver is, and what one of its steps may do.
+
+use std::fmt::Debug;
+use std::hash::Hash;
+
+use crate::core::Core;
+use crate::mem::Memory;
+use crate::op::{Op, OpKind, Seg, Segs, Target};
+use crate::units::{BufId, Errno, FileId, NodeId, RegionId, ReqId, Time};
+use crate::wait::WaitList;
+
+/// What a request wants of a node.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum IoKind {
+    /// Fill the request's memory.
+    Read,
+    /// Write the request's memory.
+    Write {
+        /// Finish only when it is stable.
+        fua: bool,
+    },
+    /// Make every write that had finished before this request was submitted stable.
+    Flush,
+    /// Make the range read as zeros.
+    Zero {
+        /// Space may be given back.
+        unmap: bool,
+        /// Finish only when it is stable.
+        fua: bool,
+    },
+    /// The range's contents are no longer needed. Whole clusters read as zeros afterwards where
+    /// the format can say so; in a raw image the bytes become zeros or stay, as the file system
+    /// likes. Bytes outside the range keep their contents.
+    Discard,
+    /// Set the virtual size to `offset`, a multiple of 512; what it gains reads as zeros. Not every
+    /// format can shrink, and some disks cannot change. Requests in flight beyond the smaller size
+    /// may fail, or undo it: wait for them first.
+    Truncate,
+}
+
+/// A request as the driver sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Io {
+    /// What.
+    pub kind: IoKind,
+    /// First byte, as the guest counts.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Io {
+    /// Read `len` bytes at `offset`.
+    pub fn read(offset: u64, len: u64) -> Io {
+        Io { kind: IoKind::Read, offset, len }
+    }
+
+    /// Write `len` bytes at `offset`.
+    pub fn write(offset: u64, len: u64) -> Io {
+        Io { kind: IoKind::Write { fua: false }, offset, len }
+    }
+
+    /// Flush.
+    pub fn flush() -> Io {
+        Io { kind: IoKind::Flush, offset: 0, len: 0 }
+    }
+
+    /// One past the last byte.
+    #[inline]
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+}
+
+/// What a state is told. Each event is delivered once, to one state.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Event {
+    /// The first step of a chore, or the step after [`Step::Go`].
+    Start,
+    /// All ops of the step before have come back; the first error, if any failed.
+    Io(Result<(), Errno>),
+    /// Somebody woke the list this request was parked on. Nothing is promised about what was
+    /// waited for: look again.
+    Woken,
+}
+
+/// What a state answers.
+#[must_use]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Step<S> {
+    /// Wait for what this step issued, or for the list it parked on, in this state.
+    Wait(S),
+    /// Go on in this state at once.
+    Go(S),
+    /// What this step issued is all that is left to do: its result is the request's.
+    Last {
+        /// What that is called in the statistics, as by [`Driver::label`].
+        label: u8,
+    },
+    /// The request has ended.
+    Done(Result<(), Errno>),
+}
+
+/// Where all bytes of a request are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Pass {
+    /// The file.
+    pub file: FileId,
+    /// The first byte's offset in it.
+    pub offset: u64,
+    /// What waiting for them is called in the statistics, as by [`Driver::label`].
+    pub label: u8,
+}
+
+/// Work that nobody submitted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Chore {
+    /// The time that [`Driver::deadline`] named has come.
+    Deadline,
+    /// The engine is being drained: leave the image clean.
+    Settle,
+    /// A step asked for it with [`Cx::ask`].
+    Asked,
+}
+
+/// A format: how requests to one node are done, one state after the other.
+///
+/// A driver owns all state of its image as plain data; a step borrows it for as long as it runs,
+/// and nothing else runs meanwhile.
+pub trait Driver {
+    /// A request's state: named for what it awaits, with all it needs and nothing else.
+    type State: Clone + Hash + Debug;
+
+    /// Names for the statistics, by [`Driver::label`].
+    const STATES: &'static [&'static str];
+
+    /// The index of a state's name in [`Driver::STATES`].
+    fn label(state: &Self::State) -> usize;
+
+    /// The virtual size in bytes.
+    fn size(&self) -> u64;
+
+    /// Where a new read or write may be passed on to as it is, as one op whose result is the
+    /// request's. `None`: it takes more than that, and [`Driver::begin`] begins it.
+    ///
+    /// Most requests are no more than this: nobody speaks of states then.
+    #[inline]
+    fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
+        let _ = (io, mem);
+        None
+    }
+
+    /// A new request's first step; [`Cx::io`] tells what it wants. Its range is within the size
+    /// and its memory fits.
+    fn begin(&mut self, cx: &mut Cx<'_>) -> Step<Self::State>;
+
+    /// A chore's first state; `None` when there is nothing to do.
+    fn chore(&mut self, chore: Chore) -> Option<Self::State>;
+
+    /// When the next [`Chore::Deadline`] is due.
+    fn deadline(&self) -> Option<Time>;
+
+    /// Delivers `event` to a request that is in `state`.
+    fn step(&mut self, state: Self::State, event: Event, cx: &mut Cx<'_>) -> Step<Self::State>;
+}
+
+/// Everything that a step may do to the outside.
+#[derive(Debug)]
+pub struct Cx<'a> {
+    pub(crate) core: &'a mut Core,
+    pub(crate) me: ReqId,
+}
+
+impl Cx<'_> {
+    /// The request being stepped.
+    #[inline]
+    pub fn me(&self) -> ReqId {
+        self.me
+    }
+
+    /// The time of this `run`.
+    #[inline]
+    pub fn now(&self) -> Time {
+        self.core.now
+    }
+
+    /// The node that the request is of: where a step reads what its own image holds, through a
+    /// request of its own ([`Target::Node`]).
+    #[inline]
+    pub fn node(&self) -> NodeId {
+        self.core.ops.slot(self.me).node
+    }
+
+    /// Ends this era and answers it. Requests are of the era that they begin in.
+    pub fn end_era(&mut self) -> u32 {
+        self.core.era = self.core.era.wrapping_add(1);
+        self.core.era.wrapping_sub(1)
+    }
+
+    /// Has every request to this node that began in `era` or before ended, chores apart? Then nobody
+    /// relies any more on what was there to be found before that era ended.
+    pub fn is_past(&self, era: u32) -> bool {
+        self.core.is_past(self.node(), era)
+    }
+
+    /// What the request wants.
+    #[inline]
+    pub fn io(&self) -> Io {
+        self.core.ops.slot(self.me).io
+    }
+
+    /// `len` bytes of the request's memory, from byte `off` on.
+    #[inline]
+    pub fn guest(&self, off: u64, len: u64) -> Seg {
+        let slot = self.core.ops.slot(self.me);
+        debug_assert!(off + len <= slot.io.len);
+        Seg { base: slot.base, off: slot.base_off + off as u32, len: len as u32 }
+    }
+
+    /// Fills part of a read with zeros.
+    pub fn zero_guest(&mut self, off: u64, len: u64) {
+        let seg = self.guest(off, len);
+        self.core.mem.zero(&Segs::one(seg), 0, len);
+    }
+
+    /// Copies part of a write's bytes. Who must look at them and then write them does both on
+    /// the copy: the guest may change its memory at any time.
+    pub fn copy_guest(&self, off: u64, target: &mut [u8]) {
+        let seg = self.guest(off, target.len() as u64);
+        self.core.mem.gather(&Segs::one(seg), 0, target);
+    }
+
+    /// Copies part of a write's bytes to `off` of a region. As [`Cx::copy_guest`].
+    pub fn copy_guest_to_region(&mut self, from: u64, region: RegionId, off: usize, len: usize) {
+        let seg = self.guest(from, len as u64);
+        self.core.mem.gather_to_region(&Segs::one(seg), region, off, len);
+    }
+
+    /// Fills part of a read with `len` bytes at `off` of a region.
+    pub fn copy_region_to_guest(&mut self, from: u64, region: RegionId, off: usize, len: usize) {
+        let seg = self.guest(from, len as u64);
+        self.core.mem.scatter_from_region(&Segs::one(seg), region, off, len);
+    }
+
+    /// Issues an op. Several may be issued in one step: they are joined, and one [`Event::Io`]
+    /// tells when all have come back.
+    pub fn issue(&mut self, op: Op) {
+        self.core.issue(self.me, op);
+    }
+
+    /// Reads into `len` bytes of the request's memory, from byte `off` on, what `file` has at
+    /// `offset`.
+    pub fn read_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64) {
+        let segs = Segs::one(self.guest(off, len));
+        self.issue(Op::read(Target::File(file), offset, segs));
+    }
+
+    /// Writes `len` bytes of the request's memory, from byte `off` on, to `file` at `offset`.
+    pub fn write_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64, fua: bool) {
+        let segs = Segs::one(self.guest(off, len));
+        self.issue(Op { kind: OpKind::Write { fua }, ..Op::write(file, offset, segs) });
+    }
+
+    /// How many more ops a step may issue now; a request with many pieces issues as many, waits
+    /// for them, and goes on. Never 0 for a step that has issued none.
+    #[inline]
+    pub fn room(&self) -> usize {
+        self.core.room(self.me)
+    }
+
+    /// Parks the request at the end of `list`.
+    pub fn park(&mut self, list: &mut WaitList) {
+        self.core.park(self.me, list);
+    }
+
+    /// Wakes everybody on `list`.
+    pub fn wake_all(&mut self, list: &mut WaitList) {
+        self.core.wake_all(list);
+    }
+
+    /// Wakes the first on `list` and tells who it is: what was waited for is theirs now.
+    pub fn hand_over(&mut self, list: &mut WaitList) -> Option<ReqId> {
+        self.core.wake_first(list)
+    }
+
+    /// Asks that the node's chore be begun when this step is over.
+    pub fn ask(&mut self) {
+        let node = self.core.ops.slot(self.me).node;
+        self.core.asked.push(node);
+    }
+
+    /// Takes `count` buffers of the pool, or none.
+    pub fn take_bufs<const N: usize>(&mut self) -> Option<[BufId; N]> {
+        self.core.take_bufs()
+    }
+
+    /// Gives a buffer back.
+    pub fn give_buf(&mut self, buf: BufId) {
+        self.core.give_buf(buf);
+    }
+
+    /// Parks the request until buffers have been given back.
+    pub fn park_for_bufs(&mut self) {
+        let mut list = std::mem::take(&mut self.core.buf_waiters);
+        self.core.park(self.me, &mut list);
+        self.core.buf_waiters = list;
+    }
+
+    /// Bytes in a pool buffer.
+    pub fn buf_size(&self) -> u64 {
+        self.core.limits.buffer_size as u64
+    }
+
+    /// All memory.
+    #[inline]
+    pub fn mem(&mut self) -> &mut Memory {
+        &mut self.core.mem
+    }
+
+    /// All memory, to look at.
+    pub fn memory(&self) -> &Memory {
+        &self.core.mem
+    }
+
+    /// The unit in which reads and writes of `file` must be made to need no read-modify-write.
+    pub fn request_align(&self, file: FileId) -> u64 {
+        self.core.files[file.index()].info.request_align as u64
+    }
+}

@@ -1,0 +1,34 @@
+//! What touches the operating system, and all unsafe code of the workspace.
+//!
+//! [`disk`] opens files. The backends over them: [`aio`] for files opened with O_DIRECT, [`pool`]
+//! for everything that may block, [`inline`] for programs that may wait, [`null`] for measuring.
+//!
+//! The kernel and the pool's threads write into memory by address while an op is in flight. What
+//! makes that sound is the contract of [`crate::backend`]: that memory stays until the op has come
+//! back. Whoever owns a backend and the memory together drops the backend first; dropping it waits
+//! for what is in flight.
+
+#![allow(unsafe_code)]
+
+pub mod aio;
+pub mod disk;
+mod files;
+pub mod inline;
+mod job;
+pub mod null;
+pub mod pool;
+pub mod ram;
+pub(crate) mod syscalls;
+
+use crate::units::Time;
+
+/// The monotonic clock, in nanoseconds since the machine started.
+///
+/// Read twice in every `run`: the system's own call, without the detour over a duration.
+#[inline]
+pub fn clock() -> Time {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a timespec to be written; CLOCK_MONOTONIC exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    Time((now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64))
+}

@@ -1,0 +1,484 @@
+//! A backend of threads, for whatever may block or take long: buffered files, the ops that native
+//! AIO cannot do, and computations.
+//!
+//! The model: one lock around a queue of jobs and a list of what is done, both with all their
+//! room reserved; one condition variable that idle threads wait on; one eventfd. A thread is
+//! started when there are more jobs than idle threads, up to a limit, so that a job stuck in a
+//! slow call holds up nobody while a thread can be had. Threads end when the pool is dropped,
+//! which waits for the calls they are in.
+//!
+//! The invariant: under the lock, the eventfd is signalled if and only if the list of what is done
+//! is not empty.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::mem::Memory;
+use crate::ops::OpRecord;
+use crate::sys::disk::DiskFile;
+use crate::sys::files::{Files, NOT_ATTACHED};
+use crate::sys::job::{Handle, Job, Pieces};
+use crate::sys::syscalls::{EventFd, SignalsBlocked};
+use crate::units::{Errno, FileId, OpId, Time};
+
+/// Limits of a [`Pool`].
+#[derive(Clone, Copy, Debug)]
+pub struct PoolOptions {
+    /// The most threads. They are started as they are needed.
+    pub threads: usize,
+    /// The most ops at a time; more stay with the engine.
+    pub depth: usize,
+}
+
+impl Default for PoolOptions {
+    fn default() -> PoolOptions {
+        PoolOptions { threads: 16, depth: 256 }
+    }
+}
+
+/// Does ops on threads. See the module.
+#[derive(Debug)]
+pub struct Pool {
+    // Before `files`: the threads use their descriptors.
+    workers: Workers,
+    files: Files<DiskFile>,
+}
+
+impl Pool {
+    /// A backend without files. Starts its first thread.
+    pub fn new(options: PoolOptions) -> io::Result<Pool> {
+        Ok(Pool { workers: Workers::new(options, 0, perform)?, files: Files::new() })
+    }
+}
+
+impl Backend for Pool {
+    type File = DiskFile;
+
+    fn attach(&mut self, id: FileId, file: DiskFile) -> io::Result<FileInfo> {
+        let info = file.info()?;
+        self.files.attach(id, file)?;
+        Ok(info)
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<DiskFile> {
+        self.files.detach(id)
+    }
+
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        while self.workers.has_room() {
+            let Some(&op) = submission.waiting().first() else { break };
+            let record = &submission.ops[op];
+            match Handle::of(record, |id| self.files.get(id).map(DiskFile::handle)) {
+                Some(file) => self.workers.stage(op, record, file, submission.mem),
+                None => self.workers.fail(op, NOT_ATTACHED),
+            }
+            submission.take(1);
+        }
+        self.workers.start();
+    }
+
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        self.workers.collect(harvest.done, true);
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.workers.event().borrow())
+    }
+
+    fn clock(&self) -> Time {
+        crate::sys::clock()
+    }
+}
+
+/// How a job is done; something else only in tests.
+type Perform = fn(&Job) -> Result<u64, Errno>;
+
+fn perform(job: &Job) -> Result<u64, Errno> {
+    // SAFETY: the op is in flight until its result has been collected, and its memory stays where
+    // it is until then. Whoever drops the pool earlier keeps the memory until the drop is over,
+    // which waits for this call. What is computed with is of no other op, and no step looks at it.
+    unsafe { job.perform() }
+}
+
+/// The threads and what they share, without files: the part that [`super::aio`] uses too.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    limit: usize,
+    depth: usize,
+    /// Jobs staged, queued, running or done, but not collected.
+    in_flight: usize,
+    /// Jobs on their way into the queue, to take the lock once for all of them.
+    staged: Vec<Job>,
+    /// Takes the place of the list of what is done when that is emptied.
+    collected: Vec<Done>,
+    /// Long piece lists to use again; short ones need no memory.
+    spare: Vec<Pieces>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    /// Something is done: lets `collect` do without the lock when nothing is.
+    ready: AtomicBool,
+    event: EventFd,
+    perform: Perform,
+}
+
+#[derive(Debug)]
+struct State {
+    queue: VecDeque<Job>,
+    done: Vec<Done>,
+    idle: usize,
+    closing: bool,
+    /// A job has panicked.
+    panicked: bool,
+}
+
+#[derive(Debug)]
+struct Done {
+    op: OpId,
+    result: Result<u64, Errno>,
+    pieces: Pieces,
+}
+
+impl Workers {
+    /// `extra`: room for jobs that [`Workers::stage`] is given although there is none left.
+    pub(crate) fn new(options: PoolOptions, extra: usize, perform: Perform) -> io::Result<Workers> {
+        let depth = options.depth.max(1);
+        let room = depth + extra;
+        let state = State {
+            queue: VecDeque::with_capacity(room),
+            done: Vec::with_capacity(room),
+            idle: 0,
+            closing: false,
+            panicked: false,
+        };
+        let mut workers = Workers {
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                work: Condvar::new(),
+                ready: AtomicBool::new(false),
+                event: EventFd::new()?,
+                perform,
+            }),
+            threads: Vec::with_capacity(options.threads.max(1)),
+            limit: options.threads.max(1),
+            depth,
+            in_flight: 0,
+            staged: Vec::with_capacity(room),
+            collected: Vec::with_capacity(room),
+            spare: Vec::with_capacity(room),
+        };
+        // With one thread running, failing to start another costs speed, not progress.
+        workers.start_thread()?;
+        Ok(workers)
+    }
+
+    /// As `new`, doing what ops say.
+    pub(crate) fn for_files(options: PoolOptions, extra: usize) -> io::Result<Workers> {
+        Workers::new(options, extra, perform)
+    }
+
+    #[inline]
+    pub(crate) fn has_room(&self) -> bool {
+        self.in_flight < self.depth
+    }
+
+    /// The eventfd. Its counter goes up by one when the first of what `collect` answers is done.
+    pub(crate) fn event(&self) -> &EventFd {
+        &self.shared.event
+    }
+
+    /// Is there something to collect?
+    #[inline]
+    pub(crate) fn is_ready(&self) -> bool {
+        self.in_flight > 0 && self.shared.ready.load(Ordering::Acquire)
+    }
+
+    /// Accepts an op; [`Workers::start`] starts it.
+    pub(crate) fn stage(&mut self, op: OpId, record: &OpRecord, file: Handle, mem: &mut Memory) {
+        let pieces = self.spare.pop().unwrap_or_default();
+        self.staged.push(Job::new(op, record, file, mem, pieces));
+        self.in_flight += 1;
+    }
+
+    /// Completes an op that cannot be done.
+    pub(crate) fn fail(&mut self, op: OpId, error: Errno) {
+        self.in_flight += 1;
+        let done = Done { op, result: Err(error), pieces: Pieces::new() };
+        self.shared.finish(&mut self.shared.lock(), done);
+    }
+
+    /// Starts what was staged.
+    #[inline]
+    pub(crate) fn start(&mut self) {
+        if !self.staged.is_empty() {
+            self.start_staged();
+        }
+    }
+
+    fn start_staged(&mut self) {
+        let mut state = self.shared.lock();
+        state.queue.extend(self.staged.drain(..));
+        let (jobs, idle) = (state.queue.len(), state.idle);
+        drop(state);
+        for _ in 0..jobs.min(idle) {
+            self.shared.work.notify_one();
+        }
+        for _ in idle..jobs {
+            if self.threads.len() >= self.limit || self.start_thread().is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Hands over what is done; answers whether the eventfd was signalled for it. `clear` clears
+    /// the eventfd, too: for those who have it for themselves.
+    ///
+    /// # Panics
+    ///
+    /// If a job has: its op would never come back.
+    #[inline]
+    pub(crate) fn collect(&mut self, done: &mut Vec<Completion>, clear: bool) -> bool {
+        self.is_ready() && self.collect_some(done, clear)
+    }
+
+    fn collect_some(&mut self, done: &mut Vec<Completion>, clear: bool) -> bool {
+        let mut state = self.shared.lock();
+        assert!(!state.panicked, "an op panicked on its thread");
+        std::mem::swap(&mut state.done, &mut self.collected);
+        self.shared.ready.store(false, Ordering::Relaxed);
+        if clear {
+            self.shared.event.clear();
+        }
+        drop(state);
+        self.in_flight -= self.collected.len();
+        for Done { op, result, pieces } in self.collected.drain(..) {
+            if pieces.spilled() {
+                self.spare.push(pieces);
+            }
+            done.push(Completion::new(op, result));
+        }
+        true
+    }
+
+    fn start_thread(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        // Signals are for the threads of the embedder, not for ours.
+        let _blocked = SignalsBlocked::new();
+        let thread = std::thread::Builder::new()
+            .name("cowbell-pool".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || shared.work())?;
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+impl Drop for Workers {
+    /// Ends the threads. Jobs not yet begun are forgotten; those begun are waited for, for they
+    /// use memory that may be freed next.
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.closing = true;
+        state.queue.clear();
+        drop(state);
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while holding it; and if, the state is still whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn finish(&self, state: &mut State, done: Done) {
+        let first = state.done.is_empty();
+        state.done.push(done);
+        if first {
+            self.ready.store(true, Ordering::Release);
+            self.event.signal();
+        }
+    }
+
+    /// A thread's life.
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            if state.closing {
+                return;
+            }
+            let Some(job) = state.queue.pop_front() else {
+                state.idle += 1;
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.idle -= 1;
+                continue;
+            };
+            drop(state);
+            // A panic is for the loop, which would wait for ever for a thread that is no more.
+            let result = catch_unwind(AssertUnwindSafe(|| (self.perform)(&job)));
+            state = self.lock();
+            state.panicked |= result.is_err();
+            let result = result.unwrap_or(Err(Errno::IO));
+            self.finish(&mut state, Done { op: job.op, result, pieces: job.pieces });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::op::Op;
+    use crate::ops::OpOwner;
+    use crate::sys::syscalls::wait_readable;
+    use crate::units::ReqId;
+
+    const NO_FILE: Handle = Handle { fd: -1, is_block: false };
+
+    /// Jobs for which `offset` says on what occasion they end.
+    const AT_ONCE: u64 = 0;
+    const WHEN_TOLD: u64 = 1;
+
+    static TOLD: (Mutex<u64>, Condvar) = (Mutex::new(0), Condvar::new());
+
+    /// One test at a time uses `TOLD`.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    fn tell(permits: u64) {
+        *TOLD.0.lock().expect("not poisoned") += permits;
+        TOLD.1.notify_all();
+    }
+
+    fn by_occasion(job: &Job) -> Result<u64, Errno> {
+        if job.offset == WHEN_TOLD {
+            let told = TOLD.0.lock().expect("not poisoned");
+            *TOLD.1.wait_while(told, |told| *told == 0).expect("not poisoned") -= 1;
+        }
+        Ok(0)
+    }
+
+    fn stage(workers: &mut Workers, op: u32, occasion: u64) {
+        let owner = OpOwner { serial: op, ordinal: 0, request: ReqId(0) };
+        let op_itself = Op::bare(crate::op::OpKind::Discard, FileId(0), occasion, 1);
+        let record = OpRecord { op: op_itself, moved: 0, owner, busy: true };
+        workers.stage(OpId(op), &record, NO_FILE, &mut Memory::default());
+    }
+
+    fn workers(threads: usize) -> Workers {
+        let options = PoolOptions { threads, depth: 8 };
+        Workers::new(options, 0, by_occasion).expect("a thread starts")
+    }
+
+    /// What is done within a while; nothing is fine, too, if nothing is expected.
+    fn collect(workers: &mut Workers, count: usize) -> Vec<u32> {
+        let mut done = Vec::new();
+        while done.len() < count {
+            assert!(wait_readable(workers.event().fd(), 20_000), "{done:?} of {count}");
+            assert!(workers.collect(&mut done, true));
+        }
+        assert!(!wait_readable(workers.event().fd(), 20));
+        let mut ops: Vec<u32> = done.iter().map(|done| done.op.0).collect();
+        ops.sort_unstable();
+        ops
+    }
+
+    #[test]
+    fn a_stuck_job_holds_up_nobody() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let mut workers = workers(3);
+        stage(&mut workers, 0, WHEN_TOLD);
+        stage(&mut workers, 1, WHEN_TOLD);
+        stage(&mut workers, 2, AT_ONCE);
+        workers.start();
+        assert_eq!(collect(&mut workers, 1), [2]);
+        for op in 3..8 {
+            stage(&mut workers, op, AT_ONCE);
+            workers.start();
+            assert_eq!(collect(&mut workers, 1), [op]);
+        }
+        assert!(!workers.is_ready());
+        tell(2);
+        assert_eq!(collect(&mut workers, 2), [0, 1]);
+        assert!(workers.threads.len() <= 3);
+    }
+
+    #[test]
+    fn threads_are_started_as_needed_and_never_more_than_allowed() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let mut workers = workers(2);
+        assert_eq!(workers.threads.len(), 1);
+        for op in 0..6 {
+            stage(&mut workers, op, WHEN_TOLD);
+        }
+        stage(&mut workers, 6, AT_ONCE);
+        stage(&mut workers, 7, AT_ONCE);
+        assert!(!workers.has_room());
+        workers.start();
+        assert_eq!(workers.threads.len(), 2);
+        tell(6);
+        assert_eq!(collect(&mut workers, 8), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert!(workers.has_room());
+    }
+
+    #[test]
+    fn dropping_waits_for_what_runs_and_forgets_what_does_not() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let mut workers = workers(1);
+        stage(&mut workers, 0, WHEN_TOLD);
+        stage(&mut workers, 1, WHEN_TOLD); // for which nobody would ever tell
+        workers.start();
+        while workers.shared.lock().queue.len() > 1 {
+            std::thread::yield_now();
+        }
+        let (sender, dropped): (Sender<()>, Receiver<()>) = channel();
+        let dropper = std::thread::spawn(move || {
+            drop(workers);
+            let _ = sender.send(());
+        });
+        assert!(dropped.recv_timeout(Duration::from_millis(50)).is_err(), "a job still runs");
+        tell(1);
+        assert!(dropped.recv_timeout(Duration::from_secs(20)).is_ok());
+        assert!(dropper.join().is_ok());
+        assert_eq!(*TOLD.0.lock().expect("not poisoned"), 0);
+    }
+
+    #[test]
+    fn steady_work_grows_nothing() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let mut workers = workers(4);
+        let room = |workers: &Workers| {
+            let state = workers.shared.lock();
+            let queues = [state.queue.capacity(), state.done.capacity()];
+            (queues, workers.staged.capacity(), workers.collected.capacity())
+        };
+        let before = room(&workers);
+        for _ in 0..100 {
+            for op in 0..8 {
+                stage(&mut workers, op, AT_ONCE);
+            }
+            workers.start();
+            let mut done = Vec::new();
+            while done.len() < 8 {
+                assert!(wait_readable(workers.event().fd(), 20_000));
+                workers.collect(&mut done, true);
+            }
+        }
+        assert_eq!(room(&workers), before);
+    }
+}

@@ -1,0 +1,138 @@
+//! The engine's small vocabulary of numbers: ids, time, errors.
+//!
+//! Ids print short (`r3`, `f0`) so that traces read well. Guest and host offsets are different
+//! types because mixing them up is the classic defect of a block layer.
+
+use std::fmt;
+
+macro_rules! id {
+    ($name:ident, $letter:literal, $what:literal) => {
+        #[doc = $what]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        pub struct $name(pub u32);
+
+        impl $name {
+            /// The id as an index.
+            #[inline]
+            pub fn index(self) -> usize {
+                self.0 as usize
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($letter, "{}"), self.0)
+            }
+        }
+    };
+}
+
+id!(ReqId, "r", "A request in the engine's slab.");
+id!(OpId, "o", "An op on its way to the backend or back.");
+id!(NodeId, "n", "An opened layer.");
+id!(FileId, "f", "A file attached to the engine and its backend.");
+id!(BufId, "b", "A buffer of the engine's pool.");
+id!(RegionId, "m", "Memory that a node holds for as long as it lives, such as its table cache.");
+
+/// A byte offset as the guest sees it, from 0 to the virtual size.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct GuestOffset(pub u64);
+
+/// A byte offset in the image file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct HostOffset(pub u64);
+
+/// A moment, in nanoseconds since an origin that the clock chooses.
+///
+/// The engine never reads a clock of its own: time comes in through `Engine::run` and
+/// `Backend::clock`, so that a simulated run has simulated time.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Time(pub u64);
+
+impl Time {
+    /// This moment plus `ns` nanoseconds, or the end of time.
+    #[must_use]
+    #[inline]
+    pub fn plus_ns(self, ns: u64) -> Time {
+        Time(self.0.saturating_add(ns))
+    }
+
+    /// This moment plus `ms` milliseconds, or the end of time.
+    #[must_use]
+    pub fn plus_ms(self, ms: u64) -> Time {
+        self.plus_ns(ms.saturating_mul(1_000_000))
+    }
+
+    /// Nanoseconds from `earlier` to here; 0 if `earlier` is later.
+    #[must_use]
+    #[inline]
+    pub fn since(self, earlier: Time) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// An error number of the operating system, the one error type of requests and ops.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// Input/output error.
+    pub const IO: Errno = Errno(libc::EIO);
+    /// Invalid argument; also: the image's tables say something impossible.
+    pub const INVALID: Errno = Errno(libc::EINVAL);
+    /// No space left on device.
+    pub const NO_SPACE: Errno = Errno(libc::ENOSPC);
+    /// Operation not permitted.
+    pub const NOT_PERMITTED: Errno = Errno(libc::EPERM);
+    /// Try again; the backend hands such an op on to somebody who can wait.
+    pub const AGAIN: Errno = Errno(libc::EAGAIN);
+    /// Interrupted before anything was done.
+    pub const INTERRUPTED: Errno = Errno(libc::EINTR);
+    /// Not supported here; the engine falls back to a way that is.
+    pub const NOT_SUPPORTED: Errno = Errno(libc::EOPNOTSUPP);
+    /// The image was opened read-only.
+    pub const READ_ONLY: Errno = Errno(libc::EROFS);
+    /// File too large.
+    pub const TOO_BIG: Errno = Errno(libc::EFBIG);
+
+    /// From an I/O error; one without an error number counts as [`Errno::IO`].
+    pub fn from_io(error: &std::io::Error) -> Errno {
+        Errno(error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+impl From<Errno> for std::io::Error {
+    fn from(errno: Errno) -> Self {
+        std::io::Error::from_raw_os_error(errno.0)
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The standard library appends " (os error N)"; people's scripts want the bare text.
+        let text = std::io::Error::from_raw_os_error(self.0).to_string();
+        f.write_str(text.split(" (os error").next().unwrap_or(&text))
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Errno({}: {self})", self.0)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// `value` rounded down to a multiple of `align`, a power of two.
+#[inline]
+pub fn align_down(value: u64, align: u64) -> u64 {
+    debug_assert!(align.is_power_of_two());
+    value & !(align - 1)
+}
+
+/// `value` rounded up to a multiple of `align`, a power of two; `None` on overflow.
+#[inline]
+pub fn align_up(value: u64, align: u64) -> Option<u64> {
+    debug_assert!(align.is_power_of_two());
+    Some(value.checked_add(align - 1)? & !(align - 1))
+}

@@ -1,0 +1,121 @@
+//! The backends of real files, held to the contract.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::backend::{Backend, FileInfo};
+use cowbell_engine::contract::{FILE, Rig, run_all};
+use cowbell_engine::sys::aio::{Aio, AioOptions};
+use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
+use cowbell_engine::sys::inline::Inline;
+use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use tempfile::TempDir;
+
+/// Files in a directory of their own, opened one way, under backends made one way.
+struct Disk<F> {
+    dir: TempDir,
+    direct: bool,
+    made: u32,
+    backend: F,
+}
+
+impl<F> Disk<F> {
+    fn new(parent: &Path, direct: bool, backend: F) -> Disk<F> {
+        let dir = tempfile::tempdir_in(parent).expect("a directory for scratch files");
+        Disk { dir, direct, made: 0, backend }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join(format!("file-{}", self.made))
+    }
+}
+
+impl<B: Backend<File = DiskFile>, F: FnMut() -> io::Result<B>> Rig for Disk<F> {
+    type Backend = B;
+
+    fn make(&mut self, contents: &[u8]) -> (B, FileInfo) {
+        self.made += 1;
+        fs::write(self.path(), contents).expect("a scratch file");
+        let options = DiskOptions { write: true, direct: self.direct, ..DiskOptions::default() };
+        let file = DiskFile::open(self.path(), &options).expect("the scratch file opens");
+        let mut backend = (self.backend)().expect("a backend");
+        let info = backend.attach(FILE, file).expect("it attaches");
+        (backend, info)
+    }
+
+    fn contents(&mut self, _: &mut B) -> Vec<u8> {
+        fs::read(self.path()).expect("the scratch file reads")
+    }
+}
+
+/// Where files are opened with O_DIRECT.
+fn on_disk() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// A file system in memory, if there is one.
+fn in_memory() -> Option<&'static Path> {
+    let path = Path::new("/dev/shm");
+    if path.is_dir() {
+        return Some(path);
+    }
+    let _ = writeln!(io::stderr(), "SKIPPED: there is no {}", path.display());
+    None
+}
+
+fn aio(depth: u32, strict: bool) -> impl FnMut() -> io::Result<Aio> {
+    move || Aio::new(AioOptions { depth, strict, ..AioOptions::default() })
+}
+
+fn pool(threads: usize, depth: usize) -> impl FnMut() -> io::Result<Pool> {
+    move || Pool::new(PoolOptions { threads, depth })
+}
+
+#[test]
+fn inline() {
+    run_all(&mut Disk::new(on_disk(), false, || Ok(Inline::new())));
+    run_all(&mut Disk::new(on_disk(), true, || Ok(Inline::new())));
+}
+
+#[test]
+fn pool_buffered() {
+    run_all(&mut Disk::new(on_disk(), false, pool(16, 256)));
+}
+
+#[test]
+fn pool_direct() {
+    run_all(&mut Disk::new(on_disk(), true, pool(4, 32)));
+}
+
+#[test]
+fn pool_of_one_thread() {
+    run_all(&mut Disk::new(on_disk(), false, pool(1, 8)));
+}
+
+#[test]
+fn aio_direct() {
+    run_all(&mut Disk::new(on_disk(), true, aio(128, false)));
+}
+
+#[test]
+fn aio_of_small_depth() {
+    run_all(&mut Disk::new(on_disk(), true, aio(5, false)));
+}
+
+#[test]
+fn aio_buffered() {
+    run_all(&mut Disk::new(on_disk(), false, aio(128, false)));
+}
+
+#[test]
+fn aio_strict() {
+    run_all(&mut Disk::new(on_disk(), true, aio(128, true)));
+}
+
+#[test]
+fn aio_in_memory() {
+    let Some(dir) = in_memory() else { return };
+    run_all(&mut Disk::new(dir, true, aio(128, false)));
+    run_all(&mut Disk::new(dir, true, aio(128, true)));
+}
