@@ -1,0 +1,576 @@
+//! Opening an image, the other files it consists of, and the files it is backed by.
+//!
+//! The names in an image are untrusted. A backing file is therefore opened only as a [`Policy`]
+//! from the caller allows, always read-only, always as a plain path: nothing in a name is ever
+//! taken for a protocol or an option. A chain that comes back to itself is found by the identity
+//! of its files, at once; one that is merely long ends at [`DEPTH_MAX`].
+//!
+//! An image may be spread over several files: the extents that a VMDK descriptor lists. They are
+//! opened under a policy of their own, as the image is (for writing too), and no file is ever
+//! opened twice in one chain. [`open_layer`] opens none of them: it is for looking at what the
+//! image's own file says.
+//!
+//! What a chain is *not*: something that runs. The drivers take its layers apart; until then it
+//! can be mapped and read ([`crate::map`]), blocking.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::store::Store;
+
+use crate::error::{Error, Shown};
+use crate::probe::{Format, PROBE_BYTES, probe};
+use crate::qcow2;
+use crate::qed;
+use crate::vmdk;
+
+/// A chain has at most this many layers.
+pub const DEPTH_MAX: usize = 200;
+
+/// Where files are: the real disk, or a simulated one.
+pub trait Host {
+    /// An open file.
+    type File: Store;
+
+    /// Opens a file that exists. Must not wait for anybody (a FIFO's other end) and must refuse
+    /// what has no bytes at offsets (a FIFO, a folder).
+    fn open(&self, path: &Path, write: bool) -> io::Result<Self::File>;
+
+    /// Makes an empty file, open for reading and writing. Fails with
+    /// [`io::ErrorKind::AlreadyExists`] rather than touch one that exists.
+    fn create_new(&self, path: &Path) -> io::Result<Self::File>;
+
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// The path with every link followed and no `..` in it. Host without links: the path.
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf>;
+
+    /// Two numbers that no other file of this host has (device and inode).
+    fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)>;
+
+    /// Random bits: what content ids are made of. The same ones each time from a simulated host.
+    fn entropy(&self) -> u32 {
+        0x5eed_c1d5
+    }
+}
+
+impl<H: Host + ?Sized> Host for &H {
+    type File = H::File;
+    fn open(&self, path: &Path, write: bool) -> io::Result<Self::File> {
+        (**self).open(path, write)
+    }
+    fn create_new(&self, path: &Path) -> io::Result<Self::File> {
+        (**self).create_new(path)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        (**self).remove(path)
+    }
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        (**self).resolve(path)
+    }
+    fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)> {
+        (**self).identity(file)
+    }
+    fn entropy(&self) -> u32 {
+        (**self).entropy()
+    }
+}
+
+/// A chain has at most this many files in all.
+pub const FILES_MAX: usize = 4096;
+
+/// Which files that an image names may be opened. For backing files said by the caller each time:
+/// there is no safe answer that suits everybody.
+///
+/// A file is judged by where it really is, links followed. The names in between belong to whoever
+/// can write to those folders; if that is the attacker, only [`Policy::Refuse`] is safe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// None: an image that has one is not opened.
+    Refuse,
+    /// Those in the very folder of the image that names them.
+    SameDirectory,
+    /// Those in these folders or below.
+    Directories(Vec<PathBuf>),
+    /// Any plain path. For images one trusts.
+    Any,
+}
+
+/// How to open a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// The top image's format; `None` to probe.
+    pub format: Option<Format>,
+    /// Open the top image for writing. The others are only ever read.
+    pub write: bool,
+    /// Which backing files may be opened.
+    pub backing: Policy,
+    /// Which other files of the image itself may be opened: those that hold part of its disk.
+    /// [`Policy::SameDirectory`], the default, also wants their names to be just names: nothing
+    /// with a `/` in it.
+    pub files: Policy,
+    /// Probe a backing file whose format the image does not record, as QEMU does for QED. If
+    /// false, such an image is refused.
+    pub probe_backing: bool,
+    /// Open an image for writing that is marked as needing a check without checking it.
+    pub ignore_need_check: bool,
+}
+
+impl Default for OpenOptions {
+    /// For reading, probed, without any backing file.
+    fn default() -> Self {
+        OpenOptions {
+            format: None,
+            write: false,
+            backing: Policy::Refuse,
+            files: Policy::SameDirectory,
+            probe_backing: true,
+            ignore_need_check: false,
+        }
+    }
+}
+
+/// An image and its backing files, top first; never empty.
+#[derive(Debug)]
+pub struct Chain<F> {
+    /// At least one, at most [`DEPTH_MAX`].
+    pub layers: Vec<Layer<F>>,
+}
+
+impl<F> Chain<F> {
+    /// The size of the disk that the guest sees: the top layer's, in bytes.
+    pub fn size(&self) -> u64 {
+        self.layers.first().map_or(0, Layer::size)
+    }
+}
+
+/// One open image file.
+#[derive(Debug)]
+pub struct Layer<F> {
+    /// Where it was found.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The format is a guess from its first bytes; nobody said so.
+    pub probed: bool,
+    /// The open file.
+    pub file: F,
+    /// The other files that the image consists of, in the order in which it names them. Empty for
+    /// most formats, and where [`open_layer`] opened it.
+    pub more: Vec<F>,
+    /// What its format keeps in memory.
+    pub meta: LayerMeta,
+}
+
+/// What a format keeps in memory of an open image.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum LayerMeta {
+    /// Nothing but its size.
+    Raw {
+        /// The disk's size in bytes: the file's, rounded up to a multiple of 512.
+        size: u64,
+    },
+    /// Header and L1 table.
+    Qed(qed::Opened),
+    /// Descriptor, extents and their grain directories.
+    Vmdk(vmdk::Opened),
+    /// Header and tables.
+    Qcow2(qcow2::Opened),
+}
+
+impl LayerMeta {
+    /// The names of the other files that the image consists of, as it spells them.
+    pub fn files(&self) -> Vec<&Path> {
+        match self {
+            LayerMeta::Raw { .. } | LayerMeta::Qed(_) => Vec::new(),
+            LayerMeta::Vmdk(image) => image.files(),
+            LayerMeta::Qcow2(image) => {
+                image.header.data_file_name().map(path_of).into_iter().collect()
+            }
+        }
+    }
+}
+
+impl<F: Store> Layer<F> {
+    /// All files are open: reads what is in the others.
+    fn complete(&mut self, write: bool) -> Result<(), Error> {
+        match &mut self.meta {
+            LayerMeta::Vmdk(image) => {
+                image.complete(&self.more)?;
+                if write {
+                    image.check_writable()?;
+                }
+            }
+            LayerMeta::Qcow2(image) if image.header.has_data_file() && self.more.is_empty() => {
+                return Err(Error::Invalid("'data-file' is required for this image".into()));
+            }
+            LayerMeta::Qcow2(_) | LayerMeta::Raw { .. } | LayerMeta::Qed(_) => {}
+        }
+        Ok(())
+    }
+}
+
+impl<F> Layer<F> {
+    /// The file of this number: 0 is the image's own, the others follow.
+    pub fn numbered(&self, file: usize) -> &F {
+        if file == 0 { &self.file } else { &self.more[file - 1] }
+    }
+
+    /// Where that file was found.
+    pub fn numbered_path(&self, file: usize) -> PathBuf {
+        match self.meta.files().get(file.wrapping_sub(1)) {
+            Some(name) => folder_of(&self.path).join(name),
+            None => self.path.clone(),
+        }
+    }
+
+    /// The size of the disk in this image, in bytes; a multiple of 512.
+    pub fn size(&self) -> u64 {
+        match &self.meta {
+            LayerMeta::Raw { size } => *size,
+            LayerMeta::Qed(image) => image.header.image_size,
+            LayerMeta::Vmdk(image) => image.size,
+            LayerMeta::Qcow2(image) => image.header.disk_size(),
+        }
+    }
+
+    /// The backing file's name as the image spells it.
+    pub fn backing_name(&self) -> Option<&Path> {
+        match &self.meta {
+            LayerMeta::Raw { .. } => None,
+            LayerMeta::Qed(image) => image.backing_name.as_deref().map(path_of),
+            LayerMeta::Qcow2(image) => image.header.backing_name().map(path_of),
+            LayerMeta::Vmdk(image) => image.parent(),
+        }
+    }
+
+    /// The backing file's format as the image records it; `None`: not recorded, or no backing.
+    pub fn backing_format(&self) -> Option<Format> {
+        match &self.meta {
+            LayerMeta::Qed(image)
+                if image.backing_name.is_some() && image.header.backing_is_raw() =>
+            {
+                Some(Format::Raw)
+            }
+            LayerMeta::Vmdk(image) => image.parent().map(|_| Format::Vmdk),
+            LayerMeta::Qcow2(_) => Format::from_name(self.backing_format_name()?.as_str()),
+            _ => None,
+        }
+    }
+
+    /// The backing file's format as the image spells it: untrusted text, control characters
+    /// escaped. Not every name is that of a format.
+    pub fn backing_format_name(&self) -> Option<String> {
+        match &self.meta {
+            LayerMeta::Qcow2(image) => {
+                image.header.backing_format().map(|name| Shown(path_of(name)).to_string())
+            }
+            _ => self.backing_format().map(|format| format.to_string()),
+        }
+    }
+}
+
+/// Opens `path` and the files it is backed by.
+///
+/// # Errors
+///
+/// What is wrong with the image itself, as it is; with a backing file, inside
+/// [`Error::Backing`]; [`Error::Policy`] and [`Error::BackingLoop`] likewise.
+pub fn open<H: Host>(
+    host: &H,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Chain<H::File>, Error> {
+    let file = host.open(path, options.write).map_err(Error::open(path))?;
+    let top = layer_in(file, path, &OpenOptions { write: false, ..options.clone() })?;
+    let mut seen = vec![identity(host, &top)?];
+    let mut layers = vec![with_files(host, top, options, &mut seen)?];
+    while let Some(next) = layers.last().and_then(|layer| backing_of(layer).transpose()) {
+        let below = next
+            .and_then(|backing| open_backing(host, &backing, layers.len(), options, &mut seen))
+            .map_err(|error| Error::Backing(Box::new(error)))?;
+        layers.push(below);
+    }
+    // Nothing is written, not even a repair, before everything is known to open.
+    if let (true, Some(top)) = (options.write, layers.first_mut()) {
+        top.meta = open_meta(&top.file, top.format, options)?;
+        top.complete(options.write)?;
+    }
+    for i in 1..layers.len() {
+        let cid = match &layers[i].meta {
+            LayerMeta::Vmdk(below) => Some(below.descriptor.cid),
+            _ => None,
+        };
+        if let LayerMeta::Vmdk(image) = &mut layers[i - 1].meta {
+            image.parent_changed = cid != Some(image.descriptor.parent_cid);
+        }
+    }
+    Ok(Chain { layers })
+}
+
+/// Opens one image, the other files that it consists of, and no backing file.
+///
+/// # Errors
+///
+/// As [`open`].
+pub fn open_whole_layer<H: Host>(
+    host: &H,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Layer<H::File>, Error> {
+    let layer = open_layer(host, path, options)?;
+    let mut seen = vec![identity(host, &layer)?];
+    with_files(host, layer, options, &mut seen)
+}
+
+/// Opens one image's own file and no other, whatever the policies say.
+pub fn open_layer<H: Host>(
+    host: &H,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Layer<H::File>, Error> {
+    let file = host.open(path, options.write).map_err(Error::open(path))?;
+    layer_in(file, path, options)
+}
+
+/// The format of `file`, from its first bytes.
+///
+/// # Errors
+///
+/// [`Error::Io`].
+pub fn probe_file<F: Store>(file: &F) -> Result<Format, Error> {
+    let len = file.len().map_err(Error::io("find the image's length"))?;
+    let mut first = [0; PROBE_BYTES];
+    let first = &mut first[..len.min(PROBE_BYTES as u64) as usize];
+    file.read_at(0, first).map_err(Error::io("read the first sector"))?;
+    Ok(probe(first))
+}
+
+/// Makes a layer of an open file.
+pub fn layer_in<F: Store>(file: F, path: &Path, options: &OpenOptions) -> Result<Layer<F>, Error> {
+    let format = match options.format {
+        Some(format) => format,
+        None => probe_file(&file)?,
+    };
+    let meta = open_meta(&file, format, options)?;
+    let probed = options.format.is_none();
+    Ok(Layer { path: path.to_path_buf(), format, probed, file, more: Vec::new(), meta })
+}
+
+/// Opens the other files of a layer.
+fn with_files<H: Host>(
+    host: &H,
+    mut layer: Layer<H::File>,
+    options: &OpenOptions,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Layer<H::File>, Error> {
+    layer.more = open_files(host, &layer.path, &layer.meta.files(), options, seen)?;
+    layer.complete(false)?;
+    Ok(layer)
+}
+
+/// Opens the other files of the image at `path`, in the order of `names`, for writing if the image
+/// is. `seen` are the identities of all files opened so far, the image's included; those of the
+/// new ones are added.
+///
+/// # Errors
+///
+/// [`Error::Policy`] for a name that [`OpenOptions::files`] does not allow; [`Error::Limit`] for
+/// more than [`FILES_MAX`]; [`Error::Invalid`] for a file that is open already; [`Error::Open`].
+pub fn open_files<H: Host>(
+    host: &H,
+    path: &Path,
+    names: &[&Path],
+    options: &OpenOptions,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Vec<H::File>, Error> {
+    if names.len() > FILES_MAX.saturating_sub(seen.len()) {
+        return Err(Error::Limit(format!("the image has more than {FILES_MAX} files")));
+    }
+    let folder = folder_of(path);
+    let mut files = Vec::with_capacity(names.len());
+    for name in names {
+        let named = Named { what: "file", path: folder.join(name), folder: folder.clone() };
+        let is_bare = named.path.file_name() == Some(name.as_os_str());
+        if options.files == Policy::SameDirectory && !is_bare {
+            return named.refused("its name is more than a name");
+        }
+        let real = allowed_path(host, &named, &options.files)?;
+        let file = host.open(&real, options.write).map_err(Error::open(&named.path))?;
+        let id = host.identity(&file).map_err(Error::open(&named.path))?;
+        if seen.contains(&id) {
+            let name = Shown(&named.path);
+            return Err(Error::Invalid(format!("file '{name}' has two parts in the image")));
+        }
+        seen.push(id);
+        files.push(file);
+    }
+    Ok(files)
+}
+
+fn open_meta<F: Store>(
+    file: &F,
+    format: Format,
+    options: &OpenOptions,
+) -> Result<LayerMeta, Error> {
+    Ok(match format {
+        Format::Raw => {
+            let len = file.len().map_err(Error::io("find the image's length"))?;
+            let size = len.checked_next_multiple_of(qed::layout::SECTOR);
+            let size = size.filter(|&size| size <= i64::MAX as u64);
+            LayerMeta::Raw {
+                size: size.ok_or_else(|| Error::Limit(format!("{len} bytes are too many")))?,
+            }
+        }
+        Format::Qed => {
+            let access = match (options.write, options.ignore_need_check) {
+                (false, _) => qed::open::Access::Read,
+                (true, false) => qed::open::Access::Write,
+                (true, true) => qed::open::Access::WriteUnchecked,
+            };
+            LayerMeta::Qed(qed::open::open(file, access)?)
+        }
+        Format::Vmdk => LayerMeta::Vmdk(vmdk::open::open(file)?),
+        Format::Qcow2 => {
+            let access = match (options.write, options.ignore_need_check) {
+                (false, _) => qcow2::open::Access::Read,
+                (true, false) => qcow2::open::Access::Write,
+                (true, true) => qcow2::open::Access::WriteUnchecked,
+            };
+            LayerMeta::Qcow2(qcow2::open::open(file, access)?)
+        }
+    })
+}
+
+/// A file that an image names.
+struct Named {
+    /// What it is to the image.
+    what: &'static str,
+    path: PathBuf,
+    /// The folder of the image.
+    folder: PathBuf,
+}
+
+impl Named {
+    fn refused<T>(&self, why: &str) -> Result<T, Error> {
+        let Named { what, path, .. } = self;
+        Err(Error::Policy(format!("{what} '{}' is not opened: {why}", Shown(path))))
+    }
+}
+
+/// A backing file to open.
+struct Backing {
+    named: Named,
+    format: Option<Format>,
+}
+
+fn backing_of<F>(layer: &Layer<F>) -> Result<Option<Backing>, Error> {
+    let Some(name) = layer.backing_name() else { return Ok(None) };
+    let path = backing_path(&layer.path, name)?;
+    let folder = folder_of(&layer.path);
+    let named = Named { what: "backing file", path, folder };
+    let format = layer.backing_format();
+    if let (None, Some(name)) = (format, layer.backing_format_name()) {
+        // Not to be guessed: somebody said what it is.
+        return Err(Error::Unsupported(format!("Unknown driver '{name}'")));
+    }
+    Ok(Some(Backing { named, format }))
+}
+
+/// Where the backing file `name` of the image at `overlay` is: relative to the image's folder.
+///
+/// # Errors
+///
+/// [`Error::Unsupported`] for names like `nbd:...` and `json:...`, which other programs take for
+/// more than a path. (A plain file of such a name can be spelled `./nbd:...`.)
+pub fn backing_path(overlay: &Path, name: &Path) -> Result<PathBuf, Error> {
+    let bytes = name.as_os_str().as_bytes();
+    let first = bytes.split(|&byte| byte == b'/').next().unwrap_or(bytes);
+    if first.contains(&b':') {
+        return Err(Error::Unsupported(format!(
+            "backing file name '{}' names a protocol; only plain paths are opened",
+            Shown(name)
+        )));
+    }
+    if bytes.contains(&0) || bytes.is_empty() {
+        return Err(Error::Invalid("the backing file's name is no path".into()));
+    }
+    Ok(folder_of(overlay).join(name))
+}
+
+fn path_of(name: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(name))
+}
+
+/// The folder that `path` is in; the current one for a bare name.
+fn folder_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::new(),
+    }
+}
+
+fn open_backing<H: Host>(
+    host: &H,
+    backing: &Backing,
+    depth: usize,
+    options: &OpenOptions,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Layer<H::File>, Error> {
+    let path = &backing.named.path;
+    let real = allowed_path(host, &backing.named, &options.backing)?;
+    if depth >= DEPTH_MAX {
+        return Err(Error::Limit(format!("the backing chain has more than {DEPTH_MAX} images")));
+    }
+    if backing.format.is_none() && !options.probe_backing {
+        return Err(Error::Policy(format!(
+            "the format of backing file '{}' is not recorded, and must not be guessed",
+            Shown(path)
+        )));
+    }
+    let file = host.open(&real, false).map_err(Error::open(path))?;
+    let id = host.identity(&file).map_err(Error::open(path))?;
+    if seen.contains(&id) {
+        return Err(Error::BackingLoop(path.clone()));
+    }
+    seen.push(id);
+    let options = OpenOptions { format: backing.format, write: false, ..options.clone() };
+    let layer = layer_in(file, path, &options)?;
+    with_files(host, layer, &options, seen)
+}
+
+/// The path to open, if the policy allows it.
+fn allowed_path<H: Host>(host: &H, named: &Named, policy: &Policy) -> Result<PathBuf, Error> {
+    let path = &named.path;
+    let resolve = |path: &Path| {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        host.resolve(path).map_err(Error::open(path))
+    };
+    match policy {
+        Policy::Any => Ok(path.clone()),
+        Policy::Refuse => named.refused("no such files are allowed here"),
+        Policy::SameDirectory => {
+            let real = resolve(path)?;
+            if real.parent() == Some(&*resolve(&named.folder)?) {
+                return Ok(real);
+            }
+            named.refused("it is not in the image's own folder")
+        }
+        Policy::Directories(folders) => {
+            let real = resolve(path)?;
+            for folder in folders {
+                if real.starts_with(resolve(folder)?) {
+                    return Ok(real);
+                }
+            }
+            named.refused("it is in none of the allowed folders")
+        }
+    }
+}
+
+fn identity<H: Host>(host: &H, layer: &Layer<H::File>) -> Result<(u64, u64), Error> {
+    host.identity(&layer.file).map_err(Error::open(&layer.path))
+}

@@ -1,0 +1,751 @@
+//! Making images: the options, their text form, and the files.
+//!
+//! In two steps. [`plan`] looks at the options and at the backing file and finds everything there
+//! is to refuse; [`Plan::run`] makes the file. So a mistake never costs anybody an existing file,
+//! and a failure on the way leaves no half-made one behind under the target's name.
+//!
+//! The text form is that of `qemu-img create -o`: `key=value,key=value`, a comma in a value doubled.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fmt::Write as _;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::store::Store;
+use cowbell_engine::units::Errno;
+
+use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_path};
+use crate::error::{Error, Shown};
+use crate::probe::Format;
+use crate::qcow2;
+use crate::qcow2::header::Compression;
+use crate::qed;
+use crate::qed::layout::{Header, OFFSET_MAX, SECTOR};
+use crate::vmdk;
+
+/// What a new image shall be.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct CreateOptions {
+    /// The disk's size in bytes, rounded up to a multiple of 512; `None`: the backing file's.
+    pub size: Option<u64>,
+    /// The backing file's name as it shall be in the image; relative to the image's folder.
+    pub backing_file: Option<PathBuf>,
+    /// The backing file's format; has to be said where there is one.
+    pub backing_format: Option<Format>,
+    /// Do not look at the backing file; then the size has to be said.
+    pub backing_unchecked: bool,
+    /// Bytes in a cluster, a power of two. QED: from 4 KiB to 64 MiB; qcow2: from 512 to 2 MiB.
+    /// 64 KiB if not said.
+    pub cluster_size: Option<u64>,
+    /// QED: clusters in a table, a power of two from 1 to 16. 4 if not said.
+    pub table_size: Option<u64>,
+    /// Raw and qcow2: how to take the space. Off if not said.
+    pub preallocation: Option<Preallocation>,
+    /// qcow2: the version, as `v2` or `0.10`, `v3` or `1.1`. 3 if not said.
+    pub compat: Option<String>,
+    /// qcow2: where guest data goes, if not into the image; relative to the image's folder. This
+    /// file is made too.
+    pub data_file: Option<PathBuf>,
+    /// qcow2: the data file is the disk, byte for byte.
+    pub data_file_raw: Option<bool>,
+    /// qcow2: refcounts may be written late.
+    pub lazy_refcounts: Option<bool>,
+    /// qcow2: bits in a refcount, a power of two from 1 to 64. 16 if not said.
+    pub refcount_bits: Option<u64>,
+    /// qcow2: clusters have subclusters.
+    pub extended_l2: Option<bool>,
+    /// qcow2: how compressed clusters will be compressed.
+    pub compression_type: Option<Compression>,
+    /// What only VMDK images have.
+    pub vmdk: vmdk::create::Wanted,
+}
+
+/// How an image takes its space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Not at all: the file is a hole.
+    Off,
+    /// Not at all, but there is a place for everything. Only qcow2 knows this.
+    Metadata,
+    /// Reserved by the file system.
+    Falloc,
+    /// By writing zeros.
+    Full,
+}
+
+impl fmt::Display for Preallocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Preallocation::Off => "off",
+            Preallocation::Metadata => "metadata",
+            Preallocation::Falloc => "falloc",
+            Preallocation::Full => "full",
+        })
+    }
+}
+
+impl CreateOptions {
+    /// Takes in an option string for an image of this format. May be called again: what is said
+    /// later counts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], naming the option or its value.
+    pub fn parse(&mut self, format: Format, text: &str) -> Result<(), Error> {
+        for (key, value) in split_options(text) {
+            self.set(format, &key, &value)?;
+        }
+        Ok(())
+    }
+
+    /// Sets one option for an image of this format.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`](Self::parse).
+    pub fn set(&mut self, format: Format, key: &str, value: &str) -> Result<(), Error> {
+        let number = || option_number(key, value);
+        match (format, key) {
+            (_, "size") => self.size = Some(number()?),
+            (Format::Qed | Format::Qcow2 | Format::Vmdk, "backing_file") => {
+                self.backing_file = Some(value.into());
+            }
+            (Format::Qed | Format::Qcow2 | Format::Vmdk, "backing_fmt") => {
+                self.backing_format = Some(format_named(value)?);
+            }
+            (Format::Qed | Format::Qcow2, "cluster_size") => self.cluster_size = Some(number()?),
+            (Format::Qed, "table_size") => self.table_size = Some(number()?),
+            (Format::Raw | Format::Qcow2, "preallocation") => {
+                self.preallocation = Some(match value {
+                    "off" => Preallocation::Off,
+                    "metadata" if format == Format::Qcow2 => Preallocation::Metadata,
+                    "falloc" => Preallocation::Falloc,
+                    "full" => Preallocation::Full,
+                    _ if format == Format::Qcow2 => return Err(not_accepted(key, value)),
+                    _ => {
+                        return Err(Error::Invalid(format!("invalid parameter value: {value}")));
+                    }
+                });
+            }
+            (Format::Qcow2, key) => return self.set_qcow2(key, value),
+            (Format::Vmdk, key) => return self.vmdk.set(key, value),
+            _ => return Err(Error::Invalid(format!("Invalid parameter '{key}'"))),
+        }
+        Ok(())
+    }
+
+    /// Sets an option that only qcow2 has.
+    fn set_qcow2(&mut self, key: &str, value: &str) -> Result<(), Error> {
+        let number = || option_number(key, value);
+        let switch = || match value {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            _ => Err(Error::Invalid(format!("Parameter '{key}' expects 'on' or 'off'"))),
+        };
+        match key {
+            "compat" => match value {
+                "v2" | "0.10" | "v3" | "1.1" => self.compat = Some(value.into()),
+                _ => return Err(not_accepted("version", value)),
+            },
+            "compression_type" => {
+                self.compression_type = Some(match value {
+                    "zlib" => Compression::Zlib,
+                    "zstd" => Compression::Zstd,
+                    _ => return Err(not_accepted("compression-type", value)),
+                });
+            }
+            "data_file" => self.data_file = Some(value.into()),
+            "data_file_raw" => self.data_file_raw = Some(switch()?),
+            "extended_l2" => self.extended_l2 = Some(switch()?),
+            "lazy_refcounts" => self.lazy_refcounts = Some(switch()?),
+            "refcount_bits" => self.refcount_bits = Some(number()?),
+            "encryption" if value == "off" => {}
+            "encryption" => return Err(no_encryption("AES")),
+            "encrypt.format" if value == "aes" => return Err(no_encryption("AES")),
+            key if key.starts_with("encrypt.") => return Err(no_encryption("LUKS")),
+            _ => return Err(Error::Invalid(format!("Invalid parameter '{key}'"))),
+        }
+        Ok(())
+    }
+}
+
+/// The format of this name.
+///
+/// # Errors
+///
+/// [`Error::Invalid`].
+pub fn format_named(name: &str) -> Result<Format, Error> {
+    Format::from_name(name).ok_or_else(|| Error::Invalid(format!("Unknown file format '{name}'")))
+}
+
+fn not_accepted(key: &str, value: &str) -> Error {
+    Error::Invalid(format!("Parameter '{key}' does not accept value '{value}'"))
+}
+
+fn no_encryption(how: &str) -> Error {
+    Error::Unsupported(format!("{how} encryption of qcow2 images is not supported"))
+}
+
+fn no_backing_for(format: Format) -> Error {
+    Error::Invalid(format!("Backing file not supported for file format '{format}'"))
+}
+
+/// `k=v` pairs between single commas; two commas are one within a value. A missing `=` makes an
+/// empty value.
+fn split_options(text: &str) -> Vec<(String, String)> {
+    let mut pairs = Vec::new();
+    let mut item = String::new();
+    let mut chars = text.chars().peekable();
+    loop {
+        match chars.next() {
+            Some(',') if chars.peek() == Some(&',') => {
+                chars.next();
+                item.push(',');
+            }
+            Some(c) if c != ',' => item.push(c),
+            end => {
+                if !item.is_empty() {
+                    let (key, value) = item.split_once('=').unwrap_or((&item, ""));
+                    pairs.push((key.to_string(), value.to_string()));
+                    item.clear();
+                }
+                if end.is_none() {
+                    return pairs;
+                }
+            }
+        }
+    }
+}
+
+/// Why a text is no size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadSize {
+    /// It is no number, or has no such suffix, or is a fraction of a byte.
+    NotANumber,
+    /// It does not fit 64 bits, or is negative.
+    OutOfRange,
+}
+
+/// A size in bytes: a decimal number with an optional suffix `b`, `k`, `M`, `G`, `T`, `P` or `E`
+/// in either case (powers of 1024), a fraction only with one (`1.5G`, rounded down to a byte); or
+/// `0x` and hexadecimal digits.
+///
+/// # Errors
+///
+/// [`BadSize`].
+pub fn parse_size(text: &str) -> Result<u64, BadSize> {
+    let text = text.trim_start();
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        if hex.is_empty() || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(BadSize::NotANumber);
+        }
+        return match u64::from_str_radix(hex, 16) {
+            Ok(size) if !negative || size == 0 => Ok(size),
+            _ => Err(BadSize::OutOfRange),
+        };
+    }
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let (whole, rest) = text.split_at(digits(text));
+    let (fraction, suffix) = match rest.strip_prefix('.') {
+        Some(rest) => rest.split_at(digits(rest)),
+        None => ("", rest),
+    };
+    let shift = match suffix {
+        "" | "b" | "B" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        "p" | "P" => 50,
+        "e" | "E" => 60,
+        _ => return Err(BadSize::NotANumber),
+    };
+    if whole.is_empty() && fraction.is_empty() {
+        return Err(BadSize::NotANumber);
+    }
+    // 19 digits times 2^60 fit 128 bits; digits behind them are worth less than a byte.
+    let fraction = fraction.trim_end_matches('0');
+    if !fraction.is_empty() && shift == 0 {
+        return Err(BadSize::NotANumber);
+    }
+    let mut numerator = 0u128;
+    let mut denominator = 1u128;
+    for digit in fraction.bytes().take(19) {
+        numerator = numerator * 10 + u128::from(digit - b'0');
+        denominator *= 10;
+    }
+    let mut size = 0u128;
+    for digit in whole.bytes() {
+        size = size * 10 + u128::from(digit - b'0');
+        if size > u128::from(u64::MAX) {
+            return Err(BadSize::OutOfRange);
+        }
+    }
+    let size = (size << shift) + (numerator << shift) / denominator;
+    match u64::try_from(size) {
+        Ok(size) if !negative || size == 0 => Ok(size),
+        _ => Err(BadSize::OutOfRange),
+    }
+}
+
+/// The size of a disk, as given on a command line.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] with QEMU's text.
+pub fn image_size(text: &str) -> Result<u64, Error> {
+    match parse_size(text) {
+        Ok(size) if size <= OFFSET_MAX => Ok(size),
+        Err(BadSize::NotANumber) => {
+            Err(Error::Invalid(format!("Invalid image size specified: '{text}'.")))
+        }
+        Ok(_) | Err(BadSize::OutOfRange) => Err(Error::Invalid(format!(
+            "Invalid image size specified. Must be between 0 and {OFFSET_MAX}."
+        ))),
+    }
+}
+
+fn option_number(key: &str, value: &str) -> Result<u64, Error> {
+    parse_size(value).map_err(|bad| {
+        Error::Invalid(match bad {
+            BadSize::OutOfRange => format!("Value '{value}' is out of range for parameter '{key}'"),
+            BadSize::NotANumber => format!(
+                "Parameter '{key}' expects a non-negative number below 2^64, \
+                 with an optional suffix k, M, G, T, P or E"
+            ),
+        })
+    })
+}
+
+/// An image that can be made: everything about it is known and valid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    path: PathBuf,
+    format: Format,
+    size: u64,
+    options: CreateOptions,
+    made: Made,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Made {
+    Raw { size: u64, preallocation: Preallocation },
+    Qed { header: Header },
+    Qcow2(Box<qcow2::create::Plan>),
+    Vmdk(Box<vmdk::create::Options>),
+}
+
+/// Finds out what image `options` ask for. Reads the backing file's size, and nothing else;
+/// writes nothing.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] naming the option; [`Error::Backing`] if the backing file cannot be opened;
+/// [`Error::BackingLoop`] if the target is in its own backing chain;
+/// [`Error::Unsupported`] for formats that cannot be made yet.
+pub fn plan<H: Host>(
+    host: &H,
+    path: &Path,
+    format: Format,
+    options: &CreateOptions,
+) -> Result<Plan, Error> {
+    if let Some(key) = foreign_option(format, options) {
+        return Err(Error::Invalid(format!("Invalid parameter '{key}'")));
+    }
+    let mut size = options.size;
+    let mut parent = None;
+    if let Some(name) = &options.backing_file {
+        if format == Format::Raw {
+            return Err(no_backing_for(format));
+        }
+        let Some(backing_format) = options.backing_format else {
+            return Err(Error::Invalid("Backing file specified without backing format".into()));
+        };
+        if format == Format::Vmdk && backing_format != Format::Vmdk {
+            return Err(Error::Invalid("backing_file must be a vmdk image".into()));
+        }
+        // A VMDK image records which state of its parent it was made for.
+        if !options.backing_unchecked || format == Format::Vmdk {
+            let (backing_size, cid) = look_at_backing(host, path, name, backing_format)
+                .map_err(|error| Error::Backing(Box::new(error)))?;
+            size = size.or(Some(backing_size));
+            parent = cid.map(|cid| (name.as_os_str().as_bytes().to_vec(), cid));
+        }
+    }
+    let Some(size) = size else {
+        return Err(Error::Invalid("Image creation needs a size parameter".into()));
+    };
+    let made = match format {
+        Format::Qed => Made::Qed { header: qed_header(size, options)? },
+        Format::Qcow2 => Made::Qcow2(Box::new(qcow2_plan(size, options)?)),
+        Format::Vmdk => {
+            let sectors = size.checked_next_multiple_of(SECTOR).filter(|&size| size <= OFFSET_MAX);
+            let size = sectors.ok_or_else(|| too_large(format))?;
+            let name = path.file_name().unwrap_or_default().as_bytes();
+            let made = options.vmdk.options(name, size, parent, host.entropy())?;
+            Made::Vmdk(Box::new(made))
+        }
+        _ => Made::Raw {
+            size: size
+                .checked_next_multiple_of(SECTOR)
+                .filter(|&size| size <= OFFSET_MAX)
+                .ok_or_else(|| too_large(format))?,
+            preallocation: options.preallocation.unwrap_or(Preallocation::Off),
+        },
+    };
+    Ok(Plan { path: path.to_path_buf(), format, size, options: options.clone(), made })
+}
+
+/// Makes an image; returns the disk's size in bytes. [`plan`] and [`Plan::run`] in one.
+///
+/// # Errors
+///
+/// As both.
+pub fn create<H: Host>(
+    host: &H,
+    path: &Path,
+    format: Format,
+    options: &CreateOptions,
+) -> Result<u64, Error> {
+    let plan = plan(host, path, format, options)?;
+    plan.run(host)?;
+    Ok(plan.size())
+}
+
+impl Plan {
+    /// The disk's size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        match &self.made {
+            Made::Raw { size, .. } => *size,
+            Made::Qed { header } => header.image_size,
+            Made::Qcow2(plan) => plan.disk_size(),
+            Made::Vmdk(options) => options.size,
+        }
+    }
+
+    /// The line that `qemu-img create` prints before it starts.
+    pub fn formatting(&self) -> String {
+        let mut line = format!("Formatting '{}', fmt={}", Shown(&self.path), self.format);
+        let options = &self.options;
+        if self.format == Format::Qcow2 {
+            self.qcow2_options(&mut line);
+            return line;
+        }
+        // Writing to a string cannot fail.
+        let _ = write!(line, " size={}", self.size);
+        let mut say = |key: &str, value: Option<&dyn fmt::Display>| {
+            if let Some(value) = value {
+                // Writing to a string cannot fail.
+                let _ = write!(line, " {key}={value}");
+            }
+        };
+        let backing = options.backing_file.as_deref().map(Shown);
+        say("adapter_type", options.vmdk.adapter.as_ref().map(|value| value as _));
+        say("backing_file", backing.as_ref().map(|value| value as _));
+        say("backing_fmt", options.backing_format.as_ref().map(|value| value as _));
+        if let Made::Qed { header } = &self.made {
+            say("cluster_size", Some(&header.geometry.cluster_size()));
+        }
+        say("table_size", options.table_size.as_ref().map(|value| value as _));
+        say("preallocation", options.preallocation.as_ref().map(|value| value as _));
+        if self.format == Format::Vmdk {
+            for (key, value) in options.vmdk.formatting() {
+                say(key, value.as_ref().map(|value| value as _));
+            }
+        }
+        line
+    }
+
+    /// Fills the image, after making the data file that it shall have, if it shall.
+    fn make_qcow2<H: Host>(
+        &self,
+        host: &H,
+        image: &H::File,
+        plan: &qcow2::create::Plan,
+    ) -> Result<(), Error> {
+        let Some(name) = &self.options.data_file else { return plan.write(image) };
+        let path = self.path.with_file_name("").join(name);
+        let id = |file: &H::File| host.identity(file).map_err(Error::open(&path));
+        make_file(host, &path, |data| {
+            if id(data)? == id(image)? {
+                return Err(Error::Invalid("the image cannot be its own data file".into()));
+            }
+            let how = self.options.preallocation.unwrap_or(Preallocation::Off);
+            write_raw(data, plan.disk_size(), how)?;
+            plan.write(image)
+        })
+    }
+
+    /// What a qcow2 image will be, for [`formatting`](Self::formatting).
+    fn qcow2_options(&self, line: &mut String) {
+        let options = &self.options;
+        let on_off = |on: bool| if on { "on" } else { "off" }.to_string();
+        let path = |path: &PathBuf| Shown(path).to_string();
+        let cluster_size = options.cluster_size.unwrap_or(qcow2::create::DEFAULT_CLUSTER_SIZE);
+        let refcount_bits = options.refcount_bits.unwrap_or(qcow2::create::DEFAULT_REFCOUNT_BITS);
+        let pairs = [
+            ("cluster_size", Some(cluster_size.to_string())),
+            ("extended_l2", Some(on_off(options.extended_l2 == Some(true)))),
+            ("preallocation", options.preallocation.map(|how| how.to_string())),
+            ("compression_type", Some(options.compression_type.unwrap_or_default().name().into())),
+            ("size", Some(self.size.to_string())),
+            ("compat", options.compat.clone()),
+            ("backing_file", options.backing_file.as_ref().map(path)),
+            ("backing_fmt", options.backing_format.map(|format| format.to_string())),
+            ("data_file", options.data_file.as_ref().map(path)),
+            ("data_file_raw", options.data_file_raw.map(on_off)),
+            ("lazy_refcounts", Some(on_off(options.lazy_refcounts == Some(true)))),
+            ("refcount_bits", Some(refcount_bits.to_string())),
+        ];
+        for (key, value) in pairs {
+            if let Some(value) = value {
+                // Writing to a string cannot fail.
+                let _ = write!(line, " {key}={value}");
+            }
+        }
+    }
+
+    /// Makes the file, over one that is there already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`], [`Error::Io`]. A new file is removed again; one that was there is left
+    /// empty.
+    pub fn run<H: Host>(&self, host: &H) -> Result<(), Error> {
+        let result = match &self.made {
+            Made::Raw { size, preallocation } => {
+                make_file(host, &self.path, |file| write_raw(file, *size, *preallocation))
+            }
+            Made::Qed { header } => {
+                make_file(host, &self.path, |file| qed::create::write(file, header))
+            }
+            Made::Qcow2(plan) => {
+                make_file(host, &self.path, |file| self.make_qcow2(host, file, plan))
+            }
+            Made::Vmdk(options) => run_vmdk(host, &self.path, options),
+        };
+        match result {
+            Err(Error::Io { errno: Errno::TOO_BIG, .. }) => Err(too_large(self.format)),
+            result => result,
+        }
+    }
+}
+
+/// Makes one file, over one that is there already, and has `write` fill it. One that cannot be
+/// filled is removed again; if it was there before, it is left empty.
+fn make_file<H: Host>(
+    host: &H,
+    path: &Path,
+    write: impl FnOnce(&H::File) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (file, is_new) = match host.create_new(path) {
+        Ok(file) => (file, true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            (host.open(path, true).map_err(Error::open(path))?, false)
+        }
+        Err(error) => return Err(Error::open(path)(error)),
+    };
+    let result = write(&file);
+    if result.is_err() {
+        // The first error is the one to report, not that of the tidying up.
+        let _ = if is_new { host.remove(path) } else { file.set_len(0) };
+    }
+    result
+}
+
+/// Makes the files of a VMDK image, the one that makes it an image last. Extents that were made
+/// before something failed are removed.
+fn run_vmdk<H: Host>(host: &H, path: &Path, options: &vmdk::create::Options) -> Result<(), Error> {
+    let files = options.files();
+    let paths: Vec<PathBuf> =
+        files.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect();
+    for (i, path) in paths.iter().enumerate() {
+        let made = make_file(host, path, |file| vmdk::create::write_file(file, options, i));
+        if let Err(error) = made {
+            for path in &paths[..i] {
+                let _ = host.remove(path);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn too_large(format: Format) -> Error {
+    Error::Limit(format!("The image size is too large for file format '{format}'"))
+}
+
+/// An option that is set but means nothing for this format.
+fn foreign_option(format: Format, options: &CreateOptions) -> Option<&'static str> {
+    let CreateOptions { data_file, compat, .. } = options;
+    let only = |formats: &[Format], is_set: bool, key| {
+        (is_set && !formats.contains(&format)).then_some(key)
+    };
+    use Format::{Qcow2, Qed, Raw, Vmdk};
+    [
+        only(&[Qed, Qcow2], options.cluster_size.is_some(), "cluster_size"),
+        only(&[Qed], options.table_size.is_some(), "table_size"),
+        only(&[Raw, Qcow2], options.preallocation.is_some(), "preallocation"),
+        only(&[Qcow2], options.preallocation == Some(Preallocation::Metadata), "preallocation"),
+        only(&[Qcow2], compat.is_some(), "compat"),
+        only(&[Qcow2], data_file.is_some(), "data_file"),
+        only(&[Qcow2], options.data_file_raw.is_some(), "data_file_raw"),
+        only(&[Qcow2], options.lazy_refcounts.is_some(), "lazy_refcounts"),
+        only(&[Qcow2], options.refcount_bits.is_some(), "refcount_bits"),
+        only(&[Qcow2], options.extended_l2.is_some(), "extended_l2"),
+        only(&[Qcow2], options.compression_type.is_some(), "compression_type"),
+        only(&[Vmdk], options.vmdk != Default::default(), "subformat"),
+    ]
+    .into_iter()
+    .flatten()
+    .next()
+}
+
+fn qcow2_plan(size: u64, options: &CreateOptions) -> Result<qcow2::create::Plan, Error> {
+    let compat = options.compat.as_deref();
+    let bytes = |path: &PathBuf| path.as_os_str().as_bytes().to_vec();
+    let backing = options.backing_file.as_ref().map(bytes);
+    let format = options.backing_format.map_or("", Format::name);
+    let data_file = options.data_file.as_ref().map(bytes);
+    let defaults = qcow2::create::Options::default();
+    qcow2::create::Options {
+        size,
+        version: if matches!(compat, Some("v2" | "0.10")) { 2 } else { 3 },
+        cluster_size: options.cluster_size.unwrap_or(defaults.cluster_size),
+        refcount_bits: options.refcount_bits.unwrap_or(defaults.refcount_bits),
+        lazy_refcounts: options.lazy_refcounts == Some(true),
+        extended_l2: options.extended_l2 == Some(true),
+        compression: options.compression_type.unwrap_or_default(),
+        backing: backing.as_deref().map(|name| (name, format)),
+        data_file: data_file.as_deref(),
+        data_file_raw: options.data_file_raw == Some(true),
+        preallocation: options.preallocation.unwrap_or(Preallocation::Off),
+    }
+    .plan()
+}
+
+fn qed_header(size: u64, options: &CreateOptions) -> Result<Header, Error> {
+    qed::create::Options {
+        size,
+        cluster_size: options.cluster_size.unwrap_or(qed::create::DEFAULT_CLUSTER_SIZE),
+        table_clusters: options.table_size.unwrap_or(qed::create::DEFAULT_TABLE_CLUSTERS),
+        backing_name: options.backing_file.as_deref().map(|name| name.as_os_str().as_bytes()),
+        backing_is_raw: options.backing_format == Some(Format::Raw),
+    }
+    .header()
+}
+
+/// The size of the backing file's disk, and its content id if it has one. The user named this file; those behind it are named by an
+/// image, and are looked at only to see whether the target is about to overwrite one of them.
+fn look_at_backing<H: Host>(
+    host: &H,
+    target: &Path,
+    name: &Path,
+    format: Format,
+) -> Result<(u64, Option<u32>), Error> {
+    let said = |layer: &Layer<H::File>| {
+        let cid = match &layer.meta {
+            LayerMeta::Vmdk(image) => Some(image.descriptor.cid),
+            _ => None,
+        };
+        (layer.size(), cid)
+    };
+    let path = backing_path(target, name)?;
+    let options = OpenOptions { format: Some(format), backing: Policy::Any, ..Default::default() };
+    let Ok(old) = host.open(target, false) else {
+        return Ok(said(&chain::open_layer(host, &path, &options)?));
+    };
+    let old = host.identity(&old).map_err(Error::open(target))?;
+    let chain = chain::open(host, &path, &options)?;
+    for layer in &chain.layers {
+        if host.identity(&layer.file).map_err(Error::open(&layer.path))? == old {
+            return Err(Error::BackingLoop(layer.path.clone()));
+        }
+    }
+    Ok(said(chain.layers.first().expect("a chain has at least one layer")))
+}
+
+/// Makes `file` a raw image of `size` bytes, all zeros.
+fn write_raw<F: Store>(file: &F, size: u64, preallocation: Preallocation) -> Result<(), Error> {
+    file.set_len(0).map_err(Error::io("empty the file"))?;
+    file.set_len(size).map_err(Error::io("set the file's length"))?;
+    preallocate(file, 0, size, preallocation)?;
+    file.flush().map_err(Error::io("flush the file"))
+}
+
+/// Takes the space of `len` bytes at `at`, which read as zeros.
+pub(crate) fn preallocate<F: Store>(
+    file: &F,
+    at: u64,
+    len: u64,
+    how: Preallocation,
+) -> Result<(), Error> {
+    const CHUNK: u64 = 1 << 20;
+    match how {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc if len == 0 => {}
+        Preallocation::Falloc => {
+            file.allocate(at, len).map_err(Error::io("reserve the file's space"))?;
+        }
+        Preallocation::Full => {
+            let zeros = vec![0; CHUNK.min(len) as usize];
+            let mut done = 0;
+            while done < len {
+                let part = CHUNK.min(len - done);
+                file.write_at(at + done, &zeros[..part as usize])
+                    .map_err(Error::io("write the file's zeros"))?;
+                done += part;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_qemu_reads_them() {
+        assert_eq!(parse_size("64K"), Ok(65536));
+        assert_eq!(parse_size("64b"), Ok(64));
+        assert_eq!(parse_size("1.5G"), Ok(3 << 29));
+        assert_eq!(parse_size("0.3k"), Ok(307));
+        assert_eq!(parse_size(".5k"), Ok(512));
+        assert_eq!(parse_size("0x10"), Ok(16));
+        assert_eq!(parse_size("16E"), Err(BadSize::OutOfRange));
+        assert_eq!(
+            parse_size("99999999999999999999999999999999999999999E"),
+            Err(BadSize::OutOfRange)
+        );
+        assert_eq!(parse_size("15.9999999999999999999999999999E").map(|n| n >> 59), Ok(31));
+        assert_eq!(parse_size("-1"), Err(BadSize::OutOfRange));
+        for bad in ["", "k", "1.3", "1e3", "64KB", "0x", "0x1k", "1 k", ".", ".k", "1,5G"] {
+            assert_eq!(parse_size(bad), Err(BadSize::NotANumber), "{bad}");
+        }
+    }
+
+    #[test]
+    fn option_strings_are_taken_apart_at_single_commas() {
+        let pairs = split_options("backing_file=a,,b=c,cluster_size=4k,,table_size");
+        assert_eq!(pairs[0], ("backing_file".into(), "a,b=c".into()));
+        assert_eq!(pairs[1], ("cluster_size".into(), "4k,table_size".into()));
+        let mut options = CreateOptions::default();
+        options.parse(Format::Qed, "size=1.5G,cluster_size=4k,cluster_size=8k").expect("valid");
+        assert_eq!((options.size, options.cluster_size), (Some(3 << 29), Some(8192)));
+    }
+
+    #[test]
+    fn unknown_options_are_named() {
+        let error = CreateOptions::default().parse(Format::Qed, "foo=1").expect_err("unknown");
+        assert_eq!(error.to_string(), "Invalid parameter 'foo'");
+        let error = CreateOptions::default().parse(Format::Raw, "table_size=1").expect_err("qed's");
+        assert_eq!(error.to_string(), "Invalid parameter 'table_size'");
+    }
+}

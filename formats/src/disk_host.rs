@@ -1,0 +1,48 @@
+//! The real disk as a [`Host`].
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
+
+use crate::chain::Host;
+
+/// Opens files of this machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskHost {
+    /// Past the page cache (O_DIRECT). Opening fails where a file system cannot do it.
+    pub direct: bool,
+}
+
+impl Host for DiskHost {
+    type File = DiskFile;
+
+    fn open(&self, path: &Path, write: bool) -> io::Result<DiskFile> {
+        DiskFile::open(path, &DiskOptions { write, direct: self.direct, ..DiskOptions::default() })
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<DiskFile> {
+        let (write, create) = (true, Create::New);
+        DiskFile::open(path, &DiskOptions { write, create, ..DiskOptions::default() })
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        fs::canonicalize(path)
+    }
+
+    fn entropy(&self) -> u32 {
+        let mut bytes = [0; 4];
+        // Without it the numbers repeat, which nobody's safety depends on.
+        let _ = fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+        u32::from_le_bytes(bytes)
+    }
+
+    fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {
+        file.identity()
+    }
+}

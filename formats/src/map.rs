@@ -1,0 +1,330 @@
+//! Saying what is where in an image, and reading it, through all its backing files.
+//!
+//! Blocking, without the engine: for `map`, `compare` and for tests that look at what a crash has
+//! left. Nothing is cached but a piece of one table for the length of a lookup, on the stack; the
+//! layers are gone through in a loop, so a deep chain takes no more stack than a short one.
+
+use cowbell_engine::store::Store;
+use cowbell_engine::units::{GuestOffset, HostOffset};
+
+use crate::chain::{Chain, Layer, LayerMeta};
+use crate::error::Error;
+use crate::qcow2;
+use crate::qed;
+use crate::qed::layout::Entry;
+use crate::vmdk;
+
+/// A stretch of the disk that is all of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Bytes, at least 1.
+    pub len: u64,
+    /// The layer that decides: 0 is the top. For [`Kind::Unallocated`] the last one asked.
+    pub depth: usize,
+    /// Which of the layer's files it is in: see [`Layer::numbered`].
+    pub file: usize,
+    /// What is there.
+    pub kind: Kind,
+}
+
+/// What a stretch of the disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes in the layer's file, one after the other from here on.
+    Data(HostOffset),
+    /// Compressed bytes in the layer's file.
+    Compressed,
+    /// The layer says that these are zeros; where it has a place for them (a hole in a raw file),
+    /// the place.
+    Zero(Option<HostOffset>),
+    /// No layer says anything: zeros.
+    Unallocated,
+}
+
+impl Extent {
+    /// Does a layer say anything about it? (`present` in `qemu-img map`.)
+    pub fn is_present(&self) -> bool {
+        self.kind != Kind::Unallocated
+    }
+
+    /// Is it known to read as zeros? The others are data.
+    pub fn is_zero(&self) -> bool {
+        !matches!(self.kind, Kind::Data(_) | Kind::Compressed)
+    }
+
+    /// Where it is in the layer's file, if it has a place there.
+    pub fn host(&self) -> Option<HostOffset> {
+        match self.kind {
+            Kind::Data(host) => Some(host),
+            Kind::Zero(host) => host,
+            Kind::Compressed | Kind::Unallocated => None,
+        }
+    }
+
+    /// Does `next` go on where this ends, on the disk and in the file?
+    pub fn goes_on_in(&self, next: &Extent) -> bool {
+        let host_goes_on = match (self.kind, next.kind) {
+            (Kind::Data(a), Kind::Data(b)) | (Kind::Zero(Some(a)), Kind::Zero(Some(b))) => {
+                a.0.checked_add(self.len) == Some(b.0)
+            }
+            (a, b) => a == b,
+        };
+        host_goes_on
+            && (self.depth, self.file) == (next.depth, next.file)
+            && self.start.checked_add(self.len) == Some(next.start)
+    }
+}
+
+/// What `offset` is, and for how long; at most `len` bytes, which is at least 1.
+///
+/// Stretches of the same kind are joined, up to a bounded amount of work: two answers in a row
+/// may be of one kind. [`extents`] joins them all.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] for an offset beyond the disk; [`Error::Corrupt`] for an invalid table
+/// entry; [`Error::Io`].
+pub fn status<F: Store>(chain: &Chain<F>, offset: u64, len: u64) -> Result<Extent, Error> {
+    /// This many pieces are joined at most.
+    const PIECES: usize = 1024;
+    let len = len.min(chain.size().saturating_sub(offset));
+    if len == 0 {
+        return Err(Error::Invalid("beyond the end of the disk".into()));
+    }
+    let mut extent = piece(chain, offset, len, Holes::Told)?;
+    for _ in 1..PIECES {
+        if extent.len == len {
+            break;
+        }
+        // An error belongs to whoever asks about that place.
+        match piece(chain, offset + extent.len, len - extent.len, Holes::Told) {
+            Ok(next) if extent.goes_on_in(&next) => extent.len += next.len,
+            _ => break,
+        }
+    }
+    Ok(extent)
+}
+
+/// The whole disk, stretch after stretch, as `qemu-img map` shows it. Ends after an error.
+pub fn extents<F: Store>(chain: &Chain<F>) -> Extents<'_, F> {
+    Extents { chain, at: 0, next: None }
+}
+
+/// The iterator that [`extents`] makes.
+#[derive(Debug)]
+pub struct Extents<'a, F> {
+    chain: &'a Chain<F>,
+    at: u64,
+    next: Option<Extent>,
+}
+
+impl<F: Store> Extents<'_, F> {
+    fn ask(&mut self) -> Result<Option<Extent>, Error> {
+        let rest = self.chain.size() - self.at;
+        if rest == 0 {
+            return Ok(None);
+        }
+        let extent = status(self.chain, self.at, rest)?;
+        self.at += extent.len;
+        Ok(Some(extent))
+    }
+
+    fn joined(&mut self) -> Result<Option<Extent>, Error> {
+        let mut extent = match self.next.take() {
+            Some(extent) => extent,
+            None => match self.ask()? {
+                Some(extent) => extent,
+                None => return Ok(None),
+            },
+        };
+        while let Some(next) = self.ask()? {
+            if !extent.goes_on_in(&next) {
+                self.next = Some(next);
+                break;
+            }
+            extent.len += next.len;
+        }
+        Ok(Some(extent))
+    }
+}
+
+impl<F: Store> Iterator for Extents<'_, F> {
+    type Item = Result<Extent, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let result = self.joined();
+        if result.is_err() {
+            self.at = self.chain.size();
+            self.next = None;
+        }
+        result.transpose()
+    }
+}
+
+/// Reads the disk from `offset` on into all of `buf`, through the backing files.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] if that goes beyond the disk; [`Error::Corrupt`] for an invalid table
+/// entry; [`Error::Io`].
+pub fn read<F: Store>(chain: &Chain<F>, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
+    let end = offset.checked_add(buf.len() as u64);
+    if end.is_none_or(|end| end > chain.size()) {
+        return Err(Error::Invalid("read beyond the end of the disk".into()));
+    }
+    let mut done = 0;
+    while done < buf.len() {
+        let extent = piece(chain, offset + done as u64, (buf.len() - done) as u64, Holes::Ignored)?;
+        let part = &mut buf[done..][..extent.len as usize];
+        match extent.kind {
+            Kind::Data(host) => {
+                let file = chain.layers[extent.depth].numbered(extent.file);
+                file.read_at(host.0, part).map_err(Error::io("read the image"))?;
+            }
+            Kind::Compressed => read_compressed(&chain.layers[extent.depth], extent.start, part)?,
+            Kind::Zero(_) | Kind::Unallocated => part.fill(0),
+        }
+        done += part.len();
+    }
+    Ok(())
+}
+
+fn read_compressed<F: Store>(layer: &Layer<F>, at: u64, part: &mut [u8]) -> Result<(), Error> {
+    match &layer.meta {
+        LayerMeta::Vmdk(image) => vmdk::grain::read(image, layer, at, part),
+        LayerMeta::Qcow2(image) => qcow2::read::read_compressed(&layer.file, image, at, part),
+        _ => unreachable!("only qcow2 and VMDK images have compressed clusters"),
+    }
+}
+
+/// Whether the file system is asked where a raw file's holes are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holes {
+    Told,
+    Ignored,
+}
+
+/// One lookup: `offset` lies within the disk, and so do the `len` bytes from there, at least 1.
+fn piece<F: Store>(chain: &Chain<F>, offset: u64, len: u64, holes: Holes) -> Result<Extent, Error> {
+    let mut len = len;
+    let mut depth = 0;
+    loop {
+        let layer = &chain.layers[depth];
+        let mut number = 0;
+        let (kind, n) = match &layer.meta {
+            LayerMeta::Raw { .. } => raw(&layer.file, offset, len, holes)?,
+            LayerMeta::Qed(image) => qed(&layer.file, image, offset, len)?,
+            LayerMeta::Vmdk(image) => {
+                let extent = image.extent_at(offset);
+                number = extent.file;
+                vmdk::map::piece(layer.numbered(number), extent, offset, len, holes)?
+            }
+            LayerMeta::Qcow2(image) => {
+                number = usize::from(image.header.has_data_file());
+                qcow2::read::lookup(&layer.file, image, offset, len)?
+            }
+        };
+        assert!((1..=len).contains(&n), "a lookup answers for 1 to {len} bytes, not {n}");
+        // What has no place is in no file.
+        let file = if matches!(kind, Kind::Zero(None) | Kind::Unallocated) { 0 } else { number };
+        let extent = Extent { start: offset, len: n, depth, file, kind };
+        // A backing file that ends before `offset` has nothing to say.
+        let rest = match chain.layers.get(depth + 1) {
+            Some(below) => below.size().saturating_sub(offset),
+            None => 0,
+        };
+        if kind != Kind::Unallocated || rest == 0 {
+            return Ok(extent);
+        }
+        if let LayerMeta::Vmdk(image) = &layer.meta
+            && image.parent_changed
+        {
+            let what = "the parent has changed since this image was made: its CID is another";
+            return Err(Error::Corrupt { what, at: image.text_at });
+        }
+        len = n.min(rest);
+        depth += 1;
+    }
+}
+
+pub(crate) fn raw<F: Store>(
+    file: &F,
+    offset: u64,
+    len: u64,
+    holes: Holes,
+) -> Result<(Kind, u64), Error> {
+    let here = HostOffset(offset);
+    if holes == Holes::Ignored {
+        return Ok((Kind::Data(here), len));
+    }
+    let file_len = file.len().map_err(Error::io("find the image's length"))?;
+    if offset >= file_len {
+        return Ok((Kind::Zero(Some(here)), len));
+    }
+    let extent = file.extent_at(offset).map_err(Error::io("look for holes"))?;
+    let end = if extent.end > offset { extent.end.min(file_len) } else { file_len };
+    let kind = if extent.data { Kind::Data(here) } else { Kind::Zero(Some(here)) };
+    Ok((kind, len.min(end - offset)))
+}
+
+fn qed<F: Store>(
+    file: &F,
+    image: &qed::Opened,
+    offset: u64,
+    len: u64,
+) -> Result<(Kind, u64), Error> {
+    let geometry = image.geometry();
+    let bounds = image.bounds();
+    let guest = GuestOffset(offset);
+    let l1_index = geometry.l1_index(guest);
+    let span_end = (l1_index + 1).saturating_mul(geometry.l2_span());
+    let table = match bounds.l1_entry(image.l1[l1_index as usize]) {
+        Some(Some(table)) => table,
+        Some(None) => {
+            let wanted = (len / geometry.l2_span() + 1) as usize;
+            let next = image.l1[l1_index as usize + 1..].iter().take(wanted);
+            let more = next.take_while(|&&raw| raw == 0).count() as u64;
+            let end = span_end.saturating_add(more.saturating_mul(geometry.l2_span()));
+            return Ok((Kind::Unallocated, len.min(end - offset)));
+        }
+        None => {
+            let at = image.header.l1_offset.0 + l1_index * 8;
+            return Err(Error::Corrupt { what: "invalid L1 entry", at });
+        }
+    };
+    // One sector of the table: 64 entries, and whatever disk it is on, no more than it has to read.
+    const SECTOR: u64 = 512;
+    let at = table.0 + geometry.l2_index(guest) * 8;
+    let mut sector = [0; SECTOR as usize];
+    file.read_at(at & !(SECTOR - 1), &mut sector).map_err(Error::io("read an L2 table"))?;
+    let first = (at % SECTOR) as usize / 8;
+    let mut entries = sector.as_chunks::<8>().0[first..].iter().map(|raw| u64::from_le_bytes(*raw));
+    let inside = geometry.offset_in_cluster(guest);
+    let size = geometry.cluster_size();
+    let entry = entries.next().and_then(|raw| bounds.l2_entry(raw));
+    let Some(entry) = entry else {
+        return Err(Error::Corrupt { what: "invalid L2 entry", at });
+    };
+    let mut covered = size - inside;
+    for raw in entries {
+        let goes_on = match entry {
+            Entry::Data(start) => {
+                // `covered` bytes from `offset`, that is `covered + inside` from the cluster.
+                Some(raw) == start.0.checked_add(covered + inside) && bounds.l2_entry(raw).is_some()
+            }
+            entry => Entry::decode(raw) == entry,
+        };
+        if covered >= len || !goes_on {
+            break;
+        }
+        covered += size;
+    }
+    let kind = match entry {
+        Entry::Unallocated => Kind::Unallocated,
+        Entry::Zero => Kind::Zero(None),
+        Entry::Data(start) => Kind::Data(HostOffset(start.0 + inside)),
+    };
+    Ok((kind, len.min(covered)))
+}

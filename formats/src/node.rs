@@ -1,0 +1,248 @@
+//! Every format as one driver type: the closed dispatch, and how an opened chain gets into an
+//! engine.
+
+use std::io;
+
+use cowbell_engine::Engine;
+use cowbell_engine::backend::{Backend, FileInfo};
+use cowbell_engine::mem::Memory;
+use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
+use cowbell_engine::store::Store;
+use cowbell_engine::units::{FileId, NodeId, Time};
+
+use crate::chain::{Chain, LayerMeta};
+use crate::qcow2::driver::{self as qcow2, Qcow2, Qcow2Options};
+use crate::qed::driver::{self as qed, Backing, Qed, QedOptions};
+use crate::raw::{self, Raw};
+use crate::vmdk::driver::{self as vmdk, Vmdk, VmdkOptions};
+
+/// An opened layer of any format.
+// Twice for each request somebody asks which: a tag of its own is read faster than one in a niche.
+#[derive(Clone, Hash, Debug)]
+#[repr(u8)]
+pub enum Node {
+    /// raw
+    Raw(Raw),
+    /// QED
+    Qed(Box<Qed>),
+    /// qcow2
+    Qcow2(Box<Qcow2>),
+    /// VMDK
+    Vmdk(Box<Vmdk>),
+}
+
+/// The state of a request to it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum NodeState {
+    /// Of a raw image.
+    Raw(raw::State),
+    /// Of a QED image.
+    Qed(qed::State),
+    /// Of a qcow2 image.
+    Qcow2(qcow2::State),
+    /// Of a VMDK image.
+    Vmdk(vmdk::State),
+}
+
+// States are moved at each step: they stay within a cache line.
+const _: () = assert!(size_of::<NodeState>() <= 64);
+
+/// How images are run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions {
+    /// Let the guest of an image whose format was only probed write what it likes, another
+    /// format's header included.
+    pub trust_probed: bool,
+    /// For QED images.
+    pub qed: QedOptions,
+    /// For qcow2 images.
+    pub qcow2: Qcow2Options,
+    /// For VMDK images.
+    pub vmdk: VmdkOptions,
+}
+
+/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node.
+///
+/// # Errors
+///
+/// Whatever the backend says of a file. Layers already handed over stay there, unused.
+pub fn attach<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
+    chain: Chain<B::File>,
+    options: &RunOptions,
+) -> io::Result<NodeId> {
+    let mut below: Option<Backing> = None;
+    let depth = chain.layers.len();
+    for (i, layer) in chain.layers.into_iter().rev().enumerate() {
+        let writable = i + 1 == depth && layer.file.is_writable();
+        let (probed, size) = (layer.probed, layer.size());
+        let (file, info) = engine.attach(layer.file)?;
+        let more = attach_all(engine, layer.more)?;
+        let node = match layer.meta {
+            LayerMeta::Raw { .. } => {
+                let guarded = writable && probed && !options.trust_probed;
+                Node::Raw(Raw::new(file, size, writable, guarded, info.can_grow))
+            }
+            LayerMeta::Qed(opened) => {
+                let region = engine.region(Qed::cache_bytes(&options.qed));
+                let tables = Qed::cache(region, &options.qed);
+                Node::Qed(Box::new(Qed::new(file, opened, writable, below, tables, options.qed)))
+            }
+            LayerMeta::Qcow2(opened) => {
+                let geometry = opened.geometry();
+                let data = more.first().map_or(file, |&(file, _)| file);
+                let options = options.qcow2;
+                let regions = qcow2::Regions::new(geometry, &options, |len| engine.region(len));
+                let may = (writable, info.can_grow);
+                let files = (file, data);
+                Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
+            }
+            LayerMeta::Vmdk(opened) => {
+                let files = [file].into_iter().chain(more.into_iter().map(|(id, _)| id)).collect();
+                let options = options.vmdk;
+                let regions = vmdk::Regions::new(&opened, &options, |len| engine.region(len));
+                Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
+            }
+        };
+        below = Some(Backing { node: engine.add(node), size });
+    }
+    Ok(below.expect("a chain has at least one layer").node)
+}
+
+fn attach_all<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
+    files: Vec<B::File>,
+) -> io::Result<Vec<(FileId, FileInfo)>> {
+    files.into_iter().map(|file| engine.attach(file)).collect()
+}
+
+impl Node {
+    /// Panics if something is claimed, pinned, parked or busy. For tests, at rest.
+    pub fn assert_idle(&self) {
+        match self {
+            Node::Raw(raw) => raw.assert_idle(),
+            Node::Qed(qed) => qed.assert_idle(),
+            Node::Qcow2(qcow2) => qcow2.assert_idle(),
+            Node::Vmdk(vmdk) => vmdk.assert_idle(),
+        }
+    }
+}
+
+#[inline(always)]
+fn map<S>(step: Step<S>, wrap: impl Fn(S) -> NodeState, labels: usize) -> Step<NodeState> {
+    match step {
+        Step::Wait(state) => Step::Wait(wrap(state)),
+        Step::Go(state) => Step::Go(wrap(state)),
+        Step::Last { label } => Step::Last { label: label + labels as u8 },
+        Step::Done(result) => Step::Done(result),
+    }
+}
+
+/// Where each format's labels begin.
+const QED_LABELS: usize = Raw::STATES.len();
+const QCOW2_LABELS: usize = QED_LABELS + Qed::STATES.len();
+const VMDK_LABELS: usize = QCOW2_LABELS + Qcow2::STATES.len();
+const LABELS: usize = VMDK_LABELS + Vmdk::STATES.len();
+
+/// The names of all formats' states, one after the other.
+const STATES: [&str; LABELS] = {
+    let mut all = [""; LABELS];
+    let mut i = 0;
+    while i < all.len() {
+        all[i] = if i < QED_LABELS {
+            Raw::STATES[i]
+        } else if i < QCOW2_LABELS {
+            Qed::STATES[i - QED_LABELS]
+        } else if i < VMDK_LABELS {
+            Qcow2::STATES[i - QCOW2_LABELS]
+        } else {
+            Vmdk::STATES[i - VMDK_LABELS]
+        };
+        i += 1;
+    }
+    all
+};
+
+impl Driver for Node {
+    type State = NodeState;
+
+    const STATES: &'static [&'static str] = &STATES;
+
+    #[inline]
+    fn label(state: &NodeState) -> usize {
+        match state {
+            NodeState::Raw(state) => Raw::label(state),
+            NodeState::Qed(state) => QED_LABELS + Qed::label(state),
+            NodeState::Qcow2(state) => QCOW2_LABELS + Qcow2::label(state),
+            NodeState::Vmdk(state) => VMDK_LABELS + Vmdk::label(state),
+        }
+    }
+
+    #[inline]
+    fn size(&self) -> u64 {
+        match self {
+            Node::Raw(raw) => raw.size(),
+            Node::Qed(qed) => qed.size(),
+            Node::Qcow2(qcow2) => qcow2.size(),
+            Node::Vmdk(vmdk) => vmdk.size(),
+        }
+    }
+
+    #[inline(always)]
+    fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
+        let passed = |pass: Pass, labels: usize| Pass { label: pass.label + labels as u8, ..pass };
+        match self {
+            Node::Raw(raw) => raw.pass_on(io, mem),
+            Node::Qed(qed) => qed.pass_on(io, mem).map(|pass| passed(pass, QED_LABELS)),
+            Node::Qcow2(qcow2) => qcow2.pass_on(io, mem).map(|pass| passed(pass, QCOW2_LABELS)),
+            Node::Vmdk(_) => None,
+        }
+    }
+
+    fn begin(&mut self, cx: &mut Cx<'_>) -> Step<NodeState> {
+        match self {
+            Node::Raw(raw) => map(raw.begin(cx), NodeState::Raw, 0),
+            Node::Qed(qed) => map(qed.begin(cx), NodeState::Qed, QED_LABELS),
+            Node::Qcow2(qcow2) => map(qcow2.begin(cx), NodeState::Qcow2, QCOW2_LABELS),
+            Node::Vmdk(vmdk) => map(vmdk.begin(cx), NodeState::Vmdk, VMDK_LABELS),
+        }
+    }
+
+    fn chore(&mut self, chore: Chore) -> Option<NodeState> {
+        match self {
+            Node::Raw(raw) => raw.chore(chore).map(NodeState::Raw),
+            Node::Qed(qed) => qed.chore(chore).map(NodeState::Qed),
+            Node::Qcow2(qcow2) => qcow2.chore(chore).map(NodeState::Qcow2),
+            Node::Vmdk(vmdk) => vmdk.chore(chore).map(NodeState::Vmdk),
+        }
+    }
+
+    #[inline]
+    fn deadline(&self) -> Option<Time> {
+        match self {
+            Node::Raw(raw) => raw.deadline(),
+            Node::Qed(qed) => qed.deadline(),
+            Node::Qcow2(qcow2) => qcow2.deadline(),
+            Node::Vmdk(vmdk) => vmdk.deadline(),
+        }
+    }
+
+    #[inline]
+    fn step(&mut self, state: NodeState, event: Event, cx: &mut Cx<'_>) -> Step<NodeState> {
+        match (self, state) {
+            (Node::Raw(raw), NodeState::Raw(state)) => {
+                map(raw.step(state, event, cx), NodeState::Raw, 0)
+            }
+            (Node::Qed(qed), NodeState::Qed(state)) => {
+                map(qed.step(state, event, cx), NodeState::Qed, QED_LABELS)
+            }
+            (Node::Qcow2(qcow2), NodeState::Qcow2(state)) => {
+                map(qcow2.step(state, event, cx), NodeState::Qcow2, QCOW2_LABELS)
+            }
+            (Node::Vmdk(vmdk), NodeState::Vmdk(state)) => {
+                map(vmdk.step(state, event, cx), NodeState::Vmdk, VMDK_LABELS)
+            }
+            (node, state) => panic!("{state:?} is no state of {node:?}"),
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! qcow2: layout, opening, making, checking, running.
+
+mod alloc;
+pub mod bitmap;
+pub mod check;
+mod clear;
+pub mod compress;
+pub mod create;
+pub mod driver;
+pub mod header;
+mod inflate;
+pub mod layout;
+pub mod open;
+pub mod read;
+mod resize;
+pub mod snapshot;
+pub mod snapshots;
+mod stock;
+mod sweep;
+mod table;
+mod walk;
+
+pub use driver::{Qcow2, Qcow2Options};
+pub use open::Opened;

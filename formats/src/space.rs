@@ -1,0 +1,199 @@
+//! Where new clusters come from in formats that take them from the file's end: QED, VMDK. The file
+//! is made longer ahead of need.
+//!
+//! Three marks, lowest first: `end`, the first byte never handed out; `ready`, below which space
+//! may be handed out; and what a growth under way will make that. A file that grows by truncation
+//! gains zeros, so what is handed out reads as zeros until it is written. Whether `ready` is also
+//! the length that the file is known to have after a crash is the format's affair: its growing
+//! chore flushes before it calls `Space::grown`, or does not.
+//!
+//! Growing is a chore of its own (on the pool, never inside a submission). It is begun when less
+//! than half of the last step is left, so that requests rarely wait for it; a write that extended
+//! the file would be done synchronously inside the kernel's `io_submit`.
+
+use cowbell_engine::op::{Op, OpKind};
+use cowbell_engine::units::{Errno, FileId, align_up};
+use cowbell_engine::wait::WaitList;
+
+/// What makes the file longer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Grow {
+    /// `ftruncate`: a hole. Cheap in time and space; the default.
+    Truncate,
+    /// `fallocate`: reserved space. Dearer, and bounds the time of later writes more tightly.
+    Allocate,
+    /// The data writes themselves, as QEMU does it: each blocks the loop for as long as it takes.
+    /// For measuring. A crash may leave entries of QED's tables that point past the file's end:
+    /// the need-check mark is set then, and the check drops them.
+    Write,
+}
+
+/// How the file grows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Growth {
+    /// By what.
+    pub by: Grow,
+    /// The smallest step in bytes. A step is as long as the file, within these two.
+    pub step_min: u64,
+    /// The largest step in bytes.
+    pub step_max: u64,
+}
+
+impl Default for Growth {
+    fn default() -> Self {
+        Growth { by: Grow::Truncate, step_min: 64 << 20, step_max: 1 << 30 }
+    }
+}
+
+/// The file's end. See the module.
+#[derive(Clone, Hash, Debug)]
+pub(crate) struct Space {
+    end: u64,
+    ready: u64,
+    /// No space is handed out beyond this.
+    max: u64,
+    growth: Growth,
+    growing: bool,
+    /// The end that somebody waits for.
+    want: u64,
+    /// Counts growths, so that who waited for one that failed learns it, and nobody else.
+    pub attempt: u32,
+    failed: Option<(u32, Errno)>,
+    pub waiters: WaitList,
+}
+
+/// What became of a wish for space.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Taken {
+    /// It is from here on.
+    At(u64),
+    /// It will be there when the growth has ended: park on [`Space::waiters`].
+    Later,
+    /// There is none.
+    TooBig,
+}
+
+impl Space {
+    /// The end of a file of `file_len` bytes, in units of `unit` bytes.
+    pub fn new(file_len: u64, unit: u64, max: u64, growth: Growth) -> Space {
+        // A file cut off in the middle of a cluster: that cluster was never acknowledged, and its
+        // first part is not zeros. It is left alone.
+        let end = align_up(file_len, unit).expect("file lengths are below 2^63");
+        Space {
+            end,
+            ready: file_len,
+            max,
+            growth,
+            growing: false,
+            want: 0,
+            attempt: 0,
+            failed: None,
+            waiters: WaitList::new(),
+        }
+    }
+
+    #[inline]
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    pub fn ready(&self) -> u64 {
+        self.ready
+    }
+
+    pub fn is_growing(&self) -> bool {
+        self.growing
+    }
+
+    /// Is there a grown end that nobody uses?
+    pub fn has_spare_end(&self) -> bool {
+        self.ready > self.end
+    }
+
+    /// Is it the data writes that make the file longer? Then they write clusters to their ends: a
+    /// cluster that the file does not hold whole is none.
+    pub fn grows_by_writes(&self) -> bool {
+        self.growth.by == Grow::Write
+    }
+
+    /// The spare end was cut off.
+    pub fn cut(&mut self) {
+        self.ready = self.end;
+    }
+
+    /// Takes `bytes` bytes if they are there: `table` wants them to be zeros already, whatever
+    /// makes the file grow. The flag: begin to grow.
+    pub fn take(&mut self, bytes: u64, table: bool) -> (Taken, bool) {
+        let by_write = self.growth.by == Grow::Write;
+        let Some(want) = self.end.checked_add(bytes).filter(|&want| want <= self.max) else {
+            return (Taken::TooBig, false);
+        };
+        if by_write && !table || want <= self.ready {
+            let offset = self.end;
+            self.end = want;
+            let low = self.ready.saturating_sub(self.end) < self.step() / 2;
+            return (Taken::At(offset), low && !by_write && self.begin());
+        }
+        self.want = self.want.max(want);
+        (Taken::Later, self.begin())
+    }
+
+    /// A growth is to be begun, unless one is under way.
+    fn begin(&mut self) -> bool {
+        let begins = !self.growing && self.ready < self.max;
+        if begins {
+            self.growing = true;
+            self.attempt = self.attempt.wrapping_add(1);
+        }
+        begins
+    }
+
+    /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
+    pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
+        let since = |failed: u32| failed.wrapping_sub(attempt) < u32::MAX / 2;
+        self.failed.and_then(|(failed, errno)| since(failed).then_some(errno))
+    }
+
+    fn step(&self) -> u64 {
+        self.end.clamp(self.growth.step_min, self.growth.step_max)
+    }
+
+    /// How long the file shall become; the flag: not longer than somebody needs it.
+    pub fn goal(&self) -> (u64, bool) {
+        let ahead = if self.growth.by == Grow::Write { 0 } else { self.step() };
+        let want = self.want.max(self.end);
+        (want.saturating_add(ahead).min(self.max), ahead == 0)
+    }
+
+    /// The op that makes `file` `to` bytes long.
+    pub fn op(&self, file: FileId, to: u64) -> Op {
+        match self.growth.by {
+            Grow::Truncate => Op::bare(OpKind::Truncate, file, to, 0),
+            // Never shortens: with `Grow::Write` the file may be longer than is known here.
+            Grow::Allocate | Grow::Write => {
+                Op::bare(OpKind::Allocate, file, self.ready, to.saturating_sub(self.ready))
+            }
+        }
+    }
+
+    /// It could not become that long: as far as somebody needs it, if anybody does.
+    pub fn lesser_goal(&self) -> Option<u64> {
+        (self.want > self.ready).then_some(self.want)
+    }
+
+    /// The growth has ended. Wake [`Space::waiters`].
+    pub fn grown(&mut self, to: u64, result: Result<(), Errno>) {
+        self.growing = false;
+        match result {
+            Ok(()) => self.ready = self.ready.max(to),
+            Err(errno) => self.failed = Some((self.attempt, errno)),
+        }
+    }
+
+    pub fn assert_idle(&self) {
+        assert!(!self.growing && self.waiters.is_empty(), "the file is still growing");
+    }
+}
+
+/// Offsets are signed 64-bit numbers to the system.
+pub(crate) const FILE_MAX: u64 = i64::MAX as u64 & !0xfff;

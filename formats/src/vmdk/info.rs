@@ -1,0 +1,77 @@
+//! What a VMDK image is, from its own file.
+
+use std::path::PathBuf;
+
+use crate::chain::{Layer, LayerMeta};
+use crate::vmdk::Opened;
+use crate::vmdk::descriptor::{Descriptor, Kind, Line};
+use crate::vmdk::layout::SECTOR_BITS;
+use crate::vmdk::open::{Extent, ExtentKind};
+
+/// What `info` says about VMDK images alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmdkInfo {
+    /// The content id.
+    pub cid: u32,
+    /// The parent's, when this image was made.
+    pub parent_cid: u32,
+    /// The layout.
+    pub kind: Kind,
+    /// The extents, as the descriptor lists them.
+    pub extents: Vec<VmdkExtent>,
+}
+
+/// An extent of a VMDK image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmdkExtent {
+    /// Its file.
+    pub path: PathBuf,
+    /// Bytes.
+    pub len: u64,
+    /// As the descriptor spells it; empty for one that the descriptor is in.
+    pub format: &'static str,
+    /// Bytes in a grain; `None` for flat extents, and for files that were not opened.
+    pub grain_size: Option<u64>,
+    /// Are the grains deflated?
+    pub compressed: bool,
+}
+
+/// What is to be said about a layer; `None` if it is of another format.
+pub fn of<F>(layer: &Layer<F>) -> Option<VmdkInfo> {
+    let LayerMeta::Vmdk(image) = &layer.meta else { return None };
+    let Descriptor { kind, cid, parent_cid, ref lines, .. } = image.descriptor;
+    let extents = if kind.is_embedded() {
+        let path = layer.path.clone();
+        let compressed = kind == Kind::StreamOptimized;
+        let grain_size = grain_size(image);
+        vec![VmdkExtent { path, len: image.size, format: "", grain_size, compressed }]
+    } else {
+        let part = |(i, line): (usize, &Line)| VmdkExtent {
+            path: layer.numbered_path(i + 1),
+            len: line.sectors << SECTOR_BITS,
+            format: match (kind, line.flat_at) {
+                (Kind::Vmfs, _) => "VMFS",
+                (_, Some(_)) => "FLAT",
+                (_, None) => "SPARSE",
+            },
+            grain_size: image.extents.get(i).and_then(grain_size_of),
+            compressed: false,
+        };
+        lines.iter().enumerate().map(part).collect()
+    };
+    Some(VmdkInfo { cid, parent_cid, kind, extents })
+}
+
+fn grain_size_of(extent: &Extent) -> Option<u64> {
+    match &extent.kind {
+        ExtentKind::Sparse(sparse) => Some(sparse.header.grain_size()),
+        ExtentKind::Flat(_) => None,
+    }
+}
+
+/// The grains' size, where all extents that were opened have the same.
+pub fn grain_size(image: &Opened) -> Option<u64> {
+    let mut sizes = image.extents.iter().map(grain_size_of);
+    let first = sizes.next().flatten();
+    first.filter(|&first| sizes.all(|size| size == Some(first)))
+}

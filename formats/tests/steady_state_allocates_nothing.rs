@@ -1,0 +1,89 @@
+//! A million mixed requests, after warming up, allocate nothing.
+
+mod common;
+
+use cowbell_engine::mem::{Buf, Mem};
+use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::sys::aio::{Aio, AioOptions};
+use cowbell_engine::sys::clock;
+use cowbell_engine::units::NodeId;
+use cowbell_engine::{Engine, Limits};
+use cowbell_formats::{
+    CreateOptions, DiskHost, Format, Node, OpenOptions, RunOptions, attach, create, open,
+};
+
+const SIZE: u64 = 64 << 20;
+const DEPTH: usize = 32;
+const BLOCK: u64 = 4096;
+
+struct Load {
+    engine: Engine<Node, Aio>,
+    disks: [NodeId; 3],
+    spare: Vec<Mem>,
+    random: u64,
+}
+
+impl Load {
+    fn run(&mut self, requests: u64) {
+        let mut submitted = 0;
+        let mut finished = 0;
+        while finished < requests {
+            while submitted < requests && !self.spare.is_empty() {
+                self.submit(submitted);
+                submitted += 1;
+            }
+            self.engine.run(clock());
+            while let Some(done) = self.engine.poll() {
+                assert_eq!(done.result, Ok(()));
+                self.spare.push(done.mem);
+                finished += 1;
+            }
+        }
+    }
+
+    /// Reads and writes in place, allocating writes, unaligned writes, zero writes, flushes: over
+    /// all three formats, at random.
+    fn submit(&mut self, n: u64) {
+        self.random = self.random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        let r = self.random >> 33;
+        let offset = r % (SIZE / BLOCK) * BLOCK;
+        let mem = self.spare.pop().expect("checked by the caller");
+        let disk = self.disks[(r >> 20) as usize % 3];
+        let io = match n % 1024 {
+            0 => Io::flush(),
+            1 => Io { kind: IoKind::Zero { unmap: false, fua: false }, offset, len: BLOCK },
+            2..400 => Io::write(offset, BLOCK),
+            // Past a sector's start: read, changed, written back.
+            400..410 if offset > 0 => Io::write(offset - 100, BLOCK),
+            _ => Io::read(offset, BLOCK),
+        };
+        self.engine.submit(disk, io, mem, n).expect("as many buffers as slots");
+    }
+}
+
+#[test]
+fn a_million_mixed_requests_allocate_nothing() {
+    let folder = match tempfile::tempdir_in("/dev/shm") {
+        Ok(folder) => folder,
+        Err(_) => tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder"),
+    };
+    // One thread, so that no second one is started late.
+    let mut options = AioOptions::default();
+    options.pool.threads = 1;
+    let limits = Limits { requests: DEPTH, ..Limits::default() };
+    let mut engine = Engine::new(Aio::new(options).expect("native AIO"), limits);
+    let disks = [Format::Raw, Format::Qed, Format::Qcow2].map(|format| {
+        let path = folder.path().join(format.name());
+        let options = CreateOptions { size: Some(SIZE), ..CreateOptions::default() };
+        create(&DiskHost::default(), &path, format, &options).expect("it is made");
+        let options = OpenOptions { format: Some(format), write: true, ..OpenOptions::default() };
+        let chain = open(&DiskHost { direct: true }, &path, &options).expect("it opens");
+        attach(&mut engine, chain, &RunOptions::default()).expect("it attaches")
+    });
+    let spare = (0..DEPTH).map(|_| Buf::zeroed(BLOCK as usize).into()).collect();
+    let mut load = Load { engine, disks, spare, random: 1 };
+    // Warm: half of QED's and qcow2's clusters are allocated, the pool's threads are there.
+    load.run(20_000);
+    let counted = allocation_counter::measure(|| load.run(1_000_000));
+    assert_eq!(counted.count_total, 0, "{counted:?}");
+}
