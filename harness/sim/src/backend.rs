@@ -1,0 +1,722 @@
+//! The simulated device: takes ops, and completes the one that it is told to, as it is told to.
+//!
+//! It never completes anything by itself ([`Mode::Fifo`] apart). Somebody chooses an op in flight
+//! and an [`Outcome`]; the next `harvest` makes it so. A read sees what had completed when it
+//! completes, or, with [`Outcome::Early`], when the first change since its submission did: the
+//! device may have served it at any time in between. A write's bytes are taken at submission, and
+//! compared at completion: whoever uses memory again while it is in flight is found here. A
+//! computation is done when it completes, under the same rule; its output is scribbled on first.
+//!
+//! It is a strict device. It panics on ops that are not aligned, on overlapping writes in flight
+//! that no guest asked for, on reads of metadata that is being written, and on writes behind the
+//! end of a file that cannot grow.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use cowbell_engine::mem::Memory;
+use cowbell_engine::op::{Base, Compute, OpKind, Seg};
+use cowbell_engine::ops::{OpRecord, Ops};
+use cowbell_engine::units::{Errno, FileId, OpId, Time, align_down};
+
+use crate::disk::{
+    Change, Contents, File, Length, Mark, Patch, SECTOR, Sites, fixed_hash, splitmix,
+};
+use crate::host::SimFile;
+
+/// How an op in flight ends.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Outcome {
+    /// Well.
+    Done,
+    /// A read: well, with what was there before a write that has completed meanwhile.
+    Early,
+    /// A read or write: well, about half of it.
+    Short,
+    /// With EIO, nothing done. A flush: what it covered is in limbo.
+    Fail,
+    /// With EIO, about half of it done.
+    FailPart,
+    /// With EIO, all of it done.
+    FailAll,
+    /// With ENOSPC, nothing done.
+    NoSpace,
+}
+
+impl Outcome {
+    /// All outcomes.
+    pub const ALL: [Outcome; 7] = [
+        Outcome::Done,
+        Outcome::Early,
+        Outcome::Short,
+        Outcome::Fail,
+        Outcome::FailPart,
+        Outcome::FailAll,
+        Outcome::NoSpace,
+    ];
+
+    /// Does it use up a fault?
+    pub fn is_fault(self) -> bool {
+        !matches!(self, Outcome::Done | Outcome::Early)
+    }
+
+    /// Does the op fail?
+    pub fn is_error(self) -> bool {
+        !matches!(self, Outcome::Done | Outcome::Early | Outcome::Short)
+    }
+
+    /// Its name in traces.
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Done => "ok",
+            Outcome::Early => "early",
+            Outcome::Short => "short",
+            Outcome::Fail => "eio",
+            Outcome::FailPart => "eio-part",
+            Outcome::FailAll => "eio-all",
+            Outcome::NoSpace => "enospc",
+        }
+    }
+
+    /// The outcome of this name.
+    pub fn from_name(name: &str) -> Option<Outcome> {
+        Outcome::ALL.into_iter().find(|outcome| outcome.name() == name)
+    }
+}
+
+/// Names an op whatever the order of everything else: its request and which of its ops it is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct OpName {
+    /// The request, as the engine counts them.
+    pub request: u32,
+    /// Which of its ops.
+    pub ordinal: u32,
+}
+
+impl fmt::Display for OpName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.request, self.ordinal)
+    }
+}
+
+/// Who decides what completes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Mode {
+    /// [`SimBackend::choose`].
+    Chosen,
+    /// Everything completes well at the next harvest, oldest first.
+    Fifo,
+}
+
+/// A device that is not what it says, to see whether anybody notices.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Lie {
+    /// Flushes make nothing stable.
+    FlushDoesNothing,
+    /// Writes with FUA are like others.
+    FuaDoesNothing,
+    /// Short writes say that they were whole.
+    ShortIsWhole,
+}
+
+/// What kind of device it is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Device {
+    /// Ops start and end at multiples of this.
+    pub request_align: u32,
+    /// Memory starts at multiples of this.
+    pub memory_align: u32,
+    /// So many ops at once, no more.
+    pub depth: usize,
+    /// Can files grow?
+    pub can_grow: bool,
+    /// Can it zero a range by itself?
+    pub can_zero: bool,
+    /// Pool buffers from this number on are for unaligned requests: what is written from them is
+    /// a guest's.
+    pub bounce_from: u32,
+    /// See [`Lie`].
+    pub lie: Option<Lie>,
+}
+
+impl Default for Device {
+    fn default() -> Self {
+        Device {
+            request_align: 512,
+            memory_align: 1,
+            depth: 64,
+            can_grow: true,
+            can_zero: true,
+            bounce_from: u32::MAX,
+            lie: None,
+        }
+    }
+}
+
+/// Tells whether a range of a file, as it is now, is part of the format's tables.
+pub type IsMetadata = fn(&Contents, u64, u64) -> bool;
+
+/// An op in flight.
+#[derive(Clone)]
+struct Flying {
+    op: OpId,
+    name: OpName,
+    file: usize,
+    kind: OpKind,
+    offset: u64,
+    len: u64,
+    /// What it writes.
+    change: Option<Change>,
+    /// A flush: what it covers.
+    mark: Option<Mark>,
+    /// A read: what was there before a change that has completed since.
+    early: Option<Vec<u8>>,
+    /// A computation: what it is made from, hashed.
+    input: u64,
+}
+
+/// The file of an op that is on none.
+const NO_FILE: usize = usize::MAX;
+
+impl fmt::Debug for Flying {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.what())
+    }
+}
+
+impl Flying {
+    fn what(&self) -> String {
+        match *self {
+            Flying { kind: kind @ OpKind::Compute(_), .. } => format!("{kind:?}"),
+            Flying { kind, file, offset, len, .. } => {
+                format!("{kind:?} f{file} {offset:#x}+{len:#x}")
+            }
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+
+    fn overlaps(&self, other: &Flying) -> bool {
+        self.file == other.file && self.offset < other.end() && other.offset < self.end()
+    }
+
+    /// A guest's own write, zeroing or discard, which may overlap another of a guest's.
+    fn is_guests(&self) -> bool {
+        match self.kind {
+            OpKind::Zero { .. } | OpKind::Discard => true,
+            _ => self.change.as_ref().is_some_and(|change| !change.own),
+        }
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct SimBackend {
+    device: Device,
+    mode: Mode,
+    files: Vec<File>,
+    flying: Vec<Flying>,
+    verdicts: VecDeque<(OpName, Outcome)>,
+    /// Ops that could not be started.
+    refused: Vec<OpId>,
+    is_metadata: Option<IsMetadata>,
+    stalled: bool,
+    left_behind: bool,
+}
+
+impl SimBackend {
+    /// A device without files.
+    pub fn new(device: Device, mode: Mode) -> SimBackend {
+        SimBackend {
+            device,
+            mode,
+            files: Vec::new(),
+            flying: Vec::new(),
+            verdicts: VecDeque::new(),
+            refused: Vec::new(),
+            is_metadata: None,
+            stalled: false,
+            left_behind: false,
+        }
+    }
+
+    /// Makes the device panic on reads that overlap a write in flight to what `is_metadata` says.
+    pub fn watch_metadata(&mut self, is_metadata: IsMetadata) {
+        self.is_metadata = Some(is_metadata);
+    }
+
+    /// Changes who decides.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
+    /// The device.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Makes the device lie, from now on.
+    pub fn set_lie(&mut self, lie: Option<Lie>) {
+        self.device.lie = lie;
+    }
+
+    /// While stalled, the device takes no ops.
+    pub fn set_stalled(&mut self, stalled: bool) {
+        self.stalled = stalled;
+    }
+
+    /// Does it take no ops?
+    pub fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    /// A file of the disk.
+    pub fn file(&self, id: FileId) -> &File {
+        &self.files[id.index()]
+    }
+
+    /// How many files there are.
+    pub fn file_count(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Ops in flight, oldest first.
+    pub fn in_flight(&self) -> impl Iterator<Item = OpName> + '_ {
+        self.flying.iter().map(|flying| flying.name)
+    }
+
+    /// Reads in flight of files below `file`, and who the engine takes them for.
+    pub fn reads_below(&self, file: usize) -> impl Iterator<Item = (OpName, OpId)> + '_ {
+        let below = move |flying: &&Flying| flying.kind == OpKind::Read && flying.file < file;
+        self.flying.iter().filter(below).map(|flying| (flying.name, flying.op))
+    }
+
+    /// How many ops are in flight.
+    pub fn in_flight_count(&self) -> usize {
+        self.flying.len()
+    }
+
+    /// An op in flight, for people.
+    pub fn describe(&self, name: OpName) -> String {
+        match self.flying.iter().find(|flying| flying.name == name) {
+            Some(flying) => flying.what(),
+            None => "not in flight".into(),
+        }
+    }
+
+    /// What a crash may leave of each file.
+    pub fn crash_sites(&self) -> Vec<Sites> {
+        let of = |(i, file): (usize, &File)| {
+            let mine = self.flying.iter().filter(|flying| flying.file == i);
+            file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
+        };
+        self.files.iter().enumerate().map(of).collect()
+    }
+
+    /// A hash of all that [`SimBackend::crash_sites`] follows from.
+    pub fn crash_hash(&self) -> u64 {
+        let files = self.files.iter().fold(0, |hash, file| splitmix(hash ^ file.crash_hash()));
+        // In whatever order they were submitted: a crash knows none.
+        let changes = self.flying.iter().filter_map(|flying| {
+            flying.change.as_ref().map(|change| fixed_hash((flying.file, change)))
+        });
+        changes.fold(files, |sum, change| sum.wrapping_add(splitmix(change)))
+    }
+
+    /// The ways in which an op in flight may end; with faults or without.
+    pub fn outcomes(&self, name: OpName, faults: bool, out: &mut Vec<Outcome>) {
+        let flying = self.flying.iter().find(|flying| flying.name == name);
+        let flying = flying.expect("only ops in flight end");
+        out.push(Outcome::Done);
+        if flying.early.is_some() {
+            out.push(Outcome::Early);
+        }
+        if !faults {
+            return;
+        }
+        let sectors = flying.change.as_ref().map_or(0, |change| change.patches.len());
+        let halves = self.half(flying) > 0;
+        match flying.kind {
+            OpKind::Read if halves => out.extend([Outcome::Short, Outcome::Fail]),
+            OpKind::Read => out.push(Outcome::Fail),
+            OpKind::Flush => out.push(Outcome::Fail),
+            OpKind::Write { .. } | OpKind::Zero { .. } => {
+                out.extend([Outcome::Fail, Outcome::FailAll]);
+                // A guest's torn write is looked at at every crash; a table's may be read again.
+                if sectors > 1 && flying.change.as_ref().is_some_and(|change| change.own) {
+                    out.push(Outcome::FailPart);
+                }
+                if matches!(flying.kind, OpKind::Write { .. }) && halves {
+                    out.push(Outcome::Short);
+                }
+                if flying.end() > self.files[flying.file].now().len() {
+                    out.push(Outcome::NoSpace);
+                }
+            }
+            OpKind::Truncate | OpKind::Allocate => {
+                out.extend([Outcome::Fail, Outcome::FailAll, Outcome::NoSpace]);
+            }
+            OpKind::Discard => out.extend([Outcome::Fail, Outcome::FailAll]),
+            OpKind::Compute(_) => out.push(Outcome::Fail),
+        }
+    }
+
+    /// Makes an op in flight end so at the next harvest.
+    pub fn choose(&mut self, name: OpName, outcome: Outcome) {
+        assert!(self.flying.iter().any(|flying| flying.name == name), "{name} is not in flight");
+        self.verdicts.push_back((name, outcome));
+    }
+
+    /// About half of a read or write, in whole blocks; 0 if it has only one.
+    fn half(&self, flying: &Flying) -> u64 {
+        let unit = (self.device.request_align as u64).max(SECTOR);
+        align_down(flying.offset + flying.len / 2, unit).saturating_sub(flying.offset)
+    }
+
+    fn start(&mut self, id: OpId, record: &OpRecord, mem: &Memory) {
+        let owner = record.owner;
+        let op = &record.op;
+        let computes = matches!(op.kind, OpKind::Compute(_));
+        let file = if computes { NO_FILE } else { record.file().index() };
+        if file >= self.files.len() && !computes {
+            self.refused.push(id);
+            return;
+        }
+        let mut flying = Flying {
+            op: id,
+            name: OpName { request: owner.serial, ordinal: owner.ordinal },
+            file,
+            kind: op.kind,
+            offset: record.offset(),
+            len: record.remaining(),
+            change: None,
+            mark: None,
+            early: None,
+            input: if computes { input_hash(record, mem) } else { 0 },
+        };
+        flying.change = self.change_of(record, mem);
+        if op.kind == OpKind::Flush {
+            flying.mark = Some(self.files[file].mark());
+        }
+        if !computes {
+            self.assert_allowed(&flying);
+        }
+        self.flying.push(flying);
+    }
+
+    fn assert_allowed(&self, new: &Flying) {
+        let len = self.files[new.file].now().len();
+        let mask = self.device.request_align as u64 - 1;
+        if new.kind.has_memory() {
+            assert_eq!((new.offset | new.len) & mask, 0, "an op that is not aligned: {new:?}");
+            assert!(new.len > 0, "an empty op: {new:?}");
+        }
+        let grows = match new.kind {
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => new.end() > len,
+            OpKind::Truncate => new.offset > len,
+            _ => false,
+        };
+        assert!(self.device.can_grow || !grows, "behind the end of the disk: {new:?}");
+        for old in self.flying.iter().filter(|old| old.file == new.file) {
+            if new.kind.modifies() && old.kind.modifies() {
+                self.assert_apart(old, new);
+            }
+            let (read, write) = match (old.kind, new.kind) {
+                (OpKind::Read, kind) if kind.modifies() => (old, new),
+                (kind, OpKind::Read) if kind.modifies() => (new, old),
+                _ => continue,
+            };
+            if let Some(is_metadata) = self.is_metadata
+                && read.overlaps(write)
+            {
+                let now = self.files[read.file].now();
+                let (start, end) = (read.offset.max(write.offset), read.end().min(write.end()));
+                assert!(
+                    !is_metadata(now, start, end),
+                    "metadata is read while it is written: {read:?} {write:?}"
+                );
+            }
+        }
+    }
+
+    fn assert_apart(&self, old: &Flying, new: &Flying) {
+        let truncated = |truncate: &Flying, other: &Flying| {
+            truncate.kind == OpKind::Truncate
+                && (other.kind == OpKind::Truncate || other.end() > truncate.offset)
+        };
+        assert!(
+            !truncated(old, new) && !truncated(new, old),
+            "a file's length is set while something happens behind it: {old:?} {new:?}"
+        );
+        // Reserving space changes no byte.
+        let reserves = |op: &Flying| op.kind == OpKind::Allocate;
+        let apart = !old.overlaps(new) || reserves(old) || reserves(new);
+        assert!(
+            apart || (old.is_guests() && new.is_guests()),
+            "two writes to one place in flight: {old:?} {new:?}"
+        );
+    }
+
+    /// Ends an op, and says so to the engine.
+    fn end(&mut self, name: OpName, outcome: Outcome, ops: &Ops, mem: &mut Memory) -> Completion {
+        let at = self.flying.iter().position(|flying| flying.name == name);
+        let flying = self.flying.remove(at.expect("chosen while in flight"));
+        let op = flying.op;
+        let record = &ops[op];
+        let result = match flying.kind {
+            OpKind::Read => self.end_read(&flying, outcome, record, mem),
+            OpKind::Flush => self.end_flush(&flying, outcome),
+            OpKind::Compute(work) => end_compute(work, &flying, outcome, record, mem),
+            _ => {
+                if let (true, Some(change)) = (flying.kind.has_memory(), &flying.change) {
+                    let mut bytes = vec![0; flying.len as usize];
+                    mem.gather(&record.op.segs, record.moved, &mut bytes);
+                    assert!(
+                        change.is_of(flying.offset, &bytes),
+                        "memory was used again while a write from it was in flight: {flying:?}"
+                    );
+                }
+                self.end_change(flying, outcome)
+            }
+        };
+        Completion::new(op, result)
+    }
+
+    fn end_read(
+        &mut self,
+        flying: &Flying,
+        outcome: Outcome,
+        record: &OpRecord,
+        mem: &mut Memory,
+    ) -> Result<u64, Errno> {
+        if outcome.is_error() {
+            return Err(Errno::IO);
+        }
+        let now = self.files[flying.file].now();
+        let asked = if outcome == Outcome::Short { self.half(flying) } else { flying.len };
+        let moved = asked.min(now.len().saturating_sub(flying.offset));
+        let mut bytes = vec![0; moved as usize];
+        match &flying.early {
+            Some(early) if outcome == Outcome::Early => {
+                let there = early.len().min(bytes.len());
+                bytes[..there].copy_from_slice(&early[..there]);
+            }
+            _ => now.read(flying.offset, &mut bytes),
+        }
+        mem.scatter(&record.op.segs, record.moved, &bytes);
+        Ok(moved)
+    }
+
+    fn end_flush(&mut self, flying: &Flying, outcome: Outcome) -> Result<u64, Errno> {
+        let mark = flying.mark.expect("flushes are marked when they start");
+        let file = &mut self.files[flying.file];
+        if outcome.is_error() {
+            file.flush_failed(mark);
+            return Err(Errno::IO);
+        }
+        if self.device.lie != Some(Lie::FlushDoesNothing) {
+            file.flushed(mark);
+        }
+        Ok(0)
+    }
+
+    fn end_change(&mut self, flying: Flying, outcome: Outcome) -> Result<u64, Errno> {
+        let half = self.half(&flying);
+        let moves = flying.kind.has_memory();
+        let change = flying.change.expect("what modifies has a change");
+        let is_zero = matches!(flying.kind, OpKind::Zero { .. });
+        if is_zero && !self.device.can_zero && outcome == Outcome::Done {
+            return Err(Errno::NOT_SUPPORTED);
+        }
+        let fua = flying.kind == OpKind::Write { fua: true }
+            && self.device.lie != Some(Lie::FuaDoesNothing);
+        let (done, fua, result) = match outcome {
+            Outcome::Done | Outcome::Early => (change, fua, Ok(if moves { flying.len } else { 0 })),
+            Outcome::Short => {
+                let sectors = (flying.offset + half).div_ceil(SECTOR) - flying.offset / SECTOR;
+                let lie = self.device.lie == Some(Lie::ShortIsWhole);
+                let moved = if lie { flying.len } else { half };
+                let mut part = change.part(sectors as usize);
+                part.cut_at(flying.offset + half);
+                (part, fua, Ok(moved))
+            }
+            Outcome::Fail => (change.part(0), false, Err(Errno::IO)),
+            Outcome::FailPart => {
+                let share = change.patches.len() / 2;
+                (change.part(share), false, Err(Errno::IO))
+            }
+            Outcome::FailAll => (change, false, Err(Errno::IO)),
+            Outcome::NoSpace => (change.part(0), false, Err(Errno::NO_SPACE)),
+        };
+        self.remember_for_reads(flying.file, &done);
+        self.files[flying.file].complete(done, fua);
+        result
+    }
+
+    /// What an op does to its file, its bytes as they are now.
+    fn change_of(&self, record: &OpRecord, mem: &Memory) -> Option<Change> {
+        let op = &record.op;
+        let (offset, len) = (record.offset(), record.remaining());
+        let segs = op.segs.as_slice();
+        let (patches, length, own) = match op.kind {
+            OpKind::Read | OpKind::Flush | OpKind::Compute(_) => return None,
+            OpKind::Write { .. } => {
+                let mut bytes = vec![0; len as usize];
+                mem.gather(&op.segs, record.moved, &mut bytes);
+                let is_guests = |seg: &Seg| match seg.base {
+                    Base::Guest(_) => true,
+                    Base::Pool(buf) => buf.0 >= self.device.bounce_from,
+                    Base::Region(_) | Base::Zeros => false,
+                };
+                let own = !segs.iter().any(is_guests);
+                (Patch::cut(offset, &bytes), self.extended(record), own)
+            }
+            OpKind::Zero { .. } => (Patch::zeros(offset, len), self.extended(record), false),
+            // Only whole sectors go away.
+            OpKind::Discard => {
+                let start = offset.next_multiple_of(SECTOR);
+                let end = align_down(op.end(), SECTOR);
+                (Patch::zeros(start, end.saturating_sub(start)), Length::Keep, false)
+            }
+            OpKind::Truncate => (Vec::new(), Length::Exactly(op.offset), true),
+            OpKind::Allocate => (Vec::new(), Length::AtLeast(op.end()), true),
+        };
+        Some(Change::new(patches, length, own))
+    }
+
+    /// What a write does to its file's length: nothing, if it lies within.
+    fn extended(&self, record: &OpRecord) -> Length {
+        let end = record.op.end();
+        let within = end <= self.files[record.file().index()].now().len();
+        if within { Length::Keep } else { Length::AtLeast(end) }
+    }
+
+    /// Reads in flight that a change is about to alter may still see what was there.
+    fn remember_for_reads(&mut self, file: usize, change: &Change) {
+        let now = self.files[file].now();
+        for read in &mut self.flying {
+            if read.file != file || read.kind != OpKind::Read || read.early.is_some() {
+                continue;
+            }
+            let (start, end) = (read.offset, read.end());
+            let touched = change.patches.iter().any(|patch| {
+                let at = patch.index * SECTOR;
+                at + (patch.from as u64) < end && start < at + patch.to as u64
+            });
+            if touched {
+                let mut bytes = vec![0; read.len as usize];
+                now.read(start, &mut bytes);
+                read.early = Some(bytes);
+            }
+        }
+    }
+}
+
+fn input_hash(record: &OpRecord, mem: &Memory) -> u64 {
+    let input = record.op.segs.as_slice()[0];
+    let mut bytes = vec![0; input.len as usize];
+    mem.gather(&record.op.segs, 0, &mut bytes);
+    fixed_hash(bytes)
+}
+
+fn end_compute(
+    work: Compute,
+    flying: &Flying,
+    outcome: Outcome,
+    record: &OpRecord,
+    mem: &mut Memory,
+) -> Result<u64, Errno> {
+    assert!(
+        flying.input == input_hash(record, mem),
+        "memory was used again while {work:?} was at work on it"
+    );
+    let &[input, output] = record.op.segs.as_slice() else { panic!("not computed: {record:?}") };
+    let (input, output) = mem.input_and_output(input, output);
+    output.fill(SCRIBBLE);
+    if outcome.is_error() {
+        return Err(Errno::IO);
+    }
+    (work.run)(input, output).map(|()| 0)
+}
+
+/// What is in the output of a computation that failed, or did not write all of it.
+const SCRIBBLE: u8 = 0xd1;
+
+impl Hash for SimBackend {
+    /// What decides what can happen next: not the names of ops, which only record the past.
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        (self.stalled, self.mode).hash(h);
+        let mut order: Vec<&Flying> = self.flying.iter().collect();
+        order.sort_unstable_by_key(|flying| flying.op);
+        for flying in &order {
+            (flying.op, flying.file, flying.kind, flying.offset, flying.len).hash(h);
+            (&flying.change, &flying.early).hash(h);
+        }
+        for (i, file) in self.files.iter().enumerate() {
+            let mine = order.iter().filter(|flying| flying.file == i);
+            let flushes: Vec<Mark> = mine.filter_map(|flying| flying.mark).collect();
+            h.write_u64(file.state_hash(&flushes));
+        }
+    }
+}
+
+impl Backend for SimBackend {
+    type File = SimFile;
+
+    fn attach(&mut self, id: FileId, file: SimFile) -> io::Result<FileInfo> {
+        assert_eq!(id.index(), self.files.len(), "files are attached in order");
+        let contents = file.contents();
+        let len = contents.len();
+        self.files.push(File::new(contents));
+        Ok(FileInfo {
+            request_align: self.device.request_align,
+            memory_align: self.device.memory_align,
+            len,
+            can_grow: self.device.can_grow,
+        })
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<SimFile> {
+        Some(SimFile::new(self.files[id.index()].now().clone(), true))
+    }
+
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        while !self.stalled && self.flying.len() < self.device.depth {
+            let Some((id, record)) = submission.peek() else { break };
+            self.start(id, record, submission.mem);
+            submission.take(1);
+        }
+        self.left_behind = !submission.is_empty();
+    }
+
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        if self.mode == Mode::Fifo && self.verdicts.is_empty() {
+            let names: Vec<OpName> = self.in_flight().collect();
+            self.verdicts.extend(names.into_iter().map(|name| (name, Outcome::Done)));
+        }
+        let failed = |op| Completion::new(op, Err(Errno::IO));
+        harvest.done.extend(self.refused.drain(..).map(failed));
+        while let Some((name, outcome)) = self.verdicts.pop_front() {
+            let completion = self.end(name, outcome, harvest.ops, harvest.mem);
+            harvest.done.push(completion);
+        }
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn wants_retry(&self) -> bool {
+        self.left_behind && self.flying.is_empty()
+    }
+
+    fn clock(&self) -> Time {
+        Time(0)
+    }
+}

@@ -1,0 +1,236 @@
+//! Choices: everything that the engine can observe, and who makes them.
+//!
+//! A choice is named by what it is about, never by its place in a list, so that a recorded
+//! schedule survives changes of code that do not concern it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::backend::{OpName, Outcome};
+use crate::disk::splitmix;
+
+/// One thing that happens.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Choice {
+    /// The guest submits its next request.
+    Submit(u32),
+    /// An op in flight ends.
+    End(OpName, Outcome),
+    /// Time passes, until the next deadline.
+    Tick,
+    /// The device takes no more ops.
+    Stall,
+    /// It takes ops again.
+    Resume,
+    /// All requests have ended: the image is to be left clean.
+    Drain,
+    /// The machine stops, and starts again with what that leaves: 0 nothing that was not stable,
+    /// 1 everything, others a mixture.
+    Crash(u32),
+}
+
+impl Choice {
+    /// Does it use up a fault?
+    pub fn is_fault(self) -> bool {
+        match self {
+            Choice::End(_, outcome) => outcome.is_fault(),
+            Choice::Stall | Choice::Crash(_) => true,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Choice::Submit(which) => write!(f, "submit {which}"),
+            Choice::End(name, outcome) => write!(f, "end {name} {}", outcome.name()),
+            Choice::Tick => f.write_str("tick"),
+            Choice::Stall => f.write_str("stall"),
+            Choice::Resume => f.write_str("resume"),
+            Choice::Drain => f.write_str("drain"),
+            Choice::Crash(pick) => write!(f, "crash {pick}"),
+        }
+    }
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Choice, String> {
+        let wrong = || format!("'{text}' is no choice");
+        let words: Vec<&str> = text.split_whitespace().collect();
+        match words[..] {
+            ["submit", which] => Ok(Choice::Submit(which.parse().map_err(|_| wrong())?)),
+            ["end", name, outcome] => {
+                let (request, ordinal) = name.split_once('.').ok_or_else(wrong)?;
+                let request = request.parse().map_err(|_| wrong())?;
+                let ordinal = ordinal.parse().map_err(|_| wrong())?;
+                let outcome = Outcome::from_name(outcome).ok_or_else(wrong)?;
+                Ok(Choice::End(OpName { request, ordinal }, outcome))
+            }
+            ["tick"] => Ok(Choice::Tick),
+            ["stall"] => Ok(Choice::Stall),
+            ["resume"] => Ok(Choice::Resume),
+            ["drain"] => Ok(Choice::Drain),
+            ["crash", pick] => Ok(Choice::Crash(pick.parse().map_err(|_| wrong())?)),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+/// Makes choices.
+pub trait Chooser {
+    /// The index of one of `among`, which is not empty.
+    fn choose(&mut self, among: &[Choice]) -> usize;
+}
+
+/// What a run without surprises does: everything is submitted, then the oldest op ends well.
+fn calm(among: &[Choice], newest: bool) -> usize {
+    let rank = |choice: &Choice| match choice {
+        Choice::Resume => 0,
+        Choice::Submit(_) => 1,
+        Choice::End(_, Outcome::Done) => 2,
+        Choice::Drain => 3,
+        _ => 4,
+    };
+    let best = among.iter().map(rank).min().expect("there is something to choose from");
+    let mut of_that_rank = (0..among.len()).filter(|&i| rank(&among[i]) == best);
+    let index = if newest { of_that_rank.next_back() } else { of_that_rank.next() };
+    index.expect("the best rank is somebody's")
+}
+
+/// Everything well, oldest first.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fifo;
+
+impl Chooser for Fifo {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        calm(among, false)
+    }
+}
+
+/// Everything well, newest first.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lifo;
+
+impl Chooser for Lifo {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        calm(among, true)
+    }
+}
+
+/// Anything, by a generator that starts from a seed.
+#[derive(Clone, Copy, Debug)]
+pub struct Random {
+    state: u64,
+    /// One choice in so many may be a fault.
+    fault_in: u64,
+}
+
+impl Random {
+    /// Starts from `seed`; a fault is drawn in one of `fault_in` choices where one is possible.
+    pub fn new(seed: u64, fault_in: u64) -> Random {
+        Random { state: seed, fault_in }
+    }
+
+    /// Either the faults among them, or the others.
+    fn fit(&mut self, among: &[Choice]) -> Vec<usize> {
+        let faulty = self.below(self.fault_in) == 0;
+        let fit = |i: &usize| among[*i].is_fault() == faulty;
+        let fit: Vec<usize> = (0..among.len()).filter(fit).collect();
+        if fit.is_empty() { (0..among.len()).collect() } else { fit }
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        splitmix(self.state) % bound.max(1)
+    }
+}
+
+impl Chooser for Random {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        let fit = self.fit(among);
+        fit[self.below(fit.len() as u64) as usize]
+    }
+}
+
+/// One task's ops before another's, whatever is in flight: each request has a priority, the highest
+/// that can go on does, and at a few moments whoever is highest becomes the lowest. What takes few
+/// such turns to go wrong is found soon (Burckhardt et al., "probabilistic concurrency testing").
+#[derive(Clone, Debug)]
+pub struct Pct {
+    draw: Random,
+    /// Priorities; who is not there has a drawn one.
+    demoted: Vec<u32>,
+    /// Choices to come until each moment.
+    turns: Vec<u64>,
+    seed: u64,
+}
+
+impl Pct {
+    /// Starts from `seed`, for defects of `depth` turns; faults as with [`Random`].
+    pub fn new(seed: u64, depth: usize, fault_in: u64) -> Pct {
+        let mut draw = Random::new(seed, fault_in);
+        let turns = (0..depth).map(|_| draw.below(CHOICES_EXPECTED)).collect();
+        Pct { draw, demoted: Vec::new(), turns, seed }
+    }
+
+    fn priority(&self, choice: Choice) -> (usize, u64) {
+        let task = match choice {
+            Choice::End(name, _) => name.request,
+            _ => u32::MAX,
+        };
+        let lower = self.demoted.iter().position(|demoted| *demoted == task);
+        // Who was demoted last is the lowest; the others are above, in an order that is drawn.
+        (lower.map_or(usize::MAX, |at| self.demoted.len() - at), splitmix(self.seed ^ task as u64))
+    }
+}
+
+/// So many choices a run has, more or less.
+const CHOICES_EXPECTED: u64 = 80;
+
+impl Chooser for Pct {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        let fit = self.draw.fit(among);
+        let highest = fit.iter().map(|&i| self.priority(among[i])).max();
+        let highest = highest.expect("there is something to choose from");
+        let tied: Vec<usize> =
+            fit.into_iter().filter(|&i| self.priority(among[i]) == highest).collect();
+        let chosen = tied[self.draw.below(tied.len() as u64) as usize];
+        self.turns.iter_mut().for_each(|turn| *turn = turn.wrapping_sub(1));
+        if let (true, Choice::End(name, _)) = (self.turns.contains(&u64::MAX), among[chosen]) {
+            self.demoted.retain(|demoted| *demoted != name.request);
+            self.demoted.push(name.request);
+        }
+        chosen
+    }
+}
+
+/// What a trace says. Where the trace names nothing that is possible, as after a change of code,
+/// it goes on with the oldest op, which ends well.
+#[derive(Clone, Debug)]
+pub struct Replay {
+    choices: std::collections::VecDeque<Choice>,
+    /// Choices of the trace that were not possible.
+    pub missed: usize,
+}
+
+impl Replay {
+    /// Of these choices.
+    pub fn new(choices: impl IntoIterator<Item = Choice>) -> Replay {
+        Replay { choices: choices.into_iter().collect(), missed: 0 }
+    }
+}
+
+impl Chooser for Replay {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        while let Some(next) = self.choices.pop_front() {
+            match among.iter().position(|choice| *choice == next) {
+                Some(index) => return index,
+                None => self.missed += 1,
+            }
+        }
+        calm(among, false)
+    }
+}

@@ -1,0 +1,454 @@
+//! Every schedule of a small world, and every crash in each of its states.
+//!
+//! The explorer branches by copying worlds. A state that was seen before is not gone into again:
+//! what follows from it is known. An end that [nobody notices](World::unnoticed) happens before
+//! anything else: the other orders lead to the same states. At every state the disk is crashed in
+//! every way that the model allows; each distinct image is looked at once, and of those whose
+//! tables are the same one is [examined](crate::verdicts).
+
+use std::any::Any;
+use std::hash::BuildHasherDefault;
+use std::ops::AddAssign;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::choose::{Choice, Chooser};
+use crate::disk::{Contents, Sites, Sums, fixed_hash, splitmix};
+use crate::subject::Subject;
+use crate::world::{Inspection, World};
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// Workloads, or random runs.
+    pub runs: u64,
+    /// Distinct states.
+    pub states: u64,
+    /// Choices made.
+    pub transitions: u64,
+    /// Distinct ways from the first state to a last one, but for the order of what nobody notices.
+    /// A float: there are many.
+    pub schedules: f64,
+    /// Distinct contents of all files at the end.
+    pub endings: u64,
+    /// States in which a crash was looked at: distinct disks under distinct oracles.
+    pub crash_states: u64,
+    /// Crash images formed.
+    pub crash_images: u64,
+    /// Those of them that were opened, checked and read: distinct within their workload.
+    pub crash_images_distinct: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.runs += other.runs;
+        self.states += other.states;
+        self.transitions += other.transitions;
+        self.schedules += other.schedules;
+        self.endings += other.endings;
+        self.crash_states += other.crash_states;
+        self.crash_images += other.crash_images;
+        self.crash_images_distinct += other.crash_images_distinct;
+    }
+}
+
+/// A run that went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What went wrong.
+    pub verdict: String,
+    /// The choices that led there.
+    pub path: Vec<Choice>,
+}
+
+/// How far to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// So many states of one workload.
+    pub states: u64,
+    /// Look at crashes?
+    pub crashes: bool,
+    /// Leave no order out, not even of ends that nobody notices?
+    pub all_orders: bool,
+}
+
+impl Default for Limit {
+    fn default() -> Self {
+        Limit { states: 50_000_000, crashes: true, all_orders: false }
+    }
+}
+
+#[expect(clippy::disallowed_types, reason = "never iterated; the keys are hashes already")]
+pub(crate) type HashedMap<V> = std::collections::HashMap<u64, V, BuildHasherDefault<Same>>;
+
+/// For keys that are hashes already.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Same(u64);
+
+impl std::hash::Hasher for Same {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("only hashes are hashed")
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = value;
+    }
+}
+
+/// Explores everything that can follow from a world.
+///
+/// # Errors
+///
+/// The first failure found.
+pub fn exhaust<S: Subject>(world: &World<S>, limit: Limit) -> Result<Counts, Box<Failure>> {
+    let mut explorer = Explorer {
+        limit,
+        path: Vec::new(),
+        seen: HashedMap::default(),
+        crash: Crash::default(),
+        endings: HashedMap::default(),
+        spare: Vec::new(),
+    };
+    let root = Box::new(world.clone());
+    let outcome = quietly(|| explorer.visit(root));
+    match outcome {
+        Ok(schedules) => {
+            let mut counts = explorer.crash.counts;
+            counts.runs = 1;
+            counts.schedules = schedules;
+            counts.states = explorer.seen.len() as u64;
+            counts.endings = explorer.endings.len() as u64;
+            Ok(counts)
+        }
+        Err(verdict) => Err(Box::new(Failure { verdict, path: explorer.path })),
+    }
+}
+
+struct Explorer<S: Subject> {
+    limit: Limit,
+    path: Vec<Choice>,
+    /// The number of ways from each state to the end; 0 while it is being gone into.
+    seen: HashedMap<f64>,
+    crash: Crash,
+    /// The files at the end, of all schedules.
+    endings: HashedMap<()>,
+    /// Worlds that are over, for their memory.
+    #[expect(clippy::vec_box, reason = "worlds are handed on, and large")]
+    spare: Vec<Box<World<S>>>,
+}
+
+impl<S: Subject> Explorer<S> {
+    fn visit(&mut self, world: Box<World<S>>) -> Result<f64, String> {
+        let hash = world.state_hash();
+        if let Some(&ways) = self.seen.get(&hash) {
+            self.spare.push(world);
+            return if ways > 0.0 { Ok(ways) } else { Err("it goes round in circles".into()) };
+        }
+        if self.seen.len() as u64 >= self.limit.states {
+            return Err(format!("more than {} states", self.limit.states));
+        }
+        self.seen.insert(hash, 0.0);
+        if self.limit.crashes {
+            self.crash.check(&world)?;
+        }
+        let mut choices = Vec::new();
+        world.choices(&mut choices);
+        if let Some(op) = world.unnoticed().filter(|_| !self.limit.all_orders) {
+            choices.retain(|choice| matches!(choice, Choice::End(name, _) if *name == op));
+        }
+        let mut ways = 0.0;
+        let Some((&last, others)) = choices.split_last() else {
+            world.finish()?;
+            self.endings.insert(world.crash_hash(), ());
+            self.spare.push(world);
+            self.seen.insert(hash, 1.0);
+            return Ok(1.0);
+        };
+        for &choice in others {
+            let next = self.copy(&world);
+            ways += self.go(next, choice)?;
+        }
+        ways += self.go(world, last)?;
+        self.seen.insert(hash, ways);
+        Ok(ways)
+    }
+
+    fn copy(&mut self, world: &World<S>) -> Box<World<S>> {
+        match self.spare.pop() {
+            Some(mut spare) => {
+                spare.as_mut().clone_from(world);
+                spare
+            }
+            None => Box::new(world.clone()),
+        }
+    }
+
+    fn go(&mut self, mut world: Box<World<S>>, choice: Choice) -> Result<f64, String> {
+        // On a failure, and when somebody panics, the path stays as it is: it is the evidence.
+        self.path.push(choice);
+        self.crash.counts.transitions += 1;
+        world.apply(choice)?;
+        let ways = self.visit(world)?;
+        self.path.pop();
+        Ok(ways)
+    }
+}
+
+/// One run, chosen by `chooser`; crashes are looked at in one state of `crash_in` (0: in none).
+/// Answers a hash of everything that happened.
+///
+/// # Errors
+///
+/// What went wrong.
+pub fn run<S: Subject>(
+    world: &World<S>,
+    chooser: &mut dyn Chooser,
+    crash_in: u64,
+    counts: &mut Counts,
+    path: &mut Vec<Choice>,
+) -> Result<u64, Box<Failure>> {
+    let mut world = world.clone();
+    let mut crash = Crash::default();
+    let mut trace = 0;
+    let outcome = quietly(|| {
+        let mut choices = Vec::new();
+        loop {
+            trace = splitmix(trace ^ world.state_hash());
+            if crash_in > 0 && trace.is_multiple_of(crash_in) {
+                crash.check(&world)?;
+            }
+            world.choices(&mut choices);
+            if choices.is_empty() {
+                return world.finish();
+            }
+            let choice = choices[chooser.choose(&choices)];
+            path.push(choice);
+            crash.counts.transitions += 1;
+            world.apply(choice)?;
+        }
+    });
+    *counts += crash.counts;
+    counts.runs += 1;
+    match outcome {
+        Ok(()) => Ok(trace),
+        Err(verdict) => Err(Box::new(Failure { verdict, path: path.clone() })),
+    }
+}
+
+/// Crashes the disk in every way; remembers what it has seen.
+#[derive(Debug, Default)]
+struct Crash {
+    /// States, by what a crash may leave and how it would be judged.
+    states: HashedMap<()>,
+    /// Images that were legal under an oracle.
+    legal: HashedMap<()>,
+    /// What an image was found to be.
+    found: HashedMap<Inspection>,
+    counts: Counts,
+}
+
+/// Images are enumerated up to so many; of more, a selection is looked at.
+const ALL_IMAGES: u64 = 1 << 10;
+/// Of the selection, so many are drawn.
+const DRAWN_IMAGES: u64 = 64;
+
+impl Crash {
+    fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+        let judge = world.judge_hash();
+        let key = splitmix(world.crash_hash()) ^ judge;
+        if self.states.insert(key, ()).is_some() {
+            return Ok(());
+        }
+        let files = world.crash_sites();
+        if self.states.insert(fixed_hash((&files, judge)), ()).is_some() {
+            return Ok(());
+        }
+        self.counts.crash_states += 1;
+        let sums: Vec<Sums> = files.iter().map(Sites::sums).collect();
+        let at = CrashAt { world, judge, files: &files, sums: &sums };
+        let count = files.iter().fold(1_u64, |n, sites| n.saturating_mul(sites.count()));
+        if count <= ALL_IMAGES {
+            let mut picks = Picks::new(&files);
+            loop {
+                self.check_image(&at, &picks.picked)?;
+                if !picks.next() {
+                    return Ok(());
+                }
+            }
+        }
+        self.check_some(&at, key)
+    }
+
+    /// Checks a selection of images: there are too many.
+    fn check_some<S: Subject>(&mut self, at: &CrashAt<'_, S>, key: u64) -> Result<(), String> {
+        let picks = Picks::new(at.files);
+        let (none, all) = (picks.with(|_, _| 0), picks.with(|_, options| options - 1));
+        for whole in [&none, &all] {
+            self.check_image(at, whole)?;
+        }
+        for i in 0..none.len() {
+            for option in 1..picks.options[i] {
+                // Each alone, each missing, and (sites go up the file) all up to it, all from it.
+                let ways = [
+                    picks.with(|j, _| if j == i { option } else { 0 }),
+                    picks.with(|j, n| if j == i { option - 1 } else { n - 1 }),
+                    picks.with(|j, n| if j < i { n - 1 } else { 0 }),
+                    picks.with(|j, n| if j < i { 0 } else { n - 1 }),
+                ];
+                for picked in &ways {
+                    self.check_image(at, picked)?;
+                }
+            }
+        }
+        let mut state = key;
+        for _ in 0..DRAWN_IMAGES {
+            let picked = picks.with(|_, options| {
+                state = splitmix(state);
+                (state % options as u64) as usize
+            });
+            self.check_image(at, &picked)?;
+        }
+        Ok(())
+    }
+
+    fn check_image<S: Subject>(
+        &mut self,
+        at: &CrashAt<'_, S>,
+        picked: &[usize],
+    ) -> Result<(), String> {
+        self.counts.crash_images += 1;
+        let image = at.image_sum(picked);
+        if self.legal.insert(image ^ at.judge, ()).is_some() {
+            return Ok(());
+        }
+        let found = match self.found.get(&image) {
+            Some(found) => found,
+            None => {
+                self.counts.crash_images_distinct += 1;
+                let inspection = at.world.inspect_crash(&at.image(picked))?;
+                self.found.entry(image).or_insert(inspection)
+            }
+        };
+        at.world.judge_crash(found)
+    }
+}
+
+/// A state in which a crash is looked at.
+struct CrashAt<'a, S: Subject> {
+    world: &'a World<S>,
+    judge: u64,
+    files: &'a [Sites],
+    sums: &'a [Sums],
+}
+
+impl<S: Subject> CrashAt<'_, S> {
+    /// Each file's part of what was picked: its sites' options, and its length.
+    fn parts<'p>(&self, picked: &'p [usize]) -> impl Iterator<Item = (&'p [usize], usize)> {
+        let mut rest = picked;
+        self.files.iter().map(move |sites| {
+            let (mine, others) = rest.split_at(sites.sites.len());
+            rest = &others[1..];
+            (mine, others[0])
+        })
+    }
+
+    fn image_sum(&self, picked: &[usize]) -> u64 {
+        let sums = self.sums.iter().zip(self.parts(picked));
+        sums.fold(0, |hash, (sums, (options, len))| splitmix(hash ^ sums.of(options, len)))
+    }
+
+    fn image(&self, picked: &[usize]) -> Vec<Contents> {
+        let parts = self.files.iter().zip(self.parts(picked));
+        parts.map(|(sites, (options, len))| sites.image(|site| options[site], len)).collect()
+    }
+}
+
+/// An odometer over the options of all sites of all files, and each file's lengths.
+struct Picks {
+    options: Vec<usize>,
+    picked: Vec<usize>,
+}
+
+impl Picks {
+    fn new(files: &[Sites]) -> Picks {
+        let mut options = Vec::new();
+        for sites in files {
+            options.extend(sites.sites.iter().map(|site| site.options.len()));
+            options.push(sites.lengths.len());
+        }
+        Picks { picked: vec![0; options.len()], options }
+    }
+
+    fn next(&mut self) -> bool {
+        for (picked, &options) in self.picked.iter_mut().zip(&self.options) {
+            *picked += 1;
+            if *picked < options {
+                return true;
+            }
+            *picked = 0;
+        }
+        false
+    }
+
+    fn with(&self, mut pick: impl FnMut(usize, usize) -> usize) -> Vec<usize> {
+        self.options.iter().enumerate().map(|(i, &options)| pick(i, options)).collect()
+    }
+}
+
+/// Runs something that may panic, without a word on the terminal: a panic is a verdict.
+pub(crate) fn quietly<T>(act: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    panics::keep_quiet();
+    let outcome = catch_unwind(AssertUnwindSafe(act));
+    match outcome {
+        Ok(result) => {
+            panics::speak();
+            result
+        }
+        Err(payload) => Err(panics::text(&payload)),
+    }
+}
+
+mod panics {
+    //! What a panicking thread said, for the verdict instead of the terminal.
+
+    use super::Any;
+    use std::cell::Cell;
+    use std::sync::Once;
+
+    thread_local! {
+        static QUIET: Cell<bool> = const { Cell::new(false) };
+        static SAID: Cell<Option<String>> = const { Cell::new(None) };
+    }
+    static HOOKED: Once = Once::new();
+
+    pub fn keep_quiet() {
+        HOOKED.call_once(|| {
+            let usual = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |info| {
+                if !QUIET.get() {
+                    return usual(info);
+                }
+                SAID.set(info.location().map(|location| {
+                    let file = location.file().rsplit('/').next().unwrap_or_default();
+                    format!(" [{file}:{}]", location.line())
+                }));
+            }));
+        });
+        QUIET.set(true);
+    }
+
+    pub fn speak() {
+        QUIET.set(false);
+    }
+
+    pub fn text(payload: &Box<dyn Any + Send>) -> String {
+        QUIET.set(false);
+        let said = match (payload.downcast_ref::<String>(), payload.downcast_ref::<&str>()) {
+            (Some(text), _) => text.as_str(),
+            (_, Some(text)) => text,
+            _ => "something that is no text",
+        };
+        format!("panic: {said}{}", SAID.take().unwrap_or_default())
+    }
+}

@@ -1,0 +1,469 @@
+//! The gate: what must hold before any change goes in, and the reports of all such runs.
+//!
+//! Scopes are small and exhaustive. Defects of a block layer show with two or three requests on
+//! an image of a few clusters, if *every* order and *every* crash is looked at. So: all pairs of
+//! requests with at most one fault, and all triples of the most telling ones without, on images
+//! of every kind.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use cowbell_formats::Format;
+use cowbell_formats::qed::Grow;
+
+use crate::clock::Stopwatch;
+use crate::explore::{Counts, Limit, exhaust};
+use crate::image::{Image, Layout, State};
+use crate::subject::Subject;
+use crate::trace::Trace;
+use crate::workload::{Request, Workload};
+use crate::world::{Base, Budget, QUIET};
+
+/// Workloads on one kind of image, and what may go wrong with them.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// The image.
+    pub image: Image,
+    /// What may go wrong.
+    pub budget: Budget,
+    /// They.
+    pub workloads: Vec<Workload>,
+}
+
+impl Scope {
+    /// Requests in the longest workload.
+    pub fn most_requests(&self) -> usize {
+        self.workloads.iter().map(|workload| workload.requests.len()).max().unwrap_or(0)
+    }
+}
+
+/// What kinds of request there are: named for what each exercises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Read,
+    ReadStraddling,
+    WriteHead,
+    WriteMiddle,
+    WriteWhole,
+    WriteStraddling,
+    WriteSubSector,
+    WriteAcrossTables,
+    WriteStable,
+    ZeroWhole,
+    ZeroPart,
+    Discard,
+    Grow,
+    ReadGrown,
+    WriteGrown,
+    Shrink,
+    Flush,
+}
+
+impl Shape {
+    const ALL: [Shape; 13] = [
+        Shape::Read,
+        Shape::ReadStraddling,
+        Shape::WriteHead,
+        Shape::WriteMiddle,
+        Shape::WriteWhole,
+        Shape::WriteStraddling,
+        Shape::WriteSubSector,
+        Shape::WriteAcrossTables,
+        Shape::WriteStable,
+        Shape::ZeroWhole,
+        Shape::ZeroPart,
+        Shape::Discard,
+        Shape::Flush,
+    ];
+
+    /// The most telling.
+    const CORE: [Shape; 5] = [
+        Shape::Read,
+        Shape::WriteSubSector,
+        Shape::WriteStraddling,
+        Shape::ZeroWhole,
+        Shape::Flush,
+    ];
+
+    /// The request of this shape at cluster `cluster` of table `table`.
+    fn at(self, image: &Image, (table, cluster): (u64, u64)) -> Request {
+        let at = image.place(table, cluster);
+        let whole = image.cluster();
+        match self {
+            Shape::Read => Request::read(at, whole),
+            Shape::ReadStraddling => Request::read(at + whole / 2, whole),
+            Shape::WriteHead => Request::write(at, 1024),
+            Shape::WriteMiddle => Request::write(at + 1024, 1024),
+            Shape::WriteWhole => Request::write(at, whole),
+            Shape::WriteStraddling => Request::write(at + whole - 1024, 2048),
+            Shape::WriteSubSector => Request::write(at + 300, 300),
+            Shape::WriteAcrossTables => Request::write(image.place(table + 1, 0) - 1024, 2048),
+            Shape::WriteStable => Request::write_fua(at, 1024),
+            Shape::ZeroWhole => Request::zero(at, whole),
+            Shape::ZeroPart => Request::zero(at + 512, 1024),
+            Shape::Discard => Request::discard(at + 1024, 2 * whole),
+            Shape::Grow => Request::truncate(image.size() + 2 * whole),
+            Shape::ReadGrown => Request::read(image.size() - 512, 1024),
+            Shape::WriteGrown => Request::write(image.size() - 512, 1024),
+            Shape::Shrink => Request::truncate(image.place(table, cluster) + whole + 512),
+            Shape::Flush => Request::flush(),
+        }
+    }
+}
+
+/// Where the first request goes, and where others do: the same cluster, the same table, another.
+const HERE: (u64, u64) = (0, 0);
+const PLACES: [(u64, u64); 3] = [HERE, (0, 1), (1, 0)];
+
+/// All workloads of `count` requests: the first at one place, the others at every place; of three
+/// requests, the others in the first's cluster or in another table.
+fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
+    let places: &[(u64, u64)] = if count < 3 { &PLACES } else { &[HERE, (1, 0)] };
+    let first = shapes.iter().map(|shape| vec![shape.at(image, HERE)]);
+    let mut all: Vec<Vec<Request>> = first.collect();
+    for _ in 1..count {
+        let longer = all.iter().flat_map(|head| {
+            shapes.iter().flat_map(move |shape| {
+                places.iter().map(move |&place| {
+                    let mut requests = head.clone();
+                    requests.push(shape.at(image, place));
+                    requests
+                })
+            })
+        });
+        all = longer.collect();
+    }
+    // A flush is the same everywhere.
+    all.sort_unstable_by_key(|requests| Workload::new(requests.iter().copied()).to_string());
+    all.dedup();
+    all.retain(|requests| requests.iter().any(Request::modifies));
+    all.into_iter().map(Workload::new).collect()
+}
+
+/// All pairs of a request and a change of the disk's size, in either order; and what was written
+/// behind the old end, flushed.
+fn resizes(image: &Image) -> Vec<Workload> {
+    let sizes: &[Shape] = match (image.can_grow(), image.can_shrink()) {
+        (false, _) => &[],
+        (true, false) => &[Shape::Grow],
+        (true, true) => &[Shape::Grow, Shape::Shrink],
+    };
+    let others = [&Shape::ALL[..], &[Shape::ReadGrown, Shape::WriteGrown, Shape::Grow]].concat();
+    let mut all = Vec::new();
+    for size in sizes {
+        for other in &others {
+            all.push(vec![*size, *other]);
+            all.push(vec![*other, *size]);
+        }
+        all.push(vec![*size, Shape::WriteGrown, Shape::Flush]);
+        all.push(vec![*size, Shape::WriteStable, Shape::Grow]);
+    }
+    all.dedup();
+    let request = |shape: &Shape| shape.at(image, HERE);
+    all.iter().map(|shapes| Workload::new(shapes.iter().map(request))).collect()
+}
+
+/// The kinds of image that a format's scopes are run on.
+pub fn images(format: Format) -> Vec<Image> {
+    let plain = Image { ahead: 16, ..Image::new(format) };
+    match format {
+        Format::Raw => vec![
+            plain,
+            Image { align: 4096, ..plain },
+            Image { align: 1, can_zero: false, ..plain },
+            Image { probed: true, ..plain },
+        ],
+        Format::Qed => vec![
+            plain,
+            Image { state: State::Warm, ..plain },
+            Image { backing: true, ..plain },
+            Image { backing: true, state: State::Warm, cache: 1, ..plain },
+            Image { backing: true, state: State::Zeros, ..plain },
+            Image { align: 4096, buffers: 2, ..plain },
+        ],
+        Format::Vmdk => vec![
+            plain,
+            Image { state: State::Warm, ..plain },
+            Image { layout: Layout::Split, ..plain },
+            Image { layout: Layout::Lazy, cache: 1, ..plain },
+            Image { backing: true, cache: 1, ..plain },
+            Image { backing: true, layout: Layout::Split, state: State::Warm, ..plain },
+            Image { backing: true, state: State::Zeros, ..plain },
+            Image { align: 4096, buffers: 2, ..plain },
+        ],
+        Format::Qcow2 => {
+            let plain = Image { ahead: 8, ..plain };
+            vec![
+                plain,
+                Image { state: State::Warm, ..plain },
+                Image { backing: true, ..plain },
+                Image { backing: true, state: State::Warm, cache: 1, ..plain },
+                Image { backing: true, state: State::Zeros, ..plain },
+                Image { align: 4096, buffers: 2, ..plain },
+                Image { state: State::Shared, ..plain },
+                Image { state: State::Holes, ..plain },
+            ]
+        }
+    }
+}
+
+/// More kinds, for smaller scopes: they differ from the others in how their files grow.
+fn growing_images(format: Format) -> Vec<Image> {
+    let plain = Image { ahead: 16, ..Image::new(format) };
+    match format {
+        Format::Raw | Format::Qcow2 | Format::Vmdk => Vec::new(),
+        Format::Qed => vec![
+            Image { grow: Grow::Write, ..plain },
+            Image { grow: Grow::Allocate, ..plain },
+            Image { grow: Grow::Write, backing: true, ..plain },
+        ],
+    }
+}
+
+/// All workloads of `ops` requests on images of a format, with at most `faults` faults.
+pub fn scopes(format: Format, ops: usize, faults: u8) -> Vec<Scope> {
+    let budget = Budget { faults, ticks: 1, stalls: faults > 0, ..QUIET };
+    scopes_with(format, ops, budget)
+}
+
+/// As [`scopes`], with a budget.
+pub fn scopes_with(format: Format, ops: usize, budget: Budget) -> Vec<Scope> {
+    let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
+    scopes_on(images(format), budget, |image| workloads(image, shapes, ops))
+}
+
+fn scopes_on(
+    images: impl IntoIterator<Item = Image>,
+    budget: Budget,
+    workloads: impl Fn(&Image) -> Vec<Workload>,
+) -> Vec<Scope> {
+    let scope = |image| Scope { image, budget, workloads: workloads(&image) };
+    let scopes = images.into_iter().map(scope);
+    scopes.filter(|scope| !scope.workloads.is_empty()).collect()
+}
+
+/// The gate's scopes. With two requests of any kind either a fault or a deadline, not both: their
+/// product is left to single requests, to the most telling pairs and to random runs. Images of
+/// which each request does the same to several files at once, or that differ only in how they
+/// grow, see single requests and the most telling pairs.
+pub fn gate_scopes() -> Vec<Scope> {
+    Format::ALL.into_iter().flat_map(gate_scopes_of).collect()
+}
+
+/// As [`gate_scopes`], of one format.
+pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
+    let fault = Budget { faults: 1, ..QUIET };
+    let both = Budget { faults: 1, ticks: 1, ..QUIET };
+    let (split, whole): (Vec<Image>, Vec<Image>) =
+        images(format).into_iter().partition(|image| image.layout == Layout::Split);
+    let others = || split.iter().copied().chain(growing_images(format));
+    let kinds = || whole.iter().copied().chain(others());
+    let count = |ops: usize| {
+        let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
+        move |image: &Image| workloads(image, shapes, ops)
+    };
+    let core = |image: &Image| workloads(image, &Shape::CORE, 2);
+    let ticks = Budget { ticks: 1, ..QUIET };
+    if matches!(format, Format::Qcow2 | Format::Vmdk) {
+        // Written back, their tables leave more in flight than the gate has time for.
+        return [
+            scopes_on(kinds(), Budget { stalls: true, ..both }, count(1)),
+            scopes_on(kinds(), fault, resizes),
+            scopes_on(whole.iter().copied().take(2), Budget { crashes: 1, ..QUIET }, core),
+            scopes_on(kinds(), QUIET, core),
+            scopes_on(whole.iter().copied().take(2), fault, core),
+        ]
+        .concat();
+    }
+    [
+        scopes_on(kinds(), Budget { stalls: true, ..both }, count(1)),
+        scopes_on(kinds(), fault, resizes),
+        scopes_on(kinds(), Budget { crashes: 1, ..QUIET }, core),
+        scopes_on(whole.iter().copied().take(1), both, core),
+        scopes_on(others(), ticks, core),
+        scopes_on(whole.iter().copied(), ticks, count(2)),
+        scopes_on(whole.iter().copied(), fault, count(2)),
+        scopes_on(whole.iter().copied(), QUIET, count(3)),
+    ]
+    .concat()
+}
+
+/// Runs the gate.
+pub fn gate(threads: usize) -> Report {
+    explore(&gate_scopes(), threads, None)
+}
+
+/// What a run came to. Prints as a few lines, or as JSON.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// What was run.
+    pub title: String,
+    /// How much was done.
+    pub counts: Counts,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+    /// By how many threads.
+    pub threads: usize,
+    /// False: time ran out first.
+    pub complete: bool,
+    /// What failed, as traces; no more than [`FAILURES_MAX`].
+    pub failures: Vec<Trace>,
+    /// Scopes, with what was done in each.
+    pub scopes: Vec<(String, Counts)>,
+}
+
+/// After so many failures a run stops.
+pub const FAILURES_MAX: usize = 8;
+
+impl Report {
+    /// Did everything hold?
+    pub fn is_good(&self) -> bool {
+        self.failures.is_empty()
+    }
+
+    /// As one JSON object.
+    pub fn to_json(&self) -> String {
+        let Counts { runs, states, transitions, schedules, .. } = self.counts;
+        let Counts { crash_states, crash_images, crash_images_distinct, .. } = self.counts;
+        let verdicts: Vec<String> = self
+            .failures
+            .iter()
+            .map(|trace| quoted(trace.verdict.as_deref().unwrap_or_default()))
+            .collect();
+        format!(
+            "{{\"title\":{},\"good\":{},\"complete\":{},\"threads\":{},\"seconds\":{:.3},\
+             \"runs\":{runs},\"states\":{states},\"transitions\":{transitions},\
+             \"schedules\":{schedules:.0},\"crash_states\":{crash_states},\
+             \"crash_images\":{crash_images},\
+             \"crash_images_distinct\":{crash_images_distinct},\"failures\":[{}]}}",
+            quoted(&self.title),
+            self.is_good(),
+            self.complete,
+            self.threads,
+            self.seconds,
+            verdicts.join(",")
+        )
+    }
+}
+
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c < ' ' => out.push_str(&format!("\\u{:04x}", c as u32)),
+            c => out.push(c),
+        }
+    }
+    out + "\""
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report { counts, seconds, threads, .. } = self;
+        let cpu = seconds * *threads as f64;
+        let rate = |n: u64| n as f64 / cpu.max(1e-9);
+        writeln!(
+            f,
+            "{}: {} workloads in {seconds:.1} s on {threads} threads",
+            self.title, counts.runs
+        )?;
+        writeln!(
+            f,
+            "  {} states, {} transitions ({:.0} a second and thread), {:.3e} schedules",
+            counts.states,
+            counts.transitions,
+            rate(counts.transitions),
+            counts.schedules
+        )?;
+        writeln!(
+            f,
+            "  {} crash states, {} crash images ({:.0} a second and thread), {} opened and checked",
+            counts.crash_states,
+            counts.crash_images,
+            rate(counts.crash_images),
+            counts.crash_images_distinct
+        )?;
+        if !self.complete {
+            writeln!(f, "  stopped before the end")?;
+        }
+        for trace in &self.failures {
+            writeln!(f, "FAILED: {}", trace.verdict.as_deref().unwrap_or_default())?;
+            writeln!(f, "{}", trace.explained())?;
+        }
+        write!(f, "  {}", if self.is_good() { "no failure" } else { "FAILURES" })
+    }
+}
+
+/// Explores scopes, on `threads` threads, for at most `seconds`.
+pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report {
+    let watch = Stopwatch::start();
+    let items: Vec<(usize, usize)> = scopes
+        .iter()
+        .enumerate()
+        .flat_map(|(scope, of)| (0..of.workloads.len()).map(move |workload| (scope, workload)))
+        .collect();
+    let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let per_scope = Mutex::new(vec![Counts::default(); scopes.len()]);
+    let failures = Mutex::new(Vec::new());
+    std::thread::scope(|threads_of| {
+        for _ in 0..threads {
+            threads_of.spawn(|| {
+                let mut base: Option<(usize, Base<Image>)> = None;
+                while !stopped.load(Ordering::Relaxed) {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(&(scope, workload)) = items.get(at) else { return };
+                    if seconds.is_some_and(|limit| watch.seconds() > limit) {
+                        stopped.store(true, Ordering::Relaxed);
+                        return;
+                    }
+                    let of = &scopes[scope];
+                    if base.as_ref().is_none_or(|(which, _)| *which != scope) {
+                        let made = Base::new(of.image, of.most_requests())
+                            .expect("the gate's images can be made");
+                        base = Some((scope, made));
+                    }
+                    let (_, base) = base.as_ref().expect("just made");
+                    match explore_one(base, of, workload) {
+                        Ok(counts) => lock(&per_scope)[scope] += counts,
+                        Err(trace) => {
+                            let mut failures = lock(&failures);
+                            failures.push(*trace);
+                            if failures.len() >= FAILURES_MAX {
+                                stopped.store(true, Ordering::Relaxed);
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let per_scope = lock(&per_scope).clone();
+    let mut counts = Counts::default();
+    per_scope.iter().for_each(|scope| counts += *scope);
+    let names = scopes.iter().map(|scope| {
+        let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
+        format!("{requests} requests, {} faults: {}", scope.budget.faults, scope.image)
+    });
+    Report {
+        title: "explored".into(),
+        counts,
+        seconds: watch.seconds(),
+        threads,
+        complete: !stopped.into_inner(),
+        failures: lock(&failures).clone(),
+        scopes: names.zip(per_scope).collect(),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().expect("nobody panics while holding it")
+}
+
+fn explore_one(base: &Base<Image>, scope: &Scope, workload: usize) -> Result<Counts, Box<Trace>> {
+    let workload = &scope.workloads[workload];
+    let world = base.world(workload, scope.budget);
+    exhaust(&world, Limit::default())
+        .map_err(|failure| Box::new(Trace::of(scope.image, scope.budget, workload, &failure)))
+}

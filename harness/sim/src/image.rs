@@ -1,0 +1,533 @@
+//! Images of the formats there are, made small: the subjects of all real tests.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use cowbell_engine::Limits;
+use cowbell_engine::step::Io;
+use cowbell_engine::store::Store;
+use cowbell_engine::units::{NodeId, Time};
+use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
+use cowbell_formats::qcow2::{self, Qcow2Options};
+use cowbell_formats::qed::check::{Repair, check};
+use cowbell_formats::qed::{Grow, Growth, QedOptions};
+use cowbell_formats::vmdk::VmdkOptions;
+use cowbell_formats::{
+    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, create, map,
+};
+
+use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
+use crate::disk::Contents;
+use crate::host::{SimFile, SimHost};
+use crate::subject::{Checked, SimEngine, Subject};
+use crate::vmdk;
+use crate::workload::{Request, number};
+
+/// What an image is like at first.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum State {
+    /// Nothing is allocated.
+    Cold,
+    /// Clusters 0 and 1 of the first table and 0 of the second are.
+    Warm,
+    /// The same clusters say that they are zeros.
+    Zeros,
+    /// As `Warm`, and a snapshot shares all of it. Only qcow2 has such.
+    Shared,
+    /// As `Warm`, with clusters of the file before them that were used, and are not any more.
+    Holes,
+}
+
+/// How a VMDK image is laid out.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Layout {
+    /// One extent, with all its tables.
+    Plain,
+    /// Two extents; the border is that of the first two clusters.
+    Split,
+    /// One extent; its tables are allocated when they are needed.
+    Lazy,
+}
+
+/// An image and how it is run.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Image {
+    /// Its format.
+    pub format: Format,
+    /// What it is like at first.
+    pub state: State,
+    /// Has it a backing file? A raw one, shorter than the disk, that ends within a cluster.
+    pub backing: bool,
+    /// How a VMDK image is laid out.
+    pub layout: Layout,
+    /// Bytes in a cluster. Of less than 4096 only qcow2 makes any; its refcounts are then as
+    /// wide as can be, so that a few clusters want more than one block of them.
+    pub cluster: u64,
+    /// Table slices in memory.
+    pub cache: usize,
+    /// Buffers for copy-on-write and table writes.
+    pub buffers: usize,
+    /// The device's block size.
+    pub align: u32,
+    /// Ops that the device takes at once.
+    pub depth: usize,
+    /// What makes the file grow.
+    pub grow: Grow,
+    /// Clusters by which it grows ahead.
+    pub ahead: u64,
+    /// Can the device zero a range?
+    pub can_zero: bool,
+    /// Was the format guessed?
+    pub probed: bool,
+    /// See [`Lie`].
+    pub lie: Option<Lie>,
+}
+
+impl Image {
+    /// An ordinary image of this format.
+    pub fn new(format: Format) -> Image {
+        Image {
+            format,
+            state: State::Cold,
+            backing: false,
+            cluster: CLUSTER,
+            layout: Layout::Plain,
+            cache: 2,
+            buffers: 4,
+            align: 512,
+            depth: 64,
+            grow: Grow::Truncate,
+            ahead: 4,
+            can_zero: true,
+            probed: false,
+            lie: None,
+        }
+    }
+
+    /// Bytes that one table maps; for raw, which has none, a few clusters.
+    pub fn span(&self) -> u64 {
+        match self.format {
+            Format::Qed | Format::Qcow2 => self.cluster * self.cluster / 8,
+            Format::Vmdk => 128 * CLUSTER,
+            _ => 8 * CLUSTER,
+        }
+    }
+
+    /// The first byte of a cluster of what a table maps.
+    pub fn place(&self, table: u64, cluster: u64) -> u64 {
+        table * self.span() + cluster * self.cluster
+    }
+
+    /// Can its disk be made larger?
+    pub fn can_grow(&self) -> bool {
+        self.format != Format::Vmdk
+    }
+
+    /// Can its disk be made smaller?
+    pub fn can_shrink(&self) -> bool {
+        self.format == Format::Raw
+    }
+
+    fn run_options(&self) -> RunOptions {
+        let (step_min, step_max) = (self.ahead * self.cluster, self.ahead * self.cluster);
+        let growth = Growth { by: self.grow, step_min, step_max };
+        let qed = QedOptions { cache_slices: self.cache, growth, unmark_after_ms: 5000 };
+        let vmdk = VmdkOptions { cache_tables: self.cache, growth, ..VmdkOptions::default() };
+        let qcow2 = Qcow2Options {
+            cache_slices: self.cache,
+            cache_inflated: 1,
+            growth,
+            stock_max: self.ahead,
+            // What was in a hole is there still.
+            pass_discards: self.state != State::Holes,
+        };
+        RunOptions { trust_probed: false, qed, qcow2, vmdk }
+    }
+
+    fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {
+        let options = OpenOptions {
+            format: (!self.probed).then_some(self.format),
+            write,
+            backing: Policy::Any,
+            files: Policy::Any,
+            probe_backing: false,
+            ..OpenOptions::default()
+        };
+        chain::open(host, Path::new(TOP), &options).map_err(|why| why.to_string())
+    }
+
+    /// Fills the clusters that a state says are there, through the engine, and closes the image.
+    fn fill(&self, host: &SimHost) -> Result<(), String> {
+        let backend = SimBackend::new(self.device(), Mode::Fifo);
+        let mut engine = SimEngine::new(backend, self.limits());
+        let node = self.open(host, &mut engine)?;
+        let holes: &[(u64, u64)] = if self.state == State::Holes { &HOLES } else { &[] };
+        for &(table, cluster) in holes.iter().chain(&FILLED) {
+            let at = self.place(table, cluster);
+            match self.state {
+                State::Zeros => ask(&mut engine, node, Request::zero(at, self.cluster))?,
+                _ => ask(&mut engine, node, Request::write(at, self.cluster))?,
+            }
+        }
+        for &(table, cluster) in holes {
+            let at = self.place(table, cluster);
+            ask(&mut engine, node, Request::discard(at, self.cluster))?;
+        }
+        engine.drain();
+        for _ in 0..RUNS_MAX {
+            engine.run(Time(0));
+        }
+        engine.drained().ok_or("the image could not be closed")?.map_err(|e| e.to_string())?;
+        for (i, name) in self.files().into_iter().enumerate() {
+            let file = engine.backend().file(cowbell_engine::units::FileId(i as u32));
+            host.put(name, file.now().clone());
+        }
+        if self.state == State::Shared {
+            let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
+            let now = qcow2::snapshots::Moment { seconds: 0, nanos: 0 };
+            qcow2::snapshots::create(&file, b"all", now).map_err(|why| why.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks for something, and waits for it.
+fn ask(engine: &mut SimEngine<Node>, node: NodeId, request: Request) -> Result<(), String> {
+    let io: Io = request.io();
+    let memory = match request.memory(FILLER) {
+        Some(bytes) => bytes.into(),
+        None => cowbell_engine::mem::Mem::None,
+    };
+    engine.submit(node, io, memory, 0).map_err(|refused| format!("{:?}", refused.why))?;
+    for _ in 0..RUNS_MAX {
+        engine.run(Time(0));
+    }
+    let finished = engine.poll().ok_or("the image could not be filled")?;
+    finished.result.map_err(|errno| errno.to_string())
+}
+
+/// Bytes in a cluster: the least that QED has.
+pub(crate) const CLUSTER: u64 = 4096;
+/// What [`State::Warm`] fills: table and cluster.
+const FILLED: [(u64, u64); 3] = [(0, 0), (0, 1), (1, 0)];
+/// What [`State::Holes`] fills first and discards last.
+const HOLES: [(u64, u64); 4] = [(0, 3), (0, 4), (0, 5), (0, 6)];
+/// Whose pattern it is filled with: a request that no workload has.
+const FILLER: usize = 1000;
+/// More than anybody needs to fill a cluster.
+const RUNS_MAX: usize = 64;
+pub(crate) const TOP: &str = "top.img";
+pub(crate) const BACKING: &str = "backing.img";
+pub(crate) const SEED: u64 = 0x5eed;
+
+impl Subject for Image {
+    type Driver = Node;
+
+    fn text(&self) -> String {
+        self.to_string()
+    }
+
+    fn device(&self) -> Device {
+        Device {
+            request_align: self.align,
+            memory_align: 1,
+            depth: self.depth,
+            can_grow: true,
+            can_zero: self.can_zero,
+            bounce_from: self.buffers as u32,
+            lie: self.lie,
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            requests: 1,
+            ops: 32,
+            buffers: self.buffers,
+            bounce_buffers: 1,
+            buffer_size: CLUSTER as usize,
+            measure: false,
+        }
+    }
+
+    fn make(&self, host: &SimHost) -> Result<(), String> {
+        if self.format == Format::Raw {
+            host.put(TOP, Contents::noise(SEED, self.size()));
+            return Ok(());
+        }
+        if self.format == Format::Vmdk {
+            vmdk::make(self, host)?;
+            return if self.state == State::Cold { Ok(()) } else { self.fill(host) };
+        }
+        if self.backing {
+            host.put(BACKING, Contents::noise(!SEED, self.place(1, 0) + 1536));
+        }
+        let options = CreateOptions {
+            size: Some(self.size()),
+            backing_file: self.backing.then(|| BACKING.into()),
+            backing_format: self.backing.then_some(Format::Raw),
+            cluster_size: Some(self.cluster),
+            refcount_bits: (self.cluster < CLUSTER).then_some(64),
+            table_size: (self.format == Format::Qed).then_some(1),
+            ..CreateOptions::default()
+        };
+        create(host, Path::new(TOP), self.format, &options).map_err(|why| why.to_string())?;
+        if self.state == State::Cold { Ok(()) } else { self.fill(host) }
+    }
+
+    fn files(&self) -> Vec<&'static str> {
+        let mut files = if self.backing { vec![BACKING, TOP] } else { vec![TOP] };
+        if self.layout == Layout::Split {
+            files.extend(vmdk::EXTENTS);
+        }
+        files
+    }
+
+    fn still_files(&self) -> usize {
+        self.backing.into()
+    }
+
+    fn open(&self, host: &SimHost, engine: &mut SimEngine<Node>) -> Result<NodeId, String> {
+        let chain = self.chain(host, true)?;
+        attach(engine, chain, &self.run_options()).map_err(|why| why.to_string())
+    }
+
+    fn size(&self) -> u64 {
+        // The third table's last cluster is cut.
+        self.place(2, 2) + 1536
+    }
+
+    fn size_unit(&self) -> u64 {
+        if self.format == Format::Raw { self.align.into() } else { 1 }
+    }
+
+    fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    fn discard_unit(&self) -> u64 {
+        if self.format == Format::Raw { 512 } else { self.cluster }
+    }
+
+    fn marks_leaks(&self) -> bool {
+        self.format == Format::Qed && !self.backing
+    }
+
+    fn mark_covers_corruption(&self) -> bool {
+        self.format == Format::Qed && self.grow == Grow::Write
+    }
+
+    fn writes_back(&self) -> bool {
+        matches!(self.format, Format::Qcow2 | Format::Vmdk)
+    }
+
+    fn metadata(&self) -> Option<IsMetadata> {
+        match self.format {
+            Format::Qed => Some(is_qed_metadata),
+            Format::Vmdk => Some(vmdk::is_metadata),
+            Format::Qcow2 => Some(is_qcow2_metadata),
+            _ => None,
+        }
+    }
+
+    fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {
+        map::read(&self.chain(host, false)?, offset, bytes).map_err(|why| why.to_string())
+    }
+
+    fn check(&self, host: &SimHost) -> Result<Checked, String> {
+        let chain = self.chain(host, false)?;
+        let top = &chain.layers[0];
+        match &top.meta {
+            LayerMeta::Raw { .. } => Ok(Checked::default()),
+            LayerMeta::Qed(opened) => {
+                let report = check(&top.file, Repair::None).map_err(|why| why.to_string())?;
+                let corruptions = report.corruptions + report.check_errors;
+                let marked = opened.header.needs_check();
+                Ok(Checked { marked, corruptions, leaks: report.leaks })
+            }
+            LayerMeta::Vmdk(_) => {
+                let report = cowbell_formats::vmdk::check::check(top, Repair::None);
+                let report = report.map_err(|why| why.to_string())?;
+                let mut corruptions = report.corruptions + report.check_errors;
+                if self.state == State::Cold && report.allocated_clusters > 0 {
+                    // Whoever has changed anything has said so first.
+                    corruptions += u64::from(vmdk::is_as_made(&top.meta));
+                }
+                // Copies that differ are what a crash between the two leaves, as leaks are.
+                Ok(Checked { marked: false, corruptions, leaks: report.leaks + report.stale })
+            }
+            LayerMeta::Qcow2(opened) => {
+                let report = qcow2::check::check(&top.file, Repair::None);
+                let report = report.map_err(|why| why.to_string())?;
+                let corruptions = report.corruptions + report.check_errors;
+                let marked = opened.header.is_dirty() || opened.header.is_corrupt();
+                Ok(Checked { marked, corruptions, leaks: report.leaks })
+            }
+        }
+    }
+
+    fn map(&self, host: &SimHost) -> Result<Vec<map::Extent>, String> {
+        let chain = self.chain(host, false)?;
+        let extents: Result<Vec<map::Extent>, _> = map::extents(&chain).collect();
+        let mut extents = extents.map_err(|why| why.to_string())?;
+        // As if each file were a layer: what the explorer looks for is the file.
+        let others = chain.layers[0].more.len();
+        for extent in &mut extents {
+            extent.depth = if extent.depth == 0 { others - extent.file } else { others + 1 };
+        }
+        Ok(extents)
+    }
+
+    fn recover(&self, host: &SimHost) -> Result<(), String> {
+        self.chain(host, true).map(|_| ())
+    }
+
+    fn repair(&self, host: &SimHost) -> Result<(), String> {
+        if self.format == Format::Raw {
+            return Ok(());
+        }
+        let options = OpenOptions { format: Some(self.format), ..OpenOptions::default() };
+        let options =
+            OpenOptions { write: true, ignore_need_check: true, files: Policy::Any, ..options };
+        let layer = chain::open_whole_layer(host, Path::new(TOP), &options);
+        let layer = layer.map_err(|why| why.to_string())?;
+        let repaired = match self.format {
+            Format::Vmdk => cowbell_formats::vmdk::check::check(&layer, Repair::All).map(|_| ()),
+            Format::Qcow2 => qcow2::check::check(&layer.file, Repair::All).map(|_| ()),
+            _ => check(&layer.file, Repair::All).map(|_| ()),
+        };
+        repaired.map_err(|why| why.to_string())
+    }
+
+    fn assert_idle(&self, driver: &Node) {
+        driver.assert_idle();
+    }
+}
+
+/// Does `start..end` of a QED image with tables of one cluster touch its header or tables?
+fn is_qed_metadata(contents: &Contents, start: u64, end: u64) -> bool {
+    if start < 2 * CLUSTER {
+        return true;
+    }
+    let file = SimFile::new(contents.clone(), false);
+    let mut entry = [0; 8];
+    (0..CLUSTER).step_by(8).any(|at| {
+        let read = file.read_at(CLUSTER + at, &mut entry);
+        let table = u64::from_le_bytes(entry);
+        read.is_ok() && table != 0 && table < end && start < table.saturating_add(CLUSTER)
+    })
+}
+
+/// Does `start..end` of a qcow2 image touch its header or tables?
+fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
+    use cowbell_formats::qcow2::open::{Access, open, read_words};
+    let file = SimFile::new(contents.clone(), false);
+    let Ok(image) = open(&file, Access::Read) else { return false };
+    let header = &image.header;
+    let entries = header.refcount_table_bytes() as usize / 8;
+    let blocks = read_words(&file, header.refcount_table_offset, entries, "read the table");
+    let offset = |word: &u64| word & 0x00ff_ffff_ffff_fe00;
+    let tables = image.l1.iter().map(offset).chain(blocks.unwrap_or_default());
+    let fixed = [0, header.l1_offset, header.refcount_table_offset];
+    let mut all = tables.filter(|&table| table != 0).chain(fixed);
+    let size = header.cluster_size();
+    all.any(|table| table < end && start < table.saturating_add(size))
+}
+
+impl fmt::Display for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Cold => "cold",
+            State::Warm => "warm",
+            State::Zeros => "zeros",
+            State::Holes => "holes",
+            State::Shared => "shared",
+        };
+        let grow = match self.grow {
+            Grow::Truncate => "truncate",
+            Grow::Allocate => "allocate",
+            Grow::Write => "write",
+        };
+        let lie = match self.lie {
+            None => "none",
+            Some(Lie::FlushDoesNothing) => "flush-does-nothing",
+            Some(Lie::FuaDoesNothing) => "fua-does-nothing",
+            Some(Lie::ShortIsWhole) => "short-is-whole",
+        };
+        let layout = match self.layout {
+            Layout::Plain => "",
+            Layout::Split => "layout=split ",
+            Layout::Lazy => "layout=lazy ",
+        };
+        let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
+        write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
+        if self.cluster != CLUSTER {
+            write!(f, "cluster={} ", self.cluster)?;
+        }
+        write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
+        write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
+    }
+}
+
+impl FromStr for Image {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Image, String> {
+        let mut image = Image::new(Format::Raw);
+        for word in text.split_whitespace() {
+            let (key, value) = word.split_once('=').ok_or_else(|| format!("'{word}' has no ="))?;
+            let wrong = || format!("'{value}' is no {key}");
+            let flag = || value.parse().map_err(|_| wrong());
+            match key {
+                "format" => image.format = Format::from_name(value).ok_or_else(wrong)?,
+                "state" => {
+                    image.state = match value {
+                        "cold" => State::Cold,
+                        "warm" => State::Warm,
+                        "zeros" => State::Zeros,
+                        "holes" => State::Holes,
+                        "shared" => State::Shared,
+                        _ => return Err(wrong()),
+                    };
+                }
+                "backing" => image.backing = flag()?,
+                "layout" => {
+                    image.layout = match value {
+                        "plain" => Layout::Plain,
+                        "split" => Layout::Split,
+                        "lazy" => Layout::Lazy,
+                        _ => return Err(wrong()),
+                    };
+                }
+                "cluster" => image.cluster = number(value)?,
+                "cache" => image.cache = number(value)? as usize,
+                "buffers" => image.buffers = number(value)? as usize,
+                "align" => image.align = number(value)? as u32,
+                "depth" => image.depth = number(value)? as usize,
+                "grow" => {
+                    image.grow = match value {
+                        "truncate" => Grow::Truncate,
+                        "allocate" => Grow::Allocate,
+                        "write" => Grow::Write,
+                        _ => return Err(wrong()),
+                    };
+                }
+                "ahead" => image.ahead = number(value)?,
+                "can-zero" => image.can_zero = flag()?,
+                "probed" => image.probed = flag()?,
+                "lie" => {
+                    image.lie = match value {
+                        "none" => None,
+                        "flush-does-nothing" => Some(Lie::FlushDoesNothing),
+                        "fua-does-nothing" => Some(Lie::FuaDoesNothing),
+                        "short-is-whole" => Some(Lie::ShortIsWhole),
+                        _ => return Err(wrong()),
+                    };
+                }
+                _ => return Err(format!("'{key}' is no option of an image")),
+            }
+        }
+        Ok(image)
+    }
+}

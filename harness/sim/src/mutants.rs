@@ -1,0 +1,413 @@
+//! Mutants: planted defects that the simulator must find.
+//!
+//! A defect that survives is a finding: a hole in the model or in the scopes, or a change that
+//! cannot be told from the original. The latter are in [`EQUIVALENT`], each with its argument.
+//! Besides defects in the code there are devices that [lie](crate::backend::Lie).
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cowbell_formats::Format;
+
+use crate::backend::Lie;
+use crate::clock::Stopwatch;
+use crate::explore::{Limit, exhaust};
+use crate::gate::{Scope, scopes, scopes_with};
+use crate::image::{Image, State};
+use crate::random::run_once;
+use crate::trace::Trace;
+use crate::workload::{Request, Workload};
+use crate::world::{Base, Budget, QUIET};
+
+/// A planted defect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mutant {
+    /// Its name in the code.
+    pub name: &'static str,
+    /// What is wrong.
+    pub title: &'static str,
+    /// Where it shows.
+    pub format: Format,
+    /// A lying device instead of a change in the code.
+    pub lie: Option<Lie>,
+}
+
+const fn qed(name: &'static str, title: &'static str) -> Mutant {
+    Mutant { name, title, format: Format::Qed, lie: None }
+}
+
+const fn qcow2(name: &'static str, title: &'static str) -> Mutant {
+    Mutant { name, title, format: Format::Qcow2, lie: None }
+}
+
+const fn vmdk(name: &'static str, title: &'static str) -> Mutant {
+    Mutant { name, title, format: Format::Vmdk, lie: None }
+}
+
+const fn raw(name: &'static str, title: &'static str) -> Mutant {
+    Mutant { name, title, format: Format::Raw, lie: None }
+}
+
+const fn lie(name: &'static str, title: &'static str, lie: Lie) -> Mutant {
+    Mutant { name, title, format: Format::Raw, lie: Some(lie) }
+}
+
+/// All of them.
+pub const MUTANTS: &[Mutant] = &[
+    raw("flush_does_nothing", "a flush is answered without asking the device"),
+    raw("flush_rides_on_one_in_flight", "a flush joins one that was issued before it came"),
+    raw("flush_error_swallowed", "a failed flush counts as a good one"),
+    raw("short_write_counts_as_whole", "the rest of a short write is forgotten"),
+    raw("rmw_without_claim", "two unaligned writes rewrite one block at once"),
+    raw("rmw_ignores_writes_in_flight", "an unaligned write puts a newer write's bytes back"),
+    raw("discard_ignores_claims", "an unaligned write puts back what a discard took away"),
+    raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
+    qed("no_fence_before_link", "an entry may be stable before the copied data is"),
+    qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
+    qed("never_marked", "the need-check mark is never set"),
+    qed("unmarked_without_flush", "the mark goes before data and tables are stable"),
+    qed("growth_used_before_stable", "space is handed out before the file's length is stable"),
+    qed("published_early", "an entry is used before the write that makes it true"),
+    qed("data_error_ignored", "an entry is written for data that was not"),
+    qed("link_error_ignored", "an entry is used although its write failed"),
+    qed("failed_link_not_doubted", "a failed table write is taken for one that did not happen"),
+    qed("root_error_ignored", "a table is used although it is not linked"),
+    qed("no_claims", "two requests allocate one cluster at once"),
+    qed("claim_one_cluster_short", "a claim does not cover its last cluster"),
+    qed("claim_never_wakes", "who waits for a claim waits for ever"),
+    qed("claim_kept_on_error", "a failed request keeps its claim"),
+    qed("no_wake_on_error", "a failed request wakes nobody"),
+    qed("no_table_freeze", "two requests allocate one table at once"),
+    qed("root_baton_dropped", "the turn to write the root is lost"),
+    qed("woken_trusts_old_lookup", "a woken request does not look up again"),
+    qed("latecomers_count_as_linked", "entries count as written that came after the write began"),
+    qed("two_slice_writes_at_once", "two writes of one table sector are in flight"),
+    qed("slice_not_pinned", "a slice being changed is evicted"),
+    qed("slice_used_while_loading", "a slice is used before it is there"),
+    qed("run_ignores_type", "clusters of different kinds are taken for one run"),
+    qed("cow_tail_skipped", "what lies behind a write is not copied"),
+    qed("cow_from_wrong_cluster", "copy-on-write copies another cluster"),
+    qed("zero_cluster_shows_backing", "a write to a zero cluster brings back the backing file"),
+    qed("short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
+    vmdk("vmdk_no_claims", "two requests allocate one grain at once"),
+    vmdk("vmdk_published_early", "an entry leads to data that is not there yet"),
+    vmdk("vmdk_data_error_ignored", "an entry leads to data whose write failed"),
+    vmdk("vmdk_no_wake_on_error", "a failed request wakes nobody"),
+    vmdk("vmdk_cow_tail_skipped", "what lies behind a write is not copied"),
+    vmdk("vmdk_zero_grain_shows_parent", "a write into a zeroed grain brings the parent back"),
+    vmdk("vmdk_run_ignores_type", "grains of different kinds are taken for one run"),
+    vmdk("vmdk_woken_trusts_old_lookup", "a woken request does not look up again"),
+    vmdk("vmdk_cid_never_changes", "a session that writes leaves the content id"),
+    vmdk("vmdk_cid_wakes_nobody", "who waits for the content id waits for ever"),
+    vmdk("vmdk_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
+    vmdk("vmdk_flush_rides_on_a_running_sweep", "a flush takes an older sweep for its own"),
+    vmdk("vmdk_sweep_without_fence", "a sweep flushes nothing before it writes tables"),
+    vmdk("vmdk_length_not_fenced", "an entry may be stable before the file is that long"),
+    vmdk("vmdk_parent_not_fenced", "an entry may be stable before the data that it needs"),
+    vmdk("vmdk_sealed_after_fence", "a sweep writes what was published after its fence"),
+    vmdk("vmdk_redundant_tables_not_written", "the redundant tables are never written"),
+    vmdk("vmdk_redundant_tables_before_flush", "a redundant table may know more than the primary"),
+    vmdk("vmdk_failed_sweep_counts_as_written", "a failed write of tables counts as a good one"),
+    vmdk("vmdk_sweep_wakes_nobody", "who waits for a sweep waits for ever"),
+    qcow2("qcow2_no_claims", "two requests allocate one cluster at once"),
+    qcow2("qcow2_claim_short", "a claim does not cover its last cluster"),
+    qcow2("qcow2_claim_never_wakes", "who waits for a claim waits for ever"),
+    qcow2("qcow2_claim_kept_on_error", "a failed request keeps its claim"),
+    qcow2("qcow2_zero_ignores_claims", "a cluster is cleared while it is being allocated"),
+    qcow2("qcow2_published_early", "an entry leads to data that is not there yet"),
+    qcow2("qcow2_data_error_ignored", "an entry leads to data whose write failed"),
+    qcow2("qcow2_no_fence_for_data", "an entry may be stable before the data that it needs"),
+    qcow2("qcow2_no_fence_in_sweep", "a sweep forgets the fence that its slices owe"),
+    qcow2(
+        "qcow2_seal_ignored",
+        "an entry that owes a fence slips into a slice whose fence is under way",
+    ),
+    qcow2("qcow2_sweep_not_flushed", "a sweep ends before what it wrote is stable"),
+    qcow2("qcow2_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
+    qcow2(
+        "qcow2_flush_joins_sweep_under_way",
+        "a flush goes with a sweep that began before it came",
+    ),
+    qcow2("qcow2_table_error_ignored", "a failed write of tables counts as a good one"),
+    qcow2("qcow2_stock_before_stable", "clusters are handed out before their refcounts are stable"),
+    qcow2(
+        "qcow2_reused_while_in_use",
+        "a freed cluster is reused while an older request is using it",
+    ),
+    qcow2("qcow2_stocked_before_discarded", "a cluster is reused before its discard is done"),
+    qcow2("qcow2_no_table_freeze", "two requests provide one table at once"),
+    qcow2("qcow2_slice_used_while_loading", "a slice is used before it is there"),
+    qcow2("qcow2_run_ignores_type", "clusters of different kinds are taken for one run"),
+    qcow2("qcow2_cow_tail_skipped", "what lies behind a write is not copied"),
+    qcow2("qcow2_cow_from_wrong_cluster", "copy-on-write copies another cluster"),
+    qcow2("qcow2_short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
+    qcow2("qcow2_table_not_filled", "a table is made of a used cluster, as it is"),
+    qcow2(
+        "qcow2_table_owes_nothing",
+        "a table may be linked on disk before what fills it is stable",
+    ),
+    qcow2("qcow2_shared_table_changed", "a table that a snapshot shares is changed in place"),
+    qcow2("qcow2_block_linked_unstable", "a refcount block is linked before it is stable"),
+    lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
+    lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
+    lie(
+        "device-short-is-whole",
+        "the device's short writes say they were whole",
+        Lie::ShortIsWhole,
+    ),
+];
+
+/// Changes in the code that are found elsewhere, or not at all, and why.
+pub const EQUIVALENT: &[(&str, &str)] = &[(
+    "probed_raw_unguarded",
+    "a matter of what a guest may write, not of crashes or order: a test of the raw driver finds it",
+)];
+
+/// What became of one mutant.
+#[derive(Clone, Debug)]
+pub struct Fate {
+    /// Which.
+    pub mutant: Mutant,
+    /// The stage of the hunt that found it, and what it saw.
+    pub killed: Option<(&'static str, Trace)>,
+    /// How long that took, in seconds.
+    pub seconds: f64,
+}
+
+/// What became of all of them.
+#[derive(Clone, Debug, Default)]
+pub struct Score {
+    /// One by one.
+    pub fates: Vec<Fate>,
+}
+
+impl Score {
+    /// Was every one found?
+    pub fn is_good(&self) -> bool {
+        self.fates.iter().all(|fate| fate.killed.is_some())
+    }
+
+    /// Half of them were found within so many seconds.
+    pub fn median(&self) -> f64 {
+        let mut seconds: Vec<f64> = self.fates.iter().map(|fate| fate.seconds).collect();
+        seconds.sort_by(f64::total_cmp);
+        seconds.get(seconds.len() / 2).copied().unwrap_or(0.0)
+    }
+}
+
+impl Score {
+    /// As one JSON object.
+    pub fn to_json(&self) -> String {
+        let one = |fate: &Fate| {
+            let (name, killed) = (fate.mutant.name, fate.killed.is_some());
+            format!("{{\"name\":\"{name}\",\"killed\":{killed},\"seconds\":{:.4}}}", fate.seconds)
+        };
+        let fates: Vec<String> = self.fates.iter().map(one).collect();
+        format!("{{\"good\":{},\"mutants\":[{}]}}", self.is_good(), fates.join(","))
+    }
+}
+
+impl fmt::Display for Score {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Fate { mutant, killed, seconds } in &self.fates {
+            let (stage, requests) = match killed {
+                Some((stage, trace)) => {
+                    let count = trace.workload.requests.len();
+                    (*stage, format!("{count} requests, {} choices", trace.choices.len()))
+                }
+                None => ("SURVIVED", String::new()),
+            };
+            let name = mutant.name;
+            writeln!(f, "{name:32} {:9.1} ms  {stage:16} {requests}", seconds * 1e3)?;
+        }
+        let killed = self.fates.iter().filter(|fate| fate.killed.is_some()).count();
+        let all = self.fates.len();
+        write!(f, "{killed} of {all} killed, half of them within {:.1} ms", self.median() * 1e3)
+    }
+}
+
+/// Hunts the mutants whose names contain `only`, on `threads` threads, each for at most `seconds`.
+///
+/// # Errors
+///
+/// When this was built without the feature `mutants`, or cannot survive a panic.
+pub fn hunt_all(only: &str, threads: usize, seconds: f64) -> Result<Score, String> {
+    if !cfg!(feature = "mutants") {
+        return Err("built without the feature 'mutants': no defects are planted".into());
+    }
+    if !cfg!(panic = "unwind") {
+        return Err("built to abort on a panic, which is how most mutants are found".into());
+    }
+    let wanted: Vec<Mutant> =
+        MUTANTS.iter().filter(|mutant| mutant.name.contains(only)).copied().collect();
+    let next = AtomicUsize::new(0);
+    let fates = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(mutant) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let fate = hunt(*mutant, seconds);
+                    fates.lock().expect("nobody panics while holding it").push(fate);
+                }
+            });
+        }
+    });
+    let mut fates = fates.into_inner().expect("nobody panics while holding it");
+    fates.sort_by_key(|fate| wanted.iter().position(|mutant| *mutant == fate.mutant));
+    Ok(Score { fates })
+}
+
+fn hunt(mutant: Mutant, limit: f64) -> Fate {
+    let watch = Stopwatch::start();
+    // Images are made by sound code.
+    let mut killed = None;
+    for (stage, make) in STAGES {
+        let mut scopes = make(mutant.format);
+        scopes.iter_mut().for_each(|scope| scope.image.lie = mutant.lie);
+        killed = hunt_in(&mutant, &scopes, &watch, limit).map(|trace| (*stage, trace));
+        if killed.is_some() || watch.seconds() > limit {
+            break;
+        }
+    }
+    let mut seed = 0;
+    while killed.is_none() && mutant.lie.is_none() && watch.seconds() < limit {
+        activate(&mutant, true);
+        killed = run_once(seed, Some(mutant.format)).err().map(|trace| ("random", *trace));
+        activate(&mutant, false);
+        seed += 1;
+    }
+    Fate { mutant, killed, seconds: watch.seconds() }
+}
+
+fn activate(mutant: &Mutant, on: bool) {
+    #[cfg(feature = "mutants")]
+    if mutant.lie.is_none() {
+        cowbell_engine::mutants::activate(on.then_some(mutant.name));
+    }
+    let _ = (mutant, on);
+}
+
+/// Makes the scopes of a stage for a format.
+type MakeScopes = fn(Format) -> Vec<Scope>;
+
+/// Where a mutant is looked for, quickest first; after these, random runs.
+const STAGES: &[(&str, MakeScopes)] = &[
+    ("special", special),
+    ("one request", |format| scopes(format, 1, 1)),
+    ("two requests", |format| scopes(format, 2, 0)),
+    ("two, one fault", |format| scopes_with(format, 2, Budget { faults: 1, ..QUIET })),
+];
+
+/// A few workloads that are known to be telling.
+pub fn special(format: Format) -> Vec<Scope> {
+    let image = Image { ahead: 16, ..Image::new(format) };
+    let scope = |image: Image, faults: u8, ticks: u8, requests: &[Request]| Scope {
+        image,
+        budget: Budget { faults, ticks, ..QUIET },
+        workloads: vec![Workload::new(requests.iter().copied())],
+    };
+    let at = |table, cluster| image.place(table, cluster);
+    let head = |table, cluster| Request::write(at(table, cluster), 1024);
+    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
+    let flush = Request::flush();
+    if format == Format::Raw {
+        let blocks = Image { align: 4096, ..image };
+        return vec![
+            scope(image, 0, 0, &[head(0, 0), flush]),
+            scope(image, 1, 0, &[Request::write(0, 2048), flush]),
+            scope(image, 0, 0, &[Request::write_fua(0, 1024)]),
+            scope(blocks, 0, 0, &[Request::write(300, 300), Request::write(1024, 512)]),
+            scope(image, 0, 0, &[head(0, 0), flush, head(0, 1), flush]),
+        ];
+    }
+    let overlay = Image { backing: true, ..image };
+    let zeros = Image { state: State::Zeros, ..overlay };
+    let warm = Image { state: State::Warm, ..image };
+    let across = Request::write(at(0, 2) - 1024, 2048);
+    if format == Format::Qcow2 {
+        return special_qcow2(image);
+    }
+    vec![
+        scope(overlay, 0, 0, &[middle(0, 0)]),
+        scope(zeros, 0, 0, &[middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(0, 1)]),
+        scope(overlay, 0, 0, &[Request::read(at(1, 0), 4096)]),
+        scope(overlay, 0, 0, &[Request::write(at(0, 1) - 1024, 2048), head(0, 1)]),
+        scope(warm, 0, 0, &[across, Request::read(at(0, 1), 8192)]),
+        scope(image, 0, 1, &[head(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), flush]),
+        scope(overlay, 1, 0, &[head(0, 0), middle(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
+        scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
+    ]
+}
+
+/// The same for qcow2: what is written back, given up and used again.
+fn special_qcow2(image: Image) -> Vec<Scope> {
+    let image = Image { ahead: 8, ..image };
+    let overlay = Image { backing: true, ..image };
+    let zeros = Image { state: State::Zeros, ..overlay };
+    let warm = Image { state: State::Warm, ..image };
+    // So little in stock that what is given up is used again at once.
+    let tight = Image { ahead: 1, ..warm };
+    // New clusters are used ones; tables too.
+    let holes = Image { state: State::Holes, ..image };
+    let shared = Image { state: State::Shared, ..image };
+    // A refcount block counts 64 clusters.
+    let small = Image { cluster: 512, ahead: 64, ..image };
+    let at = |table, cluster| image.place(table, cluster);
+    let head = |table, cluster| Request::write(at(table, cluster), 1024);
+    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
+    let whole = |table, cluster| Request::write(at(table, cluster), 4096);
+    let discard = |table, cluster| Request::discard(at(table, cluster), 4096);
+    let flush = Request::flush();
+    let scope = |image: Image, faults: u8, requests: &[Request]| Scope {
+        image,
+        budget: Budget { faults, ..QUIET },
+        workloads: vec![Workload::new(requests.iter().copied())],
+    };
+    vec![
+        scope(overlay, 0, &[middle(0, 0), flush]),
+        scope(zeros, 0, &[middle(0, 0), flush]),
+        scope(overlay, 0, &[head(0, 0), middle(0, 0)]),
+        scope(image, 0, &[head(0, 0), flush]),
+        scope(image, 0, &[whole(0, 0), Request::read(at(0, 0), 4096)]),
+        scope(image, 1, &[head(0, 0), middle(0, 0)]),
+        scope(overlay, 0, &[middle(0, 0), flush, head(0, 1), flush]),
+        scope(overlay, 0, &[Request::read(at(1, 0), 4096)]),
+        scope(warm, 0, &[Request::write(at(0, 2) - 1024, 2048), Request::read(at(0, 1), 8192)]),
+        scope(image, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
+        scope(warm, 1, &[head(0, 2), flush, flush]),
+        scope(tight, 0, &[discard(0, 0), flush, whole(0, 2)]),
+        scope(overlay, 0, &[middle(0, 0), Request::zero(at(0, 0), 4096)]),
+        scope(shared, 0, &[head(0, 0), flush]),
+        scope(shared, 1, &[head(0, 0), head(0, 1), flush]),
+        scope(holes, 0, &[head(2, 0), flush]),
+        scope(holes, 0, &[head(2, 0), head(2, 1)]),
+        scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
+        // A rewrite in place, a discard of the cluster, an allocation: whose is it?
+        scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),
+    ]
+}
+
+fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> Option<Trace> {
+    for scope in scopes {
+        let base = Base::new(scope.image, scope.most_requests()).expect("images can be made");
+        for workload in &scope.workloads {
+            if watch.seconds() > limit {
+                return None;
+            }
+            let world = base.world(workload, scope.budget);
+            activate(mutant, true);
+            let outcome = exhaust(&world, Limit::default());
+            activate(mutant, false);
+            if let Err(failure) = outcome {
+                return Some(Trace::of(scope.image, scope.budget, workload, &failure));
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,209 @@
+//! Random runs: long workloads at depth, on images and with faults drawn from a seed.
+//!
+//! The seed decides the image, the workload and every choice. Some kinds of fault are off
+//! altogether in a given run, so that what they would hide can show. Every run is made twice, and
+//! what happened is compared: nothing may depend on anything but the seed.
+
+use cowbell_formats::Format;
+use cowbell_formats::qed::Grow;
+
+use crate::choose::{Chooser, Pct, Random};
+use crate::clock::Stopwatch;
+use crate::disk::splitmix;
+use crate::explore::{Counts, Failure, run};
+use crate::gate::{FAILURES_MAX, Report};
+use crate::image::{Image, Layout, State};
+use crate::subject::Subject;
+use crate::trace::Trace;
+use crate::workload::{Request, Workload};
+use crate::world::{Base, Budget};
+
+/// Numbers drawn from a seed.
+#[derive(Clone, Copy, Debug)]
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        splitmix(self.0) % bound
+    }
+
+    fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    fn of<T: Copy>(&mut self, among: &[T]) -> T {
+        among[self.below(among.len() as u64) as usize]
+    }
+}
+
+/// What a seed stands for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The image.
+    pub image: Image,
+    /// What may go wrong.
+    pub budget: Budget,
+    /// What guests ask for.
+    pub workload: Workload,
+    /// One choice in so many is a fault, if one is possible.
+    pub fault_in: u64,
+    /// Choices are made by [`Pct`] with so many turns, or at random.
+    pub turns: Option<usize>,
+}
+
+impl Plan {
+    fn chooser(&self, seed: u64) -> Box<dyn Chooser> {
+        let seed = splitmix(!seed);
+        match self.turns {
+            Some(turns) => Box::new(Pct::new(seed, turns, self.fault_in)),
+            None => Box::new(Random::new(seed, self.fault_in)),
+        }
+    }
+}
+
+/// The plan of a seed; `format` as given, or drawn.
+pub fn plan(seed: u64, format: Option<Format>) -> Plan {
+    let mut draw = Draw(splitmix(seed));
+    let all = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+    let format = format.unwrap_or_else(|| draw.of(&all));
+    let raw = format == Format::Raw;
+    let state = draw.of(&[State::Cold, State::Warm, State::Zeros]);
+    let layout = draw.of(&[Layout::Plain, Layout::Split, Layout::Lazy]);
+    let image = Image {
+        state: if raw { State::Cold } else { state },
+        backing: !raw && draw.one_in(2),
+        layout: if format == Format::Vmdk { layout } else { Layout::Plain },
+        cache: 1 + draw.below(3) as usize,
+        buffers: 2 + draw.below(4) as usize,
+        align: draw.of(&[1, 512, 512, 4096]),
+        depth: draw.of(&[1, 2, 64, 64]),
+        grow: draw.of(&[Grow::Truncate, Grow::Truncate, Grow::Allocate, Grow::Write]),
+        ahead: draw.of(&[2, 4, 16]),
+        can_zero: !draw.one_in(3),
+        probed: raw && draw.one_in(2),
+        ..Image::new(format)
+    };
+    let faults = draw.of(&[0, 0, 1, 2, 4]);
+    let crashes = if draw.one_in(3) { 1 + draw.below(2) as u8 } else { 0 };
+    let budget = Budget { faults, ticks: draw.below(4) as u8, crashes, stalls: draw.one_in(4) };
+    let count = 4 + draw.below(8);
+    let mut size = image.size();
+    let requests: Vec<Request> =
+        (0..count).map(|_| request(&mut draw, &image, &mut size)).collect();
+    let fault_in = 4 + draw.below(12);
+    let turns = draw.one_in(2).then(|| draw.below(4) as usize);
+    Plan { image, budget, workload: Workload::new(requests), fault_in, turns }
+}
+
+/// A request; `size` is the disk's by then.
+fn request(draw: &mut Draw, image: &Image, size: &mut u64) -> Request {
+    let cluster = image.cluster();
+    if image.can_grow() && draw.one_in(12) {
+        let unit = draw.of(&[512, cluster]);
+        let by = unit * (1 + draw.below(6));
+        *size = match image.can_shrink() && draw.one_in(2) {
+            true => size.saturating_sub(by).max(cluster),
+            false => *size + by,
+        };
+        return Request::truncate(*size);
+    }
+    let table = draw.below(3);
+    let clusters = if table == 2 { 2 } else { 3 };
+    let mut start = image.place(table, draw.below(clusters));
+    if draw.one_in(8) {
+        // Across the border of two tables, or at the disk's end.
+        let borders = [image.place(1, 0), image.place(2, 0), image.size()];
+        start = draw.of(&borders) - cluster / 2;
+    }
+    let unit = draw.of(&[cluster, 512, 512, 100]);
+    let offset = (start + draw.below(cluster / unit) * unit).min(*size - 1);
+    let len = (unit * (1 + draw.below(2 * cluster / unit))).min(*size - offset);
+    match draw.below(12) {
+        0..=2 => Request::read(offset, len),
+        3..=6 => Request::write(offset, len),
+        7 => Request::write_fua(offset, len),
+        8 => Request::zero(offset, len),
+        9 => Request::discard(offset, len),
+        _ => Request::flush(),
+    }
+}
+
+/// Makes runs number `first` to `first + runs`, on `threads` threads.
+pub fn random(first: u64, runs: u64, format: Option<Format>, threads: usize) -> Report {
+    let watch = Stopwatch::start();
+    let mut report = Report { title: "random".into(), threads, ..Report::default() };
+    let share = |thread: usize| {
+        let mut counts = Counts::default();
+        let mut failures = Vec::new();
+        for seed in (first..first.saturating_add(runs)).skip(thread).step_by(threads) {
+            failures.extend(run_twice(seed, format, &mut counts).err().map(|trace| *trace));
+            if failures.len() >= FAILURES_MAX {
+                break;
+            }
+        }
+        (counts, failures)
+    };
+    std::thread::scope(|scope| {
+        let share = &share;
+        let threads: Vec<_> = (0..threads).map(|i| scope.spawn(move || share(i))).collect();
+        for thread in threads {
+            let (counts, failures) = thread.join().expect("a run's panics are caught within");
+            report.counts += counts;
+            report.failures.extend(failures);
+        }
+    });
+    report.complete = report.failures.len() < FAILURES_MAX;
+    report.seconds = watch.seconds();
+    report
+}
+
+/// One run in so many states looks at what a crash would leave.
+const CRASH_IN: u64 = 8;
+
+/// The run of a seed, once.
+///
+/// # Errors
+///
+/// Its trace, when it goes wrong.
+pub fn run_once(seed: u64, format: Option<Format>) -> Result<(), Box<Trace>> {
+    let plan = plan(seed, format);
+    let Plan { image, budget, ref workload, .. } = plan;
+    let trace = |failure: &Failure| Box::new(Trace::of(image, budget, workload, failure));
+    let base = Base::new(image, workload.requests.len())
+        .map_err(|verdict| trace(&Failure { verdict, path: Vec::new() }))?;
+    let mut path = Vec::new();
+    let mut chooser = plan.chooser(seed);
+    let world = base.world(workload, budget);
+    run(&world, &mut *chooser, CRASH_IN, &mut Counts::default(), &mut path)
+        .map_err(|failure| trace(&failure))?;
+    Ok(())
+}
+
+fn run_twice(seed: u64, format: Option<Format>, counts: &mut Counts) -> Result<(), Box<Trace>> {
+    let plan = plan(seed, format);
+    let Plan { image, budget, ref workload, .. } = plan;
+    let fail = |failure: &Failure| {
+        let mut trace = Trace::of(image, budget, workload, failure);
+        let verdict = trace.verdict.take().unwrap_or_default();
+        trace.verdict = Some(format!("seed {seed}: {verdict}"));
+        Box::new(trace)
+    };
+    let base = Base::new(image, workload.requests.len())
+        .map_err(|verdict| fail(&Failure { verdict, path: Vec::new() }))?;
+    let world = base.world(workload, budget);
+    let once = |crash_in: u64, counts: &mut Counts| {
+        let mut path = Vec::new();
+        let mut chooser = plan.chooser(seed);
+        run(&world, &mut *chooser, crash_in, counts, &mut path)
+            .map(|hash| (hash, path))
+            .map_err(|failure| fail(&failure))
+    };
+    let (first, path) = once(CRASH_IN, counts)?;
+    let (again, _) = once(0, &mut Counts::default())?;
+    if first != again {
+        let verdict = "the same seed led to two different runs".to_string();
+        return Err(fail(&Failure { verdict, path }));
+    }
+    Ok(())
+}

@@ -1,0 +1,577 @@
+//! The oracle: what every byte may be, to a reader now and after a crash.
+//!
+//! # The model
+//! The disk is cut into *cells* at every border of every request of the workload, so that a
+//! request covers a cell or does not. Each cell keeps two sets of writers (bits of a word; bit 0
+//! is what was there before):
+//! - `live`: whose bytes a read may return now;
+//! - `crash`: whose bytes may be there after a crash.
+//!
+//! A write joins both sets when it is submitted. When it has succeeded, all that had ended before
+//! it was submitted leave `live`: what it overlapped with in time stays, for either may have been
+//! the last. A write that failed stays in both until another overwrites it. A flush that has
+//! succeeded takes from `crash` whatever was not live when it was *submitted*; a write that must be
+//! stable takes away all that had ended before it. A read may return what was live at any moment
+//! between its submission and its end. A discard may or may not have happened, until it is read;
+//! who read a cell that nobody is changing, and that no failed write left in doubt, has settled
+//! what is there.
+//!
+//! Each sector of a cell is judged by itself: writes tear.
+//!
+//! The disk's size is a cell of its own, behind all others. Setting it writes that cell, and zeros
+//! to whatever lies behind the new end.
+
+use crate::shared::Shared as Rc;
+use std::hash::{Hash, Hasher};
+use std::ops::Range;
+
+use cowbell_engine::step::IoKind;
+
+use crate::disk::{Contents, SECTOR, Sector, fixed_hash};
+use crate::verdicts::Verdict;
+use crate::workload::{Request, Workload, pattern};
+
+/// A set of writers: bit 0 is what was there before, bit n + 1 request number n.
+pub type Writers = u64;
+
+const BEFORE: Writers = 1;
+
+fn writer(which: usize) -> Writers {
+    2 << which
+}
+
+/// A part of a sector that lies in one cell.
+#[derive(Clone, Debug)]
+struct Piece {
+    cell: usize,
+    start: u64,
+    end: u64,
+    /// Whose bytes have which hash.
+    known: Vec<(u64, Writers)>,
+}
+
+/// How a disk is cut, and what each writer's bytes look like. The same for all worlds of a
+/// workload.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    cells: Vec<Range<u64>>,
+    pieces: Vec<Piece>,
+    /// Who sets which size.
+    sizes: Vec<(u64, Writers)>,
+    /// A size may be found rounded up to a multiple of this.
+    size_unit: u64,
+}
+
+impl Cut {
+    /// Cuts the clusters of `cluster` bytes that `workload` touches on a disk of `size` bytes, and
+    /// the first of what the disk gains; `before` tells what is there. A size may be found rounded
+    /// up to a multiple of `size_unit`.
+    pub fn new(
+        workload: &Workload,
+        cluster: u64,
+        (size, size_unit): (u64, u64),
+        before: impl Fn(u64, &mut [u8]),
+    ) -> Cut {
+        let ranged = || workload.requests.iter().filter(|request| request.len > 0);
+        let largest = workload.largest_size(size);
+        let around = |start: u64, end: u64| {
+            start / cluster * cluster..end.next_multiple_of(cluster).min(largest)
+        };
+        let mut clusters: Vec<Range<u64>> =
+            ranged().map(|request| around(request.offset, request.end())).collect();
+        let mut borders: Vec<u64> = Vec::new();
+        let mut sizes = vec![(size, BEFORE)];
+        for (which, request) in workload.requests.iter().enumerate() {
+            if request.kind == IoKind::Truncate {
+                let at = request.offset.min(size);
+                clusters.push(around(at.saturating_sub(1), at + 1));
+                borders.extend([request.offset, size]);
+                sizes.push((request.offset, writer(which)));
+            }
+        }
+        for range in &clusters {
+            borders.extend((range.start..range.end).step_by(cluster as usize));
+            borders.push(range.end);
+        }
+        for request in ranged() {
+            borders.extend([request.offset, request.end()]);
+            if request.kind == IoKind::Discard {
+                // Only whole sectors, or whole clusters, of what is discarded may change.
+                for unit in [SECTOR, cluster] {
+                    let last = whole_end(request, unit, &sizes);
+                    borders.extend([request.offset.next_multiple_of(unit), last]);
+                }
+            }
+        }
+        borders.sort_unstable();
+        borders.dedup();
+        let inside = |cell: &Range<u64>| {
+            clusters.iter().any(|range| range.start <= cell.start && cell.end <= range.end)
+        };
+        let cells: Vec<Range<u64>> =
+            borders.windows(2).map(|pair| pair[0]..pair[1]).filter(inside).collect();
+        let mut pieces = Vec::new();
+        for (index, cell) in cells.iter().enumerate() {
+            let mut start = cell.start;
+            while start < cell.end {
+                let end = cell.end.min((start / SECTOR + 1) * SECTOR);
+                let before = |at: u64, bytes: &mut [u8]| match at < size {
+                    true => before(at, bytes),
+                    false => bytes.fill(0),
+                };
+                let known = known_bytes(workload, start, end, &before);
+                pieces.push(Piece { cell: index, start, end, known });
+                start = end;
+            }
+        }
+        Cut { cells, pieces, sizes, size_unit }
+    }
+
+    /// The stretches of the disk that are looked at, neighbouring cells joined.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for cell in &self.cells {
+            match ranges.last_mut() {
+                Some(last) if last.end == cell.start => last.end = cell.end,
+                _ => ranges.push(cell.clone()),
+            }
+        }
+        ranges
+    }
+
+    /// Whose bytes the disk in `files` holds, piece by piece, as an examination has found it.
+    pub fn found(&self, verdict: &Verdict, files: &[Contents]) -> Found {
+        let mut bytes = [0; SECTOR as usize];
+        let writers = |piece: &Piece| {
+            let (place, until) = verdict.locate(piece.start, files.len());
+            assert!(piece.end <= until, "what is where changes at whole sectors");
+            let Some((file, at)) = place else { return piece.writers_of(0) };
+            let len = (piece.end - piece.start) as usize;
+            if len == SECTOR as usize && at.is_multiple_of(SECTOR) {
+                return piece.writers_of(files[file].sector_hash(at / SECTOR));
+            }
+            files[file].read(at, &mut bytes[..len]);
+            piece.recognise(&bytes[..len])
+        };
+        let size = self.writers_of_size(verdict.size());
+        Found(self.pieces.iter().map(writers).chain([size]).collect())
+    }
+
+    fn writers_of_size(&self, size: u64) -> Writers {
+        let is = |known: u64| (known..=known.next_multiple_of(self.size_unit)).contains(&size);
+        let same = self.sizes.iter().filter(|(known, _)| is(*known));
+        same.fold(0, |all, (_, writers)| all | writers)
+    }
+
+    /// Whose bytes a disk of `size` bytes holds, piece by piece; `read` reads it.
+    pub fn recognise(
+        &self,
+        size: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), String>,
+    ) -> Result<Found, String> {
+        let mut found = Vec::with_capacity(self.pieces.len());
+        let mut pieces = self.pieces.iter().peekable();
+        let mut bytes = Vec::new();
+        for range in self.ranges() {
+            bytes.clear();
+            bytes.resize((range.end - range.start) as usize, 0);
+            let there = range.end.min(size).saturating_sub(range.start) as usize;
+            if there > 0 {
+                read(range.start, &mut bytes[..there])?;
+            }
+            while let Some(piece) = pieces.next_if(|piece| piece.start < range.end) {
+                let at = (piece.start - range.start) as usize;
+                let len = (piece.end - piece.start) as usize;
+                found.push(piece.recognise(&bytes[at..at + len]));
+            }
+        }
+        found.push(self.writers_of_size(size));
+        Ok(Found(found))
+    }
+
+    fn cells_of(&self, request: &Request) -> Range<usize> {
+        if request.kind == IoKind::Truncate {
+            let first = self.cells.partition_point(|cell| cell.start < request.offset);
+            return first..self.cells.len() + 1;
+        }
+        let first = self.cells.partition_point(|cell| cell.end <= request.offset);
+        let last = self.cells.partition_point(|cell| cell.start < request.end());
+        first..last.max(first)
+    }
+
+    fn pieces_of(&self, cells: &Range<usize>) -> impl Iterator<Item = &Piece> {
+        let first = self.pieces.partition_point(|piece| piece.cell < cells.start);
+        let end = cells.end;
+        self.pieces[first..].iter().take_while(move |piece| piece.cell < end)
+    }
+}
+
+fn known_bytes(
+    workload: &Workload,
+    start: u64,
+    end: u64,
+    before: &impl Fn(u64, &mut [u8]),
+) -> Vec<(u64, Writers)> {
+    let mut known: Vec<(u64, Writers)> = Vec::new();
+    let mut add = |hash: u64, who: Writers| match known.iter_mut().find(|(h, _)| *h == hash) {
+        Some((_, writers)) => *writers |= who,
+        None => known.push((hash, who)),
+    };
+    let mut bytes = [0; SECTOR as usize];
+    let bytes = &mut bytes[..(end - start) as usize];
+    before(start, bytes);
+    add(hash_of(bytes), BEFORE);
+    for (which, request) in workload.requests.iter().enumerate() {
+        let reaches = request.kind == IoKind::Truncate || end <= request.end();
+        if !request.modifies() || request.offset > start || !reaches {
+            continue;
+        }
+        match request.kind {
+            IoKind::Write { .. } => pattern(which, start, bytes),
+            _ => bytes.fill(0),
+        }
+        add(hash_of(bytes), writer(which));
+    }
+    known
+}
+
+/// As sectors are hashed, so that those need not be.
+fn hash_of(bytes: &[u8]) -> u64 {
+    Sector::from_bytes(bytes).hash_value()
+}
+
+impl Piece {
+    /// Whose bytes these are; nobody's: 0.
+    fn recognise(&self, bytes: &[u8]) -> Writers {
+        self.writers_of(hash_of(bytes))
+    }
+
+    fn writers_of(&self, hash: u64) -> Writers {
+        self.known.iter().find(|(known, _)| *known == hash).map_or(0, |&(_, writers)| writers)
+    }
+}
+
+/// Whose bytes a disk was found to hold.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Found(Vec<Writers>);
+
+/// What may be in a cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Cell {
+    live: Writers,
+    crash: Writers,
+}
+
+/// A request in flight.
+#[derive(Clone, Debug)]
+struct Pending {
+    which: usize,
+    kind: IoKind,
+    cells: Range<usize>,
+    /// Per cell. A read: what it may return. A write: what had ended when it was submitted. A
+    /// flush: what it takes from `crash`.
+    sets: Vec<Writers>,
+    /// A read: did nothing happen to what it reads?
+    quiet: bool,
+}
+
+impl Hash for Pending {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.which, &self.sets, self.quiet).hash(state);
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Shadow {
+    cut: Rc<Cut>,
+    /// Discards reach whole units of this many bytes.
+    discard_unit: u64,
+    cells: Vec<Cell>,
+    pending: Vec<Pending>,
+    failed: Writers,
+}
+
+impl Hash for Shadow {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (&self.cells, &self.pending, self.failed).hash(state);
+    }
+}
+
+impl Shadow {
+    /// Nothing written yet.
+    pub fn new(cut: Rc<Cut>, discard_unit: u64) -> Shadow {
+        let cells = vec![Cell { live: BEFORE, crash: BEFORE }; cut.cells.len() + 1];
+        Shadow { cut, discard_unit, cells, pending: Vec::new(), failed: 0 }
+    }
+
+    /// A hash of all that a crash would be judged by.
+    pub fn crash_hash(&self) -> u64 {
+        let sets: Vec<Writers> = self.cells.iter().map(|cell| cell.crash).collect();
+        fixed_hash(sets)
+    }
+
+    /// Writers that have not ended.
+    fn unended(&self) -> Writers {
+        let writing = self.pending.iter().filter(|pending| pending.modifies());
+        writing.fold(0, |all, pending| all | writer(pending.which))
+    }
+
+    /// Request number `which` is submitted.
+    pub fn submit(&mut self, which: usize, request: &Request) {
+        let reach = match request.kind {
+            IoKind::Discard => whole_units(request, self.discard_unit, &self.cut.sizes),
+            _ => *request,
+        };
+        let all = 0..self.cells.len();
+        let is_flush = request.kind == IoKind::Flush;
+        let cells = if is_flush { all } else { self.cut.cells_of(&reach) };
+        let unended = self.unended();
+        let sets: Vec<Writers> = self.cells[cells.clone()]
+            .iter()
+            .map(|cell| match request.kind {
+                IoKind::Read => cell.live,
+                IoKind::Flush => cell.crash & !cell.live,
+                _ => (cell.live | cell.crash) & !unended,
+            })
+            .collect();
+        let quiet =
+            !self.pending.iter().any(|other| other.modifies() && overlap(&other.cells, &cells));
+        let pending = Pending { which, kind: request.kind, cells, sets, quiet };
+        if pending.modifies() {
+            for cell in &mut self.cells[pending.cells.clone()] {
+                cell.live |= writer(which);
+                cell.crash |= writer(which);
+            }
+            let is_read = |read: &&mut Pending| read.kind == IoKind::Read;
+            for read in self.pending.iter_mut().filter(is_read) {
+                for (set, cell) in read.sets.iter_mut().zip(read.cells.clone()) {
+                    if pending.cells.contains(&cell) {
+                        *set |= writer(which);
+                        read.quiet = false;
+                    }
+                }
+            }
+        }
+        self.pending.push(pending);
+    }
+
+    /// Request number `which` has ended.
+    ///
+    /// # Errors
+    ///
+    /// When a read returned what it may not.
+    pub fn end(&mut self, which: usize, ok: bool, bytes: Option<&[u8]>) -> Result<(), String> {
+        let at = self.pending.iter().position(|pending| pending.which == which);
+        let pending = self.pending.remove(at.ok_or("a request ended twice, or unasked")?);
+        if !ok {
+            if pending.modifies() {
+                self.failed |= writer(which);
+            }
+            return Ok(());
+        }
+        match pending.kind {
+            IoKind::Read => self.end_read(&pending, bytes.ok_or("a read without memory")?),
+            IoKind::Flush => {
+                for (cell, gone) in self.cells.iter_mut().zip(&pending.sets) {
+                    cell.crash &= !gone;
+                }
+                Ok(())
+            }
+            IoKind::Write { fua } | IoKind::Zero { fua, .. } => {
+                for (cell, older) in self.cells[pending.cells].iter_mut().zip(&pending.sets) {
+                    cell.live &= !older;
+                    if fua {
+                        cell.crash &= !older;
+                    }
+                }
+                Ok(())
+            }
+            IoKind::Truncate => {
+                for (cell, older) in self.cells[pending.cells].iter_mut().zip(&pending.sets) {
+                    cell.live &= !older;
+                }
+                Ok(())
+            }
+            IoKind::Discard => Ok(()),
+        }
+    }
+
+    fn end_read(&mut self, pending: &Pending, bytes: &[u8]) -> Result<(), String> {
+        let cut = Rc::clone(&self.cut);
+        let Some(first) = cut.cells.get(pending.cells.start) else { return Ok(()) };
+        let mut agreed = vec![Writers::MAX; pending.cells.len()];
+        for piece in cut.pieces_of(&pending.cells) {
+            let from = (piece.start - first.start) as usize;
+            let to = (piece.end - first.start) as usize;
+            let nth = piece.cell - pending.cells.start;
+            let found = piece.recognise(&bytes[from..to]);
+            let legal = pending.sets[nth];
+            if found & legal == 0 {
+                return Err(wrong("a read returned", piece, found, legal));
+            }
+            agreed[nth] &= found;
+        }
+        if pending.quiet {
+            // Two reads with nothing between them agree.
+            for (cell, agreed) in self.cells[pending.cells.clone()].iter_mut().zip(agreed) {
+                if cell.live & agreed != 0 && cell.live & self.failed == 0 {
+                    cell.live &= agreed;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A crash has left this, legally, and nothing else is left of what was in flight.
+    pub fn crashed(&mut self, found: &Found) {
+        self.pending.clear();
+        let mut left = vec![0; self.cells.len()];
+        for (piece, found) in self.cut.pieces.iter().zip(&found.0) {
+            left[piece.cell] |= found;
+        }
+        left[self.cut.cells.len()] = found.0.last().copied().unwrap_or(0);
+        for (cell, left) in self.cells.iter_mut().zip(left) {
+            // A size that nobody set may be left where setting it has failed.
+            let set = if left & cell.crash == 0 { cell.crash } else { left & cell.crash };
+            (cell.live, cell.crash) = (set, set);
+        }
+    }
+
+    /// May the disk hold this, to a reader now?
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong where.
+    pub fn check_live(&self, found: &Found) -> Result<(), String> {
+        self.check(found, "the disk holds", |cell| cell.live)
+    }
+
+    /// May the disk hold this after a crash?
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong where.
+    pub fn check_crash(&self, found: &Found) -> Result<(), String> {
+        self.check(found, "a crash left", |cell| cell.crash)
+    }
+
+    fn check(
+        &self,
+        found: &Found,
+        verb: &str,
+        legal: impl Fn(&Cell) -> Writers,
+    ) -> Result<(), String> {
+        for (piece, &found) in self.cut.pieces.iter().zip(&found.0) {
+            let legal = legal(&self.cells[piece.cell]);
+            if found & legal == 0 {
+                return Err(wrong(verb, piece, found, legal));
+            }
+        }
+        let size = self.cells.last().expect("the size has a cell");
+        let found_size = found.0.last().copied().unwrap_or(0);
+        // Who failed to set it may have left any.
+        if found_size & legal(size) == 0 && legal(size) & self.failed == 0 {
+            let (found, legal) = (names(found_size), names(legal(size)));
+            return Err(format!("{verb} the size of {found}; legal: {legal}"));
+        }
+        Ok(())
+    }
+
+    /// Everything that had ended is stable now: the image was closed.
+    pub fn settle(&mut self) {
+        for cell in &mut self.cells {
+            cell.crash &= cell.live;
+        }
+    }
+}
+
+impl Pending {
+    fn modifies(&self) -> bool {
+        !matches!(self.kind, IoKind::Read | IoKind::Flush)
+    }
+}
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// The end of the whole units in a request's range; the disk's end counts as one's end.
+fn whole_end(request: &Request, unit: u64, sizes: &[(u64, Writers)]) -> u64 {
+    let end = request.end();
+    if sizes.iter().any(|&(size, _)| size == end) { end } else { end / unit * unit }
+}
+
+/// The whole units in a request's range.
+fn whole_units(request: &Request, unit: u64, sizes: &[(u64, Writers)]) -> Request {
+    let start = request.offset.next_multiple_of(unit);
+    let end = whole_end(request, unit, sizes);
+    Request { offset: start, len: end.saturating_sub(start), ..*request }
+}
+
+fn wrong(verb: &str, piece: &Piece, found: Writers, legal: Writers) -> String {
+    let (start, end) = (piece.start, piece.end);
+    format!("{verb} {} at {start:#x}..{end:#x}; legal: {}", names(found), names(legal))
+}
+
+fn names(writers: Writers) -> String {
+    if writers == 0 {
+        return "bytes that nobody wrote".into();
+    }
+    let bits = (0..64).filter(|bit| writers & (1 << bit) != 0);
+    let name = |bit: i32| match bit {
+        0 => "what was there before".into(),
+        _ => format!("request {}", bit - 1),
+    };
+    bits.map(name).collect::<Vec<String>>().join(" or ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shadow(requests: &[Request]) -> Shadow {
+        let workload = Workload::new(requests.iter().copied());
+        let cut = Cut::new(&workload, 4096, (1 << 20, 1), |_, bytes| bytes.fill(0));
+        let mut shadow = Shadow::new(Rc::new(cut), 4096);
+        shadow.pending.clear();
+        shadow
+    }
+
+    fn cell(shadow: &Shadow, offset: u64) -> Cell {
+        let at = shadow.cut.cells.iter().position(|cell| cell.contains(&offset));
+        shadow.cells[at.expect("the cell is looked at")]
+    }
+
+    #[test]
+    fn only_what_a_flush_found_acknowledged_becomes_stable() {
+        let requests =
+            [Request::write(0, 512), Request::flush(), Request::write(0, 512), Request::flush()];
+        let mut s = shadow(&requests);
+        s.submit(0, &requests[0]);
+        s.submit(1, &requests[1]);
+        s.end(0, true, None).unwrap();
+        s.end(1, true, None).unwrap();
+        assert_eq!(cell(&s, 0), Cell { live: 2, crash: 3 }, "the flush came too early");
+        s.submit(2, &requests[2]);
+        s.end(2, false, None).unwrap();
+        assert_eq!(cell(&s, 0).live, 2 | 8, "a failed write may have happened");
+        s.submit(3, &requests[3]);
+        s.end(3, true, None).unwrap();
+        assert_eq!(cell(&s, 0).crash, 2 | 8);
+        assert_eq!(cell(&s, 512), Cell { live: 1, crash: 1 });
+    }
+
+    #[test]
+    fn writes_that_overlap_in_time_may_end_in_either_order() {
+        let requests = [Request::write(0, 1024), Request::write(512, 1024)];
+        let mut s = shadow(&requests);
+        s.submit(0, &requests[0]);
+        s.submit(1, &requests[1]);
+        s.end(1, true, None).unwrap();
+        s.end(0, true, None).unwrap();
+        assert_eq!(cell(&s, 0).live, 2);
+        assert_eq!(cell(&s, 512).live, 2 | 4);
+        assert_eq!(cell(&s, 1024).live, 4);
+    }
+}

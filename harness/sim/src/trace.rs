@@ -1,0 +1,211 @@
+//! Traces: a run as text, to be run again without the seed that led to it.
+//!
+//! ```text
+//! cowbell trace 1
+//! image format=qed state=cold …
+//! budget faults=1 ticks=1 crashes=0 stalls=false
+//! request write 0x0+0x400
+//! request flush
+//! choice submit 0 # write 0x0+0x400
+//! choice end 0.0 ok # Write { fua: false } f0 0x0+0x200
+//! verdict after a crash: invalid L2 entry
+//! ```
+//!
+//! What follows a `#` is for people. A choice that is not possible when the trace is run again is
+//! left out, and where the trace ends the oldest op ends well: so old traces stay useful.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::choose::{Choice, Replay};
+use crate::clock::Stopwatch;
+use crate::explore::{Counts, Failure, run};
+use crate::gate::Report;
+use crate::image::Image;
+use crate::subject::Subject;
+use crate::workload::{REQUESTS_MAX, Request, Workload, number};
+use crate::world::{Base, Budget, World};
+
+/// A run, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trace {
+    /// The image that was run.
+    pub image: Image,
+    /// What was allowed to happen.
+    pub budget: Budget,
+    /// What guests asked for.
+    pub workload: Workload,
+    /// What happened.
+    pub choices: Vec<Choice>,
+    /// What went wrong, if anything did.
+    pub verdict: Option<String>,
+}
+
+impl Trace {
+    /// The trace of a failure.
+    pub fn of(image: Image, budget: Budget, workload: &Workload, failure: &Failure) -> Trace {
+        Trace {
+            image,
+            budget,
+            workload: workload.clone(),
+            choices: failure.path.clone(),
+            verdict: Some(failure.verdict.clone()),
+        }
+    }
+
+    fn base(&self) -> Result<Base<Image>, String> {
+        Base::new(self.image, self.workload.requests.len())
+    }
+
+    /// Runs it again, looking at every crash on the way.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong this time.
+    pub fn replay(&self) -> Result<Counts, Box<Failure>> {
+        let broken = |verdict| Box::new(Failure { verdict, path: Vec::new() });
+        let base = self.base().map_err(broken)?;
+        let world = base.world(&self.workload, self.budget);
+        let mut counts = Counts::default();
+        let mut path = Vec::new();
+        let mut chooser = Replay::new(self.choices.iter().copied());
+        run(&world, &mut chooser, 1, &mut counts, &mut path)?;
+        Ok(counts)
+    }
+
+    /// Runs it again and says what came of it, as other runs do.
+    pub fn report(&self) -> Report {
+        let watch = Stopwatch::start();
+        let mut report = Report { title: "replayed".into(), threads: 1, ..Report::default() };
+        report.complete = true;
+        match self.replay() {
+            Ok(counts) => report.counts = counts,
+            Err(failure) => {
+                let trace = Trace::of(self.image, self.budget, &self.workload, &failure);
+                report.failures.push(trace);
+            }
+        }
+        report.seconds = watch.seconds();
+        report
+    }
+
+    /// The text, with each choice explained by running it once more.
+    pub fn explained(&self) -> String {
+        let mut lines = self.head();
+        let world = self.base().map(|base| base.world(&self.workload, self.budget));
+        let mut world = world.ok();
+        for choice in &self.choices {
+            let what = world.as_ref().map_or(String::new(), |world| world.describe(*choice));
+            lines.push(format!("choice {choice} # {what}"));
+            world = world.and_then(|world| next(world, *choice));
+        }
+        lines.extend(self.tail());
+        lines.join("\n") + "\n"
+    }
+
+    fn head(&self) -> Vec<String> {
+        let Budget { faults, ticks, crashes, stalls } = self.budget;
+        let mut lines = vec![
+            MAGIC.to_string(),
+            format!("image {}", self.image.text()),
+            format!("budget faults={faults} ticks={ticks} crashes={crashes} stalls={stalls}"),
+        ];
+        lines.extend(self.workload.requests.iter().map(|request| format!("request {request}")));
+        lines
+    }
+
+    fn tail(&self) -> Option<String> {
+        let first = self.verdict.as_ref()?.lines().next().unwrap_or_default();
+        Some(format!("verdict {}", first.replace('#', "no.")))
+    }
+}
+
+/// The world after a choice; `None` when that fails.
+fn next(mut world: World<Image>, choice: Choice) -> Option<World<Image>> {
+    let mut possible = Vec::new();
+    world.choices(&mut possible);
+    if !possible.contains(&choice) {
+        return Some(world);
+    }
+    crate::explore::quietly(|| world.apply(choice).map(|()| world)).ok()
+}
+
+const MAGIC: &str = "cowbell trace 1";
+
+impl fmt::Display for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lines = self.head();
+        lines.extend(self.choices.iter().map(|choice| format!("choice {choice}")));
+        lines.extend(self.tail());
+        writeln!(f, "{}", lines.join("\n"))
+    }
+}
+
+impl FromStr for Trace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Trace, String> {
+        let mut lines = text.lines();
+        if lines.next().map(str::trim) != Some(MAGIC) {
+            return Err(format!("not a trace: the first line is not '{MAGIC}'"));
+        }
+        let mut image = None;
+        let mut budget = Budget::default();
+        let (mut requests, mut choices, mut verdict) = (Vec::new(), Vec::new(), None);
+        for (at, line) in lines.enumerate() {
+            let line = line.split('#').next().unwrap_or_default().trim();
+            if line.is_empty() {
+                continue;
+            }
+            let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let take: Result<(), String> = match word {
+                "image" => rest.parse().map(|parsed| image = Some(parsed)),
+                "budget" => parse_budget(rest).map(|parsed| budget = parsed),
+                "request" => rest.parse::<Request>().map(|request| requests.push(request)),
+                "choice" => rest.parse::<Choice>().map(|choice| choices.push(choice)),
+                "verdict" => {
+                    verdict = Some(rest.to_string());
+                    Ok(())
+                }
+                _ => Err(format!("'{word}' begins no line of a trace")),
+            };
+            take.map_err(|why| format!("line {}: {why}", at + 2))?;
+        }
+        if requests.len() > REQUESTS_MAX {
+            return Err(format!("more than {REQUESTS_MAX} requests"));
+        }
+        let image: Image = image.ok_or("the trace names no image")?;
+        let workload = Workload::new(requests);
+        let size = workload.largest_size(image.size());
+        if size > SIZE_MAX {
+            return Err(format!("{size} bytes are too many"));
+        }
+        if let Some(bad) = workload.requests.iter().find(|request| !fits(request, size)) {
+            return Err(format!("'{bad}' does not fit the image's {size} bytes"));
+        }
+        Ok(Trace { image, budget, workload, choices, verdict })
+    }
+}
+
+/// Files are simulated in memory.
+const SIZE_MAX: u64 = 1 << 26;
+
+fn fits(request: &Request, size: u64) -> bool {
+    request.offset.checked_add(request.len).is_some_and(|end| end <= size)
+}
+
+fn parse_budget(text: &str) -> Result<Budget, String> {
+    let mut budget = Budget::default();
+    for word in text.split_whitespace() {
+        let (key, value) = word.split_once('=').ok_or_else(|| format!("'{word}' has no ="))?;
+        let small = || number(value)?.try_into().map_err(|_| format!("{value} is too many"));
+        match key {
+            "faults" => budget.faults = small()?,
+            "ticks" => budget.ticks = small()?,
+            "crashes" => budget.crashes = small()?,
+            "stalls" => budget.stalls = value == "true",
+            _ => return Err(format!("'{key}' is no part of a budget")),
+        }
+    }
+    Ok(budget)
+}

@@ -1,0 +1,540 @@
+//! A world: an engine on a simulated disk, guests that use it, and the oracle that watches.
+//!
+//! A world is plain data: it can be copied with ops in flight, and hashed. Two worlds with the
+//! same hash have the same future, short of a collision.
+//!
+//! It lives in three stages. While *running*, requests are submitted and ops end, in any order and
+//! any way. When all requests have ended it is *draining*. Then it is *over*: nothing may be left
+//! in the engine, and the files must hold a clean image of what the oracle knows.
+
+use std::hash::{Hash, Hasher};
+
+use cowbell_engine::Limits;
+use cowbell_engine::mem::Mem;
+use cowbell_engine::step::{Driver, IoKind};
+use cowbell_engine::units::{NodeId, Time};
+
+use crate::backend::{Mode, OpName, SimBackend};
+use crate::choose::Choice;
+use crate::disk::{Contents, Sites, fixed_hash, splitmix};
+use crate::host::SimHost;
+use crate::shadow::{Cut, Found, Shadow};
+use crate::shared::Shared;
+use crate::subject::{Checked, SimEngine, Subject};
+use crate::verdicts::Verdicts;
+use crate::workload::{Request, Workload};
+
+/// An image that was made and opened, for any number of worlds to begin with.
+#[derive(Debug)]
+pub struct Base<S: Subject> {
+    subject: S,
+    host: SimHost,
+    engine: SimEngine<S::Driver>,
+    node: NodeId,
+    verdicts: Verdicts,
+}
+
+/// What an image was found to be.
+#[derive(Clone, Debug)]
+pub struct Inspection {
+    /// Whose bytes the disk holds.
+    pub found: Found,
+    /// What the check says.
+    pub checked: Checked,
+    /// The disk's size in bytes.
+    pub size: u64,
+}
+
+/// How much may go wrong or happen besides requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Faults.
+    pub faults: u8,
+    /// Deadlines.
+    pub ticks: u8,
+    /// Crashes after which the rest of the workload goes on.
+    pub crashes: u8,
+    /// Is a device that takes no ops for a while among the faults?
+    pub stalls: bool,
+}
+
+/// Nothing goes wrong, and nothing happens but requests.
+pub const QUIET: Budget = Budget { faults: 0, ticks: 0, crashes: 0, stalls: false };
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget { faults: 0, ticks: 1, crashes: 0, stalls: false }
+    }
+}
+
+impl<S: Subject> Base<S> {
+    /// Makes the image and opens it, for workloads of up to `requests` requests.
+    ///
+    /// # Errors
+    ///
+    /// When that fails.
+    pub fn new(subject: S, requests: usize) -> Result<Base<S>, String> {
+        let host = SimHost::new();
+        subject.make(&host)?;
+        let (engine, node) = open(&subject, &host, requests)?;
+        Ok(Base { subject, host, engine, node, verdicts: Verdicts::default() })
+    }
+
+    /// A world in which nothing has happened yet.
+    pub fn world(&self, workload: &Workload, budget: Budget) -> World<S> {
+        let Base { subject, host, engine, node, verdicts } = self;
+        let before = |offset: u64, bytes: &mut [u8]| {
+            subject.read(host, offset, bytes).expect("the image was just made");
+        };
+        let cut =
+            Cut::new(workload, subject.cluster(), (subject.size(), subject.size_unit()), before);
+        let cut = Shared::new(cut);
+        let shadow = Shadow::new(cut.clone(), subject.discard_unit());
+        let (subject, workload) = (subject.clone(), workload.clone());
+        let plan = Plan { subject, workload, cut, verdicts: verdicts.clone() };
+        World {
+            plan: Shared::new(plan),
+            engine: engine.clone(),
+            node: *node,
+            shadow,
+            next: 0,
+            ended: 0,
+            faults: budget.faults,
+            ticks: budget.ticks,
+            crashes: budget.crashes,
+            stalls: budget.stalls,
+            faulted: false,
+            crashed: false,
+            beyond: 0,
+            stage: Stage::Running,
+            now: Time(0),
+            steps: 0,
+        }
+    }
+}
+
+/// Opens the image in an engine with room for so many requests.
+fn open<S: Subject>(
+    subject: &S,
+    host: &SimHost,
+    requests: usize,
+) -> Result<(SimEngine<S::Driver>, NodeId), String> {
+    let backend = SimBackend::new(subject.device(), Mode::Chosen);
+    // What an engine has room for is copied with it.
+    let limits = Limits { requests: requests.max(1), ..subject.limits() };
+    let mut engine = SimEngine::new(backend, limits);
+    if let Some(is_metadata) = subject.metadata() {
+        engine.backend_mut().watch_metadata(is_metadata);
+    }
+    let node = subject.open(host, &mut engine)?;
+    Ok((engine, node))
+}
+
+/// What does not change in a world.
+#[derive(Debug)]
+struct Plan<S> {
+    subject: S,
+    workload: Workload,
+    cut: Shared<Cut>,
+    verdicts: Verdicts,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Stage {
+    Running,
+    Draining,
+    Over,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct World<S: Subject> {
+    plan: Shared<Plan<S>>,
+    engine: SimEngine<S::Driver>,
+    node: NodeId,
+    shadow: Shadow,
+    next: u32,
+    ended: u32,
+    faults: u8,
+    ticks: u8,
+    crashes: u8,
+    stalls: bool,
+    /// Has an op failed?
+    faulted: bool,
+    /// Was there a crash?
+    crashed: bool,
+    /// Requests that began behind the disk's end: bits of a word.
+    beyond: u64,
+    stage: Stage,
+    now: Time,
+    steps: u32,
+}
+
+impl<S: Subject> Clone for World<S> {
+    fn clone(&self) -> Self {
+        World {
+            plan: self.plan.clone(),
+            engine: self.engine.clone(),
+            shadow: self.shadow.clone(),
+            ..*self
+        }
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.engine.clone_from(&source.engine);
+        let World { node, next, ended, faults, ticks, stalls, faulted, beyond, .. } = *source;
+        let World { stage, now, steps, crashes, crashed, .. } = *source;
+        self.plan.clone_from(&source.plan);
+        self.shadow.clone_from(&source.shadow);
+        (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
+        (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
+        (self.stage, self.now, self.steps) = (stage, now, steps);
+        (self.crashes, self.crashed) = (crashes, crashed);
+    }
+}
+
+impl<S: Subject> Hash for World<S> {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.engine.hash(h);
+        self.shadow.hash(h);
+        (self.next, self.faults, self.ticks, self.faulted, self.beyond, self.stage).hash(h);
+        (self.crashes, self.crashed).hash(h);
+    }
+}
+
+impl<S: Subject> World<S> {
+    /// A hash of all that decides what can happen next.
+    pub fn state_hash(&self) -> u64 {
+        fixed_hash(self)
+    }
+
+    /// What can happen now, in an order that depends on names alone. Nothing: the world is over,
+    /// or stuck.
+    pub fn choices(&self, out: &mut Vec<Choice>) {
+        out.clear();
+        if self.stage == Stage::Over {
+            return;
+        }
+        let all = self.plan.workload.requests.len() as u32;
+        if self.next < all && self.may_submit() {
+            out.push(Choice::Submit(self.next));
+        }
+        let backend = self.engine.backend();
+        let mut names: Vec<OpName> = backend.in_flight().collect();
+        names.sort_unstable();
+        let mut outcomes = Vec::new();
+        for name in names {
+            backend.outcomes(name, self.faults > 0, &mut outcomes);
+            out.extend(outcomes.drain(..).map(|outcome| Choice::End(name, outcome)));
+        }
+        if self.deadline().is_some() && self.ticks > 0 {
+            out.push(Choice::Tick);
+        }
+        if backend.is_stalled() {
+            out.push(Choice::Resume);
+        } else if self.stalls && self.faults > 0 {
+            out.push(Choice::Stall);
+        }
+        if self.ended == all && self.stage == Stage::Running {
+            out.push(Choice::Drain);
+        }
+        // Before the first request and after the last nothing would follow.
+        if self.crashes > 0 && 0 < self.next && self.next < all {
+            out.extend((0..CRASH_PICKS).map(Choice::Crash));
+        }
+    }
+
+    /// Who makes a disk smaller waits for others, and others wait for him: what they would find
+    /// behind the new end is anybody's guess.
+    fn may_submit(&self) -> bool {
+        let requests = &self.plan.workload.requests;
+        let shrinks = |request: &Request| {
+            request.kind == IoKind::Truncate && request.offset < self.disk_size()
+        };
+        let (next, alone) = (self.next as usize, self.ended == self.next);
+        alone || !shrinks(&requests[next]) && !shrinks(&requests[next - 1])
+    }
+
+    fn disk_size(&self) -> u64 {
+        self.engine.node(self.node).size()
+    }
+
+    /// An op in flight whose end makes no difference to anything but itself: a read of a file that
+    /// nobody changes, for a request that waits for another op too. Whatever else happens may as
+    /// well happen after it.
+    pub fn unnoticed(&self) -> Option<OpName> {
+        let backend = self.engine.backend();
+        // A device that is full has room for another op when one ends.
+        if backend.in_flight_count() >= backend.device().depth {
+            return None;
+        }
+        let mut reads = backend.reads_below(self.plan.subject.still_files());
+        reads.find(|&(_, op)| !self.engine.is_awaited(op)).map(|(name, _)| name)
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        self.engine.next_deadline().filter(|_| self.stage == Stage::Running)
+    }
+
+    /// Makes one of the choices happen.
+    ///
+    /// # Errors
+    ///
+    /// When something happens that may not. The engine and the device panic besides.
+    pub fn apply(&mut self, choice: Choice) -> Result<(), String> {
+        self.steps += 1;
+        let limit = STEPS_PER_REQUEST * (self.plan.workload.requests.len() as u32 + 1);
+        if self.steps > limit {
+            return Err(format!("not over after {limit} steps\n{:?}", self.engine));
+        }
+        match choice {
+            Choice::Submit(which) => self.submit(which as usize),
+            Choice::End(name, outcome) => {
+                self.faults -= u8::from(outcome.is_fault());
+                self.faulted |= outcome.is_error();
+                self.engine.backend_mut().choose(name, outcome);
+            }
+            Choice::Tick => {
+                self.ticks -= 1;
+                self.now = self.deadline().expect("chosen because there is one").max(self.now);
+            }
+            Choice::Stall => {
+                self.faults -= 1;
+                self.engine.backend_mut().set_stalled(true);
+            }
+            Choice::Resume => self.engine.backend_mut().set_stalled(false),
+            Choice::Crash(pick) => self.crash(pick)?,
+            Choice::Drain => {
+                self.stage = Stage::Draining;
+                self.engine.drain();
+            }
+        }
+        self.engine.run(self.now);
+        self.take_finished()?;
+        self.see_drained()
+    }
+
+    fn submit(&mut self, which: usize) {
+        let request = self.plan.workload.requests[which];
+        if request.len > 0 && request.end() > self.disk_size() {
+            self.beyond |= 1 << which;
+        } else {
+            self.shadow.submit(which, &request);
+        }
+        let mem = request.memory(which).map_or(Mem::None, Mem::Owned);
+        let taken = self.engine.submit(self.node, request.io(), mem, which as u64);
+        taken.expect("the base was made for as many requests");
+        self.next += 1;
+    }
+
+    /// The machine stops and starts again: of what it left, one image is opened. Requests that
+    /// were in flight are gone.
+    fn crash(&mut self, pick: u32) -> Result<(), String> {
+        self.crashes -= 1;
+        let mut state = u64::from(pick);
+        let mut choose = |options: usize| match pick {
+            0 => 0,
+            1 => options - 1,
+            _ => {
+                state = splitmix(state);
+                (state % options as u64) as usize
+            }
+        };
+        let mut files = Vec::new();
+        for sites in self.crash_sites() {
+            let options: Vec<usize> =
+                sites.sites.iter().map(|site| choose(site.options.len())).collect();
+            let length = choose(sites.lengths.len());
+            files.push(sites.image(|site| options[site], length));
+        }
+        let image = self.inspect_crash(&files)?;
+        self.judge_crash(&image)?;
+        let Plan { subject, workload, .. } = &*self.plan;
+        let host = host_of(subject, &files);
+        let opened = open(subject, &host, workload.requests.len());
+        (self.engine, self.node) = opened.map_err(|why| format!("opened after a crash: {why}"))?;
+        self.shadow.crashed(&image.found);
+        self.ended = self.next;
+        self.crashed = true;
+        Ok(())
+    }
+
+    fn take_finished(&mut self) -> Result<(), String> {
+        while let Some(finished) = self.engine.poll() {
+            let which = finished.tag as usize;
+            self.ended += 1;
+            let beyond = self.beyond >> which & 1 == 1;
+            match finished.result {
+                Err(errno) if !self.faulted && !beyond => {
+                    return Err(format!("request {which} failed although nothing did: {errno}"));
+                }
+                Ok(()) if beyond => {
+                    return Err(format!("request {which} succeeded beyond the disk's end"));
+                }
+                _ if beyond => continue,
+                _ => {}
+            }
+            let bytes = finished.mem.into_buf();
+            self.shadow.end(which, finished.result.is_ok(), bytes.as_deref())?;
+        }
+        Ok(())
+    }
+
+    fn see_drained(&mut self) -> Result<(), String> {
+        match self.engine.drained() {
+            Some(result) if self.stage == Stage::Draining => {
+                self.stage = Stage::Over;
+                match result {
+                    Ok(()) => self.shadow.settle(),
+                    Err(errno) if !self.faulted => {
+                        return Err(format!("draining failed although nothing did: {errno}"));
+                    }
+                    Err(_) => {}
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Nothing can happen any more: is everything as it should be?
+    ///
+    /// # Errors
+    ///
+    /// When it is not.
+    pub fn finish(&self) -> Result<(), String> {
+        if self.stage != Stage::Over {
+            return Err(format!("stuck: nothing can happen any more\n{:?}", self.engine));
+        }
+        self.engine.assert_idle();
+        self.plan.subject.assert_idle(self.engine.node(self.node));
+        let files: Vec<Contents> = (0..self.engine.backend().file_count())
+            .map(|i| self.engine.backend().file(file_id(i)).now().clone())
+            .collect();
+        let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
+        self.read_again(&files, &image)?;
+        // What was not flushed and could not be written back is lost with the memory it was in.
+        let is_lost = self.plan.subject.writes_back() && self.engine.drained() != Some(Ok(()));
+        match is_lost {
+            true => self.shadow.check_crash(&image.found)?,
+            false => self.shadow.check_live(&image.found)?,
+        }
+        let Checked { marked, corruptions, leaks } = image.checked;
+        if corruptions > 0 {
+            return Err(format!("the closed image has {corruptions} corruptions"));
+        }
+        if !self.faulted && (marked || leaks > 0 && !self.crashed) {
+            return Err(format!("closed without a failure, yet: marked {marked}, leaks {leaks}"));
+        }
+        Ok(())
+    }
+
+    /// Reads the disk as a guest would: where [`World::inspect`] looks is where reads go.
+    fn read_again(&self, files: &[Contents], image: &Inspection) -> Result<(), String> {
+        let Plan { subject, cut, .. } = &*self.plan;
+        let host = host_of(subject, files);
+        let read = |offset: u64, bytes: &mut [u8]| subject.read(&host, offset, bytes);
+        if cut.recognise(image.size, read)? == image.found {
+            Ok(())
+        } else {
+            Err("reads and the map do not agree".into())
+        }
+    }
+
+    /// What a crash may leave of each file, now.
+    pub fn crash_sites(&self) -> Vec<Sites> {
+        self.engine.backend().crash_sites()
+    }
+
+    /// A hash of all that [`World::crash_sites`] follows from.
+    pub fn crash_hash(&self) -> u64 {
+        self.engine.backend().crash_hash()
+    }
+
+    /// A hash of what a crash would be judged by.
+    pub fn judge_hash(&self) -> u64 {
+        self.shadow.crash_hash() ^ u64::from(self.faulted) ^ u64::from(self.crashed) << 1
+    }
+
+    /// May a crash leave this now?
+    ///
+    /// # Errors
+    ///
+    /// When it may not.
+    pub fn judge_crash(&self, image: &Inspection) -> Result<(), String> {
+        let Checked { marked, leaks, .. } = image.checked;
+        let unmarked = leaks > 0 && !marked;
+        if unmarked && !self.faulted && !self.crashed && self.plan.subject.marks_leaks() {
+            return Err(format!("after a crash: {leaks} leaks, and no mark says so"));
+        }
+        self.shadow.check_crash(&image.found)
+    }
+
+    /// What an image that a crash has left is found to be.
+    ///
+    /// # Errors
+    ///
+    /// When something is wrong with the image, whatever the guest may have written.
+    pub fn inspect_crash(&self, files: &[Contents]) -> Result<Inspection, String> {
+        self.inspect(files).map_err(|why| format!("after a crash: {why}"))
+    }
+
+    fn inspect(&self, files: &[Contents]) -> Result<Inspection, String> {
+        let verdict = self.plan.verdicts.of(&self.plan.subject, files)?;
+        let found = self.plan.cut.found(&verdict, files);
+        Ok(Inspection { found, checked: verdict.checked, size: verdict.size() })
+    }
+
+    /// Steps taken so far.
+    pub fn steps(&self) -> u32 {
+        self.steps
+    }
+
+    /// An op in flight, for people.
+    pub fn describe(&self, choice: Choice) -> String {
+        match choice {
+            Choice::End(name, _) => self.engine.backend().describe(name),
+            Choice::Submit(which) => self.plan.workload.requests[which as usize].to_string(),
+            _ => String::new(),
+        }
+    }
+
+    /// The drivers' states and the ops in flight, for people.
+    pub fn dump(&self) -> String {
+        format!("{:?}", self.engine)
+    }
+
+    /// The workload.
+    pub fn workload(&self) -> &Workload {
+        &self.plan.workload
+    }
+
+    /// What is being tested.
+    pub fn subject(&self) -> &S {
+        &self.plan.subject
+    }
+
+    /// The states that a driver has, for coverage.
+    pub fn state_names(&self) -> &'static [&'static str] {
+        <S::Driver as Driver>::STATES
+    }
+}
+
+/// A folder of these files.
+fn host_of<S: Subject>(subject: &S, files: &[Contents]) -> SimHost {
+    let host = SimHost::new();
+    for (name, contents) in subject.files().into_iter().zip(files) {
+        host.put(name, contents.clone());
+    }
+    host
+}
+
+fn file_id(index: usize) -> cowbell_engine::units::FileId {
+    cowbell_engine::units::FileId(index as u32)
+}
+
+/// Of so many images that a crash may leave, one is gone on with.
+const CRASH_PICKS: u32 = 4;
+
+/// A world takes at most so many steps for each request, closing it included.
+const STEPS_PER_REQUEST: u32 = 64;

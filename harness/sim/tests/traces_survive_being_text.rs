@@ -1,0 +1,34 @@
+//! A trace is its text: what is written is read back as it was.
+
+use cowbell_formats::Format;
+use cowbell_sim::backend::{OpName, Outcome};
+use cowbell_sim::choose::Choice;
+use cowbell_sim::random::plan;
+use cowbell_sim::trace::Trace;
+use quickcheck::quickcheck;
+
+fn choice(draw: (u8, u32, u32)) -> Choice {
+    let (kind, request, ordinal) = draw;
+    match kind % 12 {
+        0 => Choice::Submit(request),
+        1 => Choice::Tick,
+        2 => Choice::Stall,
+        3 => Choice::Resume,
+        4 => Choice::Drain,
+        n => Choice::End(OpName { request, ordinal }, Outcome::ALL[n as usize - 5]),
+    }
+}
+
+quickcheck! {
+    fn a_trace_is_read_as_it_was_written(seed: u64, draws: Vec<(u8, u32, u32)>, raw: bool) -> bool {
+        let plan = plan(seed, Some(if raw { Format::Raw } else { Format::Qed }));
+        let trace = Trace {
+            image: plan.image,
+            budget: plan.budget,
+            workload: plan.workload,
+            choices: draws.into_iter().map(choice).collect(),
+            verdict: Some("it went wrong".into()),
+        };
+        trace.to_string().parse() == Ok(trace)
+    }
+}
