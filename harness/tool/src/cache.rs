@@ -1,0 +1,53 @@
+//! Cache modes and ways to do I/O, by QEMU's names.
+
+/// What a cache mode means for us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cache {
+    /// Past the page cache (O_DIRECT).
+    pub direct: bool,
+    /// A write has finished only when it is stable.
+    pub fua: bool,
+    /// Flushes do nothing.
+    pub no_flush: bool,
+}
+
+impl Cache {
+    /// In the page cache until flushed.
+    pub const WRITEBACK: Cache = Cache { direct: false, fua: false, no_flush: false };
+    /// In the page cache, and stable at once.
+    pub const WRITETHROUGH: Cache = Cache { fua: true, ..Cache::WRITEBACK };
+    /// Past the page cache, stable when flushed.
+    pub const NONE: Cache = Cache { direct: true, ..Cache::WRITEBACK };
+
+    /// The mode of this name.
+    pub fn named(name: &str) -> Option<Cache> {
+        Some(match name {
+            "none" | "off" => Cache::NONE,
+            "writeback" => Cache::WRITEBACK,
+            "writethrough" => Cache::WRITETHROUGH,
+            "directsync" => Cache { direct: true, fua: true, no_flush: false },
+            "unsafe" => Cache { no_flush: true, ..Cache::WRITEBACK },
+            _ => return None,
+        })
+    }
+}
+
+/// Who does the I/O.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum How {
+    /// The kernel's native AIO.
+    Native,
+    /// A pool of threads.
+    Threads,
+}
+
+impl How {
+    /// By this name.
+    pub fn named(name: &str) -> Option<How> {
+        match name {
+            "native" => Some(How::Native),
+            "threads" => Some(How::Threads),
+            _ => None,
+        }
+    }
+}

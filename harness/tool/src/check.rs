@@ -1,0 +1,244 @@
+//! `check`: finds what is wrong with an image, and repairs what can be repaired.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_formats::chain::{open_whole_layer, probe_file};
+use cowbell_formats::error::Shown;
+use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
+use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
+
+use crate::fail::Fail;
+use crate::info::{Form, format_for};
+use crate::json::Json;
+use crate::out::Out;
+use crate::session::eprint_quietly;
+
+/// The options of `check`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The image's format; probed if not said
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// Repair: leaks, or all
+    #[arg(short, long, value_name = "WHAT")]
+    repair: Option<String>,
+    /// human or json
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    output: String,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// Accepted for compatibility
+    #[arg(short = 'T', value_name = "CACHE", hide = true)]
+    cache: Option<String>,
+    /// Accepted for compatibility
+    #[arg(short = 'U', long, hide = true)]
+    force_share: bool,
+    /// The image
+    file: PathBuf,
+}
+
+/// The check could not be made.
+const FAILED: u8 = 1;
+/// There are errors.
+const CORRUPT: u8 = 2;
+/// There are leaks and nothing worse.
+const LEAKS: u8 = 3;
+/// The format has nothing to check.
+const UNSUPPORTED: u8 = 63;
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<u8, Fail> {
+    let form = Form::named(&args.output, "check")?;
+    let repair = match args.repair.as_deref() {
+        None => Repair::None,
+        Some("leaks") => Repair::Leaks,
+        Some("all") => Repair::All,
+        Some(other) => {
+            return Err(Fail::usage(
+                format!("--repair (-r) expects 'leaks' or 'all' not '{other}'"),
+                "Try 'qemu-img check --help' for more info".into(),
+            ));
+        }
+    };
+    let file = &args.file;
+    let wanted = format_for(file, args.format.as_deref())?;
+    let host = DiskHost::default();
+    let store =
+        host.open(file, repair != Repair::None).map_err(|error| Fail::open_io(file, &error))?;
+    let format = match wanted {
+        Some(format) => format,
+        None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
+    };
+    let mut report = check(args, &store, format, repair)?;
+    let mut out = Out::new(args.quiet);
+    if report.corruptions_fixed + report.leaks_fixed > 0 {
+        if form == Form::Human {
+            writeln!(out, "The following inconsistencies were found and repaired:\n")?;
+            writeln!(out, "    {} leaked clusters", report.leaks_fixed)?;
+            writeln!(out, "    {} corruptions\n", report.corruptions_fixed)?;
+            writeln!(out, "Double checking the fixed image now...")?;
+        }
+        let fixed = report;
+        report = check(args, &store, format, Repair::None)?;
+        report.leaks_fixed = fixed.leaks_fixed;
+        report.corruptions_fixed = fixed.corruptions_fixed;
+    }
+    match form {
+        Form::Human => write_report(&mut out, &report)?,
+        Form::Json => writeln!(out, "{}", json(&report, args, format).pretty())?,
+    }
+    out.flush()?;
+    if report.check_errors > 0 {
+        return Err(Fail::at(file, "Check failed").with_code(FAILED));
+    }
+    Ok(match (report.corruptions, report.leaks) {
+        (1.., _) => CORRUPT,
+        (0, 1..) => LEAKS,
+        (0, 0) => 0,
+    })
+}
+
+fn write_report(out: &mut Out, report: &Report) -> Result<(), Fail> {
+    if report.is_clean() {
+        writeln!(out, "No errors were found on the image.")?;
+    }
+    if report.corruptions > 0 {
+        writeln!(out, "\n{} errors were found on the image.", report.corruptions)?;
+        writeln!(out, "Data may be corrupted, or further writes to the image may corrupt it.")?;
+    }
+    if report.leaks > 0 {
+        writeln!(out, "\n{} leaked clusters were found on the image.", report.leaks)?;
+        writeln!(out, "This means waste of disk space, but no harm to data.")?;
+    }
+    if report.check_errors > 0 {
+        let n = report.check_errors;
+        writeln!(out, "\n{n} internal errors have occurred during the check.")?;
+    }
+    if report.total_clusters > 0 && report.allocated_clusters > 0 {
+        let (total, allocated) = (report.total_clusters, report.allocated_clusters);
+        let share = allocated as f64 * 100.0 / total as f64;
+        let compressed = report.compressed_clusters as f64 * 100.0 / allocated as f64;
+        let fragmented = report.fragmented_clusters as f64 * 100.0 / allocated as f64;
+        writeln!(
+            out,
+            "{allocated}/{total} = {share:.2}% allocated, {fragmented:.2}% fragmented, \
+             {compressed:.2}% compressed clusters"
+        )?;
+    }
+    if report.image_end > 0 {
+        writeln!(out, "Image end offset: {}", report.image_end)?;
+    }
+    Ok(())
+}
+
+/// Checks an image of any format that has something to check.
+fn check(args: &Args, store: &DiskFile, format: Format, repair: Repair) -> Result<Report, Fail> {
+    let file = &args.file;
+    let report = match format {
+        Format::Raw => {
+            let what = "This image format does not support checks";
+            return Err(Fail::at(file, what).with_code(UNSUPPORTED));
+        }
+        Format::Qed => check_qed(store, repair),
+        Format::Qcow2 => check_qcow2(store, repair, args.quiet),
+        Format::Vmdk => check_vmdk(file, repair),
+    };
+    report.map_err(|why| Fail::open(file, why))
+}
+
+fn check_qed(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
+    let found = qed::check::check(store, repair)?;
+    Ok(Report {
+        corruptions: found.corruptions,
+        corruptions_fixed: found.corruptions_fixed,
+        leaks: found.leaks,
+        leaks_fixed: found.leaks_fixed,
+        check_errors: found.check_errors,
+        total_clusters: found.total_clusters,
+        allocated_clusters: found.allocated_clusters,
+        fragmented_clusters: found.fragmented_clusters,
+        ..Report::default()
+    })
+}
+
+fn check_qcow2(store: &DiskFile, repair: Repair, quiet: bool) -> Result<Report, Error> {
+    let mut teller = Teller { shows: !quiet && io::stderr().is_terminal(), shown: 0 };
+    let report = check_watched(store, repair, &mut teller);
+    teller.clear();
+    report
+}
+
+/// A VMDK image is more than its own file.
+fn check_vmdk(file: &Path, repair: Repair) -> Result<Report, Error> {
+    let write = repair != Repair::None;
+    let options = OpenOptions { format: Some(Format::Vmdk), write, ..OpenOptions::default() };
+    let layer = open_whole_layer(&DiskHost::default(), file, &options)?;
+    let found = vmdk::check::check(&layer, repair)?;
+    // QEMU says nothing of how much is allocated. Copies that lag behind do no more harm than
+    // leaks do.
+    Ok(Report {
+        corruptions: found.corruptions,
+        corruptions_fixed: found.corruptions_fixed,
+        leaks: found.leaks + found.stale,
+        leaks_fixed: found.leaks_fixed + found.stale_fixed,
+        check_errors: found.check_errors,
+        ..Report::default()
+    })
+}
+
+/// Says on standard error what is found, and how far the check is.
+struct Teller {
+    /// Somebody looks at it.
+    shows: bool,
+    /// The percentage that was shown last.
+    shown: u64,
+}
+
+impl Teller {
+    fn clear(&mut self) {
+        if self.shown > 0 {
+            self.shown = 0;
+            eprint_quietly("\r\x1b[K");
+        }
+    }
+}
+
+impl Watch for Teller {
+    fn event(&mut self, event: Event<'_>) {
+        match event {
+            Event::Found(what) => {
+                self.clear();
+                eprint_quietly(&format!("{what}\n"));
+            }
+            Event::Progress { done, total } => {
+                let percent = u128::from(done) * 100 / u128::from(total.max(1));
+                if self.shows && percent as u64 > self.shown {
+                    self.shown = percent as u64;
+                    eprint_quietly(&format!("\r{percent}% of the tables"));
+                }
+            }
+        }
+    }
+}
+
+/// With QEMU's members, in QEMU's order; those that are 0 are left out where QEMU does.
+fn json(report: &Report, args: &Args, format: Format) -> Json {
+    let some = |key, value: u64| (value > 0).then_some((key, Json::Int(value)));
+    let mut members = Vec::new();
+    members.extend(some("image-end-offset", report.image_end));
+    members.extend(some("compressed-clusters", report.compressed_clusters));
+    members.extend(some("total-clusters", report.total_clusters));
+    members.extend(some("corruptions-fixed", report.corruptions_fixed));
+    members.extend(some("corruptions", report.corruptions));
+    members.push(("check-errors", Json::Int(report.check_errors)));
+    members.extend(some("leaks", report.leaks));
+    members.extend(some("leaks-fixed", report.leaks_fixed));
+    members.extend(some("allocated-clusters", report.allocated_clusters));
+    members.push(("filename", Json::text(Shown(&args.file))));
+    members.push(("format", Json::text(format)));
+    members.extend(some("fragmented-clusters", report.fragmented_clusters));
+    Json::Object(members)
+}

@@ -1,0 +1,174 @@
+//! The real disk: how images are found on it, and who does their I/O.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::backend::{Backend, FileInfo, Harvest, Submission};
+use cowbell_engine::store::{Extent, Store};
+use cowbell_engine::sys::aio::{Aio, AioOptions};
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use cowbell_engine::units::{FileId, Time};
+use cowbell_formats::{DiskHost, Host};
+
+use crate::cache::How;
+use crate::stop::Stop;
+
+/// The real disk, for long work that Ctrl-C shall end: every write asks first.
+#[derive(Clone, Debug)]
+pub struct StoppableHost {
+    /// The disk.
+    pub disk: DiskHost,
+    /// Who may ask.
+    pub stop: Stop,
+}
+
+/// A file on a [`StoppableHost`].
+#[derive(Debug)]
+pub struct StoppableFile {
+    file: DiskFile,
+    stop: Stop,
+}
+
+impl StoppableFile {
+    fn go_on(&self) -> io::Result<()> {
+        if self.stop.is_asked() { Err(io::Error::from_raw_os_error(EINTR)) } else { Ok(()) }
+    }
+}
+
+/// "Interrupted system call".
+const EINTR: i32 = 4;
+
+impl Store for StoppableFile {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.go_on()?;
+        self.file.read_at(offset, buf)
+    }
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.go_on()?;
+        self.file.write_at(offset, buf)
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.file.flush()
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.go_on()?;
+        self.file.allocate(offset, len)
+    }
+    fn extent_at(&self, offset: u64) -> io::Result<Extent> {
+        self.file.extent_at(offset)
+    }
+    fn is_writable(&self) -> bool {
+        self.file.is_writable()
+    }
+}
+
+impl Host for StoppableHost {
+    type File = StoppableFile;
+
+    fn open(&self, path: &Path, write: bool) -> io::Result<StoppableFile> {
+        Ok(StoppableFile { file: self.disk.open(path, write)?, stop: self.stop.clone() })
+    }
+    fn create_new(&self, path: &Path) -> io::Result<StoppableFile> {
+        Ok(StoppableFile { file: self.disk.create_new(path)?, stop: self.stop.clone() })
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        self.disk.resolve(path)
+    }
+    fn identity(&self, file: &StoppableFile) -> io::Result<(u64, u64)> {
+        self.disk.identity(&file.file)
+    }
+}
+
+/// A backend, as the command line chose it.
+#[derive(Debug)]
+pub enum Disk {
+    /// The kernel's AIO, with a pool for what it cannot do.
+    Native(Aio),
+    /// A pool of threads.
+    Threads(Pool),
+}
+
+impl Disk {
+    /// A backend for up to `depth` ops at a time. `strict`: see [`AioOptions`].
+    pub fn new(how: How, depth: usize, strict: bool) -> io::Result<Disk> {
+        let pool = PoolOptions { depth: depth.max(64), ..PoolOptions::default() };
+        Ok(match how {
+            How::Native => {
+                // The system has a bound on all programs' contexts together (fs.aio-max-nr).
+                let depth = depth.clamp(16, 4096) as u32;
+                Disk::Native(Aio::new(AioOptions { depth, strict, pool })?)
+            }
+            // As many as QEMU starts.
+            How::Threads => Disk::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),
+        })
+    }
+}
+
+impl Backend for Disk {
+    type File = DiskFile;
+
+    fn attach(&mut self, id: FileId, file: DiskFile) -> io::Result<FileInfo> {
+        match self {
+            Disk::Native(aio) => aio.attach(id, file),
+            Disk::Threads(pool) => pool.attach(id, file),
+        }
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<DiskFile> {
+        match self {
+            Disk::Native(aio) => aio.detach(id),
+            Disk::Threads(pool) => pool.detach(id),
+        }
+    }
+
+    #[inline]
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        match self {
+            Disk::Native(aio) => aio.submit(submission),
+            Disk::Threads(pool) => pool.submit(submission),
+        }
+    }
+
+    #[inline]
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        match self {
+            Disk::Native(aio) => aio.harvest(harvest),
+            Disk::Threads(pool) => pool.harvest(harvest),
+        }
+    }
+
+    #[inline]
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Disk::Native(aio) => aio.event_fd(),
+            Disk::Threads(pool) => pool.event_fd(),
+        }
+    }
+
+    #[inline]
+    fn wants_retry(&self) -> bool {
+        match self {
+            Disk::Native(aio) => aio.wants_retry(),
+            Disk::Threads(pool) => pool.wants_retry(),
+        }
+    }
+
+    #[inline]
+    fn clock(&self) -> Time {
+        match self {
+            Disk::Native(aio) => aio.clock(),
+            Disk::Threads(pool) => pool.clock(),
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The command.
+//!
+//! One verb a file. Where QEMU has the verb, ours takes the same options, prints the same lines and
+//! answers the same exit codes; called through a link named `qemu-img` or `qemu-io` it is that
+//! program. This file finds out which program it is, which verb is meant, and says how it ended:
+//! everything else returns a [`Fail`] and prints nothing but results.
+
+mod bench;
+mod cache;
+mod check;
+mod compare;
+mod create;
+mod demo;
+mod disk;
+mod fail;
+mod info;
+mod io;
+mod json;
+mod map;
+mod number;
+mod out;
+mod resize;
+mod session;
+mod sim;
+mod snapshot;
+mod stop;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::error::{ContextKind, ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::fail::{Fail, Program};
+
+/// Disk images: make, look at, check, read, write and measure them.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make an image
+    Create(create::Args),
+    /// Say what an image is
+    Info(info::Args),
+    /// Find what is wrong with an image, and repair it
+    Check(check::Args),
+    /// Say what is where in an image
+    Map(map::Args),
+    /// Find out whether two images hold the same disk
+    Compare(compare::Args),
+    /// Give an image another size
+    Resize(resize::Args),
+    /// List, make, apply and delete snapshots inside an image
+    Snapshot(snapshot::Args),
+    /// Measure requests on an image
+    Bench(bench::Args),
+    /// Show everything at work on a temporary image
+    Demo(demo::Args),
+    /// Read, write and look at an image by commands
+    Io(io::Args),
+    /// Simulate: every order, every fault, every crash
+    Sim(sim::Args),
+}
+
+impl Verb {
+    fn name(&self) -> &'static str {
+        match self {
+            Verb::Create(_) => "create",
+            Verb::Info(_) => "info",
+            Verb::Check(_) => "check",
+            Verb::Map(_) => "map",
+            Verb::Compare(_) => "compare",
+            Verb::Resize(_) => "resize",
+            Verb::Snapshot(_) => "snapshot",
+            Verb::Bench(_) => "bench",
+            Verb::Demo(_) => "demo",
+            Verb::Io(_) => "io",
+            Verb::Sim(_) => "sim",
+        }
+    }
+
+    fn run(self, program: Program) -> Result<u8, Fail> {
+        match self {
+            Verb::Create(args) => create::run(args),
+            Verb::Info(args) => info::run(&args),
+            Verb::Check(args) => check::run(&args),
+            Verb::Map(args) => map::run(&args),
+            Verb::Compare(args) => compare::run(&args),
+            Verb::Resize(args) => resize::run(&args, program),
+            Verb::Snapshot(args) => snapshot::run(&args, program),
+            Verb::Bench(args) => bench::run(&args),
+            Verb::Demo(args) => demo::run(&args),
+            Verb::Io(args) => io::run(&args, program),
+            Verb::Sim(args) => sim::run(&args),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    let program = Program::called_as(args.first().map(Path::new));
+    if args.is_empty() {
+        args.push(program.name().into());
+    }
+    if program == Program::QemuIo {
+        args.insert(1, "io".into());
+    }
+    let is_resize = args.get(1).is_some_and(|verb| verb == "resize");
+    let shrinks = |arg: &OsString| matches!(arg.as_encoded_bytes(), [b'-', b'0'..=b'9', ..]);
+    if is_resize && args.last().is_some_and(shrinks) && !args.iter().any(|arg| arg == "--") {
+        // `-1G`, at the end of a resize, is how much to take off, and no option.
+        args.insert(args.len() - 1, "--".into());
+    }
+    let verb = match parse(&args, program) {
+        Ok(verb) => verb,
+        Err(code) => return code,
+    };
+    let name = verb.name();
+    match verb.run(program) {
+        Ok(code) => ExitCode::from(code),
+        Err(fail) => fail.report(program, name),
+    }
+}
+
+/// The verb and its options; or, with help printed or a mistake reported, the exit code.
+fn parse(args: &[OsString], program: Program) -> Result<Verb, ExitCode> {
+    let command = Cli::command().name(program.name()).bin_name(program.name());
+    let command = command.mut_subcommands(|verb| verb.args_override_self(true));
+    let matches = command.try_get_matches_from(args);
+    let error = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => return Ok(cli.verb),
+        Err(error) => error,
+    };
+    let verb = args.get(1).map(|verb| verb.to_string_lossy()).unwrap_or_default();
+    let is_verb = Cli::command().get_subcommands().any(|known| known.get_name() == verb);
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader who went away has seen enough.
+            let _ = error.print();
+            return Err(ExitCode::SUCCESS);
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand if program == Program::Cowbell => {
+            let _ = error.print();
+            return Err(ExitCode::FAILURE);
+        }
+        _ => {}
+    }
+    let fail = if is_verb {
+        let help = format!("Try '{} {verb} --help' for more info", program.name());
+        Fail::usage(complaint(&error, &verb, program), help)
+    } else if verb.is_empty() {
+        let help = format!("Try '{} --help' for more info", program.name());
+        Fail::usage("Not enough arguments".into(), help)
+    } else {
+        let help = format!("Try '{} --help' for more info", program.name());
+        Fail::usage(format!("Command not found: {verb}"), help)
+    };
+    Err(fail.report(program, if is_verb { &verb } else { "" }))
+}
+
+/// What is wrong with the arguments, in one line.
+fn complaint(error: &clap::Error, verb: &str, program: Program) -> String {
+    let argument = error.get(ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
+    let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
+    match error.kind() {
+        ErrorKind::MissingRequiredArgument | ErrorKind::WrongNumberOfValues => match verb {
+            "compare" => "Expecting two image file names".into(),
+            "resize" => "Expecting image file name and size".into(),
+            _ => "Expecting one image file name".into(),
+        },
+        ErrorKind::UnknownArgument if argument.starts_with("--") => {
+            format!("unrecognized option '{argument}'")
+        }
+        ErrorKind::UnknownArgument if argument.starts_with('-') => {
+            format!("invalid option -- '{}'", argument.trim_start_matches('-'))
+        }
+        ErrorKind::UnknownArgument => "Expecting one image file name".into(),
+        ErrorKind::InvalidValue if value.as_deref().unwrap_or_default().is_empty() => {
+            let name = argument.split_whitespace().next().unwrap_or_default();
+            let name = name.trim_start_matches('-');
+            format!("option requires an argument -- '{name}'")
+        }
+        // Values are checked by the verbs, in QEMU's words; what is left is a choice of words.
+        ErrorKind::InvalidValue => {
+            let name = argument.split_whitespace().next().unwrap_or_default();
+            format!("'{}' is no value for {name}", value.unwrap_or_default())
+        }
+        _ if program == Program::Cowbell => {
+            let text = error.render().to_string();
+            let line = text.lines().next().unwrap_or_default();
+            line.trim_start_matches("error: ").to_string()
+        }
+        _ => "Invalid arguments".into(),
+    }
+}

@@ -1,0 +1,177 @@
+//! `sim`: the simulator. What it finds is written as traces that `sim replay` runs again.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use cowbell_formats::Format;
+use cowbell_sim::gate::{Report, explore, gate, scopes};
+use cowbell_sim::mutants::hunt_all;
+use cowbell_sim::random::random;
+use cowbell_sim::shrink::shrink;
+use cowbell_sim::trace::Trace;
+
+use crate::fail::Fail;
+use crate::out::Out;
+
+/// The options of `sim`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Try every order of completions, every fault, every crash of small workloads
+    Explore {
+        /// raw or qed; both if not said
+        #[arg(short, long, value_name = "FMT")]
+        format: Option<String>,
+        /// Requests in a workload
+        #[arg(long, default_value = "2", value_parser = clap::value_parser!(u8).range(1..=3))]
+        ops: u8,
+        /// Faults in a run, at most
+        #[arg(long, default_value = "1", value_parser = clap::value_parser!(u8).range(0..=2))]
+        faults: u8,
+        /// The scopes that every change must pass, and nothing else
+        #[arg(long, conflicts_with_all = ["format", "ops", "faults", "seconds"])]
+        gate: bool,
+        /// Stop after so long
+        #[arg(long)]
+        seconds: Option<f64>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Longer workloads, one order each, chosen by seed; each run twice and compared
+    Random {
+        /// raw or qed; both if not said
+        #[arg(short, long, value_name = "FMT")]
+        format: Option<String>,
+        /// The first seed
+        #[arg(long, default_value = "0")]
+        seed: u64,
+        /// How many seeds
+        #[arg(long, default_value = "1000")]
+        runs: u64,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Run a trace again
+    Replay {
+        /// The trace
+        file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the trace of a failure smaller, as long as it fails in the same way
+    Shrink {
+        /// The trace
+        file: PathBuf,
+    },
+    /// Plant defects, one at a time, and find each (needs a build with the feature `mutants`)
+    Mutants {
+        /// Only those whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Give one up after so long
+        #[arg(long, default_value = "30")]
+        seconds: f64,
+        #[command(flatten)]
+        how: How,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct How {
+    /// Threads
+    #[arg(long, default_value = "2", value_parser = clap::value_parser!(u8).range(1..=64))]
+    threads: u8,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Where traces of failures go
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    traces: PathBuf,
+}
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<u8, Fail> {
+    match &args.what {
+        What::Explore { format, ops, faults, gate: is_gate, seconds, how } => {
+            let threads = usize::from(how.threads);
+            let report = if *is_gate {
+                gate(threads)
+            } else {
+                let formats = formats(format.as_deref())?;
+                let scopes: Vec<_> = formats
+                    .into_iter()
+                    .flat_map(|format| scopes(format, usize::from(*ops), *faults))
+                    .collect();
+                explore(&scopes, threads, *seconds)
+            };
+            say(&report, how.json, &how.traces)
+        }
+        What::Random { format, seed, runs, how } => {
+            let format = match format.as_deref() {
+                Some(name) => formats(Some(name))?.first().copied(),
+                None => None,
+            };
+            let report = random(*seed, *runs, format, usize::from(how.threads));
+            say(&report, how.json, &how.traces)
+        }
+        What::Replay { file, json } => say(&trace_in(file)?.report(), *json, Path::new(".")),
+        What::Shrink { file } => {
+            let small = shrink(&trace_in(file)?);
+            let small = small.ok_or_else(|| Fail::at(file, "this trace does not fail"))?;
+            let mut out = Out::new(false);
+            write!(out, "{}", small.explained())?;
+            out.flush()?;
+            Ok(0)
+        }
+        What::Mutants { only, seconds, how } => {
+            let score = hunt_all(only, usize::from(how.threads), *seconds).map_err(Fail::other)?;
+            let mut out = Out::new(false);
+            if how.json {
+                writeln!(out, "{}", score.to_json())?;
+            } else {
+                writeln!(out, "{score}")?;
+            }
+            out.flush()?;
+            Ok(u8::from(!score.is_good()))
+        }
+    }
+}
+
+fn trace_in(file: &Path) -> Result<Trace, Fail> {
+    let text = fs::read_to_string(file).map_err(|error| Fail::at(file, error))?;
+    text.parse().map_err(|what: String| Fail::at(file, what))
+}
+
+fn formats(name: Option<&str>) -> Result<Vec<Format>, Fail> {
+    match name {
+        None => Ok(Format::ALL.to_vec()),
+        Some(name) => match Format::from_name(name) {
+            Some(format) => Ok(vec![format]),
+            None => Err(Fail::other(format!("Unknown format '{name}'"))),
+        },
+    }
+}
+
+/// Prints a report; keeps the traces of what failed. The exit code is 1 if something did.
+fn say(report: &Report, json: bool, traces: &Path) -> Result<u8, Fail> {
+    let mut out = Out::new(false);
+    if json {
+        writeln!(out, "{}", report.to_json())?;
+    } else {
+        writeln!(out, "{report}")?;
+    }
+    for (i, trace) in report.failures.iter().enumerate() {
+        let path = traces.join(format!("failure-{}-{i}.trace", std::process::id()));
+        fs::write(&path, trace.explained()).map_err(|error| Fail::at(&path, error))?;
+        writeln!(out, "written: {}", path.display())?;
+    }
+    out.flush()?;
+    Ok(u8::from(!report.is_good()))
+}

@@ -1,0 +1,172 @@
+//! Whatever the arguments, whoever stops reading, and when Ctrl-C is pressed: no panic, no
+//! half-made file, no damaged image.
+
+mod common;
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use cowbell_engine::sys::clock;
+
+use common::{COWBELL, Place, Random};
+
+const WORDS: [&str; 64] = [
+    "create",
+    "info",
+    "bench",
+    "check",
+    "map",
+    "compare",
+    "resize",
+    "io",
+    "demo",
+    "help",
+    "-f",
+    "-F",
+    "-o",
+    "-b",
+    "-c",
+    "-d",
+    "-t",
+    "-i",
+    "-n",
+    "-w",
+    "-q",
+    "-s",
+    "-S",
+    "-u",
+    "-r",
+    "-U",
+    "--",
+    "--output",
+    "json",
+    "human",
+    "raw",
+    "qed",
+    "qcow2",
+    "none",
+    "native",
+    "threads",
+    "unsafe",
+    "0",
+    "1",
+    "-1",
+    "4k",
+    "1M",
+    "64M",
+    "9E",
+    "99999999999999999999",
+    "0x10",
+    "a",
+    "b",
+    "nofile",
+    "",
+    ",",
+    "cluster_size=4k",
+    "table_size=3,size=1",
+    "backing_file=b",
+    "read 0 4k",
+    "write -P 1 0 4k",
+    "aio_write 0 1 2 3",
+    "discard 0 1M",
+    "truncate 8M",
+    "map",
+    "--json",
+    "--latency",
+    "--random",
+    "é\u{1}",
+];
+
+#[test]
+fn of_any_arguments() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 4M && cowbell create -q -f qed b 4M");
+    let mut random = Random(5);
+    for i in 0..600 {
+        let name = ["cowbell", "qemu-img", "qemu-io"][random.below(3) as usize];
+        let mut args: Vec<&str> = Vec::new();
+        for _ in 0..random.below(9) {
+            args.push(WORDS[random.below(WORDS.len() as u64) as usize]);
+        }
+        // These take their time, and are asked for elsewhere.
+        let slow = args.contains(&"demo") || args.contains(&"bench") && !args.contains(&"0");
+        if slow {
+            continue;
+        }
+        let out = Command::new(place.path("bin").join(name))
+            .args(&args)
+            .current_dir(place.dir.path())
+            .stdin(Stdio::null())
+            .output()
+            .expect("it starts");
+        let said = String::from_utf8_lossy(&out.stderr);
+        let code = out.status.code();
+        assert!(code.is_some() && !said.contains("panicked"), "{i}: {name} {args:?}: {said}");
+        if name == "cowbell" && code == Some(1) && !args.contains(&"io") && !args.is_empty() {
+            let lines: Vec<_> = said.lines().filter(|l| !l.starts_with([' ', 'W'])).collect();
+            assert!(lines.len() <= 1 && said.len() < 2000, "{name} {args:?}: {said}");
+        }
+    }
+}
+
+#[test]
+fn of_a_reader_who_goes_away() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 64M");
+    let mut commands = String::new();
+    for i in 0..20_000 {
+        commands += &format!("write -q {} 512\n", i * 1024);
+    }
+    std::fs::write(place.path("commands"), commands).expect("it is written");
+    place.ok("cowbell io -t unsafe -f raw a < commands");
+    for line in ["cowbell map --output json a", "cowbell io -f raw -r -c 'read -v 0 16M' a"] {
+        let out = place.ours(&format!("{line} | head -n 1"));
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(said.is_empty(), "{line}: {said}");
+    }
+}
+
+#[test]
+fn of_a_benchmark_that_is_stopped() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qed a 1G");
+    let args = ["bench", "-c", "100000000", "-w", "-n", "-t", "none", "-f", "qed", "--random", "1"];
+    let child = Command::new(COWBELL)
+        .args(args)
+        .arg("a")
+        .current_dir(place.dir.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    std::thread::sleep(Duration::from_millis(400));
+    let began = clock();
+    place.ok(&format!("kill -INT {}", child.id()));
+    let out = child.wait_with_output().expect("it ends");
+    let took = Duration::from_nanos(clock().since(began));
+    assert!(took < Duration::from_secs(5), "it took {took:?} to end");
+    assert_eq!(out.status.code(), Some(130));
+    assert!(String::from_utf8_lossy(&out.stdout).contains("Stopped after "));
+    assert!(place.ok("cowbell check a").starts_with("No errors were found"));
+    assert!(!place.ok("cowbell info a").contains("cleanly shut down: no"));
+}
+
+#[test]
+fn of_a_creation_that_is_stopped() {
+    let place = Place::new();
+    let args = ["create", "-f", "raw", "-o", "preallocation=full", "a", "40G"];
+    let child =
+        Command::new(COWBELL).args(args).current_dir(place.dir.path()).spawn().expect("it starts");
+    std::thread::sleep(Duration::from_millis(150));
+    place.ok(&format!("kill -INT {}", child.id()));
+    let out = child.wait_with_output().expect("it ends");
+    assert_eq!(out.status.code(), Some(1));
+    assert!(!place.path("a").exists(), "half an image is left");
+}
+
+#[test]
+fn of_a_demonstration() {
+    let out = Command::new(COWBELL).args(["demo", "--time", "300"]).output().expect("it starts");
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{said}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(said.contains("Every byte was what it had to be."), "{said}");
+}
