@@ -267,6 +267,7 @@ impl Qcow2 {
         let unit = 1 << geometry.slice_bits();
         let tables = TableCache::new(regions.tables, unit, options.cache_slices);
         let pair = slot_bytes(geometry);
+        let slots = tables.len();
         Qcow2 {
             file,
             data,
@@ -276,12 +277,12 @@ impl Qcow2 {
             backing,
             corrupt: false,
             codec: codec(opened.header.compression),
-            slices: vec![Slice::default(); tables.len()],
+            slices: vec![Slice::default(); slots],
             tables,
             claims: Claims(Slab::with_capacity(64)),
             allocs: Vec::with_capacity(4),
             stock: Stock::new(&opened, can_grow, options),
-            sweep: Sweep::new(),
+            sweep: Sweep::new(slots),
             inflated: TableCache::new(regions.inflated, pair, options.cache_inflated),
             metadata: if writable { metadata_of(&opened) } else { BTreeSet::new() },
             header: Header::new(&opened),

@@ -22,7 +22,7 @@ use super::driver::{Qcow2, Qcow2Options, State};
 use super::header::REFTABLE_BYTES_MAX;
 use super::layout::{HOST_MAX, Invalid};
 use super::open::Opened;
-use super::sweep::Free;
+use super::sweep::{FREES_MAX, Free};
 use crate::qed::Grow;
 
 /// Clusters, one after the other.
@@ -143,14 +143,16 @@ impl Stock {
         let cluster_bits = opened.header.cluster_bits;
         // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
         let end = opened.file_len.div_ceil(1 << cluster_bits);
+        // What the lists may need, so that they never grow.
+        let stocked = || Vec::with_capacity(options.stock_max.min(4096) as usize);
         Stock {
-            fresh: Vec::new(),
-            used: Vec::new(),
+            fresh: stocked(),
+            used: stocked(),
             total: 0,
-            returned: Vec::new(),
-            discarded: Vec::new(),
-            drops: Vec::new(),
-            counted: Vec::new(),
+            returned: Vec::with_capacity(FREES_MAX),
+            discarded: Vec::with_capacity(FREES_MAX),
+            drops: stocked(),
+            counted: stocked(),
             piece: None,
             piece_dirty: false,
             table: opened.refcount_table.clone(),
@@ -365,12 +367,11 @@ impl Qcow2 {
     /// is being given back to the file system.
     fn sort_returned(&mut self, cx: &mut Cx<'_>) -> bool {
         let bits = self.geometry.cluster_bits();
-        let mut kept = Vec::new();
         let mut issued = false;
-        for (era, free) in std::mem::take(&mut self.stock.returned) {
+        let mut returned = std::mem::take(&mut self.stock.returned);
+        returned.retain(|&(era, free)| {
             if !cx.is_past(era) && !mutant!("qcow2_reused_while_in_use") {
-                kept.push((era, free));
-                continue;
+                return true;
             }
             let run = Run { first: free.first, count: free.count };
             let stock = &mut self.stock;
@@ -387,14 +388,15 @@ impl Qcow2 {
             } else {
                 self.stock.give_back(run.first, run.count);
             }
-        }
-        self.stock.returned = kept;
+            false
+        });
+        self.stock.returned = returned;
         issued
     }
 
     /// What was given back to the file system may be used again. (A hint, taken or not.)
     fn discarded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        for run in std::mem::take(&mut self.stock.discarded) {
+        while let Some(run) = self.stock.discarded.pop() {
             self.stock.give_back(run.first, run.count);
         }
         self.stock_next(cx)
@@ -483,12 +485,12 @@ impl Qcow2 {
         let piece = self.stock.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
         let bytes = cx.mem().region_mut(self.regions.counts);
-        let mut left = Vec::new();
+        let mut drops = std::mem::take(&mut self.stock.drops);
         let mut wrong = false;
-        for run in std::mem::take(&mut self.stock.drops) {
+        for i in 0..drops.len() {
+            let run = drops[i];
             let (first, end) = (run.first.max(from), run.end().min(to));
             if first >= end {
-                left.push(run);
                 continue;
             }
             for cluster in (first..end).rev() {
@@ -504,10 +506,11 @@ impl Qcow2 {
                     self.stock.end = cluster;
                 }
             }
-            left.extend((run.first < first).then(|| Run { count: first - run.first, ..run }));
-            left.extend((end < run.end()).then(|| Run { first: end, count: run.end() - end }));
+            drops[i].count = first - run.first;
+            drops.extend((end < run.end()).then(|| Run { first: end, count: run.end() - end }));
         }
-        self.stock.drops = left;
+        drops.retain(|run| run.count > 0);
+        self.stock.drops = drops;
         if wrong {
             let _: Step<State> = self.found_corrupt(cx);
         }
@@ -539,7 +542,7 @@ impl Qcow2 {
         let stock = &mut self.stock;
         stock.durable = stock.grown;
         let fresh = stock.phase == Phase::Count { fresh: true };
-        for run in std::mem::take(&mut stock.counted) {
+        for run in stock.counted.drain(..) {
             stock.total += run.count;
             if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
         }

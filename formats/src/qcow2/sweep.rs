@@ -96,19 +96,20 @@ pub(super) struct Sweep {
 /// Slices and blocks that are in flight at once.
 pub(super) const STAGED_MAX: usize = 64;
 /// Runs of clusters that may wait for a sweep.
-const FREES_MAX: usize = 4096;
+pub(super) const FREES_MAX: usize = 1024;
 
 impl Sweep {
-    pub fn new() -> Sweep {
+    /// Nothing to be written yet, of a cache of `slots` slices.
+    pub fn new(slots: usize) -> Sweep {
         Sweep {
             asked: false,
             running: false,
             again: false,
-            dirty: Vec::new(),
-            dirty_root: Vec::new(),
+            dirty: Vec::with_capacity(slots),
+            dirty_root: Vec::with_capacity(slots),
             root_owes: false,
-            taken: Vec::new(),
-            taken_root: Vec::new(),
+            taken: Vec::with_capacity(slots),
+            taken_root: Vec::with_capacity(slots),
             root_sealed: false,
             root_waiters: WaitList::new(),
             staged: Vec::with_capacity(STAGED_MAX),
@@ -116,8 +117,8 @@ impl Sweep {
             current: WaitList::new(),
             result: Ok(()),
             failed: None,
-            frees: Vec::new(),
-            freeing: Vec::new(),
+            frees: Vec::with_capacity(FREES_MAX),
+            freeing: Vec::with_capacity(FREES_MAX),
             freed_in: 0,
             room: WaitList::new(),
         }

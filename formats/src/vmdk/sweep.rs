@@ -90,6 +90,14 @@ impl Root {
         self.stable_len = 0;
     }
 
+    /// Copies the sectors that have changed: that is what gets written.
+    fn seal(&mut self) {
+        while let Some(sector) = self.dirty.pop() {
+            let copies = self.copies(sector);
+            self.sealed.push((sector, copies));
+        }
+    }
+
     fn copies(&self, sector: u32) -> Copies {
         let first = sector as usize * SECTOR_ENTRIES as usize;
         let of = |entries: &[u32]| {
@@ -326,10 +334,7 @@ impl Vmdk {
         }
         for part in &mut self.parts {
             let PartKind::Sparse(grains) = &mut part.kind else { continue };
-            let dirty = std::mem::take(&mut grains.root.dirty);
-            let root = &grains.root;
-            let sealed = dirty.into_iter().map(|sector| (sector, root.copies(sector))).collect();
-            grains.root.sealed = sealed;
+            grains.root.seal();
             grains.root.fenced_len = grains.space.ready();
         }
     }
@@ -499,11 +504,11 @@ impl Vmdk {
         self.sweep.sealed.clear();
         for part in &mut self.parts {
             let PartKind::Sparse(grains) = &mut part.kind else { continue };
-            let unwritten = std::mem::take(&mut grains.root.sealed);
-            self.sweep.roots |= failed && !unwritten.is_empty();
-            for (sector, _) in unwritten.into_iter().filter(|_| failed) {
-                if !grains.root.dirty.contains(&sector) {
-                    grains.root.dirty.push(sector);
+            let root = &mut grains.root;
+            self.sweep.roots |= failed && !root.sealed.is_empty();
+            for (sector, _) in root.sealed.drain(..).filter(|_| failed) {
+                if !root.dirty.contains(&sector) {
+                    root.dirty.push(sector);
                 }
             }
         }
