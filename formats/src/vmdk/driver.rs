@@ -42,7 +42,7 @@ use slab::Slab;
 
 use super::alloc::Claim;
 use super::grain::size_max;
-use super::layout::{Bounds, FILE_MAX, Header, SECTOR, SECTOR_BITS};
+use super::layout::{AT_END, Bounds, FILE_MAX, Header, SECTOR, SECTOR_BITS};
 use super::open::{ExtentKind, Opened};
 use super::packed::Packed;
 use super::stream::Stream;
@@ -307,7 +307,11 @@ impl Vmdk {
                     let unit = if packed { SECTOR } else { sparse.header.grain_size() };
                     let end = sparse.grains_end();
                     let space = Space::new(end, unit, FILE_MAX, options.growth);
-                    let header = sparse.header.clone();
+                    let mut header = sparse.header.clone();
+                    if sparse.has_footer {
+                        // A stream goes on where its directory is, and gets another behind it.
+                        header.directory_at = AT_END;
+                    }
                     let grains = Grains { header, first_key, root: Root::new(*sparse), space };
                     first_key += grains.header.directory_entries();
                     PartKind::Sparse(Box::new(grains))
