@@ -326,6 +326,11 @@ impl Options {
     }
 }
 
+/// A file's front, tables and all, that is no longer than this has its zeros written too. It is one
+/// extent of the file system then, and the grains make it longer: a file of up to four has no tree
+/// of them in ext4, whose growing and shrinking was found to take most of the time of small writes.
+const DENSE_MAX: u64 = 1 << 20;
+
 /// Writes file number `i` of [`Options::files`] over whatever is in `file`, and makes it stable.
 ///
 /// # Errors
@@ -349,7 +354,12 @@ pub fn write_file<F: Store>(file: &F, options: &Options, i: usize) -> Result<(),
         file.write_at(header.overhead * SECTOR, &end)
             .map_err(Error::io("write the stream's end"))?;
     } else {
-        file.set_len(header.overhead * SECTOR).map_err(Error::io("set the file's length"))?;
+        let front = header.overhead * SECTOR;
+        file.set_len(front).map_err(Error::io("set the file's length"))?;
+        if front <= DENSE_MAX {
+            let zeros = vec![0; front as usize];
+            file.write_at(0, &zeros).map_err(Error::io("write the tables"))?;
+        }
         for at in [header.redundant_at, header.directory_at] {
             if !options.lazy {
                 write_directory(file, &header, at)?;
