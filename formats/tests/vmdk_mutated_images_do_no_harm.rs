@@ -1,6 +1,6 @@
 //! Whatever the bytes of a VMDK image: no panic, no hang, bounded memory, and repair converges.
 //!
-//! `FUZZ_RUNS` says how many images; a million take some minutes.
+//! `COWBELL_FUZZ_RUNS` says how many images; a million take some minutes.
 
 mod common;
 
@@ -208,7 +208,7 @@ fn torture(host: &MemHost) {
 }
 
 fn runs(default: u64) -> u64 {
-    std::env::var("FUZZ_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+    std::env::var("COWBELL_FUZZ_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
 }
 
 #[test]

@@ -5,6 +5,7 @@
 pub mod drive;
 pub mod held;
 pub mod shadow;
+pub mod small_qcow2;
 
 use std::collections::BTreeMap;
 use std::io;
