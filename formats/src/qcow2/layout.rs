@@ -344,6 +344,22 @@ impl L2Entry {
         self.word & COPIED != 0
     }
 
+    /// If it is of a cluster of plain data: the entry of the cluster behind it, in the file as on
+    /// the guest's disk. `None`, too, where that cannot be told from the entry alone.
+    #[inline(always)]
+    pub fn following(self, geometry: Geometry) -> Option<L2Entry> {
+        let word = self.word.wrapping_add(geometry.cluster_size());
+        let is_plain = (self.word | word) & !(OFFSET | COPIED) == 0;
+        let is_said = is_plain && !geometry.extended && !geometry.external;
+        is_said.then_some(L2Entry { word, bitmap: 0 })
+    }
+
+    /// Does it lead where `other` does, copied flags apart?
+    #[inline(always)]
+    pub fn leads_with(self, other: L2Entry) -> bool {
+        (self.word ^ other.word) & !COPIED == 0 && self.bitmap == other.bitmap
+    }
+
     /// Is nothing said at all?
     pub fn is_none(self) -> bool {
         self == L2Entry::NONE
@@ -499,6 +515,44 @@ mod tests {
         assert_eq!(of(0x5_0000, 1 << 35 | 1 << 3, 3, extended), Err(Invalid));
         assert_eq!(of(0, 1 << 3, 3, extended), Err(Invalid));
         assert_eq!(of(0x5_0001, 0, 3, extended), Err(Invalid));
+    }
+
+    #[test]
+    fn the_entry_that_follows_data_is_that_of_the_next_cluster() {
+        let words = [
+            0,
+            ZERO,
+            0x4_0000,
+            0x5_0000,
+            0x5_0001,
+            0x5_0200,
+            0x6_0000,
+            OFFSET & !0xffff,
+            1 << 56,
+            COMPRESSED | 0x5_0000,
+            COMPRESSED | 0x6_0000,
+            u64::MAX,
+        ];
+        let entries = || {
+            let flagged = words.into_iter().flat_map(|word| [word, word | COPIED]);
+            flagged.map(|word| L2Entry { word, bitmap: 0 })
+        };
+        let plain = geometry(16, 4, false);
+        let mut followed = 0;
+        for entry in entries() {
+            let following = entry.following(plain);
+            let Ok(Mapping::Data(host)) = entry.mapping(0, plain) else { continue };
+            let next = Ok(Mapping::Data(HostOffset(host.0 + plain.cluster_size())));
+            for other in entries() {
+                let goes_on = other.mapping(0, plain) == next;
+                assert_eq!(following.is_some_and(|entry| other.leads_with(entry)), goes_on);
+                let same = goes_on && other.is_copied() == entry.is_copied();
+                assert_eq!(following == Some(other), same);
+                followed += u64::from(goes_on);
+            }
+        }
+        assert_eq!(followed, 8);
+        assert!(entries().all(|entry| entry.following(geometry(16, 4, true)).is_none()));
     }
 
     #[test]
