@@ -194,6 +194,7 @@ impl Geometry {
     }
 
     /// The refcount of cluster `index` of `block` (or of a slice of one).
+    #[inline]
     pub fn refcount(self, block: &[u8], index: usize) -> u64 {
         match self.refcount_order {
             order @ 0..=2 => {
@@ -201,6 +202,8 @@ impl Geometry {
                 let bit = index << order;
                 u64::from(block[bit / 8] >> (bit % 8)) & ((1 << bits) - 1)
             }
+            // Nearly all images.
+            4 => u16::from_be_bytes(block.as_chunks::<2>().0[index]).into(),
             order => {
                 let bytes = 1 << (order - 3);
                 let field = &block[index * bytes..][..bytes];
@@ -210,6 +213,7 @@ impl Geometry {
     }
 
     /// Sets the refcount of cluster `index` of `block` (or of a slice of one); `count` fits.
+    #[inline]
     pub fn set_refcount(self, block: &mut [u8], index: usize, count: u64) {
         debug_assert!(count <= self.refcount_max());
         match self.refcount_order {
@@ -219,6 +223,7 @@ impl Geometry {
                 let byte = &mut block[bit / 8];
                 *byte = *byte & !mask | (count as u8) << (bit % 8);
             }
+            4 => block.as_chunks_mut::<2>().0[index] = (count as u16).to_be_bytes(),
             order => {
                 let bytes = 1 << (order - 3);
                 block[index * bytes..][..bytes].copy_from_slice(&count.to_be_bytes()[8 - bytes..]);
