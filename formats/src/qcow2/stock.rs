@@ -133,6 +133,8 @@ pub(super) struct Stock {
     cluster_bits: u32,
 }
 
+/// Runs of clusters that there is memory for from the start.
+const RUNS: usize = 64;
 /// Clusters that are first counted up at once.
 const BATCH_MIN: u64 = 64;
 /// Pieces of refcount blocks that are searched for holes before the file grows.
@@ -144,13 +146,13 @@ impl Stock {
         // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
         let end = opened.file_len.div_ceil(1 << cluster_bits);
         Stock {
-            fresh: Vec::new(),
-            used: Vec::new(),
+            fresh: Vec::with_capacity(RUNS),
+            used: Vec::with_capacity(RUNS),
             total: 0,
             returned: Vec::new(),
             discarded: Vec::new(),
             drops: Vec::new(),
-            counted: Vec::new(),
+            counted: Vec::with_capacity(RUNS),
             piece: None,
             piece_dirty: false,
             table: opened.refcount_table.clone(),
@@ -539,7 +541,7 @@ impl Qcow2 {
         let stock = &mut self.stock;
         stock.durable = stock.grown;
         let fresh = stock.phase == Phase::Count { fresh: true };
-        for run in std::mem::take(&mut stock.counted) {
+        for run in stock.counted.drain(..) {
             stock.total += run.count;
             if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
         }
