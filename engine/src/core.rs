@@ -14,7 +14,7 @@ use crate::file::FileState;
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
-use crate::op::{Base, Op, OpKind, Seg, Target};
+use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
@@ -104,6 +104,7 @@ impl Core {
         }
     }
 
+    #[inline(never)]
     fn issue_to_file(&mut self, request: ReqId, file: FileId, op: Op) {
         if op.kind.has_memory() && align::is_direct(self, file, &op) {
             self.enqueue(request, op);
@@ -146,6 +147,31 @@ impl Core {
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (seg.base, seg.off);
         self.expect_result(request);
+    }
+
+    /// Sends a read or write on its way, of `len` bytes of the request's own memory from byte `off`
+    /// on: what most ops are.
+    #[inline]
+    pub fn transfer(
+        &mut self,
+        request: ReqId,
+        kind: OpKind,
+        (file, offset): (FileId, u64),
+        (off, len): (u64, u64),
+    ) {
+        let Core { ops, files, .. } = self;
+        let (slot, state) = (ops.slot(request), &mut files[file.index()]);
+        let seg = slot.guest(off, len);
+        if !state.takes(kind, offset, seg, slot.base_bits) {
+            let (target, segs) = (Target::File(file), Segs::one(seg));
+            return self.issue_to_file(request, file, Op { kind, target, offset, len, segs });
+        }
+        if kind.modifies() {
+            state.note_issued_to(offset + len);
+        }
+        let (id, record) = ops.claim(request);
+        record.transfer(kind, file, offset, seg);
+        self.out.push(id);
     }
 
     /// Counts an op of `request` whose result will come through [`Core::op_done`].
@@ -229,6 +255,12 @@ impl Core {
     /// Everything but the common end of a request.
     #[inline(never)]
     fn complete_otherwise(&mut self, done: Completion) {
+        if let Some((request, changed)) = self.ops.take_whole(done) {
+            if let Some(file) = changed {
+                self.write_done(file);
+            }
+            return self.op_done(request, Ok(()));
+        }
         let record = &mut self.ops[done.op];
         let result = match done.result() {
             Ok(moved) if record.op.kind.has_memory() => {

@@ -382,13 +382,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             return self.begin(id);
         };
         let file = &mut files[pass.file.index()];
-        if !file.takes(slot, kind, pass.offset) {
+        let seg = slot.guest(0, slot.io.len);
+        if !file.takes(kind, pass.offset, seg, slot.base_bits) {
             return self.pass_on_carefully(id);
         }
         if !matches!(kind, OpKind::Read) {
             file.note_issued_to(pass.offset + slot.io.len);
         }
-        request.pass_on(id, kind, pass, *now);
+        request.pass_on(id, kind, pass, seg, *now);
         ops.passed_on();
         out.push(OpId(id.0));
     }

@@ -8,8 +8,7 @@ use std::hash::{Hash, Hasher};
 use crate::backend::FileInfo;
 use crate::core::Core;
 use crate::mutant;
-use crate::op::{Op, OpKind};
-use crate::slots::Slot;
+use crate::op::{Op, OpKind, Seg};
 use crate::units::{Errno, FileId, ReqId};
 use crate::wait::WaitList;
 
@@ -85,12 +84,12 @@ impl FileState {
         }
     }
 
-    /// Can it take a request as it is, now, as one op at `offset`?
+    /// Can it take a read or write as it is, now, at `offset`, of `seg`, which is memory with
+    /// `bits` set in its addresses and lengths?
     #[inline(always)]
-    pub fn takes(&self, request: &Slot, kind: OpKind, offset: u64) -> bool {
-        let bits = request.base_bits;
-        let block = (offset as u32 | request.io.len as u32 | bits) & self.block_mask;
-        let address = (request.base_off | bits) & self.address_mask;
+    pub fn takes(&self, kind: OpKind, offset: u64, seg: Seg, bits: u32) -> bool {
+        let block = (offset as u32 | seg.len | bits) & self.block_mask;
+        let address = (seg.off | bits) & self.address_mask;
         block | address == 0 && (matches!(kind, OpKind::Read) || self.claims.is_empty())
     }
 

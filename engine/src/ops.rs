@@ -62,6 +62,16 @@ impl OpRecord {
     pub fn remaining(&self) -> u64 {
         self.op.len - self.moved
     }
+
+    /// Makes it a read or write of `seg`, written where it stays: most ops are made so.
+    #[inline(always)]
+    pub(crate) fn transfer(&mut self, kind: OpKind, file: FileId, offset: u64, seg: Seg) {
+        let op = &mut self.op;
+        (op.kind, op.target) = (kind, Target::File(file));
+        (op.offset, op.len) = (offset, seg.len.into());
+        op.segs.set(seg);
+        self.moved = 0;
+    }
 }
 
 /// Where the numbers begin of ops that are not their request's first.
@@ -90,18 +100,14 @@ pub(crate) struct Request {
 const _: () = assert!(size_of::<Request>() == 256);
 
 impl Request {
-    /// The request has become one op, which moves its own memory.
+    /// The request has become one op, which moves its memory, all of `seg`.
     #[inline(always)]
-    pub fn pass_on(&mut self, me: ReqId, kind: OpKind, pass: Pass, now: Time) {
+    pub fn pass_on(&mut self, me: ReqId, kind: OpKind, pass: Pass, seg: Seg, now: Time) {
         let Request { slot, first: record } = self;
         debug_assert!(!record.busy && slot.pending == 0, "a new request has no ops");
         record.busy = true;
         record.owner = OpOwner { serial: slot.serial, ordinal: 0, request: me };
-        record.moved = 0;
-        let op = &mut record.op;
-        (op.kind, op.target) = (kind, Target::File(pass.file));
-        (op.offset, op.len) = (pass.offset, slot.io.len);
-        op.segs.set(Seg { base: slot.base, off: slot.base_off, len: slot.io.len as u32 });
+        record.transfer(kind, pass.file, pass.offset, seg);
         (slot.ordinal, slot.pending, slot.entered) = (1, 1, now);
         let is_guests = slot.origin == Origin::Guest;
         (slot.waits, slot.label) = (if is_guests { Waits::Pass } else { Waits::Last }, pass.label);
@@ -235,6 +241,21 @@ impl Ops {
         Some((slot, first))
     }
 
+    /// A read or write, if it has just done all it was asked to: it is gone then. Whose it was,
+    /// and the file that it changed.
+    #[inline(always)]
+    pub(crate) fn take_whole(&mut self, done: Completion) -> Option<(ReqId, Option<FileId>)> {
+        let record = &mut self[done.op];
+        let kind = record.op.kind;
+        if !kind.has_memory() || !done.is(record.remaining()) {
+            return None;
+        }
+        let changed = kind.modifies().then(|| record.file());
+        let request = record.owner.request;
+        self.free_op(done.op);
+        Some((request, changed))
+    }
+
     /// Puts in an op as it is.
     pub fn insert(&mut self, record: OpRecord) -> OpId {
         let (id, place) = self.claim_other(record.owner);
@@ -244,15 +265,21 @@ impl Ops {
 
     /// The op has come back.
     pub fn remove(&mut self, id: OpId) -> OpRecord {
+        let record = self[id].clone();
+        self.free_op(id);
+        record
+    }
+
+    /// Frees an op's place.
+    #[inline(always)]
+    fn free_op(&mut self, id: OpId) {
         let place = &mut self[id];
         assert!(place.busy, "{id:?} came back twice");
         place.busy = false;
-        let record = place.clone();
         self.len -= 1;
         if id.0 >= OTHERS {
             self.others_free.push(id);
         }
-        record
     }
 
     #[inline(never)]

@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::op::Base;
+use crate::op::{Base, Seg};
 use crate::ops::OpOwner;
 use crate::step::Io;
 use crate::units::{Errno, NodeId, ReqId, Time};
@@ -137,6 +137,13 @@ impl Default for Slot {
 }
 
 impl Slot {
+    /// `len` bytes of its memory, from byte `off` on.
+    #[inline(always)]
+    pub fn guest(&self, off: u64, len: u64) -> Seg {
+        debug_assert!(off + len <= self.io.len);
+        Seg { base: self.base, off: self.base_off + off as u32, len: len as u32 }
+    }
+
     /// Names its next op, for which it waits from now on.
     pub fn next_op(&mut self, me: ReqId) -> OpOwner {
         let owner = OpOwner { serial: self.serial, ordinal: self.ordinal, request: me };

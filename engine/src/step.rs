@@ -5,7 +5,7 @@ use std::hash::Hash;
 
 use crate::core::Core;
 use crate::mem::Memory;
-use crate::op::{Op, OpKind, Seg, Segs, Target};
+use crate::op::{Op, OpKind, Seg, Segs};
 use crate::units::{BufId, Errno, FileId, NodeId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
@@ -213,9 +213,7 @@ impl Cx<'_> {
     /// `len` bytes of the request's memory, from byte `off` on.
     #[inline]
     pub fn guest(&self, off: u64, len: u64) -> Seg {
-        let slot = self.core.ops.slot(self.me);
-        debug_assert!(off + len <= slot.io.len);
-        Seg { base: slot.base, off: slot.base_off + off as u32, len: len as u32 }
+        self.core.ops.slot(self.me).guest(off, len)
     }
 
     /// Fills part of a read with zeros.
@@ -252,14 +250,12 @@ impl Cx<'_> {
     /// Reads into `len` bytes of the request's memory, from byte `off` on, what `file` has at
     /// `offset`.
     pub fn read_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64) {
-        let segs = Segs::one(self.guest(off, len));
-        self.issue(Op::read(Target::File(file), offset, segs));
+        self.core.transfer(self.me, OpKind::Read, (file, offset), (off, len));
     }
 
     /// Writes `len` bytes of the request's memory, from byte `off` on, to `file` at `offset`.
     pub fn write_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64, fua: bool) {
-        let segs = Segs::one(self.guest(off, len));
-        self.issue(Op { kind: OpKind::Write { fua }, ..Op::write(file, offset, segs) });
+        self.core.transfer(self.me, OpKind::Write { fua }, (file, offset), (off, len));
     }
 
     /// How many more ops a step may issue now; a request with many pieces issues as many, waits

@@ -13,8 +13,9 @@ use cowbell_engine::step::{Cx, IoKind, Step};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
+use super::claims::Around;
 use super::clear::units_mask;
-use super::driver::{Claims, Qcow2, State};
+use super::driver::{Qcow2, State};
 use super::layout::{L2Entry, Mapping};
 use super::walk::Run;
 
@@ -22,10 +23,10 @@ use super::walk::Run;
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Claim {
     /// Whole clusters, or units of one that has its place already.
-    pub start: u64,
+    start: u64,
     /// One past the last.
-    pub end: u64,
-    pub waiters: WaitList,
+    end: u64,
+    waiters: WaitList,
     /// The slot of their table slice, pinned.
     slot: usize,
     /// Where the cluster of `start` is, or will be, in the data file; others follow it.
@@ -43,26 +44,10 @@ pub(super) struct Claim {
     bufs: [Option<BufId>; 2],
 }
 
-/// Where a range is among the claims.
-pub(super) enum Around {
-    /// Part of it is claimed, by this one.
-    Within(usize),
-    /// It is free, and what follows is as far as here.
-    Before(u64),
-}
-
-impl Claims {
-    /// Where `start..end` is among the claims.
-    pub fn around(&self, start: u64, end: u64) -> Around {
-        let mut next = u64::MAX;
-        for (key, claim) in &self.0 {
-            if claim.start >= end {
-                next = next.min(claim.start);
-            } else if start < claim.end {
-                return Around::Within(key);
-            }
-        }
-        Around::Before(next)
+impl Claim {
+    /// Who waits for it to end.
+    pub fn waiters(&mut self) -> &mut WaitList {
+        &mut self.waiters
     }
 }
 
@@ -106,7 +91,7 @@ impl Qcow2 {
         match self.claims.around(start, start + reach - short) {
             _ if mutant!("qcow2_no_claims") => {}
             Around::Within(key) => {
-                cx.park(&mut self.claims.0[key].waiters);
+                cx.park(&mut self.claims[key].waiters);
                 return Step::Wait(State::Next { at });
             }
             Around::Before(next) => to = to.min(next),
@@ -149,7 +134,7 @@ impl Qcow2 {
             owes: !is_zeros && !mutant!("qcow2_no_fence_for_data"),
             bufs,
         };
-        let key = self.claims.0.insert(claim) as u32;
+        let key = self.claims.insert(start..claim.end, claim);
         if mutant!("qcow2_published_early") {
             self.put_entries(key, cx);
         }
@@ -226,7 +211,7 @@ impl Qcow2 {
     }
 
     fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let edges = Qcow2::edges(claim);
         let longest = edges.iter().map(|(from, to)| to - from).max().unwrap_or(0);
         if claim.fill != Fill::Own || longest == 0 {
@@ -263,7 +248,7 @@ impl Qcow2 {
     }
 
     fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &mut self.claims.0[key as usize];
+        let claim = &mut self.claims[key];
         match Qcow2::copy_range(claim, from, cx.buf_size()) {
             Some((from, to)) => {
                 read_own(from, to, claim.bufs[0].expect("a copy has a buffer"), cx);
@@ -286,7 +271,7 @@ impl Qcow2 {
         if let Err(errno) = result {
             return self.fail(key, errno, cx);
         }
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let range = Qcow2::copy_range(claim, from, cx.buf_size());
         let (from, to) = range.expect("it was just read");
         let buf = claim.bufs[0].expect("a copy has a buffer");
@@ -310,7 +295,7 @@ impl Qcow2 {
 
     /// Head, data and tail go out as one write.
     fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let io = cx.io();
         let (from, len) = (claim.at - io.offset, claim.to - claim.at);
         if claim.fill == Fill::Nothing && matches!(io.kind, IoKind::Write { .. }) {
@@ -353,7 +338,7 @@ impl Qcow2 {
     /// The data is there: the entries may say so, unless a sweep has just fenced what they would
     /// owe another fence for.
     pub(super) fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let (slot, to, owes) = (claim.slot, claim.to, claim.owes);
         if owes && self.slices[slot].is_sealed() && !mutant!("qcow2_seal_ignored") {
             cx.park(self.tables.waiters(slot));
@@ -375,7 +360,7 @@ impl Qcow2 {
     fn put_entries(&mut self, key: u32, cx: &mut Cx<'_>) {
         let geometry = self.geometry;
         let size = geometry.cluster_size();
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let (slot, exposed, is_new) = (claim.slot, claim.exposed, claim.is_new);
         let first = align_down(claim.start, size);
         let mut host = claim.host;
@@ -405,7 +390,7 @@ impl Qcow2 {
 
     /// Gives up. What was there before is still there.
     fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         if claim.is_new && !mutant!("qcow2_published_early") {
             let count = (claim.end - claim.start) >> self.geometry.cluster_bits();
             self.give_back(claim.host, count);
@@ -418,7 +403,8 @@ impl Qcow2 {
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let mut claim = self.claims.0.remove(key as usize);
+        let start = self.claims[key].start;
+        let mut claim = self.claims.remove(key, start);
         for buf in claim.bufs.into_iter().flatten() {
             cx.give_buf(buf);
         }

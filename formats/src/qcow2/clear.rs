@@ -11,7 +11,7 @@ use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, IoKind, Step};
 use cowbell_engine::units::{HostOffset, align_down};
 
-use super::alloc::Around;
+use super::claims::Around;
 use super::driver::{Qcow2, State};
 use super::layout::{L2Entry, Mapping, SUBCLUSTERS};
 use super::sweep::Free;
@@ -154,7 +154,7 @@ impl Qcow2 {
             if *issued {
                 return Piece::Step(Step::Wait(State::Pieces { at }));
             }
-            cx.park(&mut self.claims.0[key].waiters);
+            cx.park(self.claims[key].waiters());
             return Piece::Step(Step::Wait(State::Next { at }));
         }
         if !self.sweep.has_room_for_frees() {

@@ -31,16 +31,15 @@
 //! filled and fenced before anything leads to them.
 
 use std::collections::BTreeSet;
-use std::hash::{Hash, Hasher};
 
 use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Compute, Op, Segs, Target};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, RegionId, Time};
-use slab::Slab;
 
 use super::alloc::Claim;
+use super::claims::Claims;
 use super::inflate::{codec, slot_bytes};
 use super::layout::{Geometry, L1Entry};
 use super::open::Opened;
@@ -130,7 +129,8 @@ pub struct Qcow2 {
     pub(super) tables: TableCache,
     /// What there is to know about each of the cache's slots.
     pub(super) slices: Vec<Slice>,
-    pub(super) claims: Claims,
+    /// What is being allocated.
+    pub(super) claims: Claims<Claim>,
     pub(super) allocs: Vec<TableAlloc>,
     pub(super) stock: Stock,
     pub(super) sweep: Sweep,
@@ -140,18 +140,6 @@ pub struct Qcow2 {
     pub(super) metadata: BTreeSet<u64>,
     pub(super) regions: Regions,
     pub(super) options: Qcow2Options,
-}
-
-/// What is being allocated. Hashes its entries, in the order of their keys.
-#[derive(Clone, Debug)]
-pub(super) struct Claims(pub Slab<Claim>);
-
-impl Hash for Claims {
-    fn hash<H: Hasher>(&self, h: &mut H) {
-        for entry in &self.0 {
-            entry.hash(h);
-        }
-    }
 }
 
 /// A request's state, named by what it awaits. `at` is the first byte of the guest range not yet
@@ -279,7 +267,7 @@ impl Qcow2 {
             codec: codec(opened.header.compression),
             slices: vec![Slice::default(); slots],
             tables,
-            claims: Claims(Slab::with_capacity(64)),
+            claims: Claims::new(),
             allocs: Vec::with_capacity(4),
             stock: Stock::new(&opened, can_grow, options),
             sweep: Sweep::new(slots),
@@ -302,7 +290,7 @@ impl Qcow2 {
         // What could not be written stays in memory.
         self.tables.assert_idle(|slot| self.slices[slot].is_dirty().into());
         self.inflated.assert_idle(|_| 0);
-        assert!(self.claims.0.is_empty() && self.allocs.is_empty(), "something is claimed");
+        assert!(self.claims.is_empty() && self.allocs.is_empty(), "something is claimed");
         self.sweep.assert_idle();
         self.stock.assert_idle();
         self.header.assert_idle();

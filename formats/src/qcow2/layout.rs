@@ -194,6 +194,7 @@ impl Geometry {
     }
 
     /// The refcount of cluster `index` of `block` (or of a slice of one).
+    #[inline]
     pub fn refcount(self, block: &[u8], index: usize) -> u64 {
         match self.refcount_order {
             order @ 0..=2 => {
@@ -201,6 +202,8 @@ impl Geometry {
                 let bit = index << order;
                 u64::from(block[bit / 8] >> (bit % 8)) & ((1 << bits) - 1)
             }
+            // Nearly all images.
+            4 => u16::from_be_bytes(block.as_chunks::<2>().0[index]).into(),
             order => {
                 let bytes = 1 << (order - 3);
                 let field = &block[index * bytes..][..bytes];
@@ -210,6 +213,7 @@ impl Geometry {
     }
 
     /// Sets the refcount of cluster `index` of `block` (or of a slice of one); `count` fits.
+    #[inline]
     pub fn set_refcount(self, block: &mut [u8], index: usize, count: u64) {
         debug_assert!(count <= self.refcount_max());
         match self.refcount_order {
@@ -219,6 +223,7 @@ impl Geometry {
                 let byte = &mut block[bit / 8];
                 *byte = *byte & !mask | (count as u8) << (bit % 8);
             }
+            4 => block.as_chunks_mut::<2>().0[index] = (count as u16).to_be_bytes(),
             order => {
                 let bytes = 1 << (order - 3);
                 block[index * bytes..][..bytes].copy_from_slice(&count.to_be_bytes()[8 - bytes..]);
@@ -342,6 +347,22 @@ impl L2Entry {
     #[inline]
     pub fn is_copied(self) -> bool {
         self.word & COPIED != 0
+    }
+
+    /// If it is of a cluster of plain data: the entry of the cluster behind it, in the file as on
+    /// the guest's disk. `None`, too, where that cannot be told from the entry alone.
+    #[inline(always)]
+    pub fn following(self, geometry: Geometry) -> Option<L2Entry> {
+        let word = self.word.wrapping_add(geometry.cluster_size());
+        let is_plain = (self.word | word) & !(OFFSET | COPIED) == 0;
+        let is_said = is_plain && !geometry.extended && !geometry.external;
+        is_said.then_some(L2Entry { word, bitmap: 0 })
+    }
+
+    /// Does it lead where `other` does, copied flags apart?
+    #[inline(always)]
+    pub fn leads_with(self, other: L2Entry) -> bool {
+        (self.word ^ other.word) & !COPIED == 0 && self.bitmap == other.bitmap
     }
 
     /// Is nothing said at all?
@@ -499,6 +520,44 @@ mod tests {
         assert_eq!(of(0x5_0000, 1 << 35 | 1 << 3, 3, extended), Err(Invalid));
         assert_eq!(of(0, 1 << 3, 3, extended), Err(Invalid));
         assert_eq!(of(0x5_0001, 0, 3, extended), Err(Invalid));
+    }
+
+    #[test]
+    fn the_entry_that_follows_data_is_that_of_the_next_cluster() {
+        let words = [
+            0,
+            ZERO,
+            0x4_0000,
+            0x5_0000,
+            0x5_0001,
+            0x5_0200,
+            0x6_0000,
+            OFFSET & !0xffff,
+            1 << 56,
+            COMPRESSED | 0x5_0000,
+            COMPRESSED | 0x6_0000,
+            u64::MAX,
+        ];
+        let entries = || {
+            let flagged = words.into_iter().flat_map(|word| [word, word | COPIED]);
+            flagged.map(|word| L2Entry { word, bitmap: 0 })
+        };
+        let plain = geometry(16, 4, false);
+        let mut followed = 0;
+        for entry in entries() {
+            let following = entry.following(plain);
+            let Ok(Mapping::Data(host)) = entry.mapping(0, plain) else { continue };
+            let next = Ok(Mapping::Data(HostOffset(host.0 + plain.cluster_size())));
+            for other in entries() {
+                let goes_on = other.mapping(0, plain) == next;
+                assert_eq!(following.is_some_and(|entry| other.leads_with(entry)), goes_on);
+                let same = goes_on && other.is_copied() == entry.is_copied();
+                assert_eq!(following == Some(other), same);
+                followed += u64::from(goes_on);
+            }
+        }
+        assert_eq!(followed, 8);
+        assert!(entries().all(|entry| entry.following(geometry(16, 4, true)).is_none()));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod alloc;
 pub mod bitmap;
 pub mod check;
+mod claims;
 mod clear;
 pub mod compress;
 pub mod create;

@@ -211,7 +211,43 @@ impl Qcow2 {
         let copied = entry.is_copied();
         let run_end = align_down(at, geometry.unit_size()) + geometry.unit_size();
         let run = Run { mapping, copied, end: run_end.min(end), slot: Some(slot) };
-        Found::Run(if run.end < end { self.extend(run, end, is_write, bytes) } else { run })
+        if run.end >= end {
+            return Found::Run(run);
+        }
+        Found::Run(match (mapping, entry.following(geometry)) {
+            (Mapping::Data(_), Some(following)) => {
+                self.extend_data(run, following, end, is_write, bytes)
+            }
+            _ => self.extend(run, end, is_write, bytes),
+        })
+    }
+
+    /// As `extend`, for data whose next cluster would have the entry `following`: most runs.
+    #[inline(always)]
+    fn extend_data(
+        &self,
+        mut run: Run,
+        mut following: L2Entry,
+        end: u64,
+        is_write: bool,
+        bytes: &[u8],
+    ) -> Run {
+        let mut index = self.slice_index(run.end - 1) + 1;
+        while run.end < end && index < 1 << self.slice_entry_bits() {
+            let here = L2Entry::read(bytes, index, self.geometry);
+            let goes_on = if is_write { here == following } else { here.leads_with(following) };
+            if !goes_on && !mutant!("qcow2_run_ignores_type") {
+                break;
+            }
+            run.end += self.geometry.cluster_size();
+            index += 1;
+            match following.following(self.geometry) {
+                Some(next) => following = next,
+                None => break,
+            }
+        }
+        run.end = run.end.min(end);
+        run
     }
 
     /// A run, as far as it goes on to `end`.
@@ -290,28 +326,52 @@ impl Qcow2 {
     ) -> Piece {
         let io = cx.io();
         let (from, len) = (at - io.offset, run.end - at);
-        let inside = at & (self.geometry.cluster_size() - 1);
         match (io.kind, run.mapping) {
-            (IoKind::Read, Mapping::Data(host)) => {
-                cx.read_guest(self.data, host.0 + inside, from, len);
-                *issued = true;
-            }
+            (IoKind::Read, Mapping::Data(_)) => return self.transfer(at, end, run, issued, cx),
             (IoKind::Read, Mapping::Zero(_)) => cx.zero_guest(from, len),
             (IoKind::Read, Mapping::Unallocated(_)) => {
                 *issued |= self.read_backing(at, run.end, cx)
             }
             (IoKind::Read, Mapping::Compressed(_)) => return Piece::Lacks,
-            (IoKind::Write { .. }, Mapping::Data(host)) if run.copied => {
-                if self.hits_metadata(host.0 + inside, len) {
-                    return Piece::Step(self.found_corrupt(cx));
-                }
-                cx.write_guest(self.data, host.0 + inside, from, len, false);
-                *issued = true;
+            (IoKind::Write { .. }, Mapping::Data(_)) if run.copied => {
+                return self.transfer(at, end, run, issued, cx);
             }
             (IoKind::Write { .. }, _) => return Piece::Lacks,
             _ => return self.clear(at, end, run, issued, cx),
         }
         Piece::To(run.end)
+    }
+
+    /// Reads or writes the run of data that begins at `at`, and those that follow it in the same
+    /// slice: a fragmented range is looked up once.
+    fn transfer(
+        &mut self,
+        mut at: u64,
+        end: u64,
+        mut run: Run,
+        issued: &mut bool,
+        cx: &mut Cx<'_>,
+    ) -> Piece {
+        let io = cx.io();
+        let is_write = io.kind != IoKind::Read;
+        while let Mapping::Data(host) = run.mapping {
+            let host = host.0 + (at & (self.geometry.cluster_size() - 1));
+            let (from, len) = (at - io.offset, run.end - at);
+            if !is_write {
+                cx.read_guest(self.data, host, from, len);
+            } else if !run.copied {
+                break;
+            } else if self.hits_metadata(host, len) {
+                return Piece::Step(self.found_corrupt(cx));
+            } else {
+                cx.write_guest(self.data, host, from, len, false);
+            }
+            (at, *issued) = (run.end, true);
+            let Some(slot) = run.slot.filter(|_| at < end && cx.room() > 0) else { break };
+            let Found::Run(next) = self.run_in(slot, at, end, is_write, cx.memory()) else { break };
+            run = next;
+        }
+        Piece::To(at)
     }
 
     /// Reads `at..end` from below; what the backing file is too short for reads as zeros.
