@@ -327,9 +327,14 @@ impl Memory {
         }
     }
 
-    /// Hashes all of it except what is in free buffers: nobody reads that.
+    /// A request's memory.
+    pub(crate) fn guest(&self, request: ReqId) -> &Mem {
+        self.guest.get(request.index()).unwrap_or(&Mem::None)
+    }
+
+    /// Hashes regions and buffers, except what is in free ones: nobody reads that.
     pub(crate) fn hash_but_free<H: Hasher>(&self, free: &[&[BufId]], h: &mut H) {
-        (&self.guest, &self.regions).hash(h);
+        self.regions.hash(h);
         for (i, buf) in self.pool.iter().enumerate() {
             if !is_free(i, free) {
                 (i, buf).hash(h);
