@@ -535,17 +535,24 @@ impl Core {
     }
 }
 
-/// Everything that decides what can happen next, and nothing that only records what did.
-impl Hash for Core {
-    fn hash<H: Hasher>(&self, h: &mut H) {
+impl Core {
+    /// Hashes everything that decides what can happen next, and nothing that only records what
+    /// did. `order` has all requests.
+    pub fn hash_in_order<H: Hasher>(&self, order: &[ReqId], h: &mut H) {
         self.now.hash(h);
-        for (id, slot) in self.ops.slots() {
+        for &id in order {
+            let slot = self.ops.slot(id);
             (id, slot, self.era.wrapping_sub(slot.era)).hash(h);
+            self.mem.guest(id).hash(h);
         }
         for (key, job) in &self.jobs {
             (key, job).hash(h);
         }
-        (&self.out, &self.ready, &self.files).hash(h);
+        for &id in self.out.as_slice() {
+            let OpRecord { op, moved, owner, .. } = &self.ops[id];
+            (owner.request, op, moved).hash(h);
+        }
+        (self.out.len(), &self.ready, &self.files).hash(h);
         self.mem.hash_but_free(&[&self.bufs_free, &self.bounce_free], h);
         (self.buf_waiters, self.bounce_waiters, self.bufs_free.len()).hash(h);
     }

@@ -12,7 +12,7 @@ use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
-use crate::slots::{Cause, Origin, Waits, Work};
+use crate::slots::{Cause, Origin, Renamed, Waits, Work};
 use crate::stats::{STATES_MAX, Stats};
 use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
@@ -678,11 +678,13 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
 impl<D: Driver + Hash, B: Backend + Hash> Hash for Engine<D, B> {
     /// Everything that decides what can happen next; not the statistics.
     fn hash<H: Hasher>(&self, h: &mut H) {
+        let names = self.core.ops.in_order();
+        let h = &mut Renamed { names: &names, inner: h };
         self.nodes.hash(h);
-        for (id, _) in self.core.ops.slots() {
+        for id in &names {
             self.states.get(id.index()).hash(h);
         }
-        self.core.hash(h);
+        self.core.hash_in_order(&names, h);
         self.backend.hash(h);
         self.drain.hash(h);
     }

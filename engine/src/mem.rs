@@ -4,6 +4,7 @@
 //! [`Seg`]. Real backends ask for addresses at the moment of submission;
 //! the simulator copies bytes. All buffers of ours start on a page.
 
+use std::cell::Cell;
 use std::hash::{Hash, Hasher};
 use std::ops::{Deref, DerefMut};
 
@@ -103,6 +104,89 @@ impl std::fmt::Debug for Buf {
     }
 }
 
+/// Memory of the engine's own: a pool buffer, or a node's region. Knows what its bytes hash to, if
+/// nobody had it in hand to change since that was asked for: simulations hash and copy engines by
+/// the million, and few steps change a table.
+#[derive(Debug)]
+struct Held {
+    bytes: Buf,
+    /// 0: not known.
+    hash: Cell<u64>,
+}
+
+impl Held {
+    fn zeroed(len: usize) -> Held {
+        Held { bytes: Buf::zeroed(len), hash: Cell::new(0) }
+    }
+
+    /// A stand-in that owns nothing.
+    fn empty() -> Held {
+        Held { bytes: Buf::empty(), hash: Cell::new(0) }
+    }
+
+    /// Makes this a copy of `source`; copies nothing if it is known to be one.
+    fn copy(&mut self, source: &Held) {
+        let known = source.hash.get();
+        if known == 0 || self.hash.get() != known {
+            self.bytes.clone_from(&source.bytes);
+            self.hash.set(known);
+        }
+    }
+}
+
+impl Deref for Held {
+    type Target = [u8];
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for Held {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        *self.hash.get_mut() = 0;
+        &mut self.bytes
+    }
+}
+
+impl Hash for Held {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        if self.hash.get() == 0 {
+            self.hash.set(digest(self).max(1));
+        }
+        state.write_u64(self.hash.get());
+    }
+}
+
+/// A hash of some bytes and of how many they are: good enough to tell states apart, and fast.
+fn digest(bytes: &[u8]) -> u64 {
+    const MIX: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9];
+    const WORDS: usize = 8;
+    fn fold(a: u64, b: u64) -> u64 {
+        let product = u128::from(a) * u128::from(b);
+        product as u64 ^ (product >> 64) as u64
+    }
+    // Four sums side by side: a product takes longer than it takes to begin the next.
+    let mut sums = [1_u64, 2, 3, 4];
+    let (words, rest) = bytes.as_chunks::<8>();
+    let (blocks, others) = words.as_chunks::<WORDS>();
+    for block in blocks {
+        for i in 0..WORDS / 2 {
+            let (a, b) = (u64::from_le_bytes(block[2 * i]), u64::from_le_bytes(block[2 * i + 1]));
+            sums[i] = fold(sums[i] ^ a ^ MIX[0], b ^ MIX[1]);
+        }
+    }
+    let mut sum = bytes.len() as u64;
+    for &word in others {
+        sum = fold(sum ^ u64::from_le_bytes(word), MIX[0]);
+    }
+    for &byte in rest {
+        sum = fold(sum ^ u64::from(byte), MIX[0]);
+    }
+    sums.iter().fold(sum, |all, &each| fold(all ^ each, MIX[1]))
+}
+
 /// The memory of a request: what a read fills and a write takes its bytes from.
 #[derive(Hash, Debug, Default)]
 pub enum Mem {
@@ -199,8 +283,8 @@ fn is_free(buf: usize, free: &[&[BufId]]) -> bool {
 #[derive(Debug, Default)]
 pub struct Memory {
     guest: Vec<Mem>,
-    pool: Vec<Buf>,
-    regions: Vec<Buf>,
+    pool: Vec<Held>,
+    regions: Vec<Held>,
     /// See [`Memory::copy_but_free`].
     is_copy: bool,
 }
@@ -210,7 +294,7 @@ impl Memory {
     pub(crate) fn new(requests: usize, buffers: usize, size: usize) -> Memory {
         Memory {
             guest: Vec::with_capacity(requests),
-            pool: (0..buffers).map(|_| Buf::zeroed(size)).collect(),
+            pool: (0..buffers).map(|_| Held::zeroed(size)).collect(),
             regions: Vec::new(),
             is_copy: false,
         }
@@ -220,11 +304,12 @@ impl Memory {
     /// one is taken from a copy, what is in it does not depend on who had it before.
     pub(crate) fn copy_but_free(&mut self, source: &Memory, free: &[&[BufId]]) {
         self.guest.clone_from(&source.guest);
-        self.regions.clone_from(&source.regions);
-        self.pool.resize_with(source.pool.len(), Buf::empty);
+        self.regions.resize_with(source.regions.len(), Held::empty);
+        self.regions.iter_mut().zip(&source.regions).for_each(|(region, from)| region.copy(from));
+        self.pool.resize_with(source.pool.len(), Held::empty);
         for (i, (buf, from)) in self.pool.iter_mut().zip(&source.pool).enumerate() {
             if !is_free(i, free) {
-                buf.clone_from(from);
+                buf.copy(from);
             }
         }
         self.is_copy = true;
@@ -235,16 +320,21 @@ impl Memory {
     pub(crate) fn buf_taken(&mut self, buf: BufId, size: usize) {
         if self.is_copy {
             let buf = &mut self.pool[buf.index()];
-            if buf.size() != size {
-                *buf = Buf::zeroed(size);
+            if buf.bytes.size() != size {
+                *buf = Held::zeroed(size);
             }
             buf.fill(STALE);
         }
     }
 
-    /// Hashes all of it except what is in free buffers: nobody reads that.
+    /// A request's memory.
+    pub(crate) fn guest(&self, request: ReqId) -> &Mem {
+        self.guest.get(request.index()).unwrap_or(&Mem::None)
+    }
+
+    /// Hashes regions and buffers, except what is in free ones: nobody reads that.
     pub(crate) fn hash_but_free<H: Hasher>(&self, free: &[&[BufId]], h: &mut H) {
-        (&self.guest, &self.regions).hash(h);
+        self.regions.hash(h);
         for (i, buf) in self.pool.iter().enumerate() {
             if !is_free(i, free) {
                 (i, buf).hash(h);
@@ -276,7 +366,7 @@ impl Memory {
     }
 
     pub(crate) fn add_region(&mut self, len: usize) -> RegionId {
-        self.regions.push(Buf::zeroed(len));
+        self.regions.push(Held::zeroed(len));
         RegionId(self.regions.len() as u32 - 1)
     }
 
@@ -366,7 +456,7 @@ impl Memory {
             }
             let (off, len) = (seg.off as usize + skip, here - skip);
             skip = 0;
-            let owned = match seg.base {
+            let owned: &mut [u8] = match seg.base {
                 Base::Guest(r) => match &mut self.guest[r.index()] {
                     Mem::Owned(buf) => buf,
                     Mem::Ram(ram) => {
@@ -498,7 +588,7 @@ impl Memory {
         at: usize,
         len: usize,
     ) {
-        let mut taken = std::mem::replace(&mut self.pool[buf.index()], Buf::empty());
+        let mut taken = std::mem::replace(&mut self.pool[buf.index()], Held::empty());
         self.gather(segs, skip, &mut taken[at..at + len]);
         self.pool[buf.index()] = taken;
     }
@@ -512,7 +602,7 @@ impl Memory {
         at: usize,
         len: usize,
     ) {
-        let taken = std::mem::replace(&mut self.pool[buf.index()], Buf::empty());
+        let taken = std::mem::replace(&mut self.pool[buf.index()], Held::empty());
         self.scatter(segs, skip, &taken[at..at + len]);
         self.pool[buf.index()] = taken;
     }
@@ -525,7 +615,7 @@ impl Memory {
         off: usize,
         len: usize,
     ) {
-        let mut taken = std::mem::replace(&mut self.regions[region.index()], Buf::empty());
+        let mut taken = std::mem::replace(&mut self.regions[region.index()], Held::empty());
         self.gather(segs, 0, &mut taken[off..off + len]);
         self.regions[region.index()] = taken;
     }
@@ -537,7 +627,7 @@ impl Memory {
         off: usize,
         len: usize,
     ) {
-        let taken = std::mem::replace(&mut self.regions[region.index()], Buf::empty());
+        let taken = std::mem::replace(&mut self.regions[region.index()], Held::empty());
         self.scatter(segs, 0, &taken[off..off + len]);
         self.regions[region.index()] = taken;
     }
@@ -545,7 +635,7 @@ impl Memory {
     /// Copies `len` bytes from one region, at an offset, to another.
     pub fn copy_regions(&mut self, from: (RegionId, usize), to: (RegionId, usize), len: usize) {
         assert_ne!(from.0, to.0, "a region is not copied onto itself");
-        let taken = std::mem::replace(&mut self.regions[from.0.index()], Buf::empty());
+        let taken = std::mem::replace(&mut self.regions[from.0.index()], Held::empty());
         let target = &mut self.regions[to.0.index()][to.1..to.1 + len];
         target.copy_from_slice(&taken[from.1..from.1 + len]);
         self.regions[from.0.index()] = taken;

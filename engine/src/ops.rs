@@ -195,6 +195,13 @@ impl Ops {
         live.map(|(i, slot)| (ReqId(i as u32), slot))
     }
 
+    /// The same, in the order in which the requests began.
+    pub(crate) fn in_order(&self) -> Vec<ReqId> {
+        let mut all: Vec<(u32, ReqId)> = self.slots().map(|(id, slot)| (slot.serial, id)).collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, id)| id).collect()
+    }
+
     /// [`Request::pass_on`] has begun an op.
     #[inline(always)]
     pub(crate) fn passed_on(&mut self) {

@@ -60,8 +60,14 @@ pub(crate) enum Work {
 }
 
 /// Another request, or none, in four bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Link(u32);
+
+impl Hash for Link {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.get().hash(h);
+    }
+}
 
 impl Link {
     pub const NONE: Link = Link(u32::MAX);
@@ -177,5 +183,50 @@ impl Hash for Slot {
         if self.waits == Waits::Nothing {
             self.cause.hash(h);
         }
+    }
+}
+
+/// A hasher to which requests are named by the order in which they began, not by where their
+/// headers stand: that only tells in which order others ended.
+pub(crate) struct Renamed<'a, H> {
+    pub names: &'a [ReqId],
+    pub inner: &'a mut H,
+}
+
+impl<H: Hasher> Hasher for Renamed<'_, H> {
+    fn finish(&self) -> u64 {
+        self.inner.finish()
+    }
+
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) {
+        self.inner.write(bytes);
+    }
+
+    #[inline]
+    fn write_u8(&mut self, value: u8) {
+        self.inner.write_u8(value);
+    }
+
+    #[inline]
+    fn write_u32(&mut self, value: u32) {
+        self.inner.write_u32(value);
+    }
+
+    #[inline]
+    fn write_u64(&mut self, value: u64) {
+        self.inner.write_u64(value);
+    }
+
+    #[inline]
+    fn write_usize(&mut self, value: usize) {
+        self.inner.write_usize(value);
+    }
+
+    /// The id of a request: nothing else is hashed so.
+    fn write_u128(&mut self, id: u128) {
+        let at = self.names.iter().position(|name| u128::from(name.0) == id);
+        // Who is not there any more has no name.
+        self.inner.write_usize(at.unwrap_or(usize::MAX));
     }
 }

@@ -45,7 +45,7 @@ use super::layout::{Geometry, L1Entry};
 use super::open::Opened;
 use super::resize::Header;
 use super::stock::Stock;
-use super::sweep::{STAGED_MAX, Slice, Sweep};
+use super::sweep::{Slice, Sweep};
 use super::table::TableAlloc;
 use crate::qed::Growth;
 use crate::qed::driver::Backing;
@@ -63,6 +63,8 @@ pub struct Qcow2Options {
     pub stock_max: u64,
     /// Are clusters that a guest discards given back to the file system?
     pub pass_discards: bool,
+    /// Changed slices and L1 blocks that are written back at once, from copies; at least 1.
+    pub sweep_depth: usize,
 }
 
 impl Default for Qcow2Options {
@@ -73,6 +75,7 @@ impl Default for Qcow2Options {
             growth: Growth::default(),
             stock_max: 2048,
             pass_discards: true,
+            sweep_depth: 64,
         }
     }
 }
@@ -104,7 +107,7 @@ impl Regions {
         Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
-            staging: region(STAGED_MAX * slice),
+            staging: region(options.sweep_depth.max(1) * slice),
             counts: region(slice),
             header: region(slice),
         }
@@ -270,7 +273,7 @@ impl Qcow2 {
             claims: Claims::new(),
             allocs: Vec::with_capacity(4),
             stock: Stock::new(&opened, can_grow, options),
-            sweep: Sweep::new(slots),
+            sweep: Sweep::new(slots, options.sweep_depth.max(1)),
             inflated: TableCache::new(regions.inflated, pair, options.cache_inflated),
             metadata: if writable { metadata_of(&opened) } else { BTreeSet::new() },
             header: Header::new(&opened),

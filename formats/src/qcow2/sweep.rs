@@ -78,8 +78,9 @@ pub(super) struct Sweep {
     taken_root: Vec<u32>,
     root_sealed: bool,
     pub root_waiters: WaitList,
-    /// What it has in flight.
+    /// What it has in flight; so much at most.
     staged: Vec<Staged>,
+    depth: usize,
     /// Who waits for the next sweep; for this one.
     next: WaitList,
     current: WaitList,
@@ -93,14 +94,12 @@ pub(super) struct Sweep {
     pub room: WaitList,
 }
 
-/// Slices and blocks that are in flight at once.
-pub(super) const STAGED_MAX: usize = 64;
 /// Runs of clusters that may wait for a sweep.
 pub(super) const FREES_MAX: usize = 1024;
 
 impl Sweep {
-    /// Nothing to be written yet, of a cache of `slots` slices.
-    pub fn new(slots: usize) -> Sweep {
+    /// Of a cache of `slots` slices, with so many slices and blocks in flight at once.
+    pub fn new(slots: usize, depth: usize) -> Sweep {
         Sweep {
             asked: false,
             running: false,
@@ -112,7 +111,8 @@ impl Sweep {
             taken_root: Vec::with_capacity(slots),
             root_sealed: false,
             root_waiters: WaitList::new(),
-            staged: Vec::with_capacity(STAGED_MAX),
+            depth,
+            staged: Vec::with_capacity(depth),
             next: WaitList::new(),
             current: WaitList::new(),
             result: Ok(()),
@@ -291,7 +291,7 @@ impl Qcow2 {
     fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let unit = 1 << self.geometry.slice_bits();
         let mut run: Option<(u64, usize, usize)> = None;
-        while self.sweep.staged.len() < STAGED_MAX && (run.is_none() || cx.room() > 1) {
+        while self.sweep.staged.len() < self.sweep.depth && (run.is_none() || cx.room() > 1) {
             let off = self.sweep.staged.len() * unit;
             let Some(offset) = self.stage(off, cx) else { break };
             run = match run {

@@ -21,7 +21,7 @@ use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Submission
 use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Base, Compute, OpKind, Seg};
 use cowbell_engine::ops::{OpRecord, Ops};
-use cowbell_engine::units::{Errno, FileId, OpId, Time, align_down};
+use cowbell_engine::units::{Errno, FileId, OpId, ReqId, Time, align_down};
 
 use crate::disk::{
     Change, Contents, File, Length, Mark, Patch, SECTOR, Sites, fixed_hash, splitmix,
@@ -164,6 +164,7 @@ pub type IsMetadata = fn(&Contents, u64, u64) -> bool;
 #[derive(Clone)]
 struct Flying {
     op: OpId,
+    request: ReqId,
     name: OpName,
     file: usize,
     kind: OpKind,
@@ -390,6 +391,7 @@ impl SimBackend {
         }
         let mut flying = Flying {
             op: id,
+            request: owner.request,
             name: OpName { request: owner.serial, ordinal: owner.ordinal },
             file,
             kind: op.kind,
@@ -649,13 +651,15 @@ fn end_compute(
 const SCRIBBLE: u8 = 0xd1;
 
 impl Hash for SimBackend {
-    /// What decides what can happen next: not the names of ops, which only record the past.
+    /// What decides what can happen next: not the names of ops, which only record the past, but for
+    /// the order that they give.
     fn hash<H: Hasher>(&self, h: &mut H) {
         (self.stalled, self.mode).hash(h);
         let mut order: Vec<&Flying> = self.flying.iter().collect();
-        order.sort_unstable_by_key(|flying| flying.op);
+        order.sort_unstable_by_key(|flying| flying.name);
         for flying in &order {
-            (flying.op, flying.file, flying.kind, flying.offset, flying.len).hash(h);
+            let Flying { request, file, kind, offset, len, .. } = flying;
+            (request, file, kind, offset, len).hash(h);
             (&flying.change, &flying.early).hash(h);
         }
         for (i, file) in self.files.iter().enumerate() {

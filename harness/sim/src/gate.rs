@@ -310,7 +310,26 @@ pub struct Report {
     /// What failed, as traces; no more than [`FAILURES_MAX`].
     pub failures: Vec<Trace>,
     /// Scopes, with what was done in each.
-    pub scopes: Vec<(String, Counts)>,
+    pub scopes: Vec<Done>,
+}
+
+/// What was done in a scope. Prints as a line.
+#[derive(Clone, Debug, Default)]
+pub struct Done {
+    /// The scope.
+    pub name: String,
+    /// How much.
+    pub counts: Counts,
+    /// How long it took, in seconds of one thread.
+    pub seconds: f64,
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Counts { runs, states, crash_images, .. } = self.counts;
+        write!(f, "{:7.1} s {runs:6} workloads {states:9} states ", self.seconds)?;
+        write!(f, "{crash_images:9} crash images: {}", self.name)
+    }
 }
 
 /// After so many failures a run stops.
@@ -405,7 +424,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
         .flat_map(|(scope, of)| (0..of.workloads.len()).map(move |workload| (scope, workload)))
         .collect();
     let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let per_scope = Mutex::new(vec![Counts::default(); scopes.len()]);
+    let per_scope = Mutex::new(vec![(Counts::default(), 0.0); scopes.len()]);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|threads_of| {
         for _ in 0..threads {
@@ -425,8 +444,11 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
                         base = Some((scope, made));
                     }
                     let (_, base) = base.as_ref().expect("just made");
-                    match explore_one(base, of, workload) {
-                        Ok(counts) => lock(&per_scope)[scope] += counts,
+                    let begun = watch.seconds();
+                    let explored = explore_one(base, of, workload);
+                    lock(&per_scope)[scope].1 += watch.seconds() - begun;
+                    match explored {
+                        Ok(counts) => lock(&per_scope)[scope].0 += counts,
                         Err(trace) => {
                             let mut failures = lock(&failures);
                             failures.push(*trace);
@@ -441,10 +463,15 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
     });
     let per_scope = lock(&per_scope).clone();
     let mut counts = Counts::default();
-    per_scope.iter().for_each(|scope| counts += *scope);
-    let names = scopes.iter().map(|scope| {
+    per_scope.iter().for_each(|(scope, _)| counts += *scope);
+    let done = scopes.iter().zip(per_scope).map(|(scope, (counts, seconds))| {
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
-        format!("{requests} requests, {} faults: {}", scope.budget.faults, scope.image)
+        let Budget { faults, ticks, crashes, .. } = scope.budget;
+        let name = format!(
+            "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes: {}",
+            scope.image
+        );
+        Done { name, counts, seconds }
     });
     Report {
         title: "explored".into(),
@@ -453,7 +480,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
         threads,
         complete: !stopped.into_inner(),
         failures: lock(&failures).clone(),
-        scopes: names.zip(per_scope).collect(),
+        scopes: done.collect(),
     }
 }
 

@@ -66,7 +66,7 @@ pub struct Image {
     pub cluster: u64,
     /// Table slices in memory.
     pub cache: usize,
-    /// Buffers for copy-on-write and table writes.
+    /// Buffers for copy-on-write and table writes; of qcow2, table writes at once.
     pub buffers: usize,
     /// The device's block size.
     pub align: u32,
@@ -141,6 +141,7 @@ impl Image {
             stock_max: self.ahead,
             // What was in a hole is there still.
             pass_discards: self.state != State::Holes,
+            sweep_depth: self.buffers,
         };
         RunOptions { trust_probed: false, qed, qcow2, vmdk }
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cowbell_formats::Format;
-use cowbell_sim::gate::{Report, explore, gate, scopes};
+use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
 use cowbell_sim::mutants::hunt_all;
 use cowbell_sim::random::random;
 use cowbell_sim::shrink::shrink;
@@ -25,7 +25,7 @@ pub struct Args {
 enum What {
     /// Try every order of completions, every fault, every crash of small workloads
     Explore {
-        /// raw or qed; both if not said
+        /// raw, qed, qcow2 or vmdk; all if not said
         #[arg(short, long, value_name = "FMT")]
         format: Option<String>,
         /// Requests in a workload
@@ -35,8 +35,11 @@ enum What {
         #[arg(long, default_value = "1", value_parser = clap::value_parser!(u8).range(0..=2))]
         faults: u8,
         /// The scopes that every change must pass, and nothing else
-        #[arg(long, conflicts_with_all = ["format", "ops", "faults", "seconds"])]
+        #[arg(long, conflicts_with_all = ["ops", "faults"])]
         gate: bool,
+        /// Say what was done on each kind of image
+        #[arg(long)]
+        scopes: bool,
         /// Stop after so long
         #[arg(long)]
         seconds: Option<f64>,
@@ -45,7 +48,7 @@ enum What {
     },
     /// Longer workloads, one order each, chosen by seed; each run twice and compared
     Random {
-        /// raw or qed; both if not said
+        /// raw, qed, qcow2 or vmdk; all if not said
         #[arg(short, long, value_name = "FMT")]
         format: Option<String>,
         /// The first seed
@@ -99,18 +102,21 @@ struct How {
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     match &args.what {
-        What::Explore { format, ops, faults, gate: is_gate, seconds, how } => {
-            let threads = usize::from(how.threads);
-            let report = if *is_gate {
-                gate(threads)
-            } else {
-                let formats = formats(format.as_deref())?;
-                let scopes: Vec<_> = formats
-                    .into_iter()
-                    .flat_map(|format| scopes(format, usize::from(*ops), *faults))
-                    .collect();
-                explore(&scopes, threads, *seconds)
+        What::Explore { format, ops, faults, gate, scopes: each, seconds, how } => {
+            let of = |format| match gate {
+                true => gate_scopes_of(format),
+                false => scopes(format, usize::from(*ops), *faults),
             };
+            let formats = formats(format.as_deref())?;
+            let scopes: Vec<_> = formats.into_iter().flat_map(of).collect();
+            let report = explore(&scopes, usize::from(how.threads), *seconds);
+            if *each && !how.json {
+                let mut out = Out::new(false);
+                for scope in &report.scopes {
+                    writeln!(out, "{scope}")?;
+                }
+                out.flush()?;
+            }
             say(&report, how.json, &how.traces)
         }
         What::Random { format, seed, runs, how } => {
