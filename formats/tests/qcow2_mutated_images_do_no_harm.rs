@@ -66,9 +66,10 @@ fn repair(file: &MemFile) {
     }
     let Ok(first) = check(file, Repair::All) else { return };
     let second = check(file, Repair::All).expect("what was repaired can be checked");
-    // What is left cannot be repaired; nothing comes back.
-    let (left, fixed) = (second.corruptions, second.corruptions_fixed + second.leaks_fixed);
-    assert!(fixed == 0 && left <= first.corruptions, "{before:?}\n{first:?}\n{second:?}");
+    // What is left cannot be repaired; nothing comes back. (Where tables lie upon one another, what
+    // repaired one may be counted as another's error.)
+    let fixed = second.corruptions_fixed + second.leaks_fixed;
+    assert_eq!(fixed, 0, "{before:?}\n{first:?}\n{second:?}");
 }
 
 fn torture(bytes: &[u8], random: &mut Random) -> bool {
