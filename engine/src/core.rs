@@ -234,14 +234,15 @@ impl Core {
         let Some((slot, record)) = self.ops.take_passed(done) else {
             return self.complete_otherwise(done);
         };
-        let modified = (!matches!(record.op.kind, OpKind::Read)).then(|| record.file());
-        if let Some(others) = self.ended.add(slot.label, slot.submitted, slot.entered) {
+        let (label, submitted) = (slot.label, slot.submitted);
+        if !matches!(record.op.kind, OpKind::Read) {
+            let file = record.file();
+            self.write_done(file);
+        }
+        if let Some(others) = self.ended.add(label, submitted) {
             self.stats.record(others, self.now, self.limits.measure);
         }
         self.finished.push(ReqId(done.op.0));
-        if let Some(file) = modified {
-            self.write_done(file);
-        }
     }
 
     /// All completions of a harvest are taken in.
@@ -380,7 +381,8 @@ impl Core {
     #[inline(never)]
     pub fn end_last(&mut self, request: ReqId) {
         let slot = self.ops.slot_mut(request);
-        self.stats.states[slot.label as usize].record(self.now, slot.entered, 1);
+        let entered = if slot.waits == Waits::Pass { slot.submitted } else { slot.entered };
+        self.stats.states[slot.label as usize].record(self.now, entered, 1);
         slot.waits = Waits::Nothing;
         let result = slot.take_result();
         self.end(request, result);

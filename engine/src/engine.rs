@@ -389,7 +389,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !matches!(kind, OpKind::Read) {
             file.note_issued_to(pass.offset + slot.io.len);
         }
-        request.pass_on(id, kind, pass, seg, *now);
+        request.pass_on(id, kind, pass, seg);
         ops.passed_on();
         out.push(OpId(id.0));
     }
@@ -622,7 +622,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// For a simulator: in which order such ops come back makes no difference.
     pub fn is_awaited(&self, op: OpId) -> bool {
         let mut slot = self.core.ops.slot(self.core.ops[op].owner.request);
-        while let (1, Waits::Last, Origin::Child(parent)) = (slot.pending, slot.waits, slot.origin)
+        while let (1, Waits::Last | Waits::Pass, Origin::Child(parent)) =
+            (slot.pending, slot.waits, slot.origin)
         {
             slot = self.core.ops.slot(parent);
         }

@@ -11,7 +11,7 @@ use crate::backend::Completion;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::slots::{Link, Origin, Slot, Waits, Work};
 use crate::step::Pass;
-use crate::units::{FileId, OpId, ReqId, Time};
+use crate::units::{FileId, OpId, ReqId};
 
 /// An op on its way, as the engine keeps it.
 #[derive(Clone, Debug, Hash)]
@@ -102,15 +102,14 @@ const _: () = assert!(size_of::<Request>() == 256);
 impl Request {
     /// The request has become one op, which moves its memory, all of `seg`.
     #[inline(always)]
-    pub fn pass_on(&mut self, me: ReqId, kind: OpKind, pass: Pass, seg: Seg, now: Time) {
+    pub fn pass_on(&mut self, me: ReqId, kind: OpKind, pass: Pass, seg: Seg) {
         let Request { slot, first: record } = self;
         debug_assert!(!record.busy && slot.pending == 0, "a new request has no ops");
         record.busy = true;
         record.owner = OpOwner { serial: slot.serial, ordinal: 0, request: me };
         record.transfer(kind, pass.file, pass.offset, seg);
-        (slot.ordinal, slot.pending, slot.entered) = (1, 1, now);
-        let is_guests = slot.origin == Origin::Guest;
-        (slot.waits, slot.label) = (if is_guests { Waits::Pass } else { Waits::Last }, pass.label);
+        (slot.ordinal, slot.pending) = (1, 1);
+        (slot.waits, slot.label) = (Waits::Pass, pass.label);
     }
 }
 
@@ -238,7 +237,8 @@ impl Ops {
     #[inline(always)]
     pub(crate) fn take_passed(&mut self, done: Completion) -> Option<(&Slot, &OpRecord)> {
         let Request { slot, first } = self.requests.get_mut(done.op.index())?;
-        if slot.waits != Waits::Pass || !done.is(first.remaining()) {
+        let is_guests = slot.origin == Origin::Guest;
+        if slot.waits != Waits::Pass || !is_guests || !done.is(first.remaining()) {
             return None;
         }
         debug_assert!(first.busy && slot.pending == 1, "as it was passed on: {slot:?}");

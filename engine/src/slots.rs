@@ -16,7 +16,8 @@ pub(crate) enum Waits {
     Io,
     /// Its last ops; their result is its own.
     Last,
-    /// As `Last`, of a guest's request that was passed on: it is one op, in its first place.
+    /// As `Last`, of a request that was passed on when it was first seen: it is one op, in its
+    /// first place.
     Pass,
     /// A wait list.
     List,
@@ -111,7 +112,9 @@ pub(crate) struct Slot {
     pub serial: u32,
     pub ordinal: u32,
     pub era: u32,
+    /// When it was first seen.
     pub submitted: Time,
+    /// When it began to wait in its state. Not of a request that was passed on: then, too.
     pub entered: Time,
 }
 

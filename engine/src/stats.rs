@@ -106,26 +106,24 @@ impl StateStats {
     }
 }
 
-/// Guests' requests that have ended in this `run`, were submitted in one and entered their last
-/// state in one: they are counted together.
+/// Guests' requests that were passed on in one `run`, and have ended in this one: they are counted
+/// together.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Ended {
     label: u8,
     submitted: Time,
-    entered: Time,
     pub requests: u64,
 }
 
 impl Ended {
     /// One more. What was collected before, if it was collected of others.
     #[inline(always)]
-    pub(crate) fn add(&mut self, label: u8, submitted: Time, entered: Time) -> Option<Ended> {
-        let same = (self.label, self.submitted, self.entered) == (label, submitted, entered);
-        if same {
+    pub(crate) fn add(&mut self, label: u8, submitted: Time) -> Option<Ended> {
+        if self.submitted == submitted && self.label == label {
             self.requests += 1;
             return None;
         }
-        let before = std::mem::replace(self, Ended { label, submitted, entered, requests: 1 });
+        let before = std::mem::replace(self, Ended { label, submitted, requests: 1 });
         (before.requests > 0).then_some(before)
     }
 }
@@ -166,8 +164,8 @@ impl Default for Stats {
 impl Stats {
     /// They have ended, now. There are some.
     pub(crate) fn record(&mut self, ended: Ended, now: Time, measure: bool) {
-        let Ended { label, submitted, entered, requests } = ended;
-        self.states[label as usize].record(now, entered, requests);
+        let Ended { label, submitted, requests } = ended;
+        self.states[label as usize].record(now, submitted, requests);
         if measure {
             self.latency.record_times(now.since(submitted), requests);
         }
