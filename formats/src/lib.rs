@@ -56,6 +56,7 @@
 //! bound, to a file that the caller's policy does not allow, or to a loop without an end.
 
 pub mod chain;
+mod claims;
 pub mod create;
 pub mod disk_host;
 pub mod error;

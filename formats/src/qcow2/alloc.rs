@@ -13,11 +13,11 @@ use cowbell_engine::step::{Cx, IoKind, Step};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
-use super::claims::Around;
 use super::clear::units_mask;
 use super::driver::{Qcow2, State};
 use super::layout::{L2Entry, Mapping};
 use super::walk::Run;
+use crate::claims::Around;
 
 /// Guest bytes being allocated.
 #[derive(Clone, Hash, Debug)]

@@ -11,11 +11,11 @@ use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, IoKind, Step};
 use cowbell_engine::units::{HostOffset, align_down};
 
-use super::claims::Around;
 use super::driver::{Qcow2, State};
 use super::layout::{L2Entry, Mapping, SUBCLUSTERS};
 use super::sweep::Free;
 use super::walk::{Piece, Run};
+use crate::claims::Around;
 
 /// What becomes of entries.
 #[derive(Clone, Copy, PartialEq, Eq)]

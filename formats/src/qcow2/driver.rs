@@ -39,7 +39,6 @@ use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, RegionId, Time};
 
 use super::alloc::Claim;
-use super::claims::Claims;
 use super::inflate::{codec, slot_bytes};
 use super::layout::{Geometry, L1Entry};
 use super::open::Opened;
@@ -47,6 +46,7 @@ use super::resize::Header;
 use super::stock::Stock;
 use super::sweep::{Slice, Sweep};
 use super::table::TableAlloc;
+use crate::claims::Claims;
 use crate::qed::Growth;
 use crate::qed::driver::Backing;
 

@@ -3,7 +3,6 @@
 mod alloc;
 pub mod bitmap;
 pub mod check;
-mod claims;
 mod clear;
 pub mod compress;
 pub mod create;

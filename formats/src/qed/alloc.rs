@@ -16,6 +16,7 @@ use cowbell_engine::wait::WaitList;
 
 use super::driver::{Backing, Qed, SLICE_BITS, State};
 use super::layout::Entry;
+use crate::claims::Around;
 
 /// Guest clusters being allocated, or being made zero clusters.
 #[derive(Clone, Hash, Debug)]
@@ -85,15 +86,19 @@ impl Qed {
         let bits = self.geometry.cluster_bits();
         let size = self.geometry.cluster_size();
         let first = at >> bits;
-        if let Some(claim) = self.claim_at(first) {
-            cx.park(&mut self.claims.0[claim].waiters);
-            return Step::Wait(State::Next { at });
-        }
+        let free_to = match self.claims.around(first << bits, (first + 1) << bits) {
+            _ if mutant!("no_claims") => u64::MAX,
+            Around::Within(claim) => {
+                cx.park(&mut self.claims[claim].waiters);
+                return Step::Wait(State::Next { at });
+            }
+            Around::Before(next) => next,
+        };
         let mut cow = entry == Entry::Unallocated && self.shows_backing(at);
         if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
             cow = self.shows_backing(at);
         }
-        let mut end = self.piece_end(at, run_end, cow);
+        let mut end = self.piece_end(at, run_end.min(free_to), cow);
         let zero = self.becomes_zero(at, end, cx);
         if let Some(zero_end) = zero {
             end = zero_end;
@@ -118,7 +123,9 @@ impl Qed {
             self.tables.pin(slot);
         }
         self.header.unmark_at = None;
-        let claim = self.claims.0.insert(Claim {
+        let short = u64::from(mutant!("claim_one_cluster_short"));
+        let range = first << bits..(first + count - short) << bits;
+        let claim = Claim {
             cluster: first,
             count,
             slot,
@@ -129,34 +136,19 @@ impl Qed {
             bufs: [None; 2],
             link: Link::No,
             waiters: WaitList::new(),
-        }) as u32;
+        };
+        let claim = self.claims.insert(range, claim);
         if mutant!("published_early") {
-            self.publish(claim as usize, cx);
+            self.publish(claim, cx);
         }
         if zero.is_some() { self.link(claim, cx) } else { self.begin_cow(claim, cx) }
     }
 
-    /// The claim on guest cluster `cluster`.
-    fn claim_at(&self, cluster: u64) -> Option<usize> {
-        if mutant!("no_claims") {
-            return None;
-        }
-        let short = u64::from(mutant!("claim_one_cluster_short"));
-        let hit = |c: &Claim| c.cluster <= cluster && cluster < c.cluster + c.count - short;
-        self.claims.0.iter().find(|(_, c)| hit(c)).map(|(key, _)| key)
-    }
-
-    /// How far one piece reaches: to a cluster that somebody else has claimed, to where the
-    /// backing file ends, and not beyond what one op can carry.
+    /// How far one piece reaches: to where the backing file ends, and not beyond what one op can
+    /// carry.
     fn piece_end(&self, at: u64, run_end: u64, cow: bool) -> u64 {
         let bits = self.geometry.cluster_bits();
-        let first = at >> bits;
-        let mut end =
-            run_end.min(align_down(at, 1 << bits).saturating_add(PIECE_MAX.max(1 << bits)));
-        let later = self.claims.0.iter().map(|(_, c)| c.cluster).filter(|&c| c > first).min();
-        if let Some(later) = later {
-            end = end.min(later << bits);
-        }
+        let end = run_end.min(align_down(at, 1 << bits).saturating_add(PIECE_MAX.max(1 << bits)));
         match self.backing {
             Some(backing) if cow => end.min(backing.size.next_multiple_of(1 << bits)),
             _ => end,
@@ -197,7 +189,7 @@ impl Qed {
 
     /// Reads what the new clusters must hold around the write.
     pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let ranges = self.cow_ranges(claim);
         let [head, tail] = ranges.map(|(from, to)| to - from);
         if head == 0 && tail == 0 {
@@ -215,7 +207,7 @@ impl Qed {
             cx.park_for_bufs();
             return Step::Wait(State::CowBufs { claim: key });
         };
-        self.claims.0[key as usize].bufs = bufs;
+        self.claims[key].bufs = bufs;
         let mut reads = false;
         for ((from, to), buf) in ranges.into_iter().zip(bufs) {
             if let Some(buf) = buf {
@@ -261,7 +253,7 @@ impl Qed {
             cx.park_for_bufs();
             return Step::Wait(State::CowBufs { claim: key });
         };
-        self.claims.0[key as usize].bufs = [Some(buf), None];
+        self.claims[key].bufs = [Some(buf), None];
         self.copy_next(key, from, cx)
     }
 
@@ -275,7 +267,7 @@ impl Qed {
     }
 
     fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let buf = claim.bufs[0].expect("a copy has a buffer");
         match self.copy_range(claim, from, cx.buf_size()) {
             Some((from, to)) => {
@@ -301,7 +293,7 @@ impl Qed {
         if let Err(errno) = result {
             return self.fail(key, errno, cx);
         }
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let (from, to) = self.copy_range(claim, from, cx.buf_size()).expect("it was just read");
         let buf = claim.bufs[0].expect("a copy has a buffer");
         let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
@@ -325,7 +317,7 @@ impl Qed {
     /// Head, data and tail go out as one write. What it does not cover of the new clusters is
     /// zeros already.
     fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (to - from) as u32);
         let io = cx.io();
         let mut segs = Segs::none();
@@ -363,7 +355,7 @@ impl Qed {
         // An entry that points past the file's end is dropped by the check, and the backing file
         // shown instead, also where there were zeros.
         let may_be_dropped = self.space.grows_by_writes() && self.backing.is_some();
-        let owed = self.claims.0[key as usize].cow || may_be_dropped;
+        let owed = self.claims[key].cow || may_be_dropped;
         if owed && !mutant!("no_fence_before_link") {
             self.flush(cx);
             return Step::Wait(State::Fence { claim: key });
@@ -372,14 +364,14 @@ impl Qed {
     }
 
     fn give_bufs(&mut self, key: u32, cx: &mut Cx<'_>) {
-        for buf in std::mem::take(&mut self.claims.0[key as usize].bufs).into_iter().flatten() {
+        for buf in std::mem::take(&mut self.claims[key].bufs).into_iter().flatten() {
             cx.give_buf(buf);
         }
     }
 
     /// The data is there: have the entries written, or see what became of them.
     pub(super) fn link(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &mut self.claims.0[key as usize];
+        let claim = &mut self.claims[key];
         let slot = claim.slot;
         match claim.link {
             Link::Done => return self.linked(key, cx),
@@ -409,7 +401,7 @@ impl Qed {
         let bytes = self.tables.copy_to_pool(slot, buf, cx.mem());
         let (mut from, mut to) = (bytes.len(), 0);
         let mut any = 0;
-        for (_, claim) in &mut self.claims.0 {
+        for claim in self.claims.iter_mut() {
             if claim.slot == slot && claim.link == Link::Queued {
                 claim.link = Link::InFlight;
                 let (first, last) = put_entries(claim, self.geometry.cluster_size(), bytes);
@@ -430,8 +422,8 @@ impl Qed {
         HostOffset(self.l1[l1_index as usize])
     }
 
-    fn publish(&self, key: usize, cx: &mut Cx<'_>) {
-        let claim = &self.claims.0[key];
+    fn publish(&self, key: u32, cx: &mut Cx<'_>) {
+        let claim = &self.claims[key];
         let bytes = self.tables.bytes_mut(claim.slot, cx.mem());
         put_entries(claim, self.geometry.cluster_size(), bytes);
     }
@@ -444,10 +436,11 @@ impl Qed {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         cx.give_buf(buf);
-        let slot = self.claims.0[key as usize].slot;
+        let slot = self.claims[key].slot;
         let latecomers = mutant!("latecomers_count_as_linked");
-        for i in 0..self.claims.0.capacity() {
-            let Some(claim) = self.claims.0.get_mut(i) else { continue };
+        let bytes = self.tables.bytes_mut(slot, cx.mem());
+        let size = self.geometry.cluster_size();
+        for claim in self.claims.iter_mut() {
             let taken = claim.link == Link::InFlight || latecomers && claim.link == Link::Queued;
             if claim.slot != slot || !taken {
                 continue;
@@ -455,13 +448,13 @@ impl Qed {
             match result {
                 Ok(()) => {
                     claim.link = Link::Done;
-                    self.publish(i, cx);
+                    put_entries(claim, size, bytes);
                 }
                 Err(errno) => {
                     claim.link = Link::Failed(errno);
                     if mutant!("link_error_ignored") {
                         claim.link = Link::Done;
-                        self.publish(i, cx);
+                        put_entries(claim, size, bytes);
                     }
                 }
             }
@@ -477,7 +470,7 @@ impl Qed {
 
     /// The piece is done; go on behind it.
     fn linked(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let end = self.claims.0[key as usize].end;
+        let end = self.claims[key].end;
         self.end_claim(key, cx);
         self.walk(end, Event::Start, cx)
     }
@@ -489,7 +482,7 @@ impl Qed {
             return Step::Done(Err(errno));
         }
         if mutant!("no_wake_on_error") {
-            self.claims.0[key as usize].waiters = WaitList::new();
+            self.claims[key].waiters = WaitList::new();
         }
         self.end_claim(key, cx);
         Step::Done(Err(errno))
@@ -497,7 +490,8 @@ impl Qed {
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         self.give_bufs(key, cx);
-        let mut claim = self.claims.0.remove(key as usize);
+        let start = self.claims[key].cluster << self.geometry.cluster_bits();
+        let mut claim = self.claims.remove(key, start);
         if !mutant!("slice_not_pinned") {
             self.tables.unpin(claim.slot);
         }

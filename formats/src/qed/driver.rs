@@ -31,7 +31,7 @@
 //!    stable, nothing is being allocated and the file's spare end is cut off.* An image without
 //!    the mark has no leaks; one with it is checked when next opened.
 
-use std::hash::{Hash, Hasher};
+use std::hash::Hash;
 
 use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Op, Segs, Target};
@@ -39,12 +39,12 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, NodeId, Time};
 use cowbell_engine::wait::WaitList;
-use slab::Slab;
 
 use super::alloc::{Claim, SliceLink, TableAlloc};
 use super::house::Header;
 use super::layout::{Bounds, Geometry};
 use super::open::Opened;
+use crate::claims::Claims;
 use crate::space::{FILE_MAX, Growth, Space};
 
 /// Bytes of a table that are cached as one.
@@ -89,7 +89,7 @@ pub struct Qed {
     pub(super) l1: Vec<u64>,
     pub(super) tables: TableCache,
     pub(super) links: Vec<SliceLink>,
-    pub(super) claims: Claims,
+    pub(super) claims: Claims<Claim>,
     pub(super) allocs: Vec<TableAlloc>,
     /// An L1 sector is being written; the next writer waits here.
     pub(super) root_busy: bool,
@@ -97,18 +97,6 @@ pub struct Qed {
     pub(super) space: Space,
     pub(super) header: Header,
     pub(super) options: QedOptions,
-}
-
-/// What is being allocated. Hashes its entries, in the order of their keys.
-#[derive(Clone, Debug)]
-pub(super) struct Claims(pub Slab<Claim>);
-
-impl Hash for Claims {
-    fn hash<H: Hasher>(&self, h: &mut H) {
-        for entry in &self.0 {
-            entry.hash(h);
-        }
-    }
 }
 
 /// A request's state, named by what it awaits. `at` is the first byte of the guest range not yet
@@ -199,7 +187,7 @@ impl Qed {
             l1: opened.l1,
             tables,
             links: vec![SliceLink::default(); slots],
-            claims: Claims(Slab::with_capacity(64)),
+            claims: Claims::new(),
             allocs: Vec::with_capacity(4),
             root_busy: false,
             root_waiters: WaitList::new(),
@@ -250,7 +238,7 @@ impl Qed {
     /// Panics if something is claimed, pinned, parked or busy. For tests, at rest.
     pub fn assert_idle(&self) {
         self.tables.assert_idle(|_| 0);
-        assert!(self.claims.0.is_empty() && self.allocs.is_empty(), "something is claimed");
+        assert!(self.claims.is_empty() && self.allocs.is_empty(), "something is claimed");
         assert!(!self.root_busy && self.root_waiters.is_empty());
         assert!(self.links.iter().all(|l| !l.busy && l.waiters.is_empty()));
         self.space.assert_idle();

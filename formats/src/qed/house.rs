@@ -132,7 +132,7 @@ impl Qed {
 
     /// Something that was being allocated no longer is: when nothing is, the mark may go in time.
     pub(super) fn allocation_ended(&mut self, cx: &Cx<'_>) {
-        let idle = self.claims.0.is_empty() && self.allocs.is_empty();
+        let idle = self.claims.is_empty() && self.allocs.is_empty();
         if idle && self.header.mark == Mark::Set {
             self.header.unmark_at = Some(cx.now().plus_ms(self.options.unmark_after_ms));
         }
@@ -140,7 +140,7 @@ impl Qed {
 
     /// Chore: leaves the image as one that was closed cleanly: no spare end, no mark, all stable.
     pub(super) fn tidy(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if !self.claims.0.is_empty() || !self.allocs.is_empty() {
+        if !self.claims.is_empty() || !self.allocs.is_empty() {
             // Whoever ends the last of them sets the next date.
             return Step::Done(Ok(()));
         }

@@ -15,6 +15,7 @@ use cowbell_engine::wait::WaitList;
 use super::driver::{Asked, Cid, CidState, State, Vmdk};
 use super::layout::{Entry, SECTOR_BITS};
 use super::walk::Place;
+use crate::claims::Around;
 use crate::space::Taken;
 
 /// Guest grains being allocated, or being said to be zeros.
@@ -60,10 +61,15 @@ impl Vmdk {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         let first = place.grain_of(at);
-        if let Some(claim) = self.claim_at(place.part, first) {
-            cx.park(&mut self.claims.0[claim].waiters);
-            return Step::Wait(State::Next { at });
-        }
+        let (start, next) = (place.grain_start(first), place.grain_start(first + 1));
+        let free_to = match self.claims.around(start, next.min(place.end)) {
+            _ if mutant!("vmdk_no_claims") => u64::MAX,
+            Around::Within(claim) => {
+                cx.park(&mut self.claims[claim].waiters);
+                return Step::Wait(State::Next { at });
+            }
+            Around::Before(next) => next,
+        };
         if self.packed.is_some() && self.becomes_zero(at, run_end, place, cx).is_none() {
             return self.pack(at, slot, place, cx);
         }
@@ -71,17 +77,17 @@ impl Vmdk {
             Entry::Zero => mutant!("vmdk_zero_grain_shows_parent") && self.shows_parent(at, place),
             _ => self.shows_parent(at, place),
         };
-        let mut end = self.piece_end(at, run_end, cow, place);
+        let mut end = self.piece_end(run_end.min(free_to), cow, place);
         let zero = self.becomes_zero(at, end, place, cx);
         match zero {
             Some(zero_end) => end = zero_end,
             // A cut grain of a zero write is written as data, by itself.
             None if !matches!(cx.io().kind, IoKind::Write { .. }) && self.can_say_zero(place) => {
-                end = end.min(place.grain_start(first + 1));
+                end = end.min(next);
             }
             None => {}
         }
-        let count = (end - place.grain_start(first)).div_ceil(place.grain_size());
+        let count = (end - start).div_ceil(place.grain_size());
         let entry = match zero {
             Some(_) => Entry::Zero,
             None => match self.take_space(count << place.grain_bits, false, at, place, cx) {
@@ -90,7 +96,7 @@ impl Vmdk {
             },
         };
         self.tables.pin(slot);
-        let claim = self.claims.0.insert(Claim {
+        let claim = Claim {
             part: place.part,
             grain: first,
             count,
@@ -101,7 +107,8 @@ impl Vmdk {
             cow,
             bufs: [None; 2],
             waiters: WaitList::new(),
-        }) as u32;
+        };
+        let claim = self.insert_claim(claim, place);
         if mutant!("vmdk_published_early") {
             self.publish(claim, cx);
         }
@@ -115,25 +122,17 @@ impl Vmdk {
         let (entry, waiters) = (Entry::Unallocated, WaitList::new());
         let (cow, bufs) = (false, [None; 2]);
         let claim = Claim { part, grain, count: 1, slot, entry, at, end, cow, bufs, waiters };
-        self.claims.0.insert(claim) as u32
+        self.insert_claim(claim, place)
     }
 
-    /// The claim on a grain.
-    fn claim_at(&self, part: usize, grain: u64) -> Option<usize> {
-        if mutant!("vmdk_no_claims") {
-            return None;
-        }
-        let hit = |c: &Claim| c.part == part && c.grain <= grain && grain < c.grain + c.count;
-        self.claims.0.iter().find(|(_, c)| hit(c)).map(|(key, _)| key)
+    fn insert_claim(&mut self, claim: Claim, place: Place) -> u32 {
+        let start = place.grain_start(claim.grain);
+        let end = place.grain_start(claim.grain + claim.count).min(place.end);
+        self.claims.insert(start..end, claim)
     }
 
-    /// How far one piece reaches: to a grain that somebody else has claimed, to where the parent
-    /// ends.
-    fn piece_end(&self, at: u64, run_end: u64, cow: bool, place: Place) -> u64 {
-        let first = place.grain_of(at);
-        let theirs = self.claims.0.iter().filter(|(_, c)| c.part == place.part);
-        let later = theirs.map(|(_, c)| c.grain).filter(|&grain| grain > first).min();
-        let end = later.map_or(run_end, |grain| run_end.min(place.grain_start(grain)));
+    /// How far one piece reaches: to where the parent ends.
+    fn piece_end(&self, end: u64, cow: bool, place: Place) -> u64 {
         match self.backing {
             Some(backing) if cow => {
                 let last = place.grain_of(backing.size - 1);
@@ -198,7 +197,7 @@ impl Vmdk {
 
     /// Reads what the new grains must hold around the write.
     pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let ranges = self.cow_ranges(claim);
         let [head, tail] = ranges.map(|(from, to)| to - from);
         if head == 0 && tail == 0 {
@@ -220,7 +219,7 @@ impl Vmdk {
             cx.park_for_bufs();
             return Step::Wait(State::CowBufs { claim: key });
         };
-        self.claims.0[key as usize].bufs = bufs;
+        self.claims[key].bufs = bufs;
         for ((from, to), buf) in ranges.into_iter().zip(bufs) {
             if let Some(buf) = buf {
                 self.read_below(from, to, buf, cx);
@@ -243,7 +242,7 @@ impl Vmdk {
     /// Head, data and tail go out as one write. What it does not cover of the new grains is zeros
     /// already.
     pub(super) fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (to - from) as u32);
         let io = cx.io();
         let mut segs = Segs::none();
@@ -279,14 +278,14 @@ impl Vmdk {
     /// The piece is done: everybody may see it. Goes on behind it.
     pub(super) fn published(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
         self.publish(key, cx);
-        let end = self.claims.0[key as usize].end;
+        let end = self.claims[key].end;
         self.end_claim(key, cx);
         self.walk_from(end, Event::Start, cx)
     }
 
     /// Puts a claim's entries into its table, in memory.
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let claim = &self.claims.0[key as usize];
+        let claim = &self.claims[key];
         let place = self.place(claim.part);
         let first = (claim.grain & ((1 << place.table_bits) - 1)) as usize;
         let (from, to) = (first * 4, (first + claim.count as usize) * 4);
@@ -305,14 +304,15 @@ impl Vmdk {
     /// Gives up. What was allocated is leaked; what was there before is still there.
     pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
         if mutant!("vmdk_no_wake_on_error") {
-            self.claims.0[key as usize].waiters = WaitList::new();
+            self.claims[key].waiters = WaitList::new();
         }
         self.end_claim(key, cx);
         Step::Done(Err(errno))
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let mut claim = self.claims.0.remove(key as usize);
+        let Claim { part, grain, .. } = self.claims[key];
+        let mut claim = self.claims.remove(key, self.place(part).grain_start(grain));
         for buf in claim.bufs.into_iter().flatten() {
             cx.give_buf(buf);
         }

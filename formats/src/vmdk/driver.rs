@@ -31,14 +31,13 @@
 //! 5. *The new content id is stable before the first entry*, by the same fence, *and before any
 //!    flush is answered*.
 
-use std::hash::{Hash, Hasher};
+use std::hash::Hash;
 
 use cowbell_engine::op::Op;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, IoKind, Step};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, RegionId, Time};
 use cowbell_engine::wait::WaitList;
-use slab::Slab;
 
 use super::alloc::Claim;
 use super::grain::size_max;
@@ -47,6 +46,7 @@ use super::open::{ExtentKind, Opened};
 use super::packed::Packed;
 use super::stream::Stream;
 use super::sweep::{Phase, Root, Slot, Sweep};
+use crate::claims::Claims;
 use crate::qed::driver::Backing;
 use crate::space::{Growth, Space};
 
@@ -98,7 +98,7 @@ pub struct Vmdk {
     pub(super) slots: Vec<Slot>,
     /// Of a stream.
     pub(super) packed: Option<Packed>,
-    pub(super) claims: Claims,
+    pub(super) claims: Claims<Claim>,
     pub(super) sweep: Sweep,
     pub(super) cid: Cid,
     /// Chores that were asked for and not begun yet.
@@ -170,18 +170,6 @@ impl Grains {
     #[inline]
     pub fn bounds(&self) -> Bounds {
         self.header.bounds(self.space.end())
-    }
-}
-
-/// What is being allocated. Hashes its entries, in the order of their keys.
-#[derive(Clone, Debug)]
-pub(super) struct Claims(pub Slab<Claim>);
-
-impl Hash for Claims {
-    fn hash<H: Hasher>(&self, h: &mut H) {
-        for entry in &self.0 {
-            entry.hash(h);
-        }
     }
 }
 
@@ -331,7 +319,7 @@ impl Vmdk {
             slots,
             tables,
             packed,
-            claims: Claims(Slab::with_capacity(64)),
+            claims: Claims::new(),
             cid: Cid { at, digits, len, state: CidState::Old, waiters: WaitList::new() },
             asked: Vec::with_capacity(4),
             options,
@@ -375,7 +363,7 @@ impl Vmdk {
 
     /// Panics if something is claimed, pinned, parked or busy. For tests, at rest.
     pub fn assert_idle(&self) {
-        assert!(self.claims.0.is_empty() && self.asked.is_empty(), "something is claimed");
+        assert!(self.claims.is_empty() && self.asked.is_empty(), "something is claimed");
         assert!(self.cid.state != CidState::Writing && self.cid.waiters.is_empty());
         self.sweep.assert_idle();
         self.tables.assert_idle(|slot| u32::from(self.slots[slot].is_dirty()));

@@ -130,7 +130,7 @@ impl Vmdk {
             cx.park(&mut self.stream().turn);
             return Step::Wait(State::Append { claim: key, slot });
         }
-        let (at, _) = self.claims.0[key as usize].range();
+        let (at, _) = self.claims[key].range();
         let place = self.place(self.part_at(at));
         let lba = (at - place.start) >> SECTOR_BITS;
         let packed = self.packed();
@@ -151,7 +151,7 @@ impl Vmdk {
             }
             Err(errno) => return self.fail_packed(key, slot, errno, cx),
         };
-        self.claims.0[key as usize].set_entry(Entry::Data(offset));
+        self.claims[key].set_entry(Entry::Data(offset));
         self.next_turn(key, cx);
         let file = self.parts[place.part].file;
         let seg = self.packed().beside(slot as usize, 0, len);
@@ -180,7 +180,7 @@ impl Vmdk {
         attempt: u32,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        let (at, _) = self.claims.0[key as usize].range();
+        let (at, _) = self.claims[key].range();
         match self.grains(self.part_at(at)).space.failure_of(attempt) {
             Some(errno) => self.fail_packed(key, slot, errno, cx),
             None => self.append(key, slot, Event::Woken, cx),

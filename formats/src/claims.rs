@@ -1,4 +1,4 @@
-//! Claimed ranges of the guest's disk, none of which overlaps another.
+//! Ranges of the guest's disk that requests have claimed, to allocate them: none overlaps another.
 //!
 //! Found by key, which a request keeps in its state, and by place: in order, so that a range is
 //! looked for by halves however many there are.
@@ -10,7 +10,7 @@ use slab::Slab;
 
 /// The claims, and what is known of each.
 #[derive(Clone, Debug)]
-pub(super) struct Claims<T> {
+pub(crate) struct Claims<T> {
     claims: Slab<T>,
     /// Where they are, first byte first.
     places: Vec<Place>,
@@ -26,7 +26,7 @@ struct Place {
 
 /// Where a range is among the claims.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Around {
+pub(crate) enum Around {
     /// Part of it is claimed, by this one.
     Within(u32),
     /// It is free, and so is what follows it up to here.
@@ -56,6 +56,11 @@ impl<T> Claims<T> {
         let mine = self.places[at..].iter().position(|place| place.key == key);
         self.places.remove(at + mine.expect("a claim is where it was made"));
         self.claims.remove(key as usize)
+    }
+
+    /// The claims, in the order of their keys.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.claims.iter_mut().map(|(_, claim)| claim)
     }
 
     /// Where `start..end` is among the claims.
