@@ -111,11 +111,16 @@ impl AioFile {
     fn command(&self, kind: OpKind) -> Option<(u16, i32)> {
         let Way::Kernel { fdsync, dsync } = self.way else { return None };
         match kind {
+            OpKind::Read => Some((PREAD, self.nowait)),
+            OpKind::Write { fua: false } => Some((PWRITE, self.nowait)),
+            kind => self.rare_command(kind, fdsync, dsync),
+        }
+    }
+
+    #[cold]
+    fn rare_command(&self, kind: OpKind, fdsync: bool, dsync: bool) -> Option<(u16, i32)> {
+        match kind {
             OpKind::Write { fua: true } if dsync => Some((PWRITE, self.nowait | libc::RWF_DSYNC)),
-            OpKind::Write { fua: true } => None,
-            kind if kind.has_memory() => {
-                Some((if matches!(kind, OpKind::Read) { PREAD } else { PWRITE }, self.nowait))
-            }
             OpKind::Flush if fdsync => Some((FDSYNC, 0)),
             _ => None,
         }

@@ -14,7 +14,7 @@ use cowbell_formats::qed::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::image::{Image, Layout, State};
+use crate::image::{CLUSTER, Image, Layout, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
@@ -96,7 +96,10 @@ impl Shape {
             Shape::WriteHead => Request::write(at, 1024),
             Shape::WriteMiddle => Request::write(at + 1024, 1024),
             Shape::WriteWhole => Request::write(at, whole),
-            Shape::WriteStraddling => Request::write(at + whole - 1024, 2048),
+            Shape::WriteStraddling => {
+                let reach = (whole / 2).min(1024);
+                Request::write(at + whole - reach, 2 * reach)
+            }
             Shape::WriteSubSector => Request::write(at + 300, 300),
             Shape::WriteAcrossTables => Request::write(image.place(table + 1, 0) - 1024, 2048),
             Shape::WriteStable => Request::write_fua(at, 1024),
@@ -203,6 +206,8 @@ pub fn images(format: Format) -> Vec<Image> {
                 Image { align: 4096, buffers: 2, ..plain },
                 Image { state: State::Shared, ..plain },
                 Image { state: State::Holes, ..plain },
+                // A refcount block counts 64 clusters: the first allocation makes another.
+                Image { cluster: 512, ahead: 64, ..plain },
             ]
         }
     }
@@ -243,10 +248,14 @@ fn scopes_on(
     scopes.filter(|scope| !scope.workloads.is_empty()).collect()
 }
 
-/// The gate's scopes. With two requests of any kind either a fault or a deadline, not both: their
-/// product is left to single requests, to the most telling pairs and to random runs. Images of
-/// which each request does the same to several files at once, or that differ only in how they
-/// grow, see single requests and the most telling pairs.
+/// The gate's scopes: single requests with a fault and a deadline, pairs with either, triples of
+/// the most telling requests with neither. Exceptions:
+///
+/// - Images of which each request does the same to several files at once, or that differ only in
+///   how they grow, or that copy whole tables, see single requests and the most telling pairs.
+/// - qcow2 knows no deadlines, and leaves more in flight than there is time for: of pairs with a
+///   fault it sees the most telling, and all of them where little is allocated or clusters are
+///   small.
 pub fn gate_scopes() -> Vec<Scope> {
     Format::ALL.into_iter().flat_map(gate_scopes_of).collect()
 }
@@ -254,39 +263,40 @@ pub fn gate_scopes() -> Vec<Scope> {
 /// As [`gate_scopes`], of one format.
 pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let fault = Budget { faults: 1, ..QUIET };
+    let ticks = Budget { ticks: 1, ..QUIET };
     let both = Budget { faults: 1, ticks: 1, ..QUIET };
-    let (split, whole): (Vec<Image>, Vec<Image>) =
-        images(format).into_iter().partition(|image| image.layout == Layout::Split);
-    let others = || split.iter().copied().chain(growing_images(format));
-    let kinds = || whole.iter().copied().chain(others());
+    let is_large = |image: &Image| image.layout == Layout::Split || image.state == State::Shared;
+    let (large, small): (Vec<Image>, Vec<Image>) = images(format).into_iter().partition(is_large);
+    let small = || small.iter().copied();
+    let others = || large.iter().copied().chain(growing_images(format));
+    let kinds = || small().chain(others());
     let count = |ops: usize| {
         let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
         move |image: &Image| workloads(image, shapes, ops)
     };
     let core = |image: &Image| workloads(image, &Shape::CORE, 2);
-    let ticks = Budget { ticks: 1, ..QUIET };
-    if matches!(format, Format::Qcow2 | Format::Vmdk) {
-        // Written back, their tables leave more in flight than the gate has time for.
-        return [
-            scopes_on(kinds(), Budget { stalls: true, ..both }, count(1)),
-            scopes_on(kinds(), fault, resizes),
-            scopes_on(whole.iter().copied().take(2), Budget { crashes: 1, ..QUIET }, core),
-            scopes_on(kinds(), QUIET, core),
-            scopes_on(whole.iter().copied().take(2), fault, core),
-        ]
-        .concat();
-    }
-    [
+    let of_all = [
         scopes_on(kinds(), Budget { stalls: true, ..both }, count(1)),
         scopes_on(kinds(), fault, resizes),
         scopes_on(kinds(), Budget { crashes: 1, ..QUIET }, core),
-        scopes_on(whole.iter().copied().take(1), both, core),
-        scopes_on(others(), ticks, core),
-        scopes_on(whole.iter().copied(), ticks, count(2)),
-        scopes_on(whole.iter().copied(), fault, count(2)),
-        scopes_on(whole.iter().copied(), QUIET, count(3)),
-    ]
-    .concat()
+        scopes_on(others(), fault, core),
+        scopes_on(small(), QUIET, count(3)),
+    ];
+    let is_quick = |image: &Image| image.cluster < CLUSTER || image.state == State::Warm;
+    let pairs = match format {
+        Format::Qcow2 => vec![
+            scopes_on(small().filter(is_quick), fault, count(2)),
+            scopes_on(small().filter(|image| !is_quick(image)), fault, core),
+            scopes_on(small().filter(|image| !is_quick(image)), QUIET, count(2)),
+        ],
+        _ => vec![
+            scopes_on(small().take(1), both, core),
+            scopes_on(others(), ticks, core),
+            scopes_on(small(), ticks, count(2)),
+            scopes_on(small(), fault, count(2)),
+        ],
+    };
+    of_all.into_iter().chain(pairs).flatten().collect()
 }
 
 /// Runs the gate.

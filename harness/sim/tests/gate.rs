@@ -12,14 +12,14 @@ fn holds(scopes: &[Scope]) {
 
 #[test]
 fn single_requests_with_a_fault() {
-    for format in [Format::Raw, Format::Qed] {
+    for format in Format::ALL {
         holds(&scopes(format, 1, 1));
     }
 }
 
 #[test]
 fn what_kills_mutants_holds_without_them() {
-    for format in [Format::Raw, Format::Qed] {
+    for format in Format::ALL {
         holds(&special(format));
     }
 }

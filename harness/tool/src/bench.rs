@@ -335,6 +335,8 @@ struct Offsets {
     step: u64,
     len: u64,
     size: u64,
+    /// Where the last request can start.
+    last: u64,
     /// The random state, and how many blocks there are.
     random: Option<(u64, u64)>,
 }
@@ -347,7 +349,8 @@ impl Offsets {
         }
         let random = plan.random.map(|seed| (seed, blocks));
         let step = plan.step % size;
-        Ok(Offsets { at: plan.offset, step, len: plan.len, size, random })
+        let last = size.checked_sub(plan.len).ok_or(Stopped::Beyond)?;
+        Ok(Offsets { at: plan.offset, step, len: plan.len, size, last, random })
     }
 
     #[inline]
@@ -362,7 +365,7 @@ impl Offsets {
             return Ok(((u128::from(x) * u128::from(*blocks)) >> 64) as u64 * self.len);
         }
         let at = self.at;
-        if at > self.size || self.len > self.size - at {
+        if at > self.last {
             return Err(Stopped::Beyond);
         }
         self.at += self.step;

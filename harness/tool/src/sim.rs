@@ -40,6 +40,9 @@ enum What {
         /// Say what was done on each kind of image
         #[arg(long)]
         scopes: bool,
+        /// Only images that say this of themselves, such as `state=shared`
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        images: String,
         /// Stop after so long
         #[arg(long)]
         seconds: Option<f64>,
@@ -102,13 +105,14 @@ struct How {
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     match &args.what {
-        What::Explore { format, ops, faults, gate, scopes: each, seconds, how } => {
+        What::Explore { format, ops, faults, gate, scopes: each, images, seconds, how } => {
             let of = |format| match gate {
                 true => gate_scopes_of(format),
                 false => scopes(format, usize::from(*ops), *faults),
             };
             let formats = formats(format.as_deref())?;
-            let scopes: Vec<_> = formats.into_iter().flat_map(of).collect();
+            let mut scopes: Vec<_> = formats.into_iter().flat_map(of).collect();
+            scopes.retain(|scope| scope.image.to_string().contains(images));
             let report = explore(&scopes, usize::from(how.threads), *seconds);
             if *each && !how.json {
                 let mut out = Out::new(false);
