@@ -177,7 +177,7 @@ fn digest(bytes: &[u8]) -> u64 {
             sums[i] = fold(sums[i] ^ a ^ MIX[0], b ^ MIX[1]);
         }
     }
-    let mut sum = bytes.len() as u64;
+    let mut sum = fold(bytes.len() as u64 ^ MIX[0], MIX[1]);
     for &word in others {
         sum = fold(sum ^ u64::from_le_bytes(word), MIX[0]);
     }
@@ -639,5 +639,88 @@ impl Memory {
         let target = &mut self.regions[to.0.index()][to.1..to.1 + len];
         target.copy_from_slice(&taken[from.1..from.1 + len]);
         self.regions[from.0.index()] = taken;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::Segs;
+    use std::hash::DefaultHasher;
+
+    const LEN: usize = 4096;
+
+    fn hash(mem: &Memory) -> u64 {
+        let mut h = DefaultHasher::new();
+        mem.hash_but_free(&[], &mut h);
+        h.finish()
+    }
+
+    /// Byte 100 of a region or buffer.
+    fn byte(base: Base) -> Seg {
+        Seg { base, off: 100, len: 1 }
+    }
+
+    #[test]
+    fn whatever_changes_memory_changes_its_hash_and_changing_it_back_too() {
+        let mut mem = Memory::new(1, 1, LEN);
+        let [region, other] = [mem.add_region(LEN), mem.add_region(LEN)];
+        mem.region_mut(other)[100] = 1;
+        let (buf, inside) = (BufId(0), Segs::one(byte(Base::Region(region))));
+        let at_first = hash(&mem);
+        type Change<'a> = &'a dyn Fn(&mut Memory);
+        let changes: [(&str, Change<'_>); 8] = [
+            ("region_mut", &|mem| mem.region_mut(region)[100] = 1),
+            ("pool_and_region", &|mem| mem.pool_and_region(buf, region).1[100] = 1),
+            ("scatter", &|mem| mem.scatter(&inside, 0, &[1])),
+            ("copy_regions", &|mem| mem.copy_regions((other, 100), (region, 100), 1)),
+            ("gather_to_region", &|mem| {
+                mem.gather_to_region(&Segs::one(byte(Base::Region(other))), region, 100, 1);
+            }),
+            ("input_and_output", &|mem| {
+                let (input, output) = (byte(Base::Region(other)), byte(Base::Region(region)));
+                let (from, to) = mem.input_and_output(input, output);
+                to.copy_from_slice(from);
+            }),
+            ("pool_mut", &|mem| mem.pool_mut(buf)[100] = 1),
+            ("gather_to_pool", &|mem| {
+                mem.gather_to_pool(&Segs::one(byte(Base::Region(other))), 0, buf, 100, 1);
+            }),
+        ];
+        for (what, change) in changes {
+            change(&mut mem);
+            assert_ne!(hash(&mem), at_first, "{what}");
+            mem.zero(&inside, 0, 1);
+            mem.zero(&Segs::one(byte(Base::Pool(buf))), 0, 1);
+            assert_eq!(hash(&mem), at_first, "{what}, undone");
+        }
+    }
+
+    #[test]
+    fn a_copy_is_one_whatever_was_there_before() {
+        let mut mem = Memory::new(1, 1, LEN);
+        let region = mem.add_region(LEN);
+        let mut copy = Memory::default();
+        for value in [0, 1, 0, 2] {
+            mem.region_mut(region)[7] = value;
+            let hashed = hash(&mem);
+            copy.copy_but_free(&mem, &[]);
+            assert_eq!((copy.region(region)[7], hash(&copy)), (value, hashed));
+            copy.region_mut(region)[7] = 9;
+        }
+    }
+
+    #[test]
+    fn a_digest_tells_any_byte_and_the_length() {
+        let mut seen = std::collections::BTreeSet::new();
+        for len in 0..200 {
+            let mut bytes = vec![0; len];
+            assert!(seen.insert(digest(&bytes)), "{len} zeros");
+            for i in 0..len {
+                bytes[i] = 1;
+                assert!(seen.insert(digest(&bytes)), "byte {i} of {len}");
+                bytes[i] = 0;
+            }
+        }
     }
 }
