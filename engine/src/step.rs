@@ -186,7 +186,7 @@ impl Cx<'_> {
     }
 
     /// The node that the request is of: where a step reads what its own image holds, through a
-    /// request of its own ([`Target::Node`]).
+    /// request of its own ([`Target::Node`](crate::op::Target::Node)).
     #[inline]
     pub fn node(&self) -> NodeId {
         self.core.ops.slot(self.me).node

@@ -32,7 +32,7 @@ id!(ReqId, "r", "A request in the engine's slab.");
 
 impl Hash for ReqId {
     /// In a way that nothing else is hashed in, so that a hasher can tell: see
-    /// [`Renamed`](crate::slots::Renamed).
+    /// `slots::Renamed`.
     fn hash<H: Hasher>(&self, h: &mut H) {
         h.write_u128(self.0.into());
     }

@@ -129,7 +129,7 @@ fn in_qed_overlays() {
 
 #[test]
 fn in_vmdk_images_past_the_page_cache() {
-    lives("vmdk", false, &["-n", "-i", "native"], 30, 5);
+    lives("vmdk", false, &["-n", "-i", "native"], 40, 5);
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn in_vmdk_images_through_the_page_cache() {
 
 #[test]
 fn in_vmdk_overlays() {
-    lives("vmdk", true, &["-n", "-i", "native"], 30, 7);
+    lives("vmdk", true, &["-n", "-i", "native"], 40, 7);
 }
 
 #[test]
