@@ -1,4 +1,4 @@
-//! Requests over real files with native AIO: read hits and allocating writes, raw and QED, on
+//! Requests over real files with native AIO: read hits and allocating writes, in every format, on
 //! tmpfs (no device: what the software costs) and on the file system of the build folder.
 
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use cowbell_benches::{image, scattered};
 use cowbell_engine::step::Io;
 use cowbell_formats::Format;
 
-const FORMATS: [Format; 2] = [Format::Raw, Format::Qed];
+const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
 
 /// Where there is a tmpfs, and where the build is.
 fn places() -> Vec<(&'static str, PathBuf)> {
