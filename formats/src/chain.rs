@@ -25,6 +25,7 @@ use crate::probe::{Format, PROBE_BYTES, probe};
 use crate::qcow2;
 use crate::qed;
 use crate::vmdk;
+use crate::vmdk::descriptor::FILES_MAX;
 
 /// A chain has at most this many layers.
 pub const DEPTH_MAX: usize = 200;
@@ -78,9 +79,6 @@ impl<H: Host + ?Sized> Host for &H {
         (**self).entropy()
     }
 }
-
-/// A chain has at most this many files in all.
-pub const FILES_MAX: usize = 4096;
 
 /// Which files that an image names may be opened. For backing files said by the caller each time:
 /// there is no safe answer that suits everybody.

@@ -18,6 +18,7 @@ use cowbell_engine::units::Errno;
 
 use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_path};
 use crate::error::{Error, Shown};
+use crate::preallocation::{Preallocation, preallocate};
 use crate::probe::Format;
 use crate::qcow2;
 use crate::qcow2::header::Compression;
@@ -60,30 +61,6 @@ pub struct CreateOptions {
     pub compression_type: Option<Compression>,
     /// What only VMDK images have.
     pub vmdk: vmdk::create::Wanted,
-}
-
-/// How an image takes its space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Not at all: the file is a hole.
-    Off,
-    /// Not at all, but there is a place for everything. Only qcow2 knows this.
-    Metadata,
-    /// Reserved by the file system.
-    Falloc,
-    /// By writing zeros.
-    Full,
-}
-
-impl fmt::Display for Preallocation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Preallocation::Off => "off",
-            Preallocation::Metadata => "metadata",
-            Preallocation::Falloc => "falloc",
-            Preallocation::Full => "full",
-        })
-    }
 }
 
 impl CreateOptions {
@@ -677,34 +654,6 @@ fn write_raw<F: Store>(file: &F, size: u64, preallocation: Preallocation) -> Res
     file.set_len(size).map_err(Error::io("set the file's length"))?;
     preallocate(file, 0, size, preallocation)?;
     file.flush().map_err(Error::io("flush the file"))
-}
-
-/// Takes the space of `len` bytes at `at`, which read as zeros.
-pub(crate) fn preallocate<F: Store>(
-    file: &F,
-    at: u64,
-    len: u64,
-    how: Preallocation,
-) -> Result<(), Error> {
-    const CHUNK: u64 = 1 << 20;
-    match how {
-        Preallocation::Off | Preallocation::Metadata => {}
-        Preallocation::Falloc if len == 0 => {}
-        Preallocation::Falloc => {
-            file.allocate(at, len).map_err(Error::io("reserve the file's space"))?;
-        }
-        Preallocation::Full => {
-            let zeros = vec![0; CHUNK.min(len) as usize];
-            let mut done = 0;
-            while done < len {
-                let part = CHUNK.min(len - done);
-                file.write_at(at + done, &zeros[..part as usize])
-                    .map_err(Error::io("write the file's zeros"))?;
-                done += part;
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -63,6 +63,7 @@ pub mod error;
 pub mod info;
 pub mod map;
 pub mod node;
+pub mod preallocation;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;

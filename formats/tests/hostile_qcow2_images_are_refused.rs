@@ -26,7 +26,7 @@ const MB: Options<'_> = Options {
     backing: None,
     data_file: None,
     data_file_raw: false,
-    preallocation: cowbell_formats::create::Preallocation::Off,
+    preallocation: cowbell_formats::preallocation::Preallocation::Off,
 };
 const L1: u64 = 0x3_0000;
 

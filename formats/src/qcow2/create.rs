@@ -10,8 +10,8 @@
 use cowbell_engine::store::Store;
 use cowbell_engine::units::HostOffset;
 
-use crate::create::{Preallocation, preallocate};
 use crate::error::Error;
+use crate::preallocation::{Preallocation, preallocate};
 use crate::qcow2::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Compression, EXT_BACKING_FORMAT, EXT_DATA_FILE,
     EXT_FEATURE_NAMES, Header, INCOMPAT_COMPRESSION, INCOMPAT_DATA_FILE, INCOMPAT_EXTENDED_L2,

@@ -6,9 +6,8 @@
 
 use cowbell_engine::store::Store;
 
-use crate::chain::FILES_MAX;
 use crate::error::Error;
-use crate::vmdk::descriptor::{Kind, NAME_MAX, NO_PARENT, TEXT_MAX};
+use crate::vmdk::descriptor::{FILES_MAX, Kind, NAME_MAX, NO_PARENT, TEXT_MAX};
 use crate::vmdk::layout::{
     AT_END, COMPRESSED, FILE_MAX, Header, MARKERS, Marker, NEWLINE_TEST, REDUNDANT, SECTOR,
     SECTOR_BITS, ZEROED_GRAIN,

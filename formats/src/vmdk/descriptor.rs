@@ -7,7 +7,6 @@
 //!
 //! The one thing that is ever changed is the content id, in place, as many digits for as many.
 
-use crate::chain::FILES_MAX;
 use crate::error::Error;
 use crate::vmdk::layout::{OFFSET_MAX, SECTOR_BITS, corrupt};
 
@@ -17,6 +16,8 @@ pub const TEXT_MAX: usize = 1 << 20;
 pub const NAME_MAX: usize = 1023;
 /// The parent's content id in an image that has no parent.
 pub const NO_PARENT: u32 = u32::MAX;
+/// A disk has at most this many extents, and a chain of disks this many files in all.
+pub const FILES_MAX: usize = 4096;
 
 /// How an image is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
