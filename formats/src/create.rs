@@ -169,8 +169,8 @@ fn no_backing_for(format: Format) -> Error {
     Error::Invalid(format!("Backing file not supported for file format '{format}'"))
 }
 
-/// `k=v` pairs between single commas; two commas are one within a value. A missing `=` makes an
-/// empty value.
+/// `k=v` pairs between single commas; two commas are one within a value. A key alone is a switch
+/// that is on, or off if `no` stands in front of it.
 fn split_options(text: &str) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut item = String::new();
@@ -184,7 +184,11 @@ fn split_options(text: &str) -> Vec<(String, String)> {
             Some(c) if c != ',' => item.push(c),
             end => {
                 if !item.is_empty() {
-                    let (key, value) = item.split_once('=').unwrap_or((&item, ""));
+                    let (key, value) = match (item.split_once('='), item.strip_prefix("no")) {
+                        (Some(pair), _) => pair,
+                        (None, Some(key)) => (key, "off"),
+                        (None, None) => (&item[..], "on"),
+                    };
                     pairs.push((key.to_string(), value.to_string()));
                     item.clear();
                 }
@@ -688,6 +692,17 @@ mod tests {
         let mut options = CreateOptions::default();
         options.parse(Format::Qed, "size=1.5G,cluster_size=4k,cluster_size=8k").expect("valid");
         assert_eq!((options.size, options.cluster_size), (Some(3 << 29), Some(8192)));
+    }
+
+    #[test]
+    fn a_key_alone_is_a_switch() {
+        for (text, is_on) in [("lazy_refcounts", true), ("lazy_refcounts,nolazy_refcounts", false)]
+        {
+            let mut options = CreateOptions::default();
+            options.parse(Format::Qcow2, text).expect("valid");
+            assert_eq!(options.lazy_refcounts, Some(is_on), "{text}");
+        }
+        CreateOptions::default().parse(Format::Qcow2, "cluster_size").expect_err("not a switch");
     }
 
     #[test]

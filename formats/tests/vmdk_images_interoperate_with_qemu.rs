@@ -133,3 +133,53 @@ fn overlays_made_here_are_read_there() {
         assert!(compared.contains("identical"), "{compared}");
     }
 }
+
+/// An image's descriptor, but for its content id.
+fn descriptor(path: &Path) -> String {
+    let bytes = std::fs::read(path).expect("it is there");
+    let text = if bytes.starts_with(b"KDMV") { &bytes[512..21 * 512] } else { &bytes[..] };
+    let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+    let text = String::from_utf8_lossy(&text[..end]);
+    let lines = text.lines().filter(|line| !line.starts_with("CID="));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn options_end_up_in_the_descriptor_as_there() {
+    if !have_qemu() {
+        return;
+    }
+    for options in [
+        "",
+        "adapter_type=lsilogic,hwversion=8",
+        "adapter_type=buslogic,subformat=monolithicFlat",
+        "adapter_type=legacyESX,subformat=twoGbMaxExtentFlat",
+        "subformat=twoGbMaxExtentSparse,toolsversion=9",
+        "compat6",
+        "compat6=off,zeroed_grain=on",
+        "subformat=streamOptimized,hwversion=11",
+    ] {
+        let folders = [(); 2].map(|()| tempfile::tempdir().expect("a temporary folder"));
+        let [theirs, ours] = folders.each_ref().map(|folder| folder.path().join("d.vmdk"));
+        let said = if options.is_empty() { String::new() } else { format!("-o {options}") };
+        ok(folders[0].path(), &format!("qemu-img create -q -f vmdk {said} d.vmdk 3G"));
+        let mut wanted = CreateOptions { size: Some(3 << 30), ..CreateOptions::default() };
+        wanted.parse(Format::Vmdk, options).expect("valid");
+        create(&DISK, &ours, Format::Vmdk, &wanted).expect("it is made");
+        assert_eq!(descriptor(&ours), descriptor(&theirs), "{options}");
+    }
+}
+
+#[test]
+fn a_vmfs_disk_is_read_as_a_flat_one() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("d.vmdk");
+    let text = "# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID=ffffffff\n\
+                createType=\"vmfs\"\n\nRW 8 VMFS \"d-flat.vmdk\"\n";
+    std::fs::write(&path, text).expect("written");
+    std::fs::write(folder.path().join("d-flat.vmdk"), [7; 4096]).expect("written");
+    let chain = chain(&path);
+    let mut bytes = [0; 4096];
+    read(&chain, 0, &mut bytes).expect("it reads");
+    assert_eq!((chain.size(), bytes), (4096, [7; 4096]));
+}
