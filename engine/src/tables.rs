@@ -10,6 +10,7 @@
 
 use crate::mem::Memory;
 use crate::op::{Base, Seg};
+use crate::step::Cx;
 use crate::units::{BufId, RegionId};
 use crate::wait::WaitList;
 
@@ -141,14 +142,24 @@ impl TableCache {
         &mut self.slots[slot].waiters
     }
 
-    /// What was being loaded is there. Wake the slot's waiters and [`TableCache::full`].
-    pub fn loaded(&mut self, slot: usize) {
+    /// What was being loaded is there, or could not be. Wakes who waits for it, or for any slot.
+    pub fn load_ended(&mut self, slot: usize, is_there: bool, cx: &mut Cx<'_>) {
+        if is_there {
+            self.loaded(slot)
+        } else {
+            self.forget(slot)
+        }
+        cx.wake_all(&mut self.slots[slot].waiters);
+        cx.wake_all(&mut self.full);
+    }
+
+    fn loaded(&mut self, slot: usize) {
         debug_assert_eq!(self.slots[slot].state, SlotState::Loading);
         self.slots[slot].state = SlotState::Ready;
     }
 
-    /// What was being loaded could not be. Wake the slot's waiters and [`TableCache::full`].
-    pub fn failed(&mut self, slot: usize) {
+    /// Forgets what is in a slot, which nobody has pinned or waits for.
+    pub fn forget(&mut self, slot: usize) {
         self.slots[slot].state = SlotState::Empty;
         self.keys[slot] = NO_KEY;
     }
@@ -165,7 +176,7 @@ impl TableCache {
         self.slots[slot].pins -= 1;
         if self.slots[slot].pins == 0 && self.slots[slot].doubtful {
             self.slots[slot].doubtful = false;
-            self.failed(slot);
+            self.forget(slot);
         }
     }
 
@@ -283,7 +294,7 @@ mod tests {
         cache.pin(a);
         let b = cache.reserve(2).unwrap();
         assert_eq!(cache.reserve(3), None);
-        cache.failed(b);
+        cache.forget(b);
         assert_eq!(cache.find(2), None);
         assert_eq!(cache.reserve(3), Some(b));
         cache.unpin(a);

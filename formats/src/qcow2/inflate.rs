@@ -92,12 +92,7 @@ impl Qcow2 {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        match result {
-            Ok(()) => self.inflated.loaded(slot),
-            Err(_) => self.inflated.failed(slot),
-        }
-        cx.wake_all(self.inflated.waiters(slot));
-        cx.wake_all(&mut self.inflated.full);
+        self.inflated.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.copy_inflated(at, slot, cx),
             Err(errno) => Step::Done(Err(errno)),
@@ -122,7 +117,7 @@ impl Qcow2 {
         if let Some(slot) = self.inflated.find(host.0)
             && self.inflated.is_ready(slot)
         {
-            self.inflated.failed(slot);
+            self.inflated.forget(slot);
         }
     }
 }

@@ -299,12 +299,7 @@ impl Qed {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        match result {
-            Ok(()) => self.tables.loaded(slot),
-            Err(_) => self.tables.failed(slot),
-        }
-        cx.wake_all(self.tables.waiters(slot));
-        cx.wake_all(&mut self.tables.full);
+        self.tables.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk(at, Event::Start, cx),
             Err(errno) => Step::Done(Err(errno)),

@@ -144,13 +144,7 @@ impl Vmdk {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        let packed = self.packed();
-        match result {
-            Ok(()) => packed.grains.loaded(slot),
-            Err(_) => packed.grains.failed(slot),
-        }
-        cx.wake_all(packed.grains.waiters(slot));
-        cx.wake_all(&mut packed.grains.full);
+        self.packed().grains.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk_from(at, Event::Start, cx),
             Err(errno) => Step::Done(Err(errno)),

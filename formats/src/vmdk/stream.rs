@@ -204,26 +204,14 @@ impl Vmdk {
         if let Err(errno) = result {
             return self.fail_packed(key, slot, errno, cx);
         }
-        self.release(slot as usize, true, cx);
+        self.packed().grains.load_ended(slot as usize, true, cx);
         self.published(key, cx)
     }
 
     fn fail_packed(&mut self, key: u32, slot: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
         self.next_turn(key, cx);
-        self.release(slot as usize, false, cx);
+        self.packed().grains.load_ended(slot as usize, false, cx);
         self.fail(key, errno, cx)
-    }
-
-    /// The grain in a slot is what is in the stream, or is not.
-    fn release(&mut self, slot: usize, is_there: bool, cx: &mut Cx<'_>) {
-        let grains = &mut self.packed().grains;
-        if is_there {
-            grains.loaded(slot);
-        } else {
-            grains.failed(slot);
-        }
-        cx.wake_all(grains.waiters(slot));
-        cx.wake_all(&mut grains.full);
     }
 
     /// Puts an empty grain table for `at` into the stream.
