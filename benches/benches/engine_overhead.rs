@@ -16,7 +16,13 @@ fn engine_overhead(c: &mut Criterion) {
     let mut group = c.benchmark_group("engine overhead, null backend, raw 4K read");
     for depth in [1, 32] {
         let mut engine = Engine::new(Null::new(), Limits::default());
-        let info = FileInfo { request_align: 512, memory_align: 512, len: SIZE, can_grow: true };
+        let info = FileInfo {
+            request_align: 512,
+            memory_align: 512,
+            hole_align: 4096,
+            len: SIZE,
+            can_grow: true,
+        };
         let (file, _) = engine.attach(NullFile { info }).expect("a pretended file");
         let disk = engine.add(Node::Raw(Raw::new(file, SIZE, true, false, true)));
         let mut load = Load::new(engine, disk, depth, 4096);

@@ -6,11 +6,18 @@
 //! be put back to what they were: the range is *claimed*, and a claim waits for the writes in
 //! flight that overlap it (R47).
 //!
+//! What zeroes, discards or ends in the middle of a block of the *file system* would have it change
+//! that block behind the back of writes to the rest of it ([`FileInfo::hole_align`]). So the cut ends
+//! of what is zeroed are written, a discard leaves them alone, and a change of length claims the
+//! block in which the file ends, or will.
+//!
 //! Each such op is a small machine of its own, a child of the request that issued it:
 //!
 //! ```text
 //! Claim ─> Quiesce ─> Chunk ─> ReadEdges ─> WriteChunk ─> Chunk … ─> Trim ─> done
-//!   └─ nothing to rewrite, only waited for a claim: Direct ─> done
+//!   │         │         └─ zeroing whole blocks: ZeroWhole ─> Chunk
+//!   │         └─ a change of length: Direct ─> Settle ─> done
+//!   └─ only waited for a claim: Direct ─> done
 //! reads: Chunk ─> ReadChunk ─> Chunk …
 //! ```
 //!
@@ -53,8 +60,20 @@ enum State {
     ReadEdges { len: u64 },
     /// The next `len` bytes.
     WriteChunk { len: u64 },
+    /// The next `len` bytes, which the file zeroes by itself, if it can.
+    ZeroWhole { len: u64 },
     /// The file's end put back: the last block reached past it.
     Trim,
+    /// A flush: the file system has changed the block that the file's end cuts in memory.
+    Settle,
+}
+
+/// What to zero next: so many bytes.
+enum Zeroing {
+    /// In whole blocks of the file system.
+    Whole(u64),
+    /// In parts of such blocks.
+    Cut(u64),
 }
 
 /// Can the file take this read or write as it is, now?
@@ -65,31 +84,51 @@ pub(crate) fn is_direct(core: &Core, file: FileId, op: &Op) -> bool {
         && (!op.kind.modifies() || !is_claimed(core, file, op.offset, op.end()))
 }
 
-/// Can the file zero this range by itself, now?
-pub(crate) fn may_zero(core: &Core, file: FileId, op: &Op) -> bool {
+/// Can the file take this zeroing, discard or change of length as it is, now?
+pub(crate) fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
     let state = &core.files[file.index()];
-    // A block device zeroes whole blocks; a file system any bytes.
-    let whole = state.info.can_grow || (op.offset | op.len) & u64::from(state.block_mask) == 0;
-    whole && !state.zero_unsupported && !is_claimed(core, file, op.offset, op.end())
+    let cut = match op.kind {
+        OpKind::Zero { .. } => {
+            state.zero_unsupported
+                || (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks")
+        }
+        _ => false,
+    };
+    let (start, end) = claim_of(core, file, op);
+    let claimed = is_claimed(core, file, start, end)
+        && !(mutant!("discard_ignores_claims") && op.kind == OpKind::Discard);
+    !cut && moved_end(core, file, op).is_none() && !claimed
 }
 
-/// Can a range be discarded, now? Not while somebody is about to write back what is in it.
-pub(crate) fn may_discard(core: &Core, file: FileId, op: &Op) -> bool {
-    !is_claimed(core, file, op.offset, op.end()) || mutant!("discard_ignores_claims")
+/// Where a block of the file system is cut by the file's end, as it is or will be, if `op` moves it.
+fn moved_end(core: &Core, file: FileId, op: &Op) -> Option<u64> {
+    let state = &core.files[file.index()];
+    let end = match op.kind {
+        OpKind::Truncate => op.offset.min(state.len),
+        OpKind::Allocate | OpKind::Zero { .. } if op.end() > state.len => state.len,
+        _ => return None,
+    };
+    (end & state.hole_mask != 0 && !mutant!("file_end_cuts_unclaimed")).then_some(end)
 }
 
-/// Can the file's length be changed, now? Not while somebody may put the end back to where it was.
-pub(crate) fn may_resize(core: &Core, file: FileId, op: &Op) -> bool {
-    let (start, end) = resized(core, file, op);
-    !is_claimed(core, file, start, end)
-}
-
-/// The part of the file that changing its length changes.
-fn resized(core: &Core, file: FileId, op: &Op) -> (u64, u64) {
-    match op.kind {
-        OpKind::Truncate => (op.offset.min(core.files[file.index()].len), u64::MAX),
+/// The whole blocks, of the file and of its file system, that `op` changes something in.
+fn claim_of(core: &Core, file: FileId, op: &Op) -> (u64, u64) {
+    let state = &core.files[file.index()];
+    let (start, end) = match op.kind {
+        OpKind::Truncate => (op.offset.min(state.len), u64::MAX),
         _ => (op.offset, op.end()),
-    }
+    };
+    let start = moved_end(core, file, op).map_or(start, |moved| start.min(moved));
+    let block = u64::from(state.info.request_align.max(state.info.hole_align));
+    (align_down(start, block), align_up(end, block).unwrap_or(u64::MAX))
+}
+
+/// A discard without the blocks that it cuts.
+pub(crate) fn within_blocks(core: &Core, file: FileId, op: Op) -> Op {
+    let block = core.files[file.index()].hole_mask + 1;
+    let Some(start) = align_up(op.offset, block) else { return Op { len: 0, ..op } };
+    let end = align_down(op.end(), block);
+    Op { offset: start, len: end.saturating_sub(start), ..op }
 }
 
 fn is_claimed(core: &Core, file: FileId, start: u64, end: u64) -> bool {
@@ -147,17 +186,21 @@ struct Machine<'a> {
 
 impl Machine<'_> {
     fn step(&mut self, event: Event) -> Step<State> {
-        if let Event::Io(Err(errno)) = event {
-            return Step::Done(Err(errno));
-        }
         match (self.job.state, event) {
+            // The engine knows it now, and writes zeros.
+            (State::ZeroWhole { .. }, Event::Io(Err(Errno::NOT_SUPPORTED))) => {
+                Step::Go(State::Chunk)
+            }
+            (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::Claim, Event::Start | Event::Woken) => self.claim(),
-            (State::Direct | State::Trim, Event::Io(_)) => Step::Done(Ok(())),
+            (State::Direct, Event::Io(_)) if self.my_claim().is_some() => self.settle(),
+            (State::Trim, Event::Io(_)) if self.cuts() => self.settle(),
+            (State::Direct | State::Trim | State::Settle, Event::Io(_)) => Step::Done(Ok(())),
             (State::Quiesce, Event::Start | Event::Woken) => self.quiesce(),
             (State::Chunk, Event::Start | Event::Woken) => self.chunk(),
             (State::ReadChunk { len }, Event::Io(_)) => self.read_chunk(len),
             (State::ReadEdges { len }, Event::Io(_)) => self.read_edges(len),
-            (State::WriteChunk { len }, Event::Io(_)) => {
+            (State::WriteChunk { len } | State::ZeroWhole { len }, Event::Io(_)) => {
                 self.job.at += len;
                 Step::Go(State::Chunk)
             }
@@ -185,10 +228,7 @@ impl Machine<'_> {
         if !op.kind.modifies() {
             return Step::Go(State::Chunk);
         }
-        let (start, end) = match op.kind {
-            OpKind::Truncate | OpKind::Allocate => resized(self.core, file, op),
-            _ => self.blocks(op.offset, op.end()),
-        };
+        let (start, end) = claim_of(self.core, file, op);
         if is_claimed(self.core, file, start, end) && !mutant!("rmw_without_claim") {
             let mut list = self.core.files[file.index()].claim_waiters;
             self.core.park(self.me, &mut list);
@@ -197,22 +237,32 @@ impl Machine<'_> {
         }
         let direct = match op.kind {
             OpKind::Write { .. } => is_direct(self.core, file, op),
-            // Bytes at its ends that are no whole block are the device's to leave alone.
-            OpKind::Discard | OpKind::Truncate | OpKind::Allocate => true,
-            _ => may_zero(self.core, file, op),
+            _ => is_whole(self.core, file, op),
         };
         if direct {
-            let op = op.clone();
-            self.core.enqueue(self.me, op);
-            return Step::Wait(State::Direct);
+            return self.direct();
         }
         self.core.files[file.index()].claims.push(Claim { owner: self.me, start, end });
         Step::Go(State::Quiesce)
     }
 
+    fn direct(&mut self) -> Step<State> {
+        let op = match self.job.op.kind {
+            OpKind::Discard => within_blocks(self.core, self.job.file, self.job.op.clone()),
+            _ => self.job.op.clone(),
+        };
+        self.core.enqueue(self.me, op);
+        Step::Wait(State::Direct)
+    }
+
+    fn my_claim(&self) -> Option<usize> {
+        self.core.files[self.job.file.index()].claims.iter().position(|c| c.owner == self.me)
+    }
+
     fn quiesce(&mut self) -> Step<State> {
         let file = self.job.file;
-        let (start, end) = self.blocks(self.job.op.offset, self.job.op.end());
+        let mine = self.my_claim().expect("it was claimed");
+        let Claim { start, end, .. } = self.core.files[file.index()].claims[mine];
         let in_flight = self.core.ops.iter().any(|(_, record)| {
             let op = &record.op;
             let op_end = if op.kind == OpKind::Truncate { u64::MAX } else { op.end() };
@@ -227,7 +277,10 @@ impl Machine<'_> {
             self.core.files[file.index()].write_waiters = list;
             return Step::Wait(State::Quiesce);
         }
-        Step::Go(State::Chunk)
+        match self.job.op.kind {
+            OpKind::Truncate | OpKind::Allocate => self.direct(),
+            _ => Step::Go(State::Chunk),
+        }
     }
 
     fn chunk(&mut self) -> Step<State> {
@@ -235,6 +288,10 @@ impl Machine<'_> {
         if left == 0 {
             return self.trim();
         }
+        let left = match self.zeroed_by_file(left) {
+            Zeroing::Whole(len) => return self.zero_whole(len),
+            Zeroing::Cut(len) => len,
+        };
         if let Some(whole) = self.whole_blocks_in_place(left) {
             return whole;
         }
@@ -255,6 +312,27 @@ impl Machine<'_> {
         // blocks, then the rest.
         let len = if start < offset { start + self.align() - offset } else { size };
         self.bounce(buf, len.min(left))
+    }
+
+    /// Who zeroes the next bytes, `left` at most, and how many of them? All of another op's are cut.
+    fn zeroed_by_file(&self, left: u64) -> Zeroing {
+        let file = &self.core.files[self.job.file.index()];
+        if !matches!(self.job.op.kind, OpKind::Zero { .. }) || file.zero_unsupported {
+            return Zeroing::Cut(left);
+        }
+        let (block, offset) = (file.hole_mask + 1, self.offset());
+        let end = align_down(offset + left, block);
+        match align_up(offset, block) {
+            Some(start) if start == offset && start < end => Zeroing::Whole(end - start),
+            Some(start) if start < end => Zeroing::Cut(start - offset),
+            _ => Zeroing::Cut(left),
+        }
+    }
+
+    fn zero_whole(&mut self, len: u64) -> Step<State> {
+        let op = Op::bare(self.job.op.kind, self.job.file, self.offset(), len);
+        self.core.enqueue(self.me, op);
+        Step::Wait(State::ZeroWhole { len })
     }
 
     /// A write in whole blocks from memory that the file takes needs no bounce buffer, even if
@@ -344,13 +422,12 @@ impl Machine<'_> {
     /// All bytes are written. Where the last block reached past the end of the file, the end is
     /// put back, unless somebody else is at work behind it: then his end is the later one.
     fn trim(&mut self) -> Step<State> {
+        let Some(mine) = self.my_claim() else { return Step::Done(Ok(())) };
         let file = &mut self.core.files[self.job.file.index()];
-        let Some(mine) = file.claims.iter().position(|c| c.owner == self.me) else {
-            return Step::Done(Ok(()));
-        };
-        let Claim { start, end, .. } = file.claims[mine];
+        let start = file.claims[mine].start;
         let others = file.claims.iter().any(|c| c.owner != self.me && c.end > start);
-        if end <= file.len || others || !file.info.can_grow {
+        let end = align_up(self.job.op.end(), u64::from(file.info.request_align));
+        if end.is_none_or(|end| end <= file.len) || others || !file.info.can_grow {
             return Step::Done(Ok(()));
         }
         // Nobody may extend the file while its end is put back.
@@ -358,6 +435,18 @@ impl Machine<'_> {
         let len = file.len;
         self.core.enqueue(self.me, Op::bare(OpKind::Truncate, self.job.file, len, 0));
         Step::Wait(State::Trim)
+    }
+
+    /// Until the page is written, direct writes to it would be made through memory as well.
+    fn settle(&mut self) -> Step<State> {
+        self.core.issue_flush(self.me, self.job.file);
+        Step::Wait(State::Settle)
+    }
+
+    /// Does the file end inside a block?
+    fn cuts(&self) -> bool {
+        let file = &self.core.files[self.job.file.index()];
+        file.len & file.hole_mask != 0
     }
 
     fn release(&mut self) {

@@ -37,6 +37,10 @@ pub struct FileInfo {
     pub request_align: u32,
     /// Memory addresses must be multiples of this many bytes (a power of two).
     pub memory_align: u32,
+    /// The file itself zeroes and discards whole blocks of this many bytes (a power of two; 1:
+    /// anything goes), and changes a block that is cut, by its end too, in a way that harms writes
+    /// to the rest of it.
+    pub hole_align: u32,
     /// The file's length in bytes.
     pub len: u64,
     /// Can the file grow? A block device cannot.

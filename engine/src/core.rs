@@ -117,11 +117,15 @@ impl Core {
     fn issue_otherwise(&mut self, request: ReqId, file: FileId, op: Op) {
         match op.kind {
             OpKind::Flush => self.issue_flush(request, file),
-            OpKind::Truncate | OpKind::Allocate if align::may_resize(self, file, &op) => {
+            OpKind::Discard if align::is_whole(self, file, &op) => {
+                let op = align::within_blocks(self, file, op);
                 self.enqueue(request, op);
             }
-            OpKind::Discard if align::may_discard(self, file, &op) => self.enqueue(request, op),
-            OpKind::Zero { .. } if align::may_zero(self, file, &op) => self.enqueue(request, op),
+            OpKind::Zero { .. } | OpKind::Truncate | OpKind::Allocate
+                if align::is_whole(self, file, &op) =>
+            {
+                self.enqueue(request, op);
+            }
             _ => align::spawn(self, request, file, op),
         }
     }
@@ -293,6 +297,10 @@ impl Core {
             OpKind::Flush => return self.complete_flush(file, request, result),
             OpKind::Zero { .. } if result == Err(Errno::NOT_SUPPORTED) => {
                 self.files[file.index()].zero_unsupported = true;
+                if matches!(self.ops.slot(request).work, Work::Align(_)) {
+                    self.wake_writers(file);
+                    return self.op_done(request, result);
+                }
                 self.ops.slot_mut(request).pending -= 1;
                 self.wake_writers(file);
                 return align::spawn(self, request, file, record.op);

@@ -142,6 +142,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = FileId(self.core.files.len() as u32);
         let info = self.backend.attach(id, file)?;
         assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
+        assert!(info.hole_align.is_power_of_two());
         assert!(info.request_align as usize <= self.core.limits.buffer_size);
         self.core.files.push(FileState::new(info, self.core.limits.requests));
         Ok((id, info))

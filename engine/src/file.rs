@@ -26,6 +26,8 @@ pub(crate) struct FileState {
     /// The bits that are 0 in an offset or length, and in an address, that the file takes.
     pub block_mask: u32,
     pub address_mask: u32,
+    /// The same of what it zeroes and discards by itself.
+    pub hole_mask: u64,
     /// The length that the ops issued so far make the file have; never too small.
     pub len: u64,
     /// Modifying ops completed.
@@ -55,6 +57,7 @@ impl FileState {
         FileState {
             info,
             block_mask: info.request_align - 1,
+            hole_mask: u64::from(info.hole_align) - 1,
             address_mask: info.memory_align - 1,
             len: info.len,
             // What an earlier process wrote may not be stable: the first flush is a real one.

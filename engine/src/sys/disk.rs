@@ -57,6 +57,7 @@ pub struct DiskFile {
     writable: bool,
     request_align: u32,
     memory_align: u32,
+    hole_align: u32,
 }
 
 impl DiskFile {
@@ -104,6 +105,13 @@ impl DiskFile {
         }
         let (memory_align, request_align) =
             if options.direct { probe_align(fd, is_block) } else { (1, 1) };
+        // A device zeroes whole blocks in any case; a file's page cache is in nobody's way unless
+        // we write past it.
+        let hole_align = match (is_block, options.direct) {
+            (true, _) => sys::block_size(fd).unwrap_or(SAFE_ALIGN).max(request_align),
+            (false, true) => file_system_block(fd).max(request_align),
+            (false, false) => 1,
+        };
         Ok(DiskFile {
             file,
             is_block,
@@ -111,6 +119,7 @@ impl DiskFile {
             writable: options.write,
             request_align,
             memory_align,
+            hole_align,
         })
     }
 
@@ -119,6 +128,7 @@ impl DiskFile {
         Ok(FileInfo {
             request_align: self.request_align,
             memory_align: self.memory_align,
+            hole_align: self.hole_align,
             len: sys::length(self.fd())?,
             can_grow: !self.is_block,
         })
@@ -343,6 +353,14 @@ fn probe_align(fd: RawFd, is_block: bool) -> (u32, u32) {
         request = request.or_else(|| sys::block_size(fd)).filter(|&r| sane(r));
     }
     probe_by_reading(fd, memory, request)
+}
+
+/// Bytes in a block of the file system that holds a file. More than any file system has is a hint
+/// for transfers, as a network's give.
+fn file_system_block(fd: RawFd) -> u32 {
+    const MOST: u32 = 64 << 10;
+    let size = sys::file_system_block(fd).and_then(|size| u32::try_from(size).ok());
+    size.filter(|&size| size.is_power_of_two() && size <= MOST).unwrap_or(SAFE_ALIGN)
 }
 
 /// Fills in what the kernel did not say, by finding out which reads it refuses. Proves nothing in

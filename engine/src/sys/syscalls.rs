@@ -196,6 +196,15 @@ pub(crate) fn block_size(fd: RawFd) -> Option<u32> {
     u32::try_from(size).ok()
 }
 
+/// What the file system of an open file calls its block size, in bytes.
+pub(crate) fn file_system_block(fd: RawFd) -> Option<u64> {
+    // SAFETY: all zeros is a value of this plain struct.
+    let mut stat: libc::statvfs64 = unsafe { std::mem::zeroed() };
+    // SAFETY: fstatvfs fills the struct behind the address.
+    retry(|| unsafe { libc::fstatvfs64(fd, &raw mut stat) }).ok()?;
+    Some(stat.f_bsize)
+}
+
 /// Seeks; the position itself is never used, for all reads and writes name their offset.
 pub(crate) fn seek(fd: RawFd, offset: u64, whence: i32) -> Result<u64, Errno> {
     let offset = signed(offset)?;

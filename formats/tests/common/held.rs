@@ -33,7 +33,13 @@ impl Backend for Held {
     fn attach(&mut self, _: FileId, file: Vec<u8>) -> io::Result<FileInfo> {
         self.bytes = file;
         let len = self.bytes.len() as u64;
-        Ok(FileInfo { request_align: 4096, memory_align: 512, len, can_grow: true })
+        Ok(FileInfo {
+            request_align: 4096,
+            memory_align: 512,
+            hole_align: 4096,
+            len,
+            can_grow: true,
+        })
     }
 
     fn detach(&mut self, _: FileId) -> Option<Vec<u8>> {

@@ -130,6 +130,8 @@ pub struct Device {
     pub request_align: u32,
     /// Memory starts at multiples of this.
     pub memory_align: u32,
+    /// It zeroes and discards blocks of this many bytes.
+    pub hole_align: u32,
     /// So many ops at once, no more.
     pub depth: usize,
     /// Can files grow?
@@ -148,6 +150,7 @@ impl Default for Device {
         Device {
             request_align: 512,
             memory_align: 1,
+            hole_align: 4096,
             depth: 64,
             can_grow: true,
             can_zero: true,
@@ -425,6 +428,10 @@ impl SimBackend {
             _ => false,
         };
         assert!(self.device.can_grow || !grows, "behind the end of the disk: {new:?}");
+        let holes = u64::from(self.device.hole_align) - 1;
+        let is_cut = matches!(new.kind, OpKind::Zero { .. } | OpKind::Discard)
+            && (new.offset | new.len) & holes != 0;
+        assert!(!is_cut, "the file's blocks are cut: {new:?}");
         for old in self.flying.iter().filter(|old| old.file == new.file) {
             if new.kind.modifies() && old.kind.modifies() {
                 self.assert_apart(old, new);
@@ -456,6 +463,26 @@ impl SimBackend {
             !truncated(old, new) && !truncated(new, old),
             "a file's length is set while something happens behind it: {old:?} {new:?}"
         );
+        // A block in which the file ends, or will, is changed with the length. What extends the
+        // file is done under the file system's own lock.
+        let holes = u64::from(self.device.hole_align);
+        let len = self.files[new.file].now().len();
+        let moves_end = |op: &Flying| match op.kind {
+            OpKind::Truncate => Some(op.offset.min(len)),
+            OpKind::Allocate | OpKind::Zero { .. } => (op.end() > len).then_some(len),
+            _ => None,
+        };
+        let in_block = |op: &Flying, end: u64| {
+            end & (holes - 1) != 0
+                && op.kind != OpKind::Allocate
+                && op.end() <= len
+                && op.offset < align_down(end, holes) + holes
+                && op.end() > align_down(end, holes)
+        };
+        for (one, other) in [(old, new), (new, old)] {
+            let shared = moves_end(one).is_some_and(|end| in_block(other, end));
+            assert!(!shared, "a block in which a file ends is written meanwhile: {old:?} {new:?}");
+        }
         // Reserving space changes no byte.
         let reserves = |op: &Flying| op.kind == OpKind::Allocate;
         let apart = !old.overlaps(new) || reserves(old) || reserves(new);
@@ -681,6 +708,7 @@ impl Backend for SimBackend {
         Ok(FileInfo {
             request_align: self.device.request_align,
             memory_align: self.device.memory_align,
+            hole_align: self.device.hole_align,
             len,
             can_grow: self.device.can_grow,
         })

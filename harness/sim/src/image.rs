@@ -233,6 +233,7 @@ impl Subject for Image {
         Device {
             request_align: self.align,
             memory_align: 1,
+            hole_align: if self.align == 1 { 1 } else { 4096 },
             depth: self.depth,
             can_grow: true,
             can_zero: self.can_zero,

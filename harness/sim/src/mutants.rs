@@ -62,6 +62,8 @@ pub const MUTANTS: &[Mutant] = &[
     raw("rmw_without_claim", "two unaligned writes rewrite one block at once"),
     raw("rmw_ignores_writes_in_flight", "an unaligned write puts a newer write's bytes back"),
     raw("discard_ignores_claims", "an unaligned write puts back what a discard took away"),
+    raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
+    raw("file_end_cuts_unclaimed", "a file is cut off inside a block that is being written"),
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
     qed("no_fence_before_link", "an entry may be stable before the copied data is"),
     qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
