@@ -187,9 +187,9 @@ struct Machine<'a> {
 impl Machine<'_> {
     fn step(&mut self, event: Event) -> Step<State> {
         match (self.job.state, event) {
-            // The engine knows it now, and writes zeros.
-            (State::ZeroWhole { .. }, Event::Io(Err(Errno::NOT_SUPPORTED))) => {
-                Step::Go(State::Chunk)
+            // The engine knows it now, and zeros are written.
+            (state, Event::Io(Err(Errno::NOT_SUPPORTED))) if self.is_zeroed_by_file() => {
+                Step::Go(if state == State::Direct { State::Claim } else { State::Chunk })
             }
             (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::Claim, Event::Start | Event::Woken) => self.claim(),
@@ -326,6 +326,15 @@ impl Machine<'_> {
             Some(start) if start == offset && start < end => Zeroing::Whole(end - start),
             Some(start) if start < end => Zeroing::Cut(start - offset),
             _ => Zeroing::Cut(left),
+        }
+    }
+
+    /// Is what is awaited that the file zeroes something by itself?
+    fn is_zeroed_by_file(&self) -> bool {
+        match self.job.state {
+            State::ZeroWhole { .. } => true,
+            State::Direct => matches!(self.job.op.kind, OpKind::Zero { .. }),
+            _ => false,
         }
     }
 
