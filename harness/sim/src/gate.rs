@@ -104,6 +104,8 @@ impl Shape {
             Shape::WriteAcrossTables => Request::write(image.place(table + 1, 0) - 1024, 2048),
             Shape::WriteStable => Request::write_fua(at, 1024),
             Shape::ZeroWhole => Request::zero(at, whole),
+            // With one of the file system's blocks whole in it.
+            Shape::ZeroPart if image.format == Format::Raw => Request::zero(at + 512, 2 * whole),
             Shape::ZeroPart => Request::zero(at + 512, 1024),
             Shape::Discard => Request::discard(at + 1024, 2 * whole),
             Shape::Grow => Request::truncate(image.size() + 2 * whole),
@@ -175,6 +177,7 @@ pub fn images(format: Format) -> Vec<Image> {
             plain,
             Image { align: 4096, ..plain },
             Image { align: 1, can_zero: false, ..plain },
+            Image { can_zero: false, ..plain },
             Image { probed: true, ..plain },
         ],
         Format::Qed => vec![
