@@ -138,6 +138,7 @@ impl Core {
             }
             OpKind::Write { fua } => IoKind::Write { fua },
             OpKind::Discard => IoKind::Discard,
+            OpKind::Zero { unmap } => IoKind::Zero { unmap, fua: false },
             _ => panic!("no piece of a request: {op:?}"),
         };
         let seg = match op.segs.as_slice() {

@@ -165,7 +165,7 @@ impl Qcow2 {
         for cluster in at >> bits..=(last - 1) >> bits {
             let from = at.max(cluster << bits);
             // What lies behind the disk's end goes with its last unit.
-            let end = if last == self.size { u64::MAX } else { last };
+            let end = if last == self.reach { u64::MAX } else { last };
             let to = end.min((cluster + 1) << bits);
             self.mark_cluster(slot, from, to, mark, cx);
         }

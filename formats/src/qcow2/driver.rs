@@ -93,6 +93,8 @@ pub struct Regions {
     pub(super) counts: RegionId,
     /// What whoever changes the header writes.
     pub(super) header: RegionId,
+    /// A piece of a longer L1 table.
+    pub(super) root: RegionId,
 }
 
 impl Regions {
@@ -110,6 +112,7 @@ impl Regions {
             staging: region(options.sweep_depth.max(1) * slice),
             counts: region(slice),
             header: region(slice),
+            root: region(slice),
         }
     }
 }
@@ -122,9 +125,12 @@ pub struct Qcow2 {
     pub(super) data: FileId,
     pub(super) geometry: Geometry,
     pub(super) size: u64,
+    /// Where its last cluster is cut: its size, or what that is becoming, if that is more.
+    pub(super) reach: u64,
     pub(super) writable: bool,
     pub(super) backing: Option<Backing>,
-    /// An impossible entry was found while writable: every request fails from then on.
+    /// An impossible entry was found while writable, or nobody knows which tables are the image's:
+    /// every request fails from then on.
     pub(super) corrupt: bool,
     pub(super) codec: Compute,
     /// As on disk, but for the byte order.
@@ -182,17 +188,21 @@ pub enum State {
     Publish { claim: u32 },
     /// A sweep that began after the request came.
     Swept,
-    /// Guest resize: the header's turn, or what is beyond a smaller size, cleared.
+    /// Guest resize: its turn.
     Resize,
-    /// Guest resize: a sweep.
-    ResizeSwept,
     /// Guest resize: clusters for a longer L1 table.
     ResizeSpace { attempt: u32 },
     /// Guest resize: a longer L1 table, up to entry `from` written.
     WriteRoot { from: u32 },
     /// Guest resize: the longer L1 table, stable.
     FlushRoot,
-    /// Guest resize: the header, written.
+    /// Guest resize: the data file's new length.
+    DataLength,
+    /// Guest resize: what lies between the sizes, zeroed or given up.
+    ClearBeyond,
+    /// Guest resize: a sweep.
+    ResizeSwept,
+    /// Guest resize: the header's turn, or the header, written.
     WriteHeader,
     /// Guest resize: the header, stable.
     FlushHeader,
@@ -264,6 +274,7 @@ impl Qcow2 {
             data,
             geometry,
             size: opened.header.disk_size(),
+            reach: opened.header.disk_size(),
             writable,
             backing,
             corrupt: false,
@@ -444,6 +455,8 @@ impl Driver for Qcow2 {
             State::Swept => 13,
             State::Resize
             | State::ResizeSwept
+            | State::DataLength
+            | State::ClearBeyond
             | State::WriteRoot { .. }
             | State::FlushRoot
             | State::WriteHeader
@@ -548,6 +561,8 @@ impl Qcow2 {
                 State::Resize
                 | State::ResizeSwept
                 | State::ResizeSpace { .. }
+                | State::DataLength
+                | State::ClearBeyond
                 | State::WriteRoot { .. }
                 | State::FlushRoot
                 | State::WriteHeader

@@ -1,19 +1,21 @@
 //! What changes the header of a running image: a guest's resize, a longer refcount table, the
 //! corrupt mark. One of them at a time; the header's fields go out as one sector.
 //!
-//! Growing: the L1 table, if it is too short, is copied to new clusters and made stable; then one
-//! write of the header names it, and the size. While it moves, no L2 table is linked. Shrinking:
-//! what lies beyond the new size is cleared and made stable; then the header says so.
+//! A disk grows in three steps: the L1 table, if it is too short, is copied to new clusters and made
+//! stable, and a write of the header names it; while it moves, no L2 table is linked. Then what the
+//! disk gains is zeroed, by a zero write to this very node, and made stable. Then the header says
+//! the size. To shrink, the header says the size first; then what lies behind it is cleared.
 
+use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event, Step};
-use cowbell_engine::units::{Errno, HostOffset};
+use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
 use super::driver::{Qcow2, State};
 use super::header::{self, AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, L1_BYTES_MAX, SECTOR};
-use super::layout::Mapping;
 use super::open::Opened;
+use super::sweep::Free;
 
 /// The header of a running image.
 #[derive(Clone, Hash, Debug)]
@@ -25,6 +27,9 @@ pub(super) struct Header {
     /// Somebody is changing it; others wait.
     busy: bool,
     pub waiters: WaitList,
+    /// Somebody is resizing the disk; others wait.
+    resizing: bool,
+    resizers: WaitList,
     /// The L1 table is moving: no entry of it changes.
     pub moving_root: bool,
     /// A longer L1 table: its first cluster.
@@ -41,6 +46,8 @@ impl Header {
             next: header.clone(),
             busy: false,
             waiters: WaitList::new(),
+            resizing: false,
+            resizers: WaitList::new(),
             moving_root: false,
             root: 0,
             mark_corrupt: false,
@@ -55,7 +62,8 @@ impl Header {
     }
 
     pub fn assert_idle(&self) {
-        assert!(!self.busy && self.waiters.is_empty() && !self.moving_root, "the header is busy");
+        assert!(!self.busy && self.waiters.is_empty(), "the header is busy");
+        assert!(!self.resizing && self.resizers.is_empty() && !self.moving_root, "a resize");
     }
 }
 
@@ -76,9 +84,7 @@ impl Qcow2 {
             Err(_) => self.header.next = self.header.on_disk.clone(),
         }
         self.header.busy = false;
-        self.header.moving_root = false;
         cx.wake_all(&mut self.header.waiters);
-        cx.wake_all(&mut self.sweep.root_waiters);
     }
 
     /// Chore: says on disk that the image is corrupt.
@@ -135,36 +141,16 @@ impl Qcow2 {
         if !size.is_multiple_of(SECTOR) || l1_bytes.is_none_or(|bytes| bytes > L1_BYTES_MAX) {
             return Step::Done(Err(Errno::INVALID));
         }
-        // A longer backing file would shine through where the guest is to see zeros; a table of
-        // version 2, or a data file, cannot hide what is cut off from a later, larger size.
-        let uncovers = size > self.size && self.backing.is_some_and(|b| b.size > self.size);
-        let cannot_clear =
-            self.data != self.file || self.backing.is_some() && !self.geometry.has_zero_clusters();
-        let loses = self.header.has_snapshots && !self.geometry.has_zero_clusters();
-        if uncovers || loses || (size < self.size && cannot_clear) {
+        // Version 2 does not say how large a snapshot's disk is.
+        if self.header.has_snapshots && !self.geometry.has_zero_clusters() {
             return Step::Done(Err(Errno::NOT_SUPPORTED));
         }
-        if self.header.busy {
-            cx.park(&mut self.header.waiters);
+        if self.header.resizing {
+            cx.park(&mut self.header.resizers);
             return Step::Wait(State::Resize);
         }
-        self.header.busy = true;
-        if size >= self.size {
-            return self.grow_root(cx);
-        }
-        let cluster = self.geometry.cluster_size();
-        let whole = size.next_multiple_of(cluster).min(self.size);
-        let target = Target::Node(cx.node());
-        if size < whole {
-            let segs = Segs::one(Seg::zeros((whole - size) as u32));
-            let kind = OpKind::Write { fua: false };
-            cx.issue(Op { kind, target, offset: size, len: whole - size, segs });
-        }
-        if whole < self.size {
-            let (kind, len) = (OpKind::Discard, self.size - whole);
-            cx.issue(Op { kind, target, offset: whole, len, segs: Segs::none() });
-        }
-        Step::Wait(State::Resize)
+        self.header.resizing = true;
+        if size > self.size { self.grow_root(cx) } else { self.write_change(cx) }
     }
 
     pub(super) fn step_resize(
@@ -173,37 +159,45 @@ impl Qcow2 {
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        match (state, event) {
-            (State::Resize, Event::Woken) => self.resize(cx),
-            // What was beyond is cleared, in memory.
-            (State::Resize, Event::Io(Ok(()))) => {
-                self.park_for_sweep(cx);
-                Step::Wait(State::ResizeSwept)
+        let result = match event {
+            Event::Io(result) => result,
+            _ if state == State::ResizeSwept => self.sweep.result(),
+            _ => Ok(()),
+        };
+        match (state, event, result) {
+            (State::WriteHeader | State::FlushHeader, _, Err(errno)) => {
+                self.change_failed(errno, cx)
             }
-            (State::ResizeSwept, Event::Woken) if self.header.moving_root => self.root_at_rest(cx),
-            (State::ResizeSwept, Event::Woken) => match self.sweep.result() {
-                Ok(()) => self.write_size(cx),
-                Err(errno) => self.resized(Err(errno), cx),
-            },
-            (State::ResizeSpace { attempt }, Event::Woken) => {
+            (_, _, Err(errno)) => self.resized(Err(errno), cx),
+            (State::Resize, Event::Woken, _) => self.resize(cx),
+            (State::ResizeSpace { attempt }, Event::Woken, _) => {
                 match self.stock.failure_of(attempt) {
                     Some(errno) => self.resized(Err(errno), cx),
                     None => self.grow_root(cx),
                 }
             }
-            (State::WriteRoot { from }, Event::Io(Ok(()))) => self.write_root(from, cx),
-            (State::FlushRoot, Event::Io(Ok(()))) => self.write_size(cx),
-            (State::WriteHeader, Event::Io(Ok(()))) => {
+            (State::ResizeSwept, Event::Woken, _) if self.header.moving_root => {
+                self.write_root(0, cx)
+            }
+            (State::ResizeSwept, Event::Woken, _) if self.size == self.reach => {
+                self.resized(Ok(()), cx)
+            }
+            (State::ResizeSwept, Event::Woken, _) => self.write_change(cx),
+            (State::WriteRoot { from }, Event::Io(_), _) => self.write_root(from, cx),
+            (State::FlushRoot, Event::Io(_), _) => self.write_change(cx),
+            (State::WriteHeader, Event::Woken, _) => self.write_change(cx),
+            (State::WriteHeader, Event::Io(_), _) => {
                 self.flush_files(cx);
                 Step::Wait(State::FlushHeader)
             }
-            (State::FlushHeader, Event::Io(Ok(()))) => self.resized(Ok(()), cx),
-            (_, Event::Io(Err(errno))) => self.resized(Err(errno), cx),
-            (state, event) => panic!("{event:?} in {state:?}"),
+            (State::FlushHeader, Event::Io(_), _) => self.changed(cx),
+            (State::DataLength, Event::Io(_), _) => self.clear_beyond(cx),
+            (State::ClearBeyond, Event::Io(_), _) => self.cleared(cx),
+            (state, event, _) => panic!("{event:?} in {state:?}"),
         }
     }
 
-    /// L1 entries that the size being set needs and that there are not.
+    /// Clusters of the L1 table that a disk of this size needs, if there are fewer entries.
     fn root_clusters(&self, size: u64) -> Option<u64> {
         let needed = self.geometry.l1_entries(size);
         let is_short = needed > self.l1.len() as u64;
@@ -211,7 +205,9 @@ impl Qcow2 {
     }
 
     fn grow_root(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let Some(count) = self.root_clusters(cx.io().offset) else { return self.write_size(cx) };
+        let Some(count) = self.root_clusters(cx.io().offset) else {
+            return self.set_data_length(cx);
+        };
         match self.take_contiguous(count, cx) {
             Ok(first) => self.header.root = first,
             Err(step) => return step,
@@ -222,63 +218,148 @@ impl Qcow2 {
         Step::Wait(State::ResizeSwept)
     }
 
-    fn root_at_rest(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        match self.sweep.result() {
-            Ok(()) => self.write_root(0, cx),
-            Err(errno) => self.resized(Err(errno), cx),
-        }
-    }
-
     /// Writes the longer L1 table from entry `from` on, a piece at a time.
     fn write_root(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
         let bits = self.geometry.slice_bits();
         let count = self.root_clusters(cx.io().offset).expect("it is too short");
         let entries = (count << self.geometry.cluster_bits()) / 8;
         if u64::from(from) >= entries {
+            if mutant!("qcow2_root_linked_unstable") {
+                return self.write_change(cx);
+            }
             self.flush_files(cx);
             return Step::Wait(State::FlushRoot);
         }
-        let bytes = &mut cx.mem().region_mut(self.regions.header)[..1 << bits];
+        let bytes = &mut cx.mem().region_mut(self.regions.root)[..1 << bits];
         for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             *word = self.l1.get(from as usize + i).copied().unwrap_or(0).to_be_bytes();
         }
-        let seg = Seg { base: Base::Region(self.regions.header), off: 0, len: 1 << bits };
+        let seg = Seg { base: Base::Region(self.regions.root), off: 0, len: 1 << bits };
         let offset = (self.header.root << self.geometry.cluster_bits()) + u64::from(from) * 8;
         cx.issue(Op::write(self.file, offset, Segs::one(seg)));
         Step::Wait(State::WriteRoot { from: from + (1 << (bits - 3)) })
     }
 
-    /// Everything is as the new size wants it: say so.
-    fn write_size(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    /// Writes the header that names the longer L1 table, or else the size.
+    fn write_change(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let size = cx.io().offset;
-        self.header.next.size = size;
-        if self.root_clusters(size).is_some() {
+        if self.header.busy {
+            cx.park(&mut self.header.waiters);
+            return Step::Wait(State::WriteHeader);
+        }
+        self.header.busy = true;
+        if self.header.moving_root {
             self.header.next.l1_offset = self.header.root << self.geometry.cluster_bits();
             self.header.next.l1_size = self.geometry.l1_entries(size) as u32;
+        } else {
+            self.header.next.size = size;
         }
         self.write_header(cx);
         Step::Wait(State::WriteHeader)
     }
 
-    fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+    /// The header says so, stably.
+    fn changed(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let size = cx.io().offset;
+        if self.header.moving_root {
+            self.root_moved(size, cx);
+            return self.set_data_length(cx);
+        }
+        self.free_header(Ok(()), cx);
+        let is_smaller = size < self.size;
+        (self.size, self.reach) = (size, size);
+        if is_smaller { self.set_data_length(cx) } else { self.resized(Ok(()), cx) }
+    }
+
+    /// Nobody knows what the header says. If it may name another L1 table than the one in use,
+    /// nothing is written any more.
+    fn change_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        self.corrupt |= self.header.moving_root;
+        self.free_header(Err(errno), cx);
+        self.resized(Err(errno), cx)
+    }
+
+    /// The longer L1 table is the image's; the old one's place is free.
+    fn root_moved(&mut self, size: u64, cx: &mut Cx<'_>) {
         let bits = self.geometry.cluster_bits();
-        let moved = self.root_clusters(size).filter(|_| self.header.moving_root);
-        if let (Ok(()), Some(count)) = (result, moved) {
-            let old = self.header.on_disk.l1_offset >> bits;
-            let old_count = (self.l1.len() as u64 * 8).div_ceil(1 << bits);
-            for cluster in old..old + old_count {
-                self.metadata.remove(&cluster);
-                self.free(Some(Mapping::Data(HostOffset(cluster << bits))), true, false);
+        let count = self.root_clusters(size).expect("it was too short");
+        let first = self.header.on_disk.l1_offset >> bits;
+        let old = first..first + (self.l1.len() as u64 * 8).div_ceil(1 << bits);
+        if !old.is_empty() {
+            let count = old.end - old.start;
+            self.sweep.free(Free { first, count, sole: true, discard: false });
+        }
+        for cluster in old {
+            self.metadata.remove(&cluster);
+        }
+        self.metadata.extend(self.header.root..self.header.root + count);
+        self.l1.resize(self.geometry.l1_entries(size) as usize, 0);
+        self.free_header(Ok(()), cx);
+        self.root_at_rest(cx);
+    }
+
+    /// The L1 table moves no more.
+    fn root_at_rest(&mut self, cx: &mut Cx<'_>) {
+        self.header.moving_root = false;
+        cx.wake_all(&mut self.sweep.root_waiters);
+    }
+
+    /// A data file is as long as the disk.
+    fn set_data_length(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.data == self.file {
+            return self.clear_beyond(cx);
+        }
+        cx.issue(Op::bare(OpKind::Truncate, self.data, cx.io().offset, 0));
+        Step::Wait(State::DataLength)
+    }
+
+    /// Growing: zeroes what the disk gains. Otherwise: clears what lies behind its end.
+    fn clear_beyond(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let size = cx.io().offset;
+        let target = Target::Node(cx.node());
+        let op = |kind, offset, to| {
+            let (len, segs) = (to - offset, Segs::none());
+            Op { kind, target, offset, len, segs }
+        };
+        let zero = OpKind::Zero { unmap: true };
+        if self.size < size {
+            self.reach = size;
+            if self.is_raw_external() || mutant!("qcow2_gained_not_zeroed") {
+                return self.write_change(cx);
             }
-            let root = self.header.root;
-            self.metadata.extend(root..root + count);
-            self.l1.resize(self.geometry.l1_entries(size) as usize, 0);
+            cx.issue(op(zero, self.size, size));
+            return Step::Wait(State::ClearBeyond);
         }
-        if result.is_ok() {
-            self.size = size;
+        if self.data != self.file {
+            return self.cleared(cx);
         }
-        self.free_header(result, cx);
+        // The disk was larger, so its tables map this cluster.
+        let whole = size.next_multiple_of(self.geometry.cluster_size());
+        let end = (self.l1.len() as u64) << self.geometry.l2_span_bits();
+        if size < whole {
+            cx.issue(op(zero, size, whole));
+        }
+        cx.issue(op(OpKind::Discard, whole, end.max(whole)));
+        Step::Wait(State::ClearBeyond)
+    }
+
+    fn cleared(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.size < self.reach && mutant!("qcow2_size_before_zeros") {
+            return self.write_change(cx);
+        }
+        self.park_for_sweep(cx);
+        Step::Wait(State::ResizeSwept)
+    }
+
+    fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        if self.header.moving_root {
+            let count = self.root_clusters(cx.io().offset).filter(|_| !self.corrupt);
+            count.into_iter().for_each(|count| self.stock.give_back(self.header.root, count));
+            self.root_at_rest(cx);
+        }
+        self.reach = self.size;
+        self.header.resizing = false;
+        cx.wake_all(&mut self.header.resizers);
         Step::Done(result)
     }
 

@@ -62,7 +62,9 @@ enum Phase {
     Blocks(Area),
 }
 
-/// New refcount blocks and, if the table must grow, the table: clusters one after the other.
+/// New refcount blocks and, if the table must grow, the table: clusters one after the other. And
+/// behind them clusters for the stock, where so many are wanted in one run that blocks of their own
+/// must count them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Area {
     first: u64,
@@ -71,12 +73,18 @@ struct Area {
     index: u64,
     /// Clusters of the new table; 0: the old one will do.
     table: u64,
+    /// Clusters for the stock.
+    run: u64,
     /// Does it lie in space that reads as zeros?
     fresh: bool,
 }
 
 impl Area {
     fn count(self) -> u64 {
+        self.tables() + self.run
+    }
+
+    fn tables(self) -> u64 {
         self.blocks + self.table
     }
 }
@@ -119,6 +127,8 @@ pub(super) struct Stock {
     settling: bool,
     /// Somebody found nothing, since the chore began or before.
     wanted: bool,
+    /// As many clusters in one run are wanted, which no piece of a block counts.
+    wanted_run: Option<u64>,
     /// Pieces that were searched for holes, in vain, since the chore began.
     searched: usize,
     /// Can the file be made longer?
@@ -167,6 +177,7 @@ impl Stock {
             running: false,
             settling: false,
             wanted: false,
+            wanted_run: None,
             searched: 0,
             can_grow,
             attempt: 0,
@@ -301,11 +312,11 @@ impl Qcow2 {
                 return Ok(run.end());
             }
         }
-        if count >= 1 << (self.geometry.slice_bits() + 2 - self.geometry.refcount_order()) {
-            // More than one piece of a refcount block counts.
-            return Err(Step::Done(Err(Errno::TOO_BIG)));
+        if count < 1 << (self.geometry.slice_bits() + 2 - self.geometry.refcount_order()) {
+            stock.batch = stock.batch.max(2 * count + stock.total);
+        } else {
+            stock.wanted_run = Some(count + 1);
         }
-        stock.batch = stock.batch.max(2 * count + stock.total);
         stock.wanted = true;
         self.ask_for_stock(cx);
         cx.park(&mut self.stock.waiters);
@@ -416,6 +427,9 @@ impl Qcow2 {
         if let Some(drop) = stock.drops.first().copied() {
             stock.phase = Phase::Drop;
             return self.look_at(drop.first, cx);
+        }
+        if let Some(run) = stock.wanted_run.take() {
+            return self.make_run(run, cx);
         }
         if stock.settling || !(stock.wanted || stock.is_low()) {
             return self.stock_done(Ok(()), cx);
@@ -566,8 +580,13 @@ impl Qcow2 {
     /// The file's length with `count` more clusters; `None` if that is too long.
     fn wanted_len(&self, count: u64) -> Option<u64> {
         let bits = self.geometry.cluster_bits();
-        let end = self.stock.end.checked_add(count).filter(|&end| end <= LEN_MAX >> bits);
+        let end = self.stock.end.checked_add(count).filter(|&end| end <= self.clusters_max());
         end.map(|end| end << bits)
+    }
+
+    /// The most clusters that a file can have.
+    fn clusters_max(&self) -> u64 {
+        LEN_MAX >> self.geometry.cluster_bits()
     }
 
     /// Makes the file `len` bytes long, or longer.
@@ -676,30 +695,46 @@ impl Qcow2 {
         if !fresh && self.metadata.contains(&first) {
             return self.counts_are_corrupt(cx);
         }
-        let Some(area) = self.area(first, index, fresh) else {
+        self.make_area(self.area(first, index, fresh, 0), cx)
+    }
+
+    /// Makes `run` clusters, behind everything that there are refcount blocks for.
+    fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let block_bits = self.geometry.block_bits();
+        let blocks = self.stock.table.iter().rposition(|&block| block != 0);
+        let first = blocks.map_or(0, |last| (last as u64 + 1) << block_bits).max(self.stock.end);
+        self.make_area(self.area(first, first >> block_bits, true, run), cx)
+    }
+
+    fn make_area(&mut self, area: Option<Area>, cx: &mut Cx<'_>) -> Step<State> {
+        let Some(area) = area.filter(|area| area.first + area.count() <= self.clusters_max())
+        else {
             return self.stock_done(Err(Errno::TOO_BIG), cx);
         };
         self.stock.phase = Phase::Blocks(area);
         let end = (area.first + area.count()) << self.geometry.cluster_bits();
-        if end > self.stock.grown && fresh {
+        if end > self.stock.grown && area.fresh {
             return self.grow(end, false, cx);
         }
         self.write_area(0, cx)
     }
 
-    /// The blocks, and the table, that make entry `index` of the refcount table possible.
-    fn area(&self, first: u64, index: u64, fresh: bool) -> Option<Area> {
+    /// The blocks, and the table, that make entry `index` of the refcount table possible, and a run
+    /// of `run` clusters. Where there is one, there are several blocks: all are linked at once, with
+    /// a table.
+    fn area(&self, first: u64, index: u64, fresh: bool, run: u64) -> Option<Area> {
         let (block_bits, cluster_bits) = (self.geometry.block_bits(), self.geometry.cluster_bits());
         let entries = self.stock.table.len() as u64;
-        let mut area = Area { first, blocks: 1, index, table: 0, fresh };
-        if index < entries {
+        let mut area = Area { first, blocks: 1, index, table: 0, run, fresh };
+        if index < entries && run == 0 {
             return Some(area);
         }
         // Half as many again, and enough for the area itself.
         loop {
             let last = (first + area.count() - 1) >> block_bits;
             let blocks = last - index + 1;
-            let needed = (entries + entries / 2).max(last + 1) << 3;
+            let ahead = if index < entries { entries } else { entries + entries / 2 };
+            let needed = ahead.max(last + 1) << 3;
             let table = needed.div_ceil(1 << cluster_bits);
             if blocks <= area.blocks && table <= area.table {
                 break;
@@ -714,7 +749,7 @@ impl Qcow2 {
     fn write_area(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
         let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
         let (bits, slice_bits) = (self.geometry.cluster_bits(), self.geometry.slice_bits());
-        let pieces = area.count() << (bits - slice_bits);
+        let pieces = area.tables() << (bits - slice_bits);
         self.stock.piece = None;
         for i in u64::from(from)..pieces {
             let bytes = cx.mem().region_mut(self.regions.counts);
@@ -803,10 +838,20 @@ impl Qcow2 {
         for block in 0..area.blocks {
             stock.table[(area.index + block) as usize] = (area.first + block) << bits;
         }
-        self.metadata.extend(area.first..area.first + area.count());
+        self.metadata.extend(area.first..area.first + area.tables());
+        if area.run > 0 {
+            let first = area.first + area.tables();
+            // The last to be taken from.
+            stock.used.insert(0, Run { first, count: area.run });
+            stock.total += area.run;
+        }
         if area.fresh {
-            stock.end = area.first + area.count();
-            stock.holes = stock.holes.max(stock.end);
+            let end = area.first + area.count();
+            // What was passed over is as free as a hole.
+            if stock.end == area.first {
+                stock.holes = stock.holes.max(end);
+            }
+            stock.end = end;
         }
         self.stock_next(cx)
     }

@@ -162,7 +162,8 @@ impl Qcow2 {
         let place = self.alloc_of(l1_index);
         let owes = self.allocs[place].owes && !mutant!("qcow2_table_owes_nothing");
         let is_sealed = owes && self.sweep.is_root_sealed() && !mutant!("qcow2_seal_ignored");
-        if is_sealed || self.header.moving_root {
+        let is_moving = self.header.moving_root && !mutant!("qcow2_root_linked_while_moving");
+        if is_sealed || is_moving {
             cx.park(&mut self.sweep.root_waiters);
             return Step::Wait(State::LinkTable { at, l1_index });
         }

@@ -295,14 +295,15 @@ impl Qcow2 {
         }
     }
 
-    /// Would an unallocated unit at `at` show the backing file's contents?
+    /// Would an unallocated unit at `at` show the backing file's contents? Behind the disk's end
+    /// nobody looks.
     #[inline]
     pub(super) fn shows_backing(&self, at: u64) -> bool {
         let start = align_down(at, self.geometry.unit_size());
-        self.backing.is_some_and(|backing| start < backing.size)
+        self.backing.is_some_and(|backing| start < backing.size.min(self.reach))
     }
 
-    /// The whole clusters in `at..end`. The image's end counts as the end of its last cluster.
+    /// The whole clusters in `at..end`. The disk's end counts as the end of its last cluster.
     pub(super) fn whole_clusters(&self, at: u64, end: u64) -> Option<(u64, u64)> {
         self.whole(at, end, self.geometry.cluster_size())
     }
@@ -310,7 +311,7 @@ impl Qcow2 {
     /// The whole units of `size` bytes in `at..end`.
     pub(super) fn whole(&self, at: u64, end: u64, size: u64) -> Option<(u64, u64)> {
         let first = at.checked_next_multiple_of(size)?;
-        let last = if end == self.size { end } else { align_down(end, size) };
+        let last = if end == self.reach { end } else { align_down(end, size) };
         (first < last).then_some((first, last))
     }
 
