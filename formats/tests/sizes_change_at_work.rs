@@ -25,7 +25,7 @@ fn engine() -> Engine<cowbell_formats::Node, Aio> {
 
 #[test]
 fn growing_at_work() {
-    for format in [Format::Raw, Format::Qed] {
+    for format in [Format::Raw, Format::Qed, Format::Qcow2] {
         let folder = folder();
         let path = folder.path().join("disk");
         make(&path, format, 1 << 20);
@@ -103,7 +103,7 @@ fn shrinking_at_work() {
 
 #[test]
 fn nothing_but_flushes_and_resizes() {
-    for format in [Format::Raw, Format::Qed] {
+    for format in [Format::Raw, Format::Qed, Format::Qcow2] {
         let folder = folder();
         let path = folder.path().join("disk");
         make(&path, format, 1 << 20);

@@ -72,6 +72,9 @@ struct Plan {
     was_zeros: bool,
 }
 
+/// Bytes of zeros that are written at once.
+const ZEROS_MAX: u64 = 2 << 20;
+
 impl Qcow2 {
     /// Claims clusters for the run at `at` and begins to fill them.
     pub(super) fn allocate(&mut self, at: u64, run: Run, cx: &mut Cx<'_>) -> Step<State> {
@@ -82,8 +85,11 @@ impl Qcow2 {
         let plan = self.plan(at, run);
         let mut to = run.end;
         if !matches!(cx.io().kind, IoKind::Write { .. }) {
-            // A cut unit of a zero write is written as data, by itself.
-            to = to.min(align_down(at, plan.grain) + plan.grain);
+            // A cut unit of a zero write is written as data, by itself; where a table cannot say
+            // that the others are zeros, they are too.
+            let says_so = self.geometry.has_zero_clusters() || !self.shows_backing(at);
+            let most = if says_so { plan.grain } else { plan.grain.max(ZEROS_MAX) };
+            to = to.min(align_down(at, plan.grain) + most);
         }
         let reach = if plan.place.is_some() { plan.grain } else { 1 << bits };
         let start = align_down(at, reach);

@@ -125,12 +125,11 @@ pub struct Qcow2 {
     pub(super) data: FileId,
     pub(super) geometry: Geometry,
     pub(super) size: u64,
-    /// Where its last cluster is cut: its size, or what that is becoming, if that is more.
+    /// Where its last cluster is cut: its size, or what that is growing to.
     pub(super) reach: u64,
     pub(super) writable: bool,
     pub(super) backing: Option<Backing>,
-    /// An impossible entry was found while writable, or nobody knows which tables are the image's:
-    /// every request fails from then on.
+    /// An impossible entry was found while writable: every request fails from then on.
     pub(super) corrupt: bool,
     pub(super) codec: Compute,
     /// As on disk, but for the byte order.
@@ -214,6 +213,10 @@ pub enum State {
     SweepFence,
     /// Chore: copies of changed slices and L1 blocks, written.
     SweepWrite,
+    /// Chore: the header's turn, or the header, written again.
+    SweepHeader,
+    /// Chore: all of it, stable, the header too.
+    SweepFlushHeader,
     /// Chore: all of it, stable.
     SweepFlush,
     /// Chore: its turn.
@@ -462,7 +465,12 @@ impl Driver for Qcow2 {
             | State::WriteHeader
             | State::FlushHeader
             | State::MarkCorrupt => 14,
-            State::Sweep | State::SweepFence | State::SweepWrite | State::SweepFlush => 15,
+            State::Sweep
+            | State::SweepFence
+            | State::SweepWrite
+            | State::SweepHeader
+            | State::SweepFlushHeader
+            | State::SweepFlush => 15,
             State::Settle | State::EmptyStock | State::CutEnd | State::FlushSettled => 17,
             _ => 16,
         }
@@ -569,9 +577,15 @@ impl Qcow2 {
                 | State::FlushHeader,
                 event,
             ) => self.step_resize(state, event, cx),
-            (State::Sweep | State::SweepFence | State::SweepWrite | State::SweepFlush, event) => {
-                self.step_sweep(state, event, cx)
-            }
+            (
+                State::Sweep
+                | State::SweepFence
+                | State::SweepWrite
+                | State::SweepHeader
+                | State::SweepFlushHeader
+                | State::SweepFlush,
+                event,
+            ) => self.step_sweep(state, event, cx),
             (State::Settle | State::EmptyStock | State::CutEnd | State::FlushSettled, event) => {
                 self.step_settle(state, event, cx)
             }

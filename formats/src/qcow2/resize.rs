@@ -26,6 +26,8 @@ pub(super) struct Header {
     next: header::Header,
     /// Somebody is changing it; others wait.
     busy: bool,
+    /// Nobody knows what is on disk: a write of it has failed. The next sweep writes it again.
+    pub is_doubted: bool,
     pub waiters: WaitList,
     /// Somebody is resizing the disk; others wait.
     resizing: bool,
@@ -45,6 +47,7 @@ impl Header {
         Header {
             next: header.clone(),
             busy: false,
+            is_doubted: false,
             waiters: WaitList::new(),
             resizing: false,
             resizers: WaitList::new(),
@@ -83,6 +86,7 @@ impl Qcow2 {
             Ok(()) => self.header.on_disk = self.header.next.clone(),
             Err(_) => self.header.next = self.header.on_disk.clone(),
         }
+        self.header.is_doubted = result.is_err() && !mutant!("qcow2_header_not_doubted");
         self.header.busy = false;
         cx.wake_all(&mut self.header.waiters);
     }
@@ -134,6 +138,22 @@ impl Qcow2 {
         self.free_header(result, cx);
     }
 
+    /// The sweep's part: writes the header again as it is in memory.
+    pub(super) fn write_doubted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.header.busy {
+            cx.park(&mut self.header.waiters);
+            return Step::Wait(State::SweepHeader);
+        }
+        self.header.busy = true;
+        self.write_header(cx);
+        Step::Wait(State::SweepHeader)
+    }
+
+    /// That header is stable, or not.
+    pub(super) fn doubted_written(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) {
+        self.free_header(result, cx);
+    }
+
     /// Guest resize.
     pub(super) fn resize(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let size = cx.io().offset;
@@ -166,7 +186,8 @@ impl Qcow2 {
         };
         match (state, event, result) {
             (State::WriteHeader | State::FlushHeader, _, Err(errno)) => {
-                self.change_failed(errno, cx)
+                self.free_header(Err(errno), cx);
+                self.resized(Err(errno), cx)
             }
             (_, _, Err(errno)) => self.resized(Err(errno), cx),
             (State::Resize, Event::Woken, _) => self.resize(cx),
@@ -271,24 +292,13 @@ impl Qcow2 {
         if is_smaller { self.set_data_length(cx) } else { self.resized(Ok(()), cx) }
     }
 
-    /// Nobody knows what the header says. If it may name another L1 table than the one in use,
-    /// nothing is written any more.
-    fn change_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
-        self.corrupt |= self.header.moving_root;
-        self.free_header(Err(errno), cx);
-        self.resized(Err(errno), cx)
-    }
-
     /// The longer L1 table is the image's; the old one's place is free.
     fn root_moved(&mut self, size: u64, cx: &mut Cx<'_>) {
         let bits = self.geometry.cluster_bits();
         let count = self.root_clusters(size).expect("it was too short");
         let first = self.header.on_disk.l1_offset >> bits;
         let old = first..first + (self.l1.len() as u64 * 8).div_ceil(1 << bits);
-        if !old.is_empty() {
-            let count = old.end - old.start;
-            self.sweep.free(Free { first, count, sole: true, discard: false });
-        }
+        self.free_root(first, old.end - old.start);
         for cluster in old {
             self.metadata.remove(&cluster);
         }
@@ -296,6 +306,13 @@ impl Qcow2 {
         self.l1.resize(self.geometry.l1_entries(size) as usize, 0);
         self.free_header(Ok(()), cx);
         self.root_at_rest(cx);
+    }
+
+    /// Nothing leads to these clusters of an L1 table, once a header is stable.
+    fn free_root(&mut self, first: u64, count: u64) {
+        if count > 0 {
+            self.sweep.free(Free { first, count, sole: true, discard: false });
+        }
     }
 
     /// The L1 table moves no more.
@@ -353,8 +370,8 @@ impl Qcow2 {
 
     fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
         if self.header.moving_root {
-            let count = self.root_clusters(cx.io().offset).filter(|_| !self.corrupt);
-            count.into_iter().for_each(|count| self.stock.give_back(self.header.root, count));
+            let count = self.root_clusters(cx.io().offset).expect("it is too short");
+            self.free_root(self.header.root, count);
             self.root_at_rest(cx);
         }
         self.reach = self.size;

@@ -345,7 +345,15 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         match (state, event) {
-            (State::Stock, Event::Start) => match self.sort_returned(cx) {
+            // What it is to count is the header's to say.
+            (State::Stock, Event::Start) if self.header.is_doubted => {
+                self.park_for_sweep(cx);
+                Step::Wait(State::Stock)
+            }
+            (State::Stock, Event::Woken) if self.sweep.result().is_err() => {
+                self.stock_done(self.sweep.result(), cx)
+            }
+            (State::Stock, Event::Start | Event::Woken) => match self.sort_returned(cx) {
                 true => Step::Wait(State::StockDiscard),
                 false => self.stock_next(cx),
             },

@@ -7,7 +7,8 @@
 //!
 //! A taken slice is *sealed* until it is copied: entries that owe a fence of their own wait, since
 //! the fence under way may not cover their data. Everything else goes on: lookups, data, other
-//! entries. A changed slice is pinned, and stays in memory until it is written.
+//! entries. A changed slice is pinned, and stays in memory until it is written. A header whose
+//! write has failed goes with the next sweep.
 //!
 //! References that were given up in memory (`Free`) leave with the sweep after: when it has made
 //! stable that nothing on disk refers to them, they go to the stock.
@@ -192,7 +193,7 @@ impl Qcow2 {
 
     /// Guest flush, and the end of a write that is to be stable.
     pub(super) fn flush(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.sweep.is_clean() || mutant!("qcow2_flush_writes_no_tables") {
+        if self.is_clean() || mutant!("qcow2_flush_writes_no_tables") {
             self.flush_files(cx);
             return Step::Last { label: FLUSH };
         }
@@ -213,7 +214,11 @@ impl Qcow2 {
 
     /// Is memory ahead of the disk, or a sweep under way?
     pub(super) fn is_dirty(&self) -> bool {
-        !self.sweep.is_clean() || !self.sweep.frees.is_empty()
+        !self.is_clean() || !self.sweep.frees.is_empty()
+    }
+
+    fn is_clean(&self) -> bool {
+        self.sweep.is_clean() && !self.header.is_doubted
     }
 
     pub(super) fn ask_for_sweep(&mut self, cx: &mut Cx<'_>) {
@@ -256,6 +261,19 @@ impl Qcow2 {
             (State::SweepFence, Event::Io(Ok(()))) => self.write_batch(cx),
             (State::SweepFence, Event::Io(Err(errno))) => self.sweep_failed(errno, cx),
             (State::SweepWrite, Event::Io(result)) => self.batch_written(result, cx),
+            (State::SweepHeader, Event::Woken) => self.write_batch(cx),
+            (State::SweepHeader, Event::Io(Ok(()))) => {
+                self.flush_files(cx);
+                Step::Wait(State::SweepFlushHeader)
+            }
+            (State::SweepHeader, Event::Io(Err(errno))) => {
+                self.doubted_written(Err(errno), cx);
+                self.sweep_failed(errno, cx)
+            }
+            (State::SweepFlushHeader, Event::Io(result)) => {
+                self.doubted_written(result, cx);
+                self.sweep_flushed(result, cx)
+            }
             (State::SweepFlush, Event::Io(result)) => self.sweep_flushed(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
@@ -311,6 +329,9 @@ impl Qcow2 {
         }
         if self.sweep.current.is_empty() && self.sweep.freeing.is_empty() {
             return self.sweep_ended(Ok(()), cx);
+        }
+        if self.header.is_doubted {
+            return self.write_doubted(cx);
         }
         if mutant!("qcow2_sweep_not_flushed") {
             return self.sweep_flushed(Ok(()), cx);

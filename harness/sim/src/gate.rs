@@ -54,6 +54,8 @@ enum Shape {
     ZeroPart,
     Discard,
     Grow,
+    GrowTable,
+    GrowFar,
     ReadGrown,
     WriteGrown,
     Shrink,
@@ -109,6 +111,9 @@ impl Shape {
             Shape::ZeroPart => Request::zero(at + 512, 1024),
             Shape::Discard => Request::discard(at + 1024, 2 * whole),
             Shape::Grow => Request::truncate(image.size() + 2 * whole),
+            Shape::GrowTable => Request::truncate(image.place(3, 1) + 512),
+            // A table of more clusters in a run than half a piece of a refcount block counts.
+            Shape::GrowFar => Request::truncate(image.place(2200, 0)),
             Shape::ReadGrown => Request::read(image.size() - 512, 1024),
             Shape::WriteGrown => Request::write(image.size() - 512, 1024),
             Shape::Shrink => Request::truncate(image.place(table, cluster) + whole + 512),
@@ -149,10 +154,10 @@ fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
 /// All pairs of a request and a change of the disk's size, in either order; and what was written
 /// behind the old end, flushed.
 fn resizes(image: &Image) -> Vec<Workload> {
-    let sizes: &[Shape] = match (image.can_grow(), image.can_shrink()) {
-        (false, _) => &[],
-        (true, false) => &[Shape::Grow],
-        (true, true) => &[Shape::Grow, Shape::Shrink],
+    let sizes: &[Shape] = match image.format {
+        Format::Vmdk => &[],
+        Format::Qed | Format::Qcow2 => &[Shape::Grow],
+        Format::Raw => &[Shape::Grow, Shape::Shrink],
     };
     let others = [&Shape::ALL[..], &[Shape::ReadGrown, Shape::WriteGrown, Shape::Grow]].concat();
     let mut all = Vec::new();
@@ -163,6 +168,26 @@ fn resizes(image: &Image) -> Vec<Workload> {
         }
         all.push(vec![*size, Shape::WriteGrown, Shape::Flush]);
         all.push(vec![*size, Shape::WriteStable, Shape::Grow]);
+    }
+    all.dedup();
+    let request = |shape: &Shape| shape.at(image, HERE);
+    all.iter().map(|shapes| Workload::new(shapes.iter().map(request))).collect()
+}
+
+/// Changes of the size that change more than the size, each alone or with one of the most telling
+/// requests.
+fn table_resizes(image: &Image, count: usize) -> Vec<Workload> {
+    let mut all = Vec::new();
+    let far = (image.cluster < CLUSTER && count == 1).then_some(Shape::GrowFar);
+    for size in [Shape::Grow, Shape::GrowTable, Shape::Shrink].into_iter().chain(far) {
+        let others = [Shape::WriteHead, Shape::WriteGrown, Shape::ZeroWhole, Shape::Flush, size];
+        match count {
+            1 => all.push(vec![size]),
+            _ => {
+                all.extend(others.map(|other| vec![size, other]));
+                all.extend(others.map(|other| vec![other, size]));
+            }
+        }
     }
     all.dedup();
     let request = |shape: &Shape| shape.at(image, HERE);
@@ -229,6 +254,15 @@ fn growing_images(format: Format) -> Vec<Image> {
     }
 }
 
+/// More kinds, for changes of the disk's size: the backing file is longer than it.
+fn long_images(format: Format) -> Vec<Image> {
+    let long = Image { backing: true, long: true, ahead: 8, ..Image::new(format) };
+    match format {
+        Format::Qcow2 => vec![long, Image { old: true, ..long }],
+        _ => Vec::new(),
+    }
+}
+
 /// All workloads of `ops` requests on images of a format, with at most `faults` faults.
 pub fn scopes(format: Format, ops: usize, faults: u8) -> Vec<Scope> {
     let budget = Budget { faults, ticks: 1, stalls: faults > 0, ..QUIET };
@@ -273,6 +307,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let small = || small.iter().copied();
     let others = || large.iter().copied().chain(growing_images(format));
     let kinds = || small().chain(others());
+    let long = || long_images(format);
     let count = |ops: usize| {
         let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
         move |image: &Image| workloads(image, shapes, ops)
@@ -291,6 +326,8 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
             scopes_on(small().filter(is_quick), fault, count(2)),
             scopes_on(small().filter(|image| !is_quick(image)), fault, core),
             scopes_on(small().filter(|image| !is_quick(image)), QUIET, count(2)),
+            scopes_on(small().chain(long()), fault, |image| table_resizes(image, 1)),
+            scopes_on(small().chain(long()), QUIET, |image| table_resizes(image, 2)),
         ],
         _ => vec![
             scopes_on(small().take(1), both, core),

@@ -59,6 +59,10 @@ pub struct Image {
     pub state: State,
     /// Has it a backing file? A raw one, shorter than the disk, that ends within a cluster.
     pub backing: bool,
+    /// Is that longer than the disk instead?
+    pub long: bool,
+    /// Is it qcow2 of version 2, whose tables do not say that a cluster is zeros?
+    pub old: bool,
     /// How a VMDK image is laid out.
     pub layout: Layout,
     /// Bytes in a cluster. Of less than 4096 only qcow2 makes any; its refcounts are then as
@@ -91,6 +95,8 @@ impl Image {
             format,
             state: State::Cold,
             backing: false,
+            long: false,
+            old: false,
             cluster: CLUSTER,
             layout: Layout::Plain,
             cache: 2,
@@ -126,7 +132,7 @@ impl Image {
 
     /// Can its disk be made smaller?
     pub fn can_shrink(&self) -> bool {
-        self.format == Format::Raw
+        matches!(self.format, Format::Raw | Format::Qcow2)
     }
 
     fn run_options(&self) -> RunOptions {
@@ -263,13 +269,20 @@ impl Subject for Image {
             return if self.state == State::Cold { Ok(()) } else { self.fill(host) };
         }
         if self.backing {
-            host.put(BACKING, Contents::noise(!SEED, self.place(1, 0) + 1536));
+            // Where zeros are written as data, a few clusters are enough of them.
+            let end = match (self.long, self.old) {
+                (false, _) => self.place(1, 0),
+                (true, false) => self.place(4, 0),
+                (true, true) => self.place(2, 5),
+            };
+            host.put(BACKING, Contents::noise(!SEED, end + 1536));
         }
         let options = CreateOptions {
             size: Some(self.size()),
             backing_file: self.backing.then(|| BACKING.into()),
             backing_format: self.backing.then_some(Format::Raw),
             cluster_size: Some(self.cluster),
+            compat: self.old.then(|| "v2".into()),
             refcount_bits: (self.cluster < CLUSTER).then_some(64),
             table_size: (self.format == Format::Qed).then_some(1),
             ..CreateOptions::default()
@@ -464,6 +477,12 @@ impl fmt::Display for Image {
         };
         let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
         write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
+        if self.long {
+            write!(f, "long=true ")?;
+        }
+        if self.old {
+            write!(f, "old=true ")?;
+        }
         if self.cluster != CLUSTER {
             write!(f, "cluster={} ", self.cluster)?;
         }
@@ -494,6 +513,8 @@ impl FromStr for Image {
                     };
                 }
                 "backing" => image.backing = flag()?,
+                "long" => image.long = flag()?,
+                "old" => image.old = flag()?,
                 "layout" => {
                     image.layout = match value {
                         "plain" => Layout::Plain,

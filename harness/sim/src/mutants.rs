@@ -16,6 +16,7 @@ use crate::explore::{Limit, exhaust};
 use crate::gate::{Scope, scopes, scopes_with};
 use crate::image::{Image, State};
 use crate::random::run_once;
+use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
 use crate::world::{Base, Budget, QUIET};
@@ -150,6 +151,11 @@ pub const MUTANTS: &[Mutant] = &[
         "a table may be linked on disk before what fills it is stable",
     ),
     qcow2("qcow2_shared_table_changed", "a table that a snapshot shares is changed in place"),
+    qcow2("qcow2_size_before_zeros", "a larger size may be stable before what it shows is"),
+    qcow2("qcow2_gained_not_zeroed", "a larger disk shows what was behind its end"),
+    qcow2("qcow2_root_linked_unstable", "a longer L1 table is named before it is stable"),
+    qcow2("qcow2_root_linked_while_moving", "a table is linked in an L1 table that was copied"),
+    qcow2("qcow2_header_not_doubted", "a failed write of the header counts as not done"),
     qcow2("qcow2_block_linked_unstable", "a refcount block is linked before it is stable"),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
@@ -351,6 +357,7 @@ pub fn special(format: Format) -> Vec<Scope> {
 fn special_qcow2(image: Image) -> Vec<Scope> {
     let image = Image { ahead: 8, ..image };
     let overlay = Image { backing: true, ..image };
+    let long = Image { long: true, ..overlay };
     let zeros = Image { state: State::Zeros, ..overlay };
     let warm = Image { state: State::Warm, ..image };
     // So little in stock that what is given up is used again at once.
@@ -389,6 +396,10 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         scope(shared, 1, &[head(0, 0), head(0, 1), flush]),
         scope(holes, 0, &[head(2, 0), flush]),
         scope(holes, 0, &[head(2, 0), head(2, 1)]),
+        scope(long, 0, &[Request::truncate(image.size() + 8192)]),
+        scope(warm, 0, &[Request::truncate(at(3, 1))]),
+        scope(image, 0, &[Request::truncate(at(3, 1)), head(0, 0), flush]),
+        scope(image, 1, &[Request::truncate(4608), whole(1, 0)]),
         scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
         // A rewrite in place, a discard of the cluster, an allocation: whose is it?
         scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),

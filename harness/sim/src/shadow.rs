@@ -64,7 +64,7 @@ pub struct Cut {
 
 impl Cut {
     /// Cuts the clusters of `cluster` bytes that `workload` touches on a disk of `size` bytes, and
-    /// the first of what the disk gains; `before` tells what is there. A size may be found rounded
+    /// the first and the last of what the disk gains; `before` tells what is there. A size may be found rounded
     /// up to a multiple of `size_unit`.
     pub fn new(
         workload: &Workload,
@@ -85,6 +85,7 @@ impl Cut {
             if request.kind == IoKind::Truncate {
                 let at = request.offset.min(size);
                 clusters.push(around(at.saturating_sub(1), at + 1));
+                clusters.push(around(request.offset.saturating_sub(1), request.offset));
                 borders.extend([request.offset, size]);
                 sizes.push((request.offset, writer(which)));
             }
