@@ -30,15 +30,12 @@ pub(crate) struct FileState {
     pub hole_mask: u64,
     /// The length that the ops issued so far make the file have; never too small.
     pub len: u64,
-    /// Modifying ops completed.
-    written: u64,
-    /// How many of them are known to be stable.
-    stable: u64,
+    /// Has a modifying op completed since the last flush was issued?
+    changed: bool,
     /// A flush failed: nobody knows what is stable any more, and every later flush says so (R56).
     poisoned: Option<Errno>,
-    /// Who waits for the flush in flight, and how many writes it covers.
+    /// Who waits for the flush in flight.
     riders: Vec<ReqId>,
-    covers: u64,
     /// Who waits for the flush after it.
     next_riders: Vec<ReqId>,
     /// Zeroing without writing zeros does not work here.
@@ -61,11 +58,9 @@ impl FileState {
             address_mask: info.memory_align - 1,
             len: info.len,
             // What an earlier process wrote may not be stable: the first flush is a real one.
-            written: 1,
-            stable: 0,
+            changed: true,
             poisoned: None,
             riders: Vec::with_capacity(requests),
-            covers: 0,
             next_riders: Vec::with_capacity(requests),
             zero_unsupported: false,
             claims: Vec::with_capacity(requests),
@@ -107,7 +102,7 @@ impl FileState {
     /// A modifying op has come back. One that failed may have happened in part: it counts too.
     #[inline]
     pub fn note_written(&mut self) {
-        self.written += 1;
+        self.changed = true;
     }
 
     pub fn assert_idle(&self) {
@@ -119,12 +114,8 @@ impl FileState {
 
 impl Hash for FileState {
     fn hash<H: Hasher>(&self, h: &mut H) {
-        // How many writes a flush will cover makes no difference, but whether there are any.
-        (self.info, self.len, self.written > self.stable, self.poisoned).hash(h);
+        (self.info, self.len, self.changed, self.poisoned).hash(h);
         (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
-        if !self.riders.is_empty() {
-            (self.written > self.covers).hash(h);
-        }
         (self.claim_waiters, self.write_waiters).hash(h);
     }
 }
@@ -139,13 +130,14 @@ impl Core {
             slot.failed = slot.failed.or(Some(errno));
             return;
         }
-        if state.written == state.stable || mutant!("flush_does_nothing") {
+        let owed = state.changed || !state.riders.is_empty();
+        if !owed || mutant!("flush_does_nothing") {
             self.ops.slot_mut(request).issued = true;
             return;
         }
         if state.riders.is_empty() {
             state.riders.push(request);
-            state.covers = state.written;
+            state.changed = false;
             self.stats.flushes += 1;
             self.enqueue(request, Op::flush(file));
         } else if mutant!("flush_rides_on_one_in_flight") {
@@ -166,12 +158,10 @@ impl Core {
     ) {
         let state = &mut self.files[file.index()];
         debug_assert_eq!(state.riders.first(), Some(&leader));
-        match result {
-            Ok(()) => state.stable = state.covers,
-            Err(_) if mutant!("flush_error_swallowed") => state.stable = state.covers,
-            Err(errno) => state.poisoned = Some(errno),
-        }
         let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
+        if let Err(errno) = result {
+            (state.poisoned, state.changed) = (Some(errno), true);
+        }
         let mut riders = std::mem::take(&mut state.riders);
         let waiting = std::mem::take(&mut state.next_riders);
         for &rider in &riders {
@@ -196,7 +186,7 @@ impl Core {
             }
             None => {
                 state.riders = waiting;
-                state.covers = state.written;
+                state.changed = false;
                 self.ops.slot_mut(first).pending -= 1;
                 self.stats.flushes += 1;
                 self.enqueue(first, Op::flush(file));
