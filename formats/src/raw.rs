@@ -23,13 +23,20 @@ const LAST: Step<State> = Step::Last { label: 0 };
 pub struct Raw {
     file: FileId,
     size: u64,
-    writable: bool,
-    /// Nobody said that it is raw: keep it so.
-    guarded: bool,
+    writes: Writes,
     can_grow: bool,
     /// Somebody is changing the guarded sector or the size; the next waits for the turn.
     busy: bool,
     waiters: WaitList,
+}
+
+/// What becomes of what would change it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Writes {
+    Pass,
+    /// Nobody said that it is raw: it is kept so.
+    Guarded,
+    Refused,
 }
 
 /// A request's state, named by what it awaits; `buf` a buffer that it holds.
@@ -56,7 +63,12 @@ impl Raw {
     /// The image in `file`, of `size` bytes.
     pub fn new(file: FileId, size: u64, writable: bool, guarded: bool, can_grow: bool) -> Raw {
         let (busy, waiters) = (false, WaitList::new());
-        Raw { file, size, writable, guarded, can_grow, busy, waiters }
+        let writes = match (writable, guarded) {
+            (false, _) => Writes::Refused,
+            (true, true) => Writes::Guarded,
+            (true, false) => Writes::Pass,
+        };
+        Raw { file, size, writes, can_grow, busy, waiters }
     }
 
     /// Panics if something is parked or has the turn. For tests, at rest.
@@ -64,14 +76,8 @@ impl Raw {
         assert!(!self.busy && self.waiters.is_empty(), "somebody has the turn");
     }
 
-    /// Must a write at `offset` be looked at?
-    #[inline(always)]
-    fn guards(&self, offset: u64) -> bool {
-        self.guarded && offset < PROBE_BYTES as u64
-    }
-
     fn begin_io(&mut self, io: Io, cx: &mut Cx<'_>) -> Step<State> {
-        if !self.writable && io.kind != IoKind::Flush {
+        if self.writes == Writes::Refused && io.kind != IoKind::Flush {
             return Step::Done(Err(Errno::READ_ONLY));
         }
         if self.needs_turn(io) {
@@ -94,7 +100,7 @@ impl Raw {
     /// What changes the guarded sector, and what changes the size: of two sizes the file and this
     /// driver must take the same for the last.
     fn needs_turn(&self, io: Io) -> bool {
-        io.kind == IoKind::Truncate || self.guarded && changes_first_sector(io)
+        io.kind == IoKind::Truncate || self.writes == Writes::Guarded && changes_first_sector(io)
     }
 
     fn resize(&mut self, cx: &mut Cx<'_>) -> Step<State> {
@@ -225,7 +231,9 @@ impl Driver for Raw {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
-        let passes = io.kind == IoKind::Read || self.writable && !self.guards(io.offset);
+        let passes = io.kind == IoKind::Read
+            || self.writes == Writes::Pass
+            || self.writes == Writes::Guarded && !changes_first_sector(*io);
         passes.then_some(Pass { file: self.file, offset: io.offset, label: 0 })
     }
 
@@ -234,7 +242,7 @@ impl Driver for Raw {
     }
 
     fn chore(&mut self, chore: Chore) -> Option<State> {
-        (chore == Chore::Settle && self.writable).then_some(State::ThenFlush)
+        (chore == Chore::Settle && self.writes != Writes::Refused).then_some(State::ThenFlush)
     }
 
     #[inline]
