@@ -80,6 +80,8 @@ pub struct Engine<D: Driver, B: Backend> {
     /// First, so that it is dropped first: it waits for ops in flight, which name memory below.
     backend: B,
     nodes: Vec<D>,
+    /// Their sizes: only a truncation changes one.
+    sizes: Vec<u64>,
     /// The states of requests, by slab key; taken out for the time of a step.
     states: Vec<Option<D::State>>,
     core: Core,
@@ -118,6 +120,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         assert!(D::STATES.len() <= STATES_MAX);
         Engine {
             nodes: Vec::new(),
+            sizes: Vec::new(),
             states: Vec::with_capacity(limits.requests * 4),
             core: Core::new(limits),
             backend,
@@ -166,6 +169,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// Adds an opened layer.
     pub fn add(&mut self, node: D) -> NodeId {
+        self.sizes.push(node.size());
         self.nodes.push(node);
         NodeId(self.nodes.len() as u32 - 1)
     }
@@ -176,7 +180,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// If `node` is of another engine.
     pub fn node(&self, node: NodeId) -> &D {
-        self.nodes.get(node.index()).unwrap_or_else(|| panic!("{node:?} is no node of this engine"))
+        self.nodes.get(node.index()).unwrap_or_else(|| no_node(node))
+    }
+
+    #[inline(always)]
+    fn size(&self, node: NodeId) -> u64 {
+        *self.sizes.get(node.index()).unwrap_or_else(|| no_node(node))
     }
 
     /// Takes a request. It is begun at the next [`run`](Engine::run); `mem` belongs to the engine
@@ -244,7 +253,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Nothing to do, or nothing that can be done: the request is not begun.
     #[cold]
     fn end_at_once(&mut self, node: NodeId, io: Io, mem: Mem, tag: u64) {
-        let fits = io.len == 0 && io.offset <= self.node(node).size() && mem_fits(&io, &mem);
+        let fits = io.len == 0 && io.offset <= self.size(node) && mem_fits(&io, &mem);
         let id = self.record(node, io, mem, tag);
         let unqueued = self.core.ready.pop();
         assert_eq!(unqueued, Some(id), "it was queued just now");
@@ -254,12 +263,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Is there something to do, and can it be done?
     #[inline(always)]
     fn is_valid(&self, node: NodeId, io: &Io, mem: &Mem) -> bool {
-        let node = self.node(node);
+        let size = self.size(node);
         if matches!(io.kind, IoKind::Flush | IoKind::Truncate) {
             return true;
         }
         let end = io.offset.checked_add(io.len);
-        io.len > 0 && end.is_some_and(|end| end <= node.size()) && mem_fits(io, mem)
+        io.len > 0 && end.is_some_and(|end| end <= size) && mem_fits(io, mem)
     }
 
     /// Collects completions, steps every request that has an event, hands their ops to the
@@ -434,6 +443,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             return self.step_job(id, key, event);
         }
         let driver = &mut self.nodes[slot.node.index()];
+        debug_assert_eq!(driver.size(), self.sizes[slot.node.index()], "nobody truncated it");
         self.core.stats.states[slot.label as usize].record(self.core.now, slot.entered, 1);
         let state = self.states[id.index()].take().expect("a request has a state");
         let step = driver.step(state, event, &mut Cx { core: &mut self.core, me: id });
@@ -441,6 +451,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     fn stepped(&mut self, id: ReqId, step: Step<D::State>) {
+        if self.core.ops.slot(id).io.kind == IoKind::Truncate {
+            self.resized(id);
+        }
         match step {
             Step::Last { label } => self.wait(id, label, Waits::Last),
             Step::Wait(state) => {
@@ -453,6 +466,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !self.core.asked.is_empty() {
             self.begin_asked();
         }
+    }
+
+    /// A truncation has made a step.
+    #[cold]
+    fn resized(&mut self, id: ReqId) {
+        let node = self.core.ops.slot(id).node.index();
+        self.sizes[node] = self.nodes[node].size();
     }
 
     fn go_on(&mut self, id: ReqId, mut state: D::State) {
@@ -637,6 +657,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 }
 
+#[cold]
+fn no_node(node: NodeId) -> ! {
+    panic!("{node:?} is no node of this engine")
+}
+
 /// Has a read or write the memory that it says?
 #[inline(always)]
 fn mem_fits(io: &Io, mem: &Mem) -> bool {
@@ -656,6 +681,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
     fn clone(&self) -> Self {
         Engine {
             nodes: self.nodes.clone(),
+            sizes: self.sizes.clone(),
             states: self.states.clone(),
             core: self.core.clone(),
             backend: self.backend.clone(),
@@ -669,6 +695,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
 
     fn clone_from(&mut self, source: &Self) {
         self.nodes.clone_from(&source.nodes);
+        self.sizes.clone_from(&source.sizes);
         self.states.clone_from(&source.states);
         self.core.clone_from(&source.core);
         self.backend.clone_from(&source.backend);

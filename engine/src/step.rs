@@ -138,7 +138,7 @@ pub trait Driver {
     /// The index of a state's name in [`Driver::STATES`].
     fn label(state: &Self::State) -> usize;
 
-    /// The virtual size in bytes.
+    /// The virtual size in bytes. Changes in no steps but those of a truncation.
     fn size(&self) -> u64;
 
     /// Where a new read or write may be passed on to as it is, as one op whose result is the
