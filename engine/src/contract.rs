@@ -89,7 +89,7 @@ pub(crate) struct Bench<'r, R: Rig> {
     ops: Ops,
     pub(crate) queue: Queue<OpId>,
     done: Vec<Completion>,
-    next_serial: u32,
+    next_ordinal: u32,
 }
 
 impl<'r, R: Rig> Bench<'r, R> {
@@ -100,8 +100,9 @@ impl<'r, R: Rig> Bench<'r, R> {
             assert!(align.is_power_of_two() && u64::from(align) <= BLOCK, "alignment {align}");
         }
         let mem = Memory::new(4, 4, 16 * BLOCK as usize);
-        let (ops, queue, done) = (Ops::new(0, 16), Queue::with_capacity(16), Vec::new());
-        Bench { backend, rig, mem, ops, queue, done, next_serial: 0 }
+        let (mut ops, queue, done) = (Ops::new(1, 16), Queue::with_capacity(16), Vec::new());
+        ops.claim_slot(); // of the request whose ops they all are
+        Bench { backend, rig, mem, ops, queue, done, next_ordinal: 0 }
     }
 
     pub(crate) fn push(&mut self, op: Op) -> OpId {
@@ -110,8 +111,8 @@ impl<'r, R: Rig> Bench<'r, R> {
 
     /// Queues an op of which `moved` bytes have been moved already.
     pub(crate) fn push_from(&mut self, op: Op, moved: u64) -> OpId {
-        let owner = OpOwner { serial: self.next_serial, ordinal: 0, request: ReqId(0) };
-        self.next_serial += 1;
+        let owner = OpOwner { request: ReqId(0), ordinal: self.next_ordinal };
+        self.next_ordinal += 1;
         let id = self.ops.insert(OpRecord { op, moved, owner, busy: true });
         self.queue.push(id);
         id

@@ -399,7 +399,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !matches!(kind, OpKind::Read) {
             file.note_issued_to(pass.offset + slot.io.len);
         }
-        request.pass_on(id, kind, pass, seg);
+        request.pass_on(kind, pass, seg);
         ops.passed_on();
         out.push(OpId(id.0));
     }

@@ -26,15 +26,13 @@ pub struct OpRecord {
     pub(crate) busy: bool,
 }
 
-/// Names an op by its request, so that a recorded schedule survives unrelated changes.
+/// Names an op by its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OpOwner {
-    /// The request, as the engine counts them: in order of submission, inner ones included.
-    pub serial: u32,
+    /// The request's place in the slab; [`Ops::serial`] tells which it was in time.
+    pub request: ReqId,
     /// The how-manieth op of that request.
     pub ordinal: u32,
-    /// The request's place in the slab.
-    pub request: ReqId,
 }
 
 impl OpRecord {
@@ -102,13 +100,13 @@ const _: () = assert!(size_of::<Request>() == 256);
 impl Request {
     /// The request has become one op, which moves its memory, all of `seg`.
     #[inline(always)]
-    pub fn pass_on(&mut self, me: ReqId, kind: OpKind, pass: Pass, seg: Seg) {
+    pub fn pass_on(&mut self, kind: OpKind, pass: Pass, seg: Seg) {
         let Request { slot, first: record } = self;
         debug_assert!(!record.busy && slot.pending == 0, "a new request has no ops");
         record.busy = true;
-        record.owner = OpOwner { serial: slot.serial, ordinal: 0, request: me };
+        record.owner.ordinal = 0;
         record.transfer(kind, pass.file, pass.offset, seg);
-        (slot.ordinal, slot.pending) = (1, 1);
+        slot.pending = 1;
         (slot.waits, slot.label) = (Waits::Pass, pass.label);
     }
 }
@@ -146,7 +144,8 @@ impl Ops {
     fn one_more(&mut self) -> ReqId {
         let id = ReqId(self.requests.len() as u32);
         let slot = Slot { base: Base::Guest(id), ..Slot::default() };
-        self.requests.push(Request { slot, ..Request::default() });
+        let first = OpRecord { owner: OpOwner { request: id, ordinal: 0 }, ..OpRecord::default() };
+        self.requests.push(Request { slot, first });
         id
     }
 
@@ -179,6 +178,12 @@ impl Ops {
     #[inline(always)]
     pub(crate) fn slot_mut(&mut self, id: ReqId) -> &mut Slot {
         &mut self.requests[id.index()].slot
+    }
+
+    /// The request of an op on its way, as the engine counts them: in order of submission, inner ones
+    /// included. A recorded schedule that names ops so survives unrelated changes.
+    pub fn serial(&self, request: ReqId) -> u32 {
+        self.slot(request).serial
     }
 
     /// Headers that have not been freed.
@@ -339,7 +344,7 @@ impl Default for OpRecord {
     fn default() -> OpRecord {
         let target = Target::File(FileId(0));
         let op = Op { kind: OpKind::Flush, target, offset: 0, len: 0, segs: Segs::none() };
-        let owner = OpOwner { serial: 0, ordinal: 0, request: ReqId(0) };
+        let owner = OpOwner { request: ReqId(0), ordinal: 0 };
         OpRecord { op, moved: 0, owner, busy: false }
     }
 }

@@ -155,7 +155,7 @@ impl Slot {
 
     /// Names its next op, for which it waits from now on.
     pub fn next_op(&mut self, me: ReqId) -> OpOwner {
-        let owner = OpOwner { serial: self.serial, ordinal: self.ordinal, request: me };
+        let owner = OpOwner { request: me, ordinal: self.ordinal };
         self.ordinal += 1;
         self.pending += 1;
         self.issued = true;

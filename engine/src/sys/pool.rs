@@ -374,7 +374,7 @@ mod tests {
     }
 
     fn stage(workers: &mut Workers, op: u32, occasion: u64) {
-        let owner = OpOwner { serial: op, ordinal: 0, request: ReqId(0) };
+        let owner = OpOwner { request: ReqId(0), ordinal: op };
         let op_itself = Op::bare(crate::op::OpKind::Discard, FileId(0), occasion, 1);
         let record = OpRecord { op: op_itself, moved: 0, owner, busy: true };
         workers.stage(OpId(op), &record, NO_FILE, &mut Memory::default());

@@ -383,7 +383,7 @@ impl SimBackend {
         align_down(flying.offset + flying.len / 2, unit).saturating_sub(flying.offset)
     }
 
-    fn start(&mut self, id: OpId, record: &OpRecord, mem: &Memory) {
+    fn start(&mut self, id: OpId, record: &OpRecord, ops: &Ops, mem: &Memory) {
         let owner = record.owner;
         let op = &record.op;
         let computes = matches!(op.kind, OpKind::Compute(_));
@@ -395,7 +395,7 @@ impl SimBackend {
         let mut flying = Flying {
             op: id,
             request: owner.request,
-            name: OpName { request: owner.serial, ordinal: owner.ordinal },
+            name: OpName { request: ops.serial(owner.request), ordinal: owner.ordinal },
             file,
             kind: op.kind,
             offset: record.offset(),
@@ -721,7 +721,7 @@ impl Backend for SimBackend {
     fn submit(&mut self, submission: &mut Submission<'_>) {
         while !self.stalled && self.flying.len() < self.device.depth {
             let Some((id, record)) = submission.peek() else { break };
-            self.start(id, record, submission.mem);
+            self.start(id, record, submission.ops, submission.mem);
             submission.take(1);
         }
         self.left_behind = !submission.is_empty();
