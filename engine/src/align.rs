@@ -272,9 +272,9 @@ impl Machine<'_> {
                 && start < op_end
         });
         if in_flight && !mutant!("rmw_ignores_writes_in_flight") {
-            let mut list = self.core.files[file.index()].write_waiters;
+            let mut list = self.core.write_waiters;
             self.core.park(self.me, &mut list);
-            self.core.files[file.index()].write_waiters = list;
+            self.core.write_waiters = list;
             return Step::Wait(State::Quiesce);
         }
         match self.job.op.kind {

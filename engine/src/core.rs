@@ -39,6 +39,8 @@ pub(crate) struct Core {
     pub buf_waiters: WaitList,
     pub bounce_free: Vec<BufId>,
     pub bounce_waiters: WaitList,
+    /// Requests that wait for writes in flight to end: they look again after each harvest.
+    pub write_waiters: WaitList,
     /// Nodes whose chore was asked for.
     pub asked: Vec<NodeId>,
     /// Guest requests that have ended, oldest first, until they are polled.
@@ -70,6 +72,7 @@ impl Core {
             buf_waiters: WaitList::new(),
             bounce_free: ids(limits.buffers, buffers),
             bounce_waiters: WaitList::new(),
+            write_waiters: WaitList::new(),
             asked: Vec::with_capacity(4),
             finished: Queue::with_capacity(limits.requests),
             chore_failed: None,
@@ -236,14 +239,10 @@ impl Core {
     /// Takes in what the backend says of an op.
     #[inline(always)]
     pub fn complete(&mut self, done: Completion) {
-        let Some((slot, record)) = self.ops.take_passed(done) else {
+        let Some(slot) = self.ops.take_passed(done) else {
             return self.complete_otherwise(done);
         };
         let (label, submitted) = (slot.label, slot.submitted);
-        if !matches!(record.op.kind, OpKind::Read) {
-            let file = record.file();
-            self.write_done(file);
-        }
         if let Some(others) = self.ended.add(label, submitted) {
             self.stats.record(others, self.now, self.limits.measure);
         }
@@ -256,15 +255,15 @@ impl Core {
         if ended.requests > 0 {
             self.stats.record(ended, self.now, self.limits.measure);
         }
+        if !self.write_waiters.is_empty() {
+            self.wake_write_waiters();
+        }
     }
 
     /// Everything but the common end of a request.
     #[inline(never)]
     fn complete_otherwise(&mut self, done: Completion) {
-        if let Some((request, changed)) = self.ops.take_whole(done) {
-            if let Some(file) = changed {
-                self.write_done(file);
-            }
+        if let Some(request) = self.ops.take_whole(done) {
             return self.op_done(request, Ok(()));
         }
         let record = &mut self.ops[done.op];
@@ -299,11 +298,9 @@ impl Core {
             OpKind::Zero { .. } if result == Err(Errno::NOT_SUPPORTED) => {
                 self.files[file.index()].zero_unsupported = true;
                 if matches!(self.ops.slot(request).work, Work::Align(_)) {
-                    self.wake_writers(file);
                     return self.op_done(request, result);
                 }
                 self.ops.slot_mut(request).pending -= 1;
-                self.wake_writers(file);
                 return align::spawn(self, request, file, record.op);
             }
             OpKind::Discard if result == Err(Errno::NOT_SUPPORTED) => Ok(()),
@@ -313,27 +310,15 @@ impl Core {
             }
             _ => result,
         };
-        self.write_done(file);
         self.op_done(request, result);
     }
 
-    /// A modifying op has ended. One that failed may have happened in part: it counts too.
-    #[inline(always)]
-    fn write_done(&mut self, file: FileId) {
-        let state = &mut self.files[file.index()];
-        state.note_written();
-        if !state.write_waiters.is_empty() {
-            self.wake_writers(file);
-        }
-    }
-
-    /// An op that modifies `file` has come back: who waits for such may look again.
     #[cold]
-    fn wake_writers(&mut self, file: FileId) {
+    fn wake_write_waiters(&mut self) {
         if mutant!("write_end_wakes_nobody") {
             return;
         }
-        let mut waiters = std::mem::take(&mut self.files[file.index()].write_waiters);
+        let mut waiters = std::mem::take(&mut self.write_waiters);
         self.wake_all(&mut waiters);
     }
 
@@ -498,6 +483,7 @@ impl Core {
         assert_eq!(self.bufs_free.len(), self.limits.buffers, "buffers leaked");
         assert_eq!(self.bounce_free.len(), self.limits.bounce_buffers, "bounce buffers leaked");
         assert!(self.buf_waiters.is_empty() && self.bounce_waiters.is_empty());
+        assert!(self.write_waiters.is_empty());
         for file in &self.files {
             file.assert_idle();
         }
@@ -535,6 +521,7 @@ impl Core {
             buf_waiters: self.buf_waiters,
             bounce_free: self.bounce_free.clone(),
             bounce_waiters: self.bounce_waiters,
+            write_waiters: self.write_waiters,
             asked: self.asked.clone(),
             finished: self.finished.clone(),
             chore_failed: self.chore_failed,
@@ -565,6 +552,7 @@ impl Core {
         }
         (self.out.len(), &self.ready, &self.files).hash(h);
         self.mem.hash_but_free(&[&self.bufs_free, &self.bounce_free], h);
-        (self.buf_waiters, self.bounce_waiters, self.bufs_free.len()).hash(h);
+        (self.buf_waiters, self.bounce_waiters, self.write_waiters).hash(h);
+        self.bufs_free.len().hash(h);
     }
 }

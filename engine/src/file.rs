@@ -30,7 +30,8 @@ pub(crate) struct FileState {
     pub hole_mask: u64,
     /// The length that the ops issued so far make the file have; never too small.
     pub len: u64,
-    /// Has a modifying op completed since the last flush was issued?
+    /// Has a modifying op been on its way since the last flush was issued? What ends after that is
+    /// not covered by it.
     changed: bool,
     /// A flush failed: nobody knows what is stable any more, and every later flush says so (R56).
     poisoned: Option<Errno>,
@@ -44,8 +45,6 @@ pub(crate) struct FileState {
     pub claims: Vec<Claim>,
     /// Requests that wait for a claim to end.
     pub claim_waiters: WaitList,
-    /// Requests that wait for writes in flight to end.
-    pub write_waiters: WaitList,
 }
 
 impl FileState {
@@ -65,13 +64,14 @@ impl FileState {
             zero_unsupported: false,
             claims: Vec::with_capacity(requests),
             claim_waiters: WaitList::new(),
-            write_waiters: WaitList::new(),
         }
     }
 
-    /// `op` is on its way, and means the file to reach to `end`.
+    /// `op`, which modifies, is on its way, and means the file to reach to `end`. If it fails, it may
+    /// have happened in part: it counts too.
     #[inline]
     pub fn note_issued(&mut self, op: &Op, end: u64) {
+        self.changed = true;
         match op.kind {
             OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => {
                 self.len = self.len.max(end);
@@ -94,21 +94,16 @@ impl FileState {
     /// A write that ends at `end` is on its way.
     #[inline(always)]
     pub fn note_issued_to(&mut self, end: u64) {
+        self.changed = true;
         if end > self.len {
             self.len = end;
         }
     }
 
-    /// A modifying op has come back. One that failed may have happened in part: it counts too.
-    #[inline]
-    pub fn note_written(&mut self) {
-        self.changed = true;
-    }
-
     pub fn assert_idle(&self) {
         assert!(self.riders.is_empty() && self.next_riders.is_empty(), "a flush was forgotten");
         assert!(self.claims.is_empty(), "claims left: {:?}", self.claims);
-        assert!(self.claim_waiters.is_empty() && self.write_waiters.is_empty());
+        assert!(self.claim_waiters.is_empty());
     }
 }
 
@@ -116,7 +111,7 @@ impl Hash for FileState {
     fn hash<H: Hasher>(&self, h: &mut H) {
         (self.info, self.len, self.changed, self.poisoned).hash(h);
         (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
-        (self.claim_waiters, self.write_waiters).hash(h);
+        self.claim_waiters.hash(h);
     }
 }
 
@@ -137,9 +132,7 @@ impl Core {
         }
         if state.riders.is_empty() {
             state.riders.push(request);
-            state.changed = false;
-            self.stats.flushes += 1;
-            self.enqueue(request, Op::flush(file));
+            self.enqueue_flush(request, file);
         } else if mutant!("flush_rides_on_one_in_flight") {
             state.riders.push(request);
             self.expect_result(request);
@@ -186,11 +179,15 @@ impl Core {
             }
             None => {
                 state.riders = waiting;
-                state.changed = false;
                 self.ops.slot_mut(first).pending -= 1;
-                self.stats.flushes += 1;
-                self.enqueue(first, Op::flush(file));
+                self.enqueue_flush(first, file);
             }
         }
+    }
+
+    fn enqueue_flush(&mut self, request: ReqId, file: FileId) {
+        self.files[file.index()].changed = self.ops.are_changing(file);
+        self.stats.flushes += 1;
+        self.enqueue(request, Op::flush(file));
     }
 }

@@ -240,7 +240,7 @@ impl Ops {
     /// A guest's request that was passed on, if its op has just done all it was asked to: the op
     /// is gone then, and the request waits to be polled.
     #[inline(always)]
-    pub(crate) fn take_passed(&mut self, done: Completion) -> Option<(&Slot, &OpRecord)> {
+    pub(crate) fn take_passed(&mut self, done: Completion) -> Option<&Slot> {
         let Request { slot, first } = self.requests.get_mut(done.op.index())?;
         let is_guests = slot.origin == Origin::Guest;
         if slot.waits != Waits::Pass || !is_guests || !done.is(first.remaining()) {
@@ -250,22 +250,19 @@ impl Ops {
         first.busy = false;
         (slot.pending, slot.waits) = (0, Waits::Poll);
         self.len -= 1;
-        Some((slot, first))
+        Some(slot)
     }
 
-    /// A read or write, if it has just done all it was asked to: it is gone then. Whose it was,
-    /// and the file that it changed.
+    /// A read or write, if it has just done all it was asked to: it is gone then. Whose it was.
     #[inline(always)]
-    pub(crate) fn take_whole(&mut self, done: Completion) -> Option<(ReqId, Option<FileId>)> {
-        let record = &mut self[done.op];
-        let kind = record.op.kind;
-        if !kind.has_memory() || !done.is(record.remaining()) {
+    pub(crate) fn take_whole(&mut self, done: Completion) -> Option<ReqId> {
+        let record = &self[done.op];
+        if !record.op.kind.has_memory() || !done.is(record.remaining()) {
             return None;
         }
-        let changed = kind.modifies().then(|| record.file());
         let request = record.owner.request;
         self.free_op(done.op);
-        Some((request, changed))
+        Some(request)
     }
 
     /// Puts in an op as it is.
@@ -302,6 +299,12 @@ impl Ops {
     /// Is this op on its way?
     pub fn contains(&self, id: OpId) -> bool {
         self.iter().any(|(other, _)| other == id)
+    }
+
+    /// Is there one that changes `file`?
+    pub(crate) fn are_changing(&self, file: FileId) -> bool {
+        let target = Target::File(file);
+        self.iter().any(|(_, record)| record.op.target == target && record.op.kind.modifies())
     }
 
     /// Ops on their way.
