@@ -58,6 +58,7 @@ const fn lie(name: &'static str, title: &'static str, lie: Lie) -> Mutant {
 pub const MUTANTS: &[Mutant] = &[
     raw("flush_does_nothing", "a flush is answered without asking the device"),
     raw("flush_rides_on_one_in_flight", "a flush joins one that was issued before it came"),
+    raw("flush_covers_what_is_in_flight", "a flush counts for writes that end after it began"),
     raw("flush_error_swallowed", "a failed flush counts as a good one"),
     raw("short_write_counts_as_whole", "the rest of a short write is forgotten"),
     raw("rmw_without_claim", "two unaligned writes rewrite one block at once"),
