@@ -11,6 +11,7 @@ use cowbell_engine::store::Store;
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::chain::{Chain, LayerMeta};
+use crate::probe::Format;
 use crate::qcow2::driver::{self as qcow2, Qcow2, Qcow2Options};
 use crate::qed::driver::{self as qed, Backing, Qed, QedOptions};
 use crate::raw::{self, Raw};
@@ -117,6 +118,16 @@ fn attach_all<B: Backend<File: Store>>(
 }
 
 impl Node {
+    /// The image's format.
+    pub fn format(&self) -> Format {
+        match self {
+            Node::Raw(_) => Format::Raw,
+            Node::Qed(_) => Format::Qed,
+            Node::Qcow2(_) => Format::Qcow2,
+            Node::Vmdk(_) => Format::Vmdk,
+        }
+    }
+
     /// Panics if something is claimed, pinned, parked or busy. For tests, at rest.
     pub fn assert_idle(&self) {
         match self {

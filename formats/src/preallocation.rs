@@ -1,10 +1,13 @@
-//! How a new image takes its space.
+//! How an image takes its space: a new one, and one that has grown.
 
 use std::fmt;
 
 use cowbell_engine::store::Store;
 
+use crate::Format;
+use crate::chain::{Layer, LayerMeta};
 use crate::error::Error;
+use crate::qcow2;
 
 /// How an image takes its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +30,69 @@ impl fmt::Display for Preallocation {
             Preallocation::Falloc => "falloc",
             Preallocation::Full => "full",
         })
+    }
+}
+
+impl Preallocation {
+    /// By its name.
+    pub fn from_name(name: &str) -> Option<Preallocation> {
+        use Preallocation::{Falloc, Full, Metadata, Off};
+        [Off, Metadata, Falloc, Full].into_iter().find(|how| how.to_string() == name)
+    }
+
+    /// Can images of this format take the space that they gain so?
+    pub fn suits(self, format: Format) -> bool {
+        match self {
+            Preallocation::Off => true,
+            Preallocation::Metadata => format == Format::Qcow2,
+            Preallocation::Falloc | Preallocation::Full => {
+                matches!(format, Format::Raw | Format::Qcow2)
+            }
+        }
+    }
+}
+
+/// What there was of an image before it grew.
+#[derive(Clone, Copy, Debug)]
+pub struct Before {
+    size: u64,
+    /// The length of a data file.
+    data: Option<u64>,
+}
+
+impl Before {
+    /// As it is now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn of<F: Store>(layer: &Layer<F>) -> Result<Before, Error> {
+        let len = |file: &F| file.len().map_err(Error::io("find the data file's length"));
+        Ok(Before { size: layer.size(), data: layer.more.first().map(len).transpose()? })
+    }
+
+    /// Takes the space that the disk in `layer`, which nobody runs, has gained since.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]: there is no space. A raw image is then as it was before; another has its new
+    /// size, and takes its space when it is written.
+    pub fn preallocate<F: Store>(self, layer: &Layer<F>, how: Preallocation) -> Result<(), Error> {
+        let file = &layer.file;
+        match &layer.meta {
+            LayerMeta::Raw { size } => {
+                let done = preallocate(file, self.size, size.saturating_sub(self.size), how);
+                if done.is_err() {
+                    file.set_len(self.size).map_err(Error::io("cut the file"))?;
+                }
+                done.and_then(|()| file.flush().map_err(Error::io("flush the file")))
+            }
+            LayerMeta::Qcow2(_) => {
+                let data = layer.more.first().zip(self.data);
+                qcow2::preallocate::preallocate_from(file, data, self.size, how)
+            }
+            _ => Ok(()),
+        }
     }
 }
 

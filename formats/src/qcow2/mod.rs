@@ -11,6 +11,7 @@ pub mod header;
 mod inflate;
 pub mod layout;
 pub mod open;
+pub mod preallocate;
 pub mod read;
 mod resize;
 pub mod snapshot;

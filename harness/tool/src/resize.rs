@@ -5,9 +5,12 @@ use std::path::PathBuf;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
-use cowbell_formats::Node;
+use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
+use cowbell_formats::preallocation::{Before, Preallocation};
+use cowbell_formats::{DiskHost, Error, Format, OpenOptions};
 
+use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
 use crate::info::format_for;
 use crate::out::Out;
@@ -23,8 +26,8 @@ pub struct Args {
     /// Allow the image to become smaller: what is cut off is lost
     #[arg(long)]
     shrink: bool,
-    /// How to take the space; off
-    #[arg(long, value_name = "MODE", hide = true)]
+    /// How to take the space that it gains: off, metadata (qcow2), falloc or full (raw, qcow2)
+    #[arg(long, value_name = "MODE")]
     preallocation: Option<String>,
     /// Say nothing
     #[arg(short, long)]
@@ -51,31 +54,49 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             _ => Fail::other(format!("{what}\n{units}")),
         }
     })?;
-    if let Some(mode) = args.preallocation.as_deref().filter(|&mode| mode != "off") {
-        return Err(Fail::at(&args.file, format!("Unsupported preallocation mode '{mode}'")));
-    }
+    let how = match args.preallocation.as_deref() {
+        None => Preallocation::Off,
+        Some(mode) => Preallocation::from_name(mode)
+            .ok_or_else(|| Fail::other(format!("Invalid preallocation mode '{mode}'")))?,
+    };
     let format = format_for(&args.file, args.format.as_deref())?;
     let setup = Setup { format, write: true, depth: 1, ..Setup::default() };
-    // A resize is over in a moment: a signal waits for it.
-    let _stop = Stop::on_signals()?;
+    // A resize is over in a moment: a signal waits for it. Taking much space is not.
+    let stop = Stop::on_signals()?;
     let mut session = Session::open(&args.file, &setup)?;
-    let result = resize(&mut session, args, program, sign, amount);
+    let old = session.size();
+    let new = new_size(&session, args, (sign, amount), how, program)?;
+    let host = StoppableHost { disk: DiskHost::default(), stop };
+    let format = session.engine.node(session.node).format();
+    let layer = |write| {
+        let options = OpenOptions { format: Some(format), write, ..OpenOptions::default() };
+        let layer = open_whole_layer(&host, &args.file, &options);
+        layer.map_err(|why| Fail::open(&args.file, why))
+    };
+    let failed = |why: Error| Fail::at(&args.file, format!("Failed to resize: {why}"));
+    let takes = new > old && (how != Preallocation::Off || format == Format::Qcow2);
+    let before = takes.then(|| Before::of(&layer(false)?).map_err(failed)).transpose()?;
+    let result = resize(&mut session, args, (old, new));
     let closed = session.drain();
     result?;
     closed?;
+    drop(session);
+    if let Some(before) = before {
+        before.preallocate(&layer(true)?, how).map_err(failed)?;
+    }
     let mut out = Out::new(args.quiet);
     writeln!(out, "Image resized.")?;
     out.flush()?;
     Ok(0)
 }
 
-fn resize(
-    session: &mut Session,
+fn new_size(
+    session: &Session,
     args: &Args,
+    (sign, amount): (i32, u64),
+    how: Preallocation,
     program: Program,
-    sign: i32,
-    amount: u64,
-) -> Result<(), Fail> {
+) -> Result<u64, Fail> {
     let file = &args.file;
     let old = session.size();
     let new = match sign {
@@ -89,6 +110,9 @@ fn resize(
     let Some(new) = new.checked_next_multiple_of(512).filter(|&new| new <= i64::MAX as u64) else {
         return Err(Fail::at(file, "Image size is too large"));
     };
+    if new <= old && how != Preallocation::Off {
+        return Err(Fail::at(file, "Preallocation can only be used for growing images"));
+    }
     if new < old && !args.shrink {
         if program == Program::QemuImg {
             eprint_quietly("qemu-img: Use the --shrink option to perform a shrink operation.\n");
@@ -104,9 +128,22 @@ fn resize(
             format!("{new} bytes is less than the image's {old}; --shrink cuts off the rest"),
         ));
     }
-    if new < old && matches!(session.engine.node(session.node), Node::Qed(_)) {
-        return Err(Fail::at(file, "Shrinking images is currently not supported"));
+    match session.engine.node(session.node).format() {
+        Format::Qed if new < old => {
+            Err(Fail::at(file, "Shrinking images is currently not supported"))
+        }
+        Format::Raw if !how.suits(Format::Raw) => {
+            Err(Fail::at(file, format!("Unsupported preallocation mode: {how}")))
+        }
+        format if !how.suits(format) => {
+            Err(Fail::at(file, format!("Unsupported preallocation mode '{how}'")))
+        }
+        _ => Ok(new),
     }
+}
+
+fn resize(session: &mut Session, args: &Args, (old, new): (u64, u64)) -> Result<(), Fail> {
+    let file = &args.file;
     if new == old {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! Changing what an image refers to, in one step: for snapshots.
+//! Changing what an image refers to, in one step: for snapshots, and for space taken ahead.
 //!
 //! The model: what is new is written into clusters that nothing uses. Then there is a header that
 //! refers to it, in memory, and the walk of a check over *that* header says what every refcount
@@ -23,6 +23,7 @@ use super::disk::Block;
 use super::{Checker, Pass, Repair, Unwatched, check, scan};
 use crate::error::Error;
 use crate::qcow2::header::{Header, INCOMPAT_DIRTY};
+use crate::qcow2::layout::HOST_MAX;
 use crate::qcow2::open::{clear_unknown_autoclear, read_header, write_fields};
 
 /// Room for what is new.
@@ -47,6 +48,26 @@ impl<F: Store> Room<'_, F> {
         padded.resize((count * size) as usize, 0);
         let file = self.checker.file;
         file.write_at(first * size, &padded).map_err(Error::io("write a table"))?;
+        Ok(first * size)
+    }
+
+    /// Makes the file longer by `count` clusters, which read as zeros; answers where they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Limit`]; [`Error::Io`].
+    pub(crate) fn at_end(&mut self, count: u64) -> Result<u64, Error> {
+        let checker = &mut self.checker;
+        let size = checker.geometry.cluster_size();
+        let len = checker.file.len().map_err(Error::io("find the image's length"))?;
+        let first = len.div_ceil(size).max(checker.before.refs.end());
+        let end = first.checked_add(count).and_then(|end| end.checked_mul(size));
+        let end = end.filter(|&end| end <= HOST_MAX);
+        let end = end.ok_or_else(|| Error::Limit("the image would be too large".into()))?;
+        for cluster in first..first + count {
+            checker.before.refs.add(cluster, 1)?;
+        }
+        checker.file.set_len(end).map_err(Error::io("set the image's length"))?;
         Ok(first * size)
     }
 
