@@ -91,10 +91,10 @@ pub fn attach<B: Backend<File: Store>>(
             }
             LayerMeta::Qcow2(opened) => {
                 let geometry = opened.geometry();
-                let data = more.first().map_or(file, |&(file, _)| file);
+                let (data, data_info) = *more.first().unwrap_or(&(file, info));
                 let options = options.qcow2;
                 let regions = qcow2::Regions::new(geometry, &options, |len| engine.region(len));
-                let may = (writable, info.can_grow);
+                let may = (writable, info.can_grow, data_info.can_grow);
                 let files = (file, data);
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
             }

@@ -47,7 +47,7 @@ fn cold() -> (Engine<Node, Held>, NodeId) {
     let (file, _) = engine.attach(bytes).expect("memory");
     let options = Qcow2Options::default();
     let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
-    let node = Qcow2::new((file, file), opened, (false, false), None, regions, options);
+    let node = Qcow2::new((file, file), opened, (false, false, false), None, regions, options);
     let disk = engine.add(Node::Qcow2(Box::new(node)));
     (engine, disk)
 }

@@ -63,7 +63,7 @@ fn torture(bytes: &[u8], random: &mut Random) -> bool {
         return false;
     }
     let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
-    let node = Qcow2::new((file, file), opened, (true, true), None, regions, options);
+    let node = Qcow2::new((file, file), opened, (true, true, true), None, regions, options);
     let disk = engine.add(Node::Qcow2(Box::new(node)));
     for _ in 0..3 {
         for _ in 0..6 {

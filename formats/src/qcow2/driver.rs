@@ -10,7 +10,10 @@
 //!  │ └───── allocate: [ReadCow] ─> WriteData ─> Publish ─> Next
 //!  └─────── end of the range: [Swept] ─> done
 //!
-//! chores:  Sweep ─> SweepFence ─> SweepWrite ─> SweepFlush          (sweep.rs)
+//! resize:  [ResizeSpace ─> ResizeSwept ─> WriteRoot ─> FlushRoot ─> WriteHeader ─> FlushHeader]
+//!          ─> [DataLength] ─> ClearBeyond ─> ResizeSwept, before WriteHeader ─> FlushHeader
+//!          if the disk grows, and after them if it shrinks          (resize.rs)
+//! chores:  Sweep ─> SweepFence ─> SweepWrite ─> [SweepHeader] ─> SweepFlush (sweep.rs)
 //!          Stock ─> StockLoad / StockGrow / StockWrite / StockFlush (stock.rs)
 //! ```
 //!
@@ -128,6 +131,8 @@ pub struct Qcow2 {
     /// Where its last cluster is cut: its size, or what that is growing to.
     pub(super) reach: u64,
     pub(super) writable: bool,
+    /// Is the data in a file that can be made longer or shorter?
+    pub(super) data_can_grow: bool,
     pub(super) backing: Option<Backing>,
     /// An impossible entry was found while writable: every request fails from then on.
     pub(super) corrupt: bool,
@@ -258,11 +263,12 @@ pub(super) const FLUSH: u8 = 12;
 pub(super) const PIECES: u8 = 2;
 
 impl Qcow2 {
-    /// The image that `opened` describes, in `file`, with its data in `data`.
+    /// The image that `opened` describes, in `file`, with its data in `data`. Can it be written to,
+    /// and each of the two be made longer?
     pub fn new(
         (file, data): (FileId, FileId),
         opened: Opened,
-        (writable, can_grow): (bool, bool),
+        (writable, can_grow, data_can_grow): (bool, bool, bool),
         backing: Option<Backing>,
         regions: Regions,
         options: Qcow2Options,
@@ -279,6 +285,7 @@ impl Qcow2 {
             size: opened.header.disk_size(),
             reach: opened.header.disk_size(),
             writable,
+            data_can_grow,
             backing,
             corrupt: false,
             codec: codec(opened.header.compression),

@@ -321,9 +321,9 @@ impl Qcow2 {
         cx.wake_all(&mut self.sweep.root_waiters);
     }
 
-    /// A data file is as long as the disk.
+    /// A data file is as long as the disk, if it is no device.
     fn set_data_length(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.data == self.file {
+        if self.data == self.file || !self.data_can_grow {
             return self.clear_beyond(cx);
         }
         cx.issue(Op::bare(OpKind::Truncate, self.data, cx.io().offset, 0));

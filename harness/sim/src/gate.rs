@@ -290,6 +290,8 @@ fn scopes_on(
 ///
 /// - Images of which each request does the same to several files at once, or that differ only in
 ///   how they grow, or that copy whole tables, see single requests and the most telling pairs.
+/// - Changes of a qcow2 disk's size that change its tables are seen alone with a fault, and with one
+///   of the most telling requests without.
 /// - qcow2 knows no deadlines, and leaves more in flight than there is time for: of pairs with a
 ///   fault it sees the most telling, and all of them where little is allocated or clusters are
 ///   small.

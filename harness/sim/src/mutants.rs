@@ -398,7 +398,7 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         scope(holes, 0, &[head(2, 0), flush]),
         scope(holes, 0, &[head(2, 0), head(2, 1)]),
         scope(long, 0, &[Request::truncate(image.size() + 8192)]),
-        scope(warm, 0, &[Request::truncate(at(3, 1))]),
+        scope(warm, 0, &[Request::truncate(at(3, 1)), Request::read(at(0, 0), 512)]),
         scope(image, 0, &[Request::truncate(at(3, 1)), head(0, 0), flush]),
         scope(image, 1, &[Request::truncate(4608), whole(1, 0)]),
         scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
