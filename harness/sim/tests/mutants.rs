@@ -50,6 +50,7 @@ fn every_mutant_is_killed() {
 fn regression_traces_bite() {
     let bites = [
         ("failed_link_not_doubted", "a_failed_link_may_be_on_disk"),
+        ("qcow2_header_not_doubted", "a_failed_shrink_may_be_on_disk"),
         ("write_end_wakes_nobody", "refused_zero_writes_do_not_wait_for_each_other"),
     ];
     for (mutant, trace) in bites {
