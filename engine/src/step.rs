@@ -319,6 +319,11 @@ impl Cx<'_> {
         &self.core.mem
     }
 
+    /// The length of `file`, in bytes, when all that has been issued has been done.
+    pub fn file_len(&self, file: FileId) -> u64 {
+        self.core.files[file.index()].len
+    }
+
     /// The unit in which reads and writes of `file` must be made to need no read-modify-write.
     pub fn request_align(&self, file: FileId) -> u64 {
         self.core.files[file.index()].info.request_align as u64

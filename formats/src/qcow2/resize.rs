@@ -321,12 +321,15 @@ impl Qcow2 {
         cx.wake_all(&mut self.sweep.root_waiters);
     }
 
-    /// A data file is as long as the disk, if it is no device.
+    /// A data file is as long as the disk, if it is no device; growing cuts nothing off one that is
+    /// longer.
     fn set_data_length(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.data == self.file || !self.data_can_grow {
+        let size = cx.io().offset;
+        let is_long = self.size < size && size <= cx.file_len(self.data);
+        if self.data == self.file || !self.data_can_grow || is_long {
             return self.clear_beyond(cx);
         }
-        cx.issue(Op::bare(OpKind::Truncate, self.data, cx.io().offset, 0));
+        cx.issue(Op::bare(OpKind::Truncate, self.data, size, 0));
         Step::Wait(State::DataLength)
     }
 

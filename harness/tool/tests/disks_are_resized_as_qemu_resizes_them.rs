@@ -86,6 +86,12 @@ fn back_and_forth() {
          qemu-io -f qcow2 -c 'read -q -P 0 1M 2M' -c 'read -q -P 7 0 1M' ours.qcow2");
     place.qemu("qemu-img check -q -f qcow2 ours.qcow2");
     assert_eq!(std::fs::metadata(place.path("ours.raw")).expect("it is there").len(), 3 << 20);
+    // Growing cuts off nothing that was behind the disk.
+    place.ok("rm ours.raw ours.qcow2 && \
+         qemu-img create -q -f qcow2 -o data_file=ours.raw ours.qcow2 1M && \
+         truncate -s 5M ours.raw && qemu-img resize -q -f qcow2 ours.qcow2 3M && \
+         qemu-io -f qcow2 -c 'read -q -P 0 0 3M' ours.qcow2");
+    assert_eq!(std::fs::metadata(place.path("ours.raw")).expect("it is there").len(), 5 << 20);
     // Where QEMU cannot, since no table of version 2 says that a cluster is zeros.
     place.ok(&format!(
         "qemu-img create -q -f qcow2 -o compat=v2,{BACKED} ours.qcow2 1000448 && \
