@@ -96,7 +96,7 @@ impl<'r, R: Rig> Bench<'r, R> {
     pub(crate) fn new(rig: &'r mut R, contents: &[u8]) -> Bench<'r, R> {
         let (backend, info) = rig.make(contents);
         assert_eq!(info.len, contents.len() as u64, "attach tells the file's length");
-        for align in [info.request_align, info.memory_align, info.hole_align] {
+        for align in [info.request_align, info.memory_align] {
             assert!(align.is_power_of_two() && u64::from(align) <= BLOCK, "alignment {align}");
         }
         let mem = Memory::new(4, 4, 16 * BLOCK as usize);

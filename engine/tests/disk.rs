@@ -84,13 +84,15 @@ fn alignment_is_that_of_direct_files_alone() {
     let path = dir.path().join("file");
     fs::write(&path, vec![7; 12345]).expect("a file");
     let info = open(&path, false).info().expect("it is known");
-    assert_eq!((info.request_align, info.memory_align), (1, 1));
+    assert_eq!((info.request_align, info.memory_align, info.hole_align), (1, 1, 1));
     assert_eq!((info.len, info.can_grow), (12345, true));
 
     let file = open(&path, true);
     let info = file.info().expect("it is known");
     assert!((512..=4096).contains(&info.request_align), "{info:?}");
     assert!((1..=4096).contains(&info.memory_align), "{info:?}");
+    // A page of the cache is shared by all that is in it.
+    assert!(info.hole_align >= 4096.max(info.request_align), "{info:?}");
     assert!(file.is_direct() && file.is_writable() && !file.is_block_device());
 }
 

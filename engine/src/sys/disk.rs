@@ -355,12 +355,13 @@ fn probe_align(fd: RawFd, is_block: bool) -> (u32, u32) {
     probe_by_reading(fd, memory, request)
 }
 
-/// Bytes in a block of the file system that holds a file. More than any file system has is a hint
-/// for transfers, as a network's give.
+/// Bytes in a block of the file system that holds a file, or in a page of its cache: the larger. More
+/// than any file system has is a hint for transfers, as a network's give.
 fn file_system_block(fd: RawFd) -> u32 {
     const MOST: u32 = 64 << 10;
     let size = sys::file_system_block(fd).and_then(|size| u32::try_from(size).ok());
-    size.filter(|&size| size.is_power_of_two() && size <= MOST).unwrap_or(SAFE_ALIGN)
+    let size = size.filter(|&size| size.is_power_of_two() && size <= MOST);
+    size.unwrap_or(SAFE_ALIGN).max(sys::page_size())
 }
 
 /// Fills in what the kernel did not say, by finding out which reads it refuses. Proves nothing in

@@ -205,6 +205,13 @@ pub(crate) fn file_system_block(fd: RawFd) -> Option<u64> {
     Some(stat.f_bsize)
 }
 
+/// Bytes in a page of memory.
+pub(crate) fn page_size() -> u32 {
+    // SAFETY: no memory involved.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u32::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+}
+
 /// Seeks; the position itself is never used, for all reads and writes name their offset.
 pub(crate) fn seek(fd: RawFd, offset: u64, whence: i32) -> Result<u64, Errno> {
     let offset = signed(offset)?;
