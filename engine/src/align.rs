@@ -87,17 +87,12 @@ pub(crate) fn is_direct(core: &Core, file: FileId, op: &Op) -> bool {
 /// Can the file take this zeroing, discard or change of length as it is, now?
 pub(crate) fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
     let state = &core.files[file.index()];
-    let cut = match op.kind {
-        OpKind::Zero { .. } => {
-            state.zero_unsupported
-                || (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks")
-        }
-        _ => false,
-    };
+    let cut = (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
+    let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || state.zero_unsupported);
     let (start, end) = claim_of(core, file, op);
     let claimed = is_claimed(core, file, start, end)
         && !(mutant!("discard_ignores_claims") && op.kind == OpKind::Discard);
-    !cut && moved_end(core, file, op).is_none() && !claimed
+    !written && moved_end(core, file, op).is_none() && !claimed
 }
 
 /// Where a block of the file system is cut by the file's end, as it is or will be, if `op` moves it.
@@ -247,10 +242,7 @@ impl Machine<'_> {
     }
 
     fn direct(&mut self) -> Step<State> {
-        let op = match self.job.op.kind {
-            OpKind::Discard => within_blocks(self.core, self.job.file, self.job.op.clone()),
-            _ => self.job.op.clone(),
-        };
+        let op = self.job.op.clone();
         self.core.enqueue(self.me, op);
         Step::Wait(State::Direct)
     }

@@ -118,18 +118,15 @@ impl Core {
 
     /// Everything but a read or write that the file takes as it is.
     fn issue_otherwise(&mut self, request: ReqId, file: FileId, op: Op) {
-        match op.kind {
-            OpKind::Flush => self.issue_flush(request, file),
-            OpKind::Discard if align::is_whole(self, file, &op) => {
-                let op = align::within_blocks(self, file, op);
-                self.enqueue(request, op);
-            }
-            OpKind::Zero { .. } | OpKind::Truncate | OpKind::Allocate
-                if align::is_whole(self, file, &op) =>
-            {
-                self.enqueue(request, op);
-            }
-            _ => align::spawn(self, request, file, op),
+        let op = match op.kind {
+            OpKind::Flush => return self.issue_flush(request, file),
+            OpKind::Discard => align::within_blocks(self, file, op),
+            _ => op,
+        };
+        if !op.kind.has_memory() && align::is_whole(self, file, &op) {
+            self.enqueue(request, op);
+        } else {
+            align::spawn(self, request, file, op);
         }
     }
 
