@@ -95,16 +95,11 @@ impl CreateOptions {
             (Format::Qed | Format::Qcow2, "cluster_size") => self.cluster_size = Some(number()?),
             (Format::Qed, "table_size") => self.table_size = Some(number()?),
             (Format::Raw | Format::Qcow2, "preallocation") => {
-                self.preallocation = Some(match value {
-                    "off" => Preallocation::Off,
-                    "metadata" if format == Format::Qcow2 => Preallocation::Metadata,
-                    "falloc" => Preallocation::Falloc,
-                    "full" => Preallocation::Full,
-                    _ if format == Format::Qcow2 => return Err(not_accepted(key, value)),
-                    _ => {
-                        return Err(Error::Invalid(format!("invalid parameter value: {value}")));
-                    }
-                });
+                let how = Preallocation::from_name(value).filter(|how| how.suits(format));
+                self.preallocation = Some(how.ok_or_else(|| match format {
+                    Format::Qcow2 => not_accepted(key, value),
+                    _ => Error::Invalid(format!("invalid parameter value: {value}")),
+                })?);
             }
             (Format::Qcow2, key) => return self.set_qcow2(key, value),
             (Format::Vmdk, key) => return self.vmdk.set(key, value),
