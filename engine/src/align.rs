@@ -30,7 +30,7 @@ use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::slots::{Cause, Origin, Work};
 use crate::step::{Event, Io, IoKind, Step};
-use crate::units::{BufId, Errno, FileId, NodeId, ReqId, align_down, align_up};
+use crate::units::{BufId, Errno, FileId, ReqId, align_down, align_up};
 
 /// An op being taken apart.
 #[derive(Clone, Hash, Debug)]
@@ -136,7 +136,8 @@ pub(crate) fn spawn(core: &mut Core, request: ReqId, file: FileId, op: Op) {
     let io = Io { kind: IoKind::Read, offset: op.offset, len: op.len };
     let job = Job { op, file, at: 0, buf: None, state: State::Claim };
     let key = core.jobs.insert(job) as u32;
-    let id = core.begin(NodeId(u32::MAX), io, Origin::Child(request), 0, 0);
+    let node = core.ops.slot(request).node;
+    let id = core.begin(node, io, Origin::Child(request), 0, 0);
     let slot = core.ops.slot_mut(id);
     (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
     core.expect_result(request);

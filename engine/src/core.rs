@@ -10,6 +10,7 @@ use slab::Slab;
 
 use crate::align::{self, Job};
 use crate::backend::Completion;
+use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::FileState;
 use crate::limits::Limits;
 use crate::mem::Memory;
@@ -41,6 +42,11 @@ pub(crate) struct Core {
     pub bounce_waiters: WaitList,
     /// Requests that wait for writes in flight to end: they look again after each harvest.
     pub write_waiters: WaitList,
+    /// Chores that wait until nobody uses what was given up any more: they look again after each
+    /// harvest.
+    pub past_waiters: WaitList,
+    /// For `Engine::poll_event`.
+    pub events: Vec<NodeEvent>,
     /// Nodes whose chore was asked for.
     pub asked: Vec<NodeId>,
     /// Guest requests that have ended, oldest first, until they are polled.
@@ -73,6 +79,8 @@ impl Core {
             bounce_free: ids(limits.buffers, buffers),
             bounce_waiters: WaitList::new(),
             write_waiters: WaitList::new(),
+            past_waiters: WaitList::new(),
+            events: Vec::new(),
             asked: Vec::with_capacity(4),
             finished: Queue::with_capacity(limits.requests),
             chore_failed: None,
@@ -214,14 +222,25 @@ impl Core {
 
     /// See [`Cx::is_past`](crate::step::Cx::is_past).
     pub fn is_past(&self, node: NodeId, era: u32) -> bool {
-        let concerns = |slot: &Slot| {
-            slot.node == node
-                && slot.origin != Origin::Chore
-                && slot.waits != Waits::Poll
-                // Wrapping: eras are close together.
-                && era.wrapping_sub(slot.era) < u32::MAX / 2
+        let is_old = |id: ReqId| {
+            let slot = self.ops.slot(self.user_of(id));
+            // Wrapping: eras are close together.
+            let began_by_then = era.wrapping_sub(slot.era) < u32::MAX / 2;
+            slot.node == node && slot.origin != Origin::Chore && began_by_then
         };
-        !self.ops.slots().any(|(_, slot)| concerns(slot))
+        let is_job = |slot: &Slot| matches!(slot.work, Work::Align(_));
+        !self.ops.iter().any(|(_, op)| is_old(op.owner.request))
+            && !self.ops.slots().any(|(id, slot)| is_job(slot) && is_old(id))
+    }
+
+    /// Who issued the op that the request is of the engine's own making for; otherwise itself.
+    fn user_of(&self, mut id: ReqId) -> ReqId {
+        while let Slot { work: Work::Align(_), origin: Origin::Child(parent), .. } =
+            *self.ops.slot(id)
+        {
+            id = parent;
+        }
+        id
     }
 
     /// How many more ops the running step may issue.
@@ -254,6 +273,23 @@ impl Core {
         }
         if !self.write_waiters.is_empty() {
             self.wake_write_waiters();
+        }
+        self.wake_past_waiters();
+    }
+
+    /// See [`Cx::park_until_past`](crate::step::Cx::park_until_past).
+    #[inline]
+    pub fn wake_past_waiters(&mut self) {
+        if !self.past_waiters.is_empty() {
+            let mut waiters = std::mem::take(&mut self.past_waiters);
+            self.wake_all(&mut waiters);
+        }
+    }
+
+    /// Keeps an event for the embedder.
+    pub fn tell(&mut self, event: NodeEvent) {
+        if self.events.len() < EVENTS_MAX && !self.events.contains(&event) {
+            self.events.push(event);
         }
     }
 
@@ -480,7 +516,7 @@ impl Core {
         assert_eq!(self.bufs_free.len(), self.limits.buffers, "buffers leaked");
         assert_eq!(self.bounce_free.len(), self.limits.bounce_buffers, "bounce buffers leaked");
         assert!(self.buf_waiters.is_empty() && self.bounce_waiters.is_empty());
-        assert!(self.write_waiters.is_empty());
+        assert!(self.write_waiters.is_empty() && self.past_waiters.is_empty());
         for file in &self.files {
             file.assert_idle();
         }
@@ -519,6 +555,8 @@ impl Core {
             bounce_free: self.bounce_free.clone(),
             bounce_waiters: self.bounce_waiters,
             write_waiters: self.write_waiters,
+            past_waiters: self.past_waiters,
+            events: self.events.clone(),
             asked: self.asked.clone(),
             finished: self.finished.clone(),
             chore_failed: self.chore_failed,
@@ -549,7 +587,7 @@ impl Core {
         }
         (self.out.len(), &self.ready, &self.files).hash(h);
         self.mem.hash_but_free(&[&self.bufs_free, &self.bounce_free], h);
-        (self.buf_waiters, self.bounce_waiters, self.write_waiters).hash(h);
+        (self.buf_waiters, self.bounce_waiters, self.write_waiters, self.past_waiters).hash(h);
         self.bufs_free.len().hash(h);
     }
 }

@@ -3,10 +3,12 @@
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::align;
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::core::Core;
+use crate::events::NodeEvent;
 use crate::file::FileState;
 use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
@@ -38,6 +40,9 @@ pub enum Why {
     Full,
     /// The engine is being drained. Try again when [`Engine::drained`] answers.
     Draining,
+    /// The node is of another engine, or its files were taken away ([`Engine::detach`]). Trying
+    /// again does not help.
+    NoSuchNode,
 }
 
 /// A request that was not taken, and its memory back.
@@ -93,7 +98,14 @@ pub struct Engine<D: Driver, B: Backend> {
     /// Where requests that are ready stand while they are being stepped; otherwise empty.
     stepping: Vec<ReqId>,
     drain: Drain,
+    /// What its nodes' ids carry.
+    tag: u16,
+    /// Files that were taken away: nodes that use one take no more requests.
+    gone: Vec<FileId>,
 }
+
+/// The tag of the next engine.
+static TAGS: AtomicU16 = AtomicU16::new(0);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Drain {
@@ -114,7 +126,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// If a limit is below its least value.
     pub fn new(backend: B, limits: Limits) -> Self {
-        assert!(limits.requests > 0 && limits.ops >= 4, "{limits:?}");
+        assert!(limits.requests > 0 && limits.ops >= 4 && limits.steps > 0, "{limits:?}");
         assert!(limits.buffers >= 2 && limits.bounce_buffers >= 1, "{limits:?}");
         assert!(limits.buffer_size.is_power_of_two() && limits.buffer_size >= 4096, "{limits:?}");
         assert!(D::STATES.len() <= STATES_MAX);
@@ -129,6 +141,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             open_to: limits.requests,
             stepping: Vec::with_capacity(limits.requests * 4),
             drain: Drain::Open,
+            // It only tells engines apart. After 65 536 of them tags repeat.
+            tag: TAGS.fetch_add(1, Ordering::Relaxed),
+            gone: Vec::new(),
         }
     }
 
@@ -151,15 +166,23 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         Ok((id, info))
     }
 
-    /// The file back; `None` if the backend has no such file (any more). What is asked of it later
-    /// ends with an error.
+    /// The file back. Nodes that use it take no more requests ([`Why::NoSuchNode`]), and have
+    /// nothing left to do when the engine is drained again; requests of a node above them that
+    /// come to them fail.
     ///
-    /// # Panics
-    ///
-    /// If anything is in flight, in any file: see [`Engine::drain`].
+    /// `None`, and nothing has changed: the backend has no such file (any more); or nodes use it and
+    /// the engine is not drained, so that they may have work in flight or changes in memory that are
+    /// not on disk. See [`Engine::drain`]. A drain that ended with an error is enough: whoever takes
+    /// the file after that has been told what is lost.
     pub fn detach(&mut self, file: FileId) -> Option<B::File> {
-        assert!(self.is_idle(), "a file is taken away while requests are in flight");
-        self.backend.detach(file)
+        let is_used = self.nodes.iter().any(|node| node.uses(file));
+        let is_at_rest = self.is_idle() && matches!(self.drain, Drain::Drained(_));
+        if is_used && !is_at_rest || !self.is_idle() {
+            return None;
+        }
+        let taken = self.backend.detach(file)?;
+        self.gone.push(file);
+        Some(taken)
     }
 
     /// `len` bytes of memory for a node's tables, for as long as the engine lives.
@@ -168,10 +191,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     /// Adds an opened layer.
+    ///
+    /// # Panics
+    ///
+    /// If there are [`NodeId::MAX`] already.
     pub fn add(&mut self, node: D) -> NodeId {
         self.sizes.push(node.size());
         self.nodes.push(node);
-        NodeId(self.nodes.len() as u32 - 1)
+        self.id_of(self.nodes.len() - 1)
     }
 
     /// A node, to look at. What it says, such as its size, may change in `run`.
@@ -180,12 +207,28 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// If `node` is of another engine.
     pub fn node(&self, node: NodeId) -> &D {
-        self.nodes.get(node.index()).unwrap_or_else(|| no_node(node))
+        assert!(self.has(node), "{node:?} is no node of this engine");
+        &self.nodes[node.index()]
+    }
+
+    fn id_of(&self, index: usize) -> NodeId {
+        NodeId::new(self.tag, index)
+    }
+
+    /// Is it a node of this engine?
+    #[inline(always)]
+    fn has(&self, node: NodeId) -> bool {
+        node.engine() == self.tag && node.index() < self.nodes.len()
+    }
+
+    /// Were files of this node taken away?
+    fn is_gone(&self, index: usize) -> bool {
+        self.gone.iter().any(|&file| self.nodes[index].uses(file))
     }
 
     #[inline(always)]
     fn size(&self, node: NodeId) -> u64 {
-        *self.sizes.get(node.index()).unwrap_or_else(|| no_node(node))
+        self.sizes[node.index()]
     }
 
     /// Takes a request. It is begun at the next [`run`](Engine::run); `mem` belongs to the engine
@@ -201,10 +244,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// # Errors
     ///
     /// The memory back, and [`Why`] nothing was done.
-    ///
-    /// # Panics
-    ///
-    /// If `node` is of another engine.
     #[inline(always)]
     pub fn submit(
         &mut self,
@@ -214,6 +253,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         tag: u64,
     ) -> Result<(), Refused> {
         let mem = mem.into();
+        if !self.has(node) || !self.gone.is_empty() && self.is_gone(node.index()) {
+            return Err(Refused { why: Why::NoSuchNode, mem });
+        }
         if self.guests >= self.open_to
             && let Err(why) = self.reopen()
         {
@@ -292,6 +334,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.send(&mut progress);
         }
         progress.again = self.backend.wants_retry()
+            || !self.core.ready.is_empty()
             || (self.backend.event_fd().is_none() && !self.core.ops.is_empty());
         if self.core.limits.measure {
             let spent = self.backend.clock().since(began);
@@ -324,6 +367,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     fn step_all(&mut self, progress: &mut Progress) {
         loop {
             while !self.core.ready.is_empty() {
+                if progress.steps >= self.core.limits.steps {
+                    return;
+                }
                 let mut ready = std::mem::take(&mut self.stepping);
                 std::mem::swap(&mut ready, &mut self.core.ready);
                 ready.iter().for_each(|&id| self.step(id));
@@ -348,8 +394,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     fn begin_chores(&mut self, now: Time) {
         for i in 0..self.nodes.len() {
-            if self.nodes[i].deadline().is_some_and(|due| due <= now) {
-                self.begin_chore(NodeId(i as u32), Chore::Deadline);
+            if self.nodes[i].deadline().is_some_and(|due| due <= now) && !self.is_gone(i) {
+                self.begin_chore(self.id_of(i), Chore::Deadline);
             }
         }
     }
@@ -490,7 +536,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[inline(never)]
     fn step_job(&mut self, id: ReqId, key: u32, event: Event) {
         match align::step(&mut self.core, id, key, event) {
-            Some(result) => self.core.end(id, result),
+            Some(result) => {
+                self.core.end(id, result);
+                self.core.wake_past_waiters();
+            }
             None => self.wait(id, 0, Waits::Io),
         }
     }
@@ -539,8 +588,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Drain::Finishing => {
                 self.drain = Drain::Settling;
                 self.core.chore_failed = None;
-                for i in 0..self.nodes.len() {
-                    self.begin_chore(NodeId(i as u32), Chore::Settle);
+                for i in (0..self.nodes.len()).filter(|&i| !self.is_gone(i)).collect::<Vec<_>>() {
+                    self.begin_chore(self.id_of(i), Chore::Settle);
                 }
                 true
             }
@@ -572,6 +621,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Drain::Drained(result) => Some(result),
             _ => None,
         }
+    }
+
+    /// What happened to a node since it was last asked, oldest first. At most [`EVENTS_MAX`](crate::events::EVENTS_MAX) are
+    /// kept; the same one is kept once. May answer something new after any `run`.
+    pub fn poll_event(&mut self) -> Option<NodeEvent> {
+        (!self.core.events.is_empty()).then(|| self.core.events.remove(0))
     }
 
     /// A finished request, oldest first. Makes room for another. `None`: there will be no more
@@ -657,11 +712,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 }
 
-#[cold]
-fn no_node(node: NodeId) -> ! {
-    panic!("{node:?} is no node of this engine")
-}
-
 /// Has a read or write the memory that it says?
 #[inline(always)]
 fn mem_fits(io: &Io, mem: &Mem) -> bool {
@@ -690,6 +740,8 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
             open_to: self.open_to,
             stepping: Vec::new(),
             drain: self.drain,
+            tag: self.tag,
+            gone: self.gone.clone(),
         }
     }
 
@@ -701,6 +753,8 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
         self.backend.clone_from(&source.backend);
         self.completions.clear();
         (self.guests, self.open_to, self.drain) = (source.guests, source.open_to, source.drain);
+        self.tag = source.tag;
+        self.gone.clone_from(&source.gone);
     }
 }
 

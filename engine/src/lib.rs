@@ -50,6 +50,7 @@
 //!     const STATES: &'static [&'static str] = &["op"];
 //!     fn label(_: &()) -> usize { 0 }
 //!     fn size(&self) -> u64 { self.size }
+//!     fn uses(&self, file: FileId) -> bool { file == self.file }
 //!     fn deadline(&self) -> Option<Time> { None }
 //!     fn chore(&mut self, _: Chore) -> Option<()> { None }
 //!     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<()> {
@@ -151,6 +152,7 @@ mod core;
 mod engine;
 #[cfg(feature = "event-loop")]
 pub mod event_loop;
+pub mod events;
 mod file;
 mod limits;
 pub mod mem;
@@ -168,4 +170,5 @@ pub mod units;
 pub mod wait;
 
 pub use engine::{Engine, Finished, Progress, REQUEST_MAX, Refused, Why};
+pub use events::NodeEvent;
 pub use limits::Limits;

@@ -16,6 +16,9 @@ pub struct Limits {
     pub bounce_buffers: usize,
     /// Bytes in each buffer: a power of two, at least 4096.
     pub buffer_size: usize,
+    /// Events delivered in one `run`, about: what is ready then waits for the next, and
+    /// [`Progress::again`](crate::Progress::again) says so. Whatever happens, `run` returns. At least 1.
+    pub steps: usize,
     /// Keep [`Stats`](crate::stats::Stats). A simulation, which copies engines by the million, does without.
     pub measure: bool,
 }
@@ -28,6 +31,7 @@ impl Default for Limits {
             buffers: 64,
             bounce_buffers: 16,
             buffer_size: 64 << 10,
+            steps: 16 << 10,
             measure: true,
         }
     }

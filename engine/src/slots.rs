@@ -124,7 +124,7 @@ impl Default for Slot {
             io: Io::flush(),
             origin: Origin::Chore,
             tag: 0,
-            node: NodeId(0),
+            node: NodeId::default(),
             work: Work::Node,
             base: Base::Zeros,
             base_off: 0,

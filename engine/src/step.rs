@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 
 use crate::core::Core;
+use crate::events::NodeEvent;
 use crate::mem::Memory;
 use crate::op::{Op, OpKind, Seg, Segs};
 use crate::units::{BufId, Errno, FileId, NodeId, RegionId, ReqId, Time};
@@ -151,6 +152,9 @@ pub trait Driver {
         None
     }
 
+    /// Does the node use this file?
+    fn uses(&self, file: FileId) -> bool;
+
     /// A new request's first step; [`Cx::io`] tells what it wants. Its range is within the size
     /// and its memory fits.
     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<Self::State>;
@@ -198,10 +202,25 @@ impl Cx<'_> {
         self.core.era.wrapping_sub(1)
     }
 
-    /// Has every request to this node that began in `era` or before ended, chores apart? Then nobody
-    /// relies any more on what was there to be found before that era ended.
+    /// Is no op in flight any more of a request to this node that began in `era` or before, chores
+    /// apart? Then nobody uses any more what was there to be found before that era ended: a request
+    /// that waits without ops relies on nothing that it has found, since it looks again.
     pub fn is_past(&self, era: u32) -> bool {
         self.core.is_past(self.node(), era)
+    }
+
+    /// Parks the request until [`Cx::is_past`] may answer something else. It is false now.
+    pub fn park_until_past(&mut self) {
+        let mut list = std::mem::take(&mut self.core.past_waiters);
+        self.core.park(self.me, &mut list);
+        self.core.past_waiters = list;
+    }
+
+    /// The image's metadata says something impossible: `what`, at byte `at` of its file. For the
+    /// embedder: see [`NodeEvent::Corrupt`].
+    pub fn tell_corrupt(&mut self, what: &'static str, at: u64) {
+        let node = self.node();
+        self.core.tell(NodeEvent::Corrupt { node, what, at });
     }
 
     /// What the request wants.

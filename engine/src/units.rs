@@ -39,7 +39,6 @@ impl Hash for ReqId {
 }
 
 id!(OpId, "o", "An op on its way to the backend or back.", Hash);
-id!(NodeId, "n", "An opened layer.", Hash);
 id!(FileId, "f", "A file attached to the engine and its backend.", Hash);
 id!(BufId, "b", "A buffer of the engine's pool.", Hash);
 id!(
@@ -48,6 +47,47 @@ id!(
     "Memory that a node holds for as long as it lives, such as its table cache.",
     Hash
 );
+
+/// An opened layer. It carries which engine it is of: another engine refuses it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct NodeId(u32);
+
+impl NodeId {
+    /// The most nodes that an engine can have.
+    pub const MAX: usize = 1 << NodeId::INDEX_BITS;
+    const INDEX_BITS: u32 = 16;
+
+    /// Node number `index` of the engine that has this tag.
+    pub(crate) fn new(engine: u16, index: usize) -> NodeId {
+        assert!(index < NodeId::MAX, "an engine has at most {} nodes", NodeId::MAX);
+        NodeId(u32::from(engine) << NodeId::INDEX_BITS | index as u32)
+    }
+
+    /// The id as an index.
+    #[inline]
+    pub fn index(self) -> usize {
+        self.0 as usize & (NodeId::MAX - 1)
+    }
+
+    /// The tag of its engine.
+    #[inline]
+    pub(crate) fn engine(self) -> u16 {
+        (self.0 >> NodeId::INDEX_BITS) as u16
+    }
+}
+
+impl Hash for NodeId {
+    /// Engines that are in the same state are so whatever their tags.
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.index().hash(h);
+    }
+}
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "n{}", self.index())
+    }
+}
 
 /// A byte offset as the guest sees it, from 0 to the virtual size.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]

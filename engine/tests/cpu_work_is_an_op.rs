@@ -66,6 +66,9 @@ impl Driver for Sums {
     fn size(&self) -> u64 {
         BLOCKS * u64::from(BLOCK)
     }
+    fn uses(&self, file: FileId) -> bool {
+        file == self.file
+    }
     fn deadline(&self) -> Option<Time> {
         None
     }
@@ -180,5 +183,5 @@ fn neighbours_do_not_overlap_and_names_are_what_it_is() {
     let op = |work| Op::compute(work, region(512), region(0));
     assert_eq!(op(SUM), op(Compute { run: |_, _| Ok(()), ..SUM }));
     assert_ne!(op(SUM), op(other));
-    assert_eq!(format!("{:?} {:?}", op(SUM).kind, NodeId(0)), "Compute(sum) n0");
+    assert_eq!(format!("{:?} {:?}", op(SUM).kind, NodeId::default()), "Compute(sum) n0");
 }

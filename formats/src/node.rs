@@ -199,6 +199,15 @@ impl Driver for Node {
         }
     }
 
+    fn uses(&self, file: FileId) -> bool {
+        match self {
+            Node::Raw(raw) => raw.uses(file),
+            Node::Qed(qed) => qed.uses(file),
+            Node::Qcow2(qcow2) => qcow2.uses(file),
+            Node::Vmdk(vmdk) => vmdk.uses(file),
+        }
+    }
+
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
         let passed = |pass: Pass, labels: usize| Pass { label: pass.label + labels as u8, ..pass };

@@ -229,6 +229,10 @@ impl Driver for Raw {
         self.size
     }
 
+    fn uses(&self, file: FileId) -> bool {
+        file == self.file
+    }
+
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
         let passes = io.kind == IoKind::Read

@@ -144,10 +144,3 @@ fn sizes_that_cannot_be() {
         assert_eq!(answer(engine, disk, io, 512), Err(Errno::INVALID));
     });
 }
-
-#[test]
-#[should_panic(expected = "n7 is no node of this engine")]
-fn a_node_of_another_engine() {
-    let mut engine = engine();
-    let _ = engine.submit(NodeId(7), Io::flush(), Mem::None, 0);
-}

@@ -173,6 +173,9 @@ mod tests {
         fn size(&self) -> u64 {
             1 << 20
         }
+        fn uses(&self, file: FileId) -> bool {
+            file == self.0
+        }
         fn begin(&mut self, cx: &mut Cx<'_>) -> Step<()> {
             let io = cx.io();
             let segs = Segs::one(cx.guest(0, io.len));
@@ -196,6 +199,7 @@ mod tests {
 
     struct Rig {
         engine: Engine<Through, Aio>,
+        node: crate::units::NodeId,
         _folder: tempfile::TempDir,
     }
 
@@ -212,12 +216,12 @@ mod tests {
             let limits = Limits { bounce_buffers: 1, buffer_size: 4096, ..Limits::default() };
             let mut engine = Engine::new(backend, limits);
             let (file, _) = engine.attach(file).expect("it attaches");
-            engine.add(Through(file));
-            Rig { engine, _folder: folder }
+            let node = engine.add(Through(file));
+            Rig { engine, node, _folder: folder }
         }
 
         fn run(&mut self, io: Io, mem: impl Into<Mem>) -> Mem {
-            self.engine.submit(crate::units::NodeId(0), io, mem, 0).expect("room");
+            self.engine.submit(self.node, io, mem, 0).expect("room");
             loop {
                 self.engine.run(clock());
                 if let Some(done) = self.engine.poll() {

@@ -488,6 +488,10 @@ impl Driver for Qcow2 {
         self.size
     }
 
+    fn uses(&self, file: FileId) -> bool {
+        file == self.file || file == self.data
+    }
+
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
         let passes = match io.kind {

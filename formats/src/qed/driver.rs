@@ -340,6 +340,10 @@ impl Driver for Qed {
         self.size
     }
 
+    fn uses(&self, file: FileId) -> bool {
+        file == self.file
+    }
+
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
         let passes = match io.kind {

@@ -494,6 +494,10 @@ impl Driver for Vmdk {
         self.size
     }
 
+    fn uses(&self, file: FileId) -> bool {
+        self.files.contains(&file)
+    }
+
     #[inline(always)]
     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         self.begin_io(cx)

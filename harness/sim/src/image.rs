@@ -255,6 +255,7 @@ impl Subject for Image {
             buffers: self.buffers,
             bounce_buffers: 1,
             buffer_size: CLUSTER as usize,
+            steps: 4096,
             measure: false,
         }
     }

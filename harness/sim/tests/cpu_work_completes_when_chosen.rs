@@ -30,6 +30,9 @@ impl Driver for Copies {
     fn size(&self) -> u64 {
         512
     }
+    fn uses(&self, _: cowbell_engine::units::FileId) -> bool {
+        false
+    }
     fn deadline(&self) -> Option<Time> {
         None
     }
