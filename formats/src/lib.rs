@@ -55,6 +55,7 @@
 //! The rule for both: an image is untrusted. No byte of it leads to a panic, to memory without a
 //! bound, to a file that the caller's policy does not allow, or to a loop without an end.
 
+mod attempts;
 pub mod chain;
 mod claims;
 pub mod create;

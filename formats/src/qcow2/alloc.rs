@@ -351,15 +351,27 @@ impl Qcow2 {
             return Step::Wait(State::Publish { claim: key });
         }
         if !self.sweep.has_room_for_frees() {
-            cx.park(&mut self.sweep.room);
-            self.ask_for_sweep(cx);
-            return Step::Wait(State::Publish { claim: key });
+            let attempt = self.park_for_room(cx);
+            return Step::Wait(State::PublishRoom { claim: key, attempt });
         }
         self.put_entries(key, cx);
         self.touch(slot, owes);
         self.end_claim(key, cx);
         self.sweep_if_full(cx);
         if to < cx.io().end() { self.walk(to, cx) } else { self.end(cx) }
+    }
+
+    /// A sweep has ended that was to make room for what the entries give up.
+    pub(super) fn publish_in_room(
+        &mut self,
+        key: u32,
+        attempt: u32,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match self.no_room(attempt) {
+            Some(errno) => self.fail(key, errno, cx),
+            None => self.publish(key, cx),
+        }
     }
 
     /// Puts a claim's entries into its slice, in memory.

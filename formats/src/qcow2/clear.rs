@@ -87,7 +87,7 @@ impl Qcow2 {
                 }
                 let host = host.0 + (at & (geometry.cluster_size() - 1));
                 if self.hits_metadata(host, end - at) {
-                    return Piece::Step(self.found_corrupt(cx));
+                    return Piece::Step(self.hit_metadata(host, cx));
                 }
                 let kind = OpKind::Zero { unmap: false };
                 cx.issue(Op::bare(kind, self.data, host, end - at));
@@ -158,9 +158,8 @@ impl Qcow2 {
             return Piece::Step(Step::Wait(State::Next { at }));
         }
         if !self.sweep.has_room_for_frees() {
-            cx.park(&mut self.sweep.room);
-            self.ask_for_sweep(cx);
-            return Piece::Step(Step::Wait(State::Next { at }));
+            let attempt = self.park_for_room(cx);
+            return Piece::Step(Step::Wait(State::Room { at, attempt }));
         }
         for cluster in at >> bits..=(last - 1) >> bits {
             let from = at.max(cluster << bits);

@@ -42,6 +42,7 @@ use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, RegionId, Time};
 
 use super::alloc::Claim;
+use super::corrupt::Corrupt;
 use super::inflate::{codec, slot_bytes};
 use super::layout::{Geometry, L1Entry};
 use super::open::Opened;
@@ -134,8 +135,8 @@ pub struct Qcow2 {
     /// Is the data in a file that can be made longer or shorter?
     pub(super) data_can_grow: bool,
     pub(super) backing: Option<Backing>,
-    /// An impossible entry was found while writable: every request fails from then on.
-    pub(super) corrupt: bool,
+    /// Metadata was found that cannot be right. See `corrupt.rs`.
+    pub(super) corrupt: Corrupt,
     pub(super) codec: Compute,
     /// As on disk, but for the byte order.
     pub(super) l1: Vec<u64>,
@@ -164,6 +165,8 @@ pub enum State {
     Next { at: u64 },
     /// As `Next`, for clusters that attempt number `attempt` to get some was to bring.
     Space { at: u64, attempt: u32 },
+    /// As `Next`, for room in memory that sweep number `attempt` was to make.
+    Room { at: u64, attempt: u32 },
     /// The ops of the pieces up to `at`, pieces with requests of their own among them.
     Pieces { at: u64 },
     /// A slice of an L2 table on its way into `slot`.
@@ -190,6 +193,8 @@ pub enum State {
     WriteData { claim: u32 },
     /// The turn to change a slice that a sweep is about to write.
     Publish { claim: u32 },
+    /// Room for what the entries give up, that sweep number `attempt` was to make.
+    PublishRoom { claim: u32, attempt: u32 },
     /// A sweep that began after the request came.
     Swept,
     /// Guest resize: its turn.
@@ -248,6 +253,10 @@ pub enum State {
     StockFlushHeader,
     /// Chore: clusters that are not needed any more, given back to the file system.
     StockDiscard,
+    /// Chore: the requests that may still use what was given up, ended.
+    StockPast,
+    /// Chore: a sweep, with which what was given up leaves.
+    StockSwept,
     /// Chore: a sweep, so that the image is left clean.
     Settle,
     /// Chore: nothing is in stock.
@@ -287,7 +296,7 @@ impl Qcow2 {
             writable,
             data_can_grow,
             backing,
-            corrupt: false,
+            corrupt: Corrupt::default(),
             codec: codec(opened.header.compression),
             slices: vec![Slice::default(); slots],
             tables,
@@ -322,7 +331,6 @@ impl Qcow2 {
 
     fn begin_io(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match cx.io().kind {
-            _ if self.corrupt => Step::Done(Err(Errno::IO)),
             IoKind::Flush => self.flush(cx),
             IoKind::Read => self.walk(cx.io().offset, cx),
             _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
@@ -383,17 +391,6 @@ impl Qcow2 {
         let (first, last) = (host >> bits, (host + len - 1) >> bits);
         self.data == self.file && self.metadata.range(first..=last).next().is_some()
     }
-
-    /// A table says something impossible. An image that is being written to is not used any more,
-    /// and says so to whoever opens it next.
-    pub(super) fn found_corrupt(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.writable && !self.corrupt {
-            self.corrupt = true;
-            self.header.mark_corrupt = true;
-            cx.ask();
-        }
-        Step::Done(Err(Errno::IO))
-    }
 }
 
 /// The clusters that hold metadata; of snapshots, their L1 tables. As many as the tables, which are
@@ -451,7 +448,7 @@ impl Driver for Qcow2 {
     fn label(state: &State) -> usize {
         match state {
             State::Next { .. } => 0,
-            State::Space { .. } | State::ResizeSpace { .. } => 1,
+            State::Space { .. } | State::ResizeSpace { .. } | State::Room { .. } => 1,
             State::Pieces { .. } => 2,
             State::LoadSlice { .. } => 3,
             State::ReadCompressed { .. } => 4,
@@ -461,7 +458,7 @@ impl Driver for Qcow2 {
             State::ReadCow { .. } => 8,
             State::CopyRead { .. } | State::CopyWrite { .. } => 9,
             State::WriteData { .. } => 10,
-            State::Publish { .. } => 11,
+            State::Publish { .. } | State::PublishRoom { .. } => 11,
             State::Swept => 13,
             State::Resize
             | State::ResizeSwept
@@ -495,9 +492,9 @@ impl Driver for Qcow2 {
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
         let passes = match io.kind {
-            IoKind::Read => !self.corrupt,
+            IoKind::Read => true,
             // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.writable && !self.corrupt && !fua,
+            IoKind::Write { fua } => self.writable && !fua,
             _ => false,
         };
         let offset = if passes { self.in_one_piece(io, mem)? } else { return None };
@@ -510,13 +507,13 @@ impl Driver for Qcow2 {
 
     fn chore(&mut self, chore: Chore) -> Option<State> {
         match chore {
-            Chore::Asked if std::mem::take(&mut self.header.mark_corrupt) => {
+            Chore::Asked if std::mem::take(&mut self.corrupt.wants_mark) => {
                 Some(State::MarkCorrupt)
             }
             Chore::Asked if self.sweep.begin_asked() => Some(State::Sweep),
             Chore::Asked if self.stock.begin_asked() => Some(State::Stock),
             Chore::Asked | Chore::Deadline => None,
-            Chore::Settle => (self.writable && !self.corrupt).then_some(State::Settle),
+            Chore::Settle => self.writable.then_some(State::Settle),
         }
     }
 
@@ -543,6 +540,10 @@ impl Qcow2 {
         use Event::{Io, Start, Woken};
         match (state, event) {
             (State::Space { at, attempt }, Woken) => match self.stock.failure_of(attempt) {
+                Some(errno) if self.stock.is_empty() => Step::Done(Err(errno)),
+                _ => self.walk(at, cx),
+            },
+            (State::Room { at, attempt }, Woken) => match self.no_room(attempt) {
                 Some(errno) => Step::Done(Err(errno)),
                 None => self.walk(at, cx),
             },
@@ -573,6 +574,9 @@ impl Qcow2 {
                 self.copy_written(claim, from, result, cx)
             }
             (State::Publish { claim }, Woken) => self.publish(claim, cx),
+            (State::PublishRoom { claim, attempt }, Woken) => {
+                self.publish_in_room(claim, attempt, cx)
+            }
             (State::Swept, Woken) => Step::Done(self.sweep.result()),
             (State::MarkCorrupt, Start | Woken) => self.write_corrupt_mark(cx),
             (State::MarkCorrupt, Io(result)) => self.corrupt_marked(result, cx),

@@ -5,6 +5,7 @@ pub mod bitmap;
 pub mod check;
 mod clear;
 pub mod compress;
+mod corrupt;
 pub mod create;
 pub mod driver;
 pub mod header;

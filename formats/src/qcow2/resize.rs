@@ -36,7 +36,6 @@ pub(super) struct Header {
     pub moving_root: bool,
     /// A longer L1 table: its first cluster.
     root: u64,
-    pub mark_corrupt: bool,
     pub raw_external: bool,
     has_snapshots: bool,
 }
@@ -53,7 +52,6 @@ impl Header {
             resizers: WaitList::new(),
             moving_root: false,
             root: 0,
-            mark_corrupt: false,
             raw_external: header.has_data_file() && header.autoclear & AUTOCLEAR_RAW_DATA != 0,
             has_snapshots: header.snapshot_count > 0,
             on_disk: header,
@@ -392,12 +390,17 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         match (state, event) {
+            (State::Settle, Event::Start) if self.corrupt.are_counts() && !self.is_dirty() => {
+                self.flush_settled(cx)
+            }
             (State::Settle, Event::Start) if self.is_dirty() => {
                 self.park_for_sweep(cx);
                 Step::Wait(State::Settle)
             }
             (State::Settle, Event::Start) => self.empty_stock(cx),
             (State::Settle, Event::Woken) => match self.sweep.result() {
+                // What is in stock stays counted: a leak.
+                Ok(()) if self.corrupt.are_counts() => self.flush_settled(cx),
                 Ok(()) => self.empty_stock(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
@@ -406,14 +409,15 @@ impl Qcow2 {
                 Ok(()) => self.cut_end(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
-            (State::CutEnd, Event::Io(result)) => {
+            (State::CutEnd, Event::Io(Ok(()))) => {
                 self.stock.cut();
-                match result {
-                    Ok(()) => self.flush_settled(cx),
-                    Err(errno) => Step::Done(Err(errno)),
-                }
+                self.flush_settled(cx)
             }
-            (State::FlushSettled, Event::Io(result)) => Step::Done(result),
+            // The spare end may still be there, with whatever was in it: it is as it was before.
+            (State::CutEnd, Event::Io(Err(errno))) => Step::Done(Err(errno)),
+            (State::FlushSettled, Event::Io(result)) => {
+                Step::Done(result.and(self.corrupt.verdict()))
+            }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }

@@ -8,7 +8,8 @@
 //!
 //! Clusters come from, in this order: given-up ones whose only reference is gone (no refcount
 //! changes at all); holes, clusters of the file with a refcount of 0; the file's end, grown ahead.
-//! What comes from the grown end reads as zeros.
+//! What comes from the grown end reads as zeros. The file does not grow while there are holes. Where
+//! it cannot grow, as on a device, all there is are holes, whatever was there before.
 //!
 //! The chore looks at one piece of one refcount block at a time, in memory of its own.
 
@@ -23,6 +24,7 @@ use super::header::REFTABLE_BYTES_MAX;
 use super::layout::{HOST_MAX, Invalid};
 use super::open::Opened;
 use super::sweep::{FREES_MAX, Free};
+use crate::attempts::Attempts;
 use crate::qed::Grow;
 
 /// Clusters, one after the other.
@@ -84,6 +86,10 @@ impl Area {
         self.tables() + self.run
     }
 
+    fn end(self) -> u64 {
+        self.first + self.count()
+    }
+
     fn tables(self) -> u64 {
         self.blocks + self.table
     }
@@ -115,8 +121,11 @@ pub(super) struct Stock {
     phase: Phase,
     /// Where to look for holes next.
     holes: u64,
-    /// One past the last cluster of the file that was ever handed out, or there at first.
+    /// One past the last cluster of the file that was ever handed out, or there at first. Where
+    /// the file cannot be made longer: one past the last whole one.
     end: u64,
+    /// While the image is being left clean: one past the last cluster that is still in use.
+    rest: u64,
     /// The length that the file has after any crash; and what a growth under way makes it.
     durable: u64,
     grown: u64,
@@ -129,12 +138,11 @@ pub(super) struct Stock {
     wanted: bool,
     /// As many clusters in one run are wanted, which no piece of a block counts.
     wanted_run: Option<u64>,
-    /// Pieces that were searched for holes, in vain, since the chore began.
-    searched: usize,
+    /// Somebody wants more clusters in one run than there are.
+    wants_long_run: bool,
     /// Can the file be made longer?
     can_grow: bool,
-    attempt: u32,
-    failed: Option<(u32, Errno)>,
+    attempts: Attempts,
     pub waiters: WaitList,
     /// The chore that empties the stock.
     pub settler: WaitList,
@@ -145,14 +153,16 @@ pub(super) struct Stock {
 
 /// Clusters that are first counted up at once.
 const BATCH_MIN: u64 = 64;
-/// Pieces of refcount blocks that are searched for holes before the file grows.
-const PIECES_MAX: usize = 8;
 
 impl Stock {
     pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Stock {
         let cluster_bits = opened.header.cluster_bits;
         // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
-        let end = opened.file_len.div_ceil(1 << cluster_bits);
+        // A device ends with its last whole cluster.
+        let end = match can_grow {
+            true => opened.file_len.div_ceil(1 << cluster_bits),
+            false => opened.file_len >> cluster_bits,
+        };
         // What the lists may need, so that they never grow.
         let stocked = || Vec::with_capacity(options.stock_max.min(4096) as usize);
         Stock {
@@ -170,6 +180,7 @@ impl Stock {
             phase: Phase::Idle,
             holes: 0,
             end,
+            rest: end,
             durable: opened.file_len,
             grown: opened.file_len,
             batch: BATCH_MIN.min(options.stock_max).max(1),
@@ -178,10 +189,9 @@ impl Stock {
             settling: false,
             wanted: false,
             wanted_run: None,
-            searched: 0,
+            wants_long_run: false,
             can_grow,
-            attempt: 0,
-            failed: None,
+            attempts: Attempts::default(),
             waiters: WaitList::new(),
             settler: WaitList::new(),
             result: Ok(()),
@@ -201,8 +211,12 @@ impl Stock {
 
     /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
-        let since = |failed: u32| failed.wrapping_sub(attempt) < u32::MAX / 2;
-        self.failed.and_then(|(failed, errno)| since(failed).then_some(errno))
+        self.attempts.failure_of(attempt)
+    }
+
+    /// Is nothing in stock?
+    pub fn is_empty(&self) -> bool {
+        self.total == 0
     }
 
     /// Takes in clusters that nothing refers to on disk any more, stably.
@@ -241,14 +255,17 @@ impl Stock {
         is_empty || self.result.is_err()
     }
 
-    /// The length of the file without the spare end, if it has one.
+    /// The length of the file without the spare end, if it has one that can be cut off.
     pub fn spare_end(&self) -> Option<u64> {
-        let end = self.end << self.cluster_bits;
-        (self.grown > end).then_some(end)
+        let end = self.rest << self.cluster_bits;
+        (self.can_grow && self.grown > end).then_some(end)
     }
 
-    /// The spare end was cut off, or nobody knows.
+    /// The spare end was cut off. Not before that does the file end where it is in use: what it
+    /// would gain by growing again was there, and is no zeros.
     pub fn cut(&mut self) {
+        self.end = self.rest;
+        self.holes = self.holes.min(self.end);
         self.durable = self.durable.min(self.end << self.cluster_bits);
         self.grown = self.durable;
     }
@@ -269,6 +286,9 @@ impl Qcow2 {
         at: u64,
         cx: &mut Cx<'_>,
     ) -> Result<Taken, Step<State>> {
+        if self.corrupt.are_counts() {
+            return Err(Step::Done(Err(Errno::IO)));
+        }
         if let Some(taken) = self.stock.take(count) {
             if self.stock.is_low() {
                 self.ask_for_stock(cx);
@@ -278,14 +298,14 @@ impl Qcow2 {
         self.stock.wanted = true;
         self.ask_for_stock(cx);
         cx.park(&mut self.stock.waiters);
-        Err(Step::Wait(State::Space { at, attempt: self.stock.attempt }))
+        Err(Step::Wait(State::Space { at, attempt: self.stock.attempts.latest() }))
     }
 
     fn ask_for_stock(&mut self, cx: &mut Cx<'_>) {
         let stock = &mut self.stock;
         if !stock.running && !stock.asked {
             stock.asked = true;
-            stock.attempt = stock.attempt.wrapping_add(1);
+            stock.attempts.begin();
             cx.ask();
         }
     }
@@ -304,6 +324,9 @@ impl Qcow2 {
         count: u64,
         cx: &mut Cx<'_>,
     ) -> Result<u64, Step<State>> {
+        if self.corrupt.are_counts() {
+            return Err(Step::Done(Err(Errno::IO)));
+        }
         let stock = &mut self.stock;
         for runs in [&mut stock.fresh, &mut stock.used] {
             if let Some(run) = runs.iter_mut().find(|run| run.count > count) {
@@ -317,15 +340,17 @@ impl Qcow2 {
         } else {
             stock.wanted_run = Some(count + 1);
         }
-        stock.wanted = true;
+        (stock.wanted, stock.wants_long_run) = (true, true);
         self.ask_for_stock(cx);
         cx.park(&mut self.stock.waiters);
-        Err(Step::Wait(State::ResizeSpace { attempt: self.stock.attempt }))
+        Err(Step::Wait(State::ResizeSpace { attempt: self.stock.attempts.latest() }))
     }
 
     /// Chore: has everything that is in stock counted down.
     pub(super) fn empty_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        self.stock.settling = true;
+        if !std::mem::replace(&mut self.stock.settling, true) {
+            self.stock.rest = self.stock.end;
+        }
         self.ask_for_stock(cx);
         cx.park(&mut self.stock.settler);
         Step::Wait(State::EmptyStock)
@@ -353,10 +378,11 @@ impl Qcow2 {
             (State::Stock, Event::Woken) if self.sweep.result().is_err() => {
                 self.stock_done(self.sweep.result(), cx)
             }
-            (State::Stock, Event::Start | Event::Woken) => match self.sort_returned(cx) {
-                true => Step::Wait(State::StockDiscard),
-                false => self.stock_next(cx),
-            },
+            (State::StockSwept, Event::Woken) if self.sweep.result().is_err() => {
+                self.stock_done(self.sweep.result(), cx)
+            }
+            (State::Stock, Event::Start | Event::Woken)
+            | (State::StockPast | State::StockSwept, Event::Woken) => self.begin_stock(cx),
             (State::StockDiscard, Event::Io(_)) => self.discarded(cx),
             (state, Event::Io(Err(errno))) => self.stock_op_failed(state, errno, cx),
             (State::StockLoad, Event::Io(_)) => self.piece_loaded(cx),
@@ -379,6 +405,13 @@ impl Qcow2 {
             }
             (State::StockFlushLink | State::StockFlushHeader, Event::Io(_)) => self.area_linked(cx),
             (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    fn begin_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        match self.sort_returned(cx) {
+            true => Step::Wait(State::StockDiscard),
+            false => self.stock_next(cx),
         }
     }
 
@@ -436,6 +469,12 @@ impl Qcow2 {
             stock.phase = Phase::Drop;
             return self.look_at(drop.first, cx);
         }
+        if self.corrupt.are_counts() {
+            return self.stock_done(Err(Errno::IO), cx);
+        }
+        if stock.total > 0 && stock.wanted {
+            cx.wake_all(&mut stock.waiters);
+        }
         if let Some(run) = stock.wanted_run.take() {
             return self.make_run(run, cx);
         }
@@ -479,16 +518,17 @@ impl Qcow2 {
         let offset = match self.piece_offset(cluster) {
             Ok(Some(offset)) => offset,
             Ok(None) => return self.no_block(cluster, cx),
-            Err(Invalid) => return self.counts_are_corrupt(cx),
+            Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
         };
         self.stock.piece = Some(piece);
         cx.issue(self.read_op(offset, Segs::one(self.counts_seg())));
         Step::Wait(State::StockLoad)
     }
 
-    /// The refcounts say something impossible.
-    fn counts_are_corrupt(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let _: Step<State> = self.found_corrupt(cx);
+    /// The refcount table's entry for `cluster` cannot be right.
+    fn stop_counting(&mut self, what: &'static str, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let index = cluster >> self.geometry.block_bits();
+        self.counts_are_wrong(what, self.stock.table_offset + index * 8, cx);
         self.stock.drops.clear();
         self.stock_done(Err(Errno::IO), cx)
     }
@@ -508,7 +548,7 @@ impl Qcow2 {
         let (from, to) = (piece << bits, (piece + 1) << bits);
         let bytes = cx.mem().region_mut(self.regions.counts);
         let mut drops = std::mem::take(&mut self.stock.drops);
-        let mut wrong = false;
+        let mut wrong = None;
         for i in 0..drops.len() {
             let run = drops[i];
             let (first, end) = (run.first.max(from), run.end().min(to));
@@ -518,14 +558,16 @@ impl Qcow2 {
             for cluster in (first..end).rev() {
                 let index = (cluster - from) as usize;
                 let count = geometry.refcount(bytes, index);
-                wrong |= count == 0;
+                if count == 0 {
+                    wrong = Some(cluster);
+                }
                 geometry.set_refcount(bytes, index, count.saturating_sub(1));
                 if count > 1 {
                     continue;
                 }
                 self.stock.holes = self.stock.holes.min(cluster);
-                if self.stock.settling && cluster + 1 == self.stock.end {
-                    self.stock.end = cluster;
+                if self.stock.settling && cluster + 1 == self.stock.rest {
+                    self.stock.rest = cluster;
                 }
             }
             drops[i].count = first - run.first;
@@ -533,8 +575,9 @@ impl Qcow2 {
         }
         drops.retain(|run| run.count > 0);
         self.stock.drops = drops;
-        if wrong {
-            let _: Step<State> = self.found_corrupt(cx);
+        if let Some(cluster) = wrong {
+            let at = cluster << self.geometry.cluster_bits();
+            self.counts_are_wrong("cluster in use has refcount 0", at, cx);
         }
         self.write_piece(cx)
     }
@@ -578,11 +621,35 @@ impl Qcow2 {
             self.stock.phase = Phase::Count { fresh: false };
             return self.look_at(self.stock.holes, cx);
         }
+        if !self.stock.can_grow {
+            return self.out_of_space(Errno::NO_SPACE, cx);
+        }
         self.stock.phase = Phase::Count { fresh: true };
         let Some(len) = self.wanted_len(self.stock.batch) else {
-            return self.stock_done(Err(Errno::TOO_BIG), cx);
+            return self.out_of_space(Errno::TOO_BIG, cx);
         };
         if len > self.stock.grown { self.grow(len, false, cx) } else { self.grown(cx) }
+    }
+
+    /// No cluster is free, and the file cannot be made longer: `errno`. Before anybody is told, what
+    /// was given up comes back: it leaves with a sweep, and when nobody uses it any more.
+    fn out_of_space(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        if !stock.wanted || stock.total > 0 && !stock.wants_long_run {
+            return self.stock_done(Ok(()), cx);
+        }
+        if !stock.returned.is_empty() {
+            if stock.returned.iter().any(|&(era, _)| cx.is_past(era)) {
+                return self.begin_stock(cx);
+            }
+            cx.park_until_past();
+            return Step::Wait(State::StockPast);
+        }
+        if self.sweep.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
+            self.park_for_sweep(cx);
+            return Step::Wait(State::StockSwept);
+        }
+        self.stock_done(Err(errno), cx)
     }
 
     /// The file's length with `count` more clusters; `None` if that is too long.
@@ -637,7 +704,7 @@ impl Qcow2 {
         let wanted = self.stock.batch;
         let (mut found, mut next) = (0, at);
         let mut metadata = self.metadata.range(at..to.max(at)).peekable();
-        let mut corrupt = false;
+        let mut uncounted = None;
         while next < to && found < wanted {
             let (cluster, index) = (next, (next - from) as usize);
             let is_metadata = metadata.next_if_eq(&&cluster).is_some();
@@ -647,7 +714,7 @@ impl Qcow2 {
             }
             if is_metadata {
                 // A table that nobody has counted: it is not given away.
-                corrupt = true;
+                uncounted = Some(cluster);
                 continue;
             }
             geometry.set_refcount(bytes, index, 1);
@@ -658,31 +725,18 @@ impl Qcow2 {
             }
         }
         if fresh {
+            // Holes that were not looked at yet are still to be.
+            if self.stock.holes == self.stock.end {
+                self.stock.holes = next;
+            }
             self.stock.end = next;
-            self.stock.holes = self.stock.holes.max(next);
         } else {
             self.stock.holes = next;
         }
-        if corrupt {
-            let _: Step<State> = self.found_corrupt(cx);
+        if let Some(cluster) = uncounted {
+            self.counts_are_wrong("table has refcount 0", cluster << geometry.cluster_bits(), cx);
         }
-        if found > 0 { self.write_piece(cx) } else { self.search_on(fresh, cx) }
-    }
-
-    /// Nothing free in the piece at hand.
-    fn search_on(&mut self, fresh: bool, cx: &mut Cx<'_>) -> Step<State> {
-        self.stock.searched += usize::from(!fresh);
-        if !fresh && self.stock.searched >= PIECES_MAX && self.stock.can_grow {
-            // Enough for now. The file grows; the search goes on next time.
-            self.stock.searched = 0;
-            self.stock.phase = Phase::Count { fresh: true };
-            return match self.wanted_len(self.stock.batch) {
-                None => self.stock_done(Err(Errno::TOO_BIG), cx),
-                Some(len) if len > self.stock.grown => self.grow(len, false, cx),
-                Some(_) => self.grown(cx),
-            };
-        }
-        self.count_holes(cx)
+        if found > 0 { self.write_piece(cx) } else { self.count_holes(cx) }
     }
 
     /// There is no refcount block for `cluster`: one is made, in the space that it will count.
@@ -690,37 +744,49 @@ impl Qcow2 {
         let block_bits = self.geometry.block_bits();
         let index = cluster >> block_bits;
         if self.stock.phase == Phase::Drop {
-            // Nothing counts it, so nothing can be counted down.
-            return self.counts_are_corrupt(cx);
+            return self.stop_counting("no refcount block for a cluster in use", cluster, cx);
         }
-        let fresh = self.stock.phase == (Phase::Count { fresh: true });
-        let first = if fresh { self.stock.end } else { index << block_bits };
-        if !fresh && index >= self.stock.table.len() as u64 {
-            // The table is too short to count the file that there is: it goes on at the end.
-            self.stock.holes = self.stock.end;
-            return self.count_holes(cx);
+        if self.stock.phase == (Phase::Count { fresh: true }) {
+            return self.make_area(self.area(self.stock.end, index, true, 0), cx);
         }
-        if !fresh && self.metadata.contains(&first) {
-            return self.counts_are_corrupt(cx);
+        // What nothing counts is free, in a sound image.
+        let area = self.area(index << block_bits, index, false, 0);
+        match area.filter(|area| area.end() <= self.stock.end) {
+            Some(area) if self.metadata.range(area.first..area.end()).next().is_some() => {
+                self.stop_counting("no refcount block for a table", cluster, cx)
+            }
+            Some(area) => self.make_area(Some(area), cx),
+            None => {
+                // It does not fit in front of the file's end.
+                self.stock.holes = self.stock.end;
+                self.count_holes(cx)
+            }
         }
-        self.make_area(self.area(first, index, fresh, 0), cx)
     }
 
-    /// Makes `run` clusters, behind everything that there are refcount blocks for.
+    /// Makes `run` clusters, behind everything that there are refcount blocks for: at the file's
+    /// end, or where a device has such space.
     fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Step<State> {
         let block_bits = self.geometry.block_bits();
         let blocks = self.stock.table.iter().rposition(|&block| block != 0);
-        let first = blocks.map_or(0, |last| (last as u64 + 1) << block_bits).max(self.stock.end);
-        self.make_area(self.area(first, first >> block_bits, true, run), cx)
+        let counted = blocks.map_or(0, |last| (last as u64 + 1) << block_bits);
+        if self.stock.can_grow {
+            let first = counted.max(self.stock.end);
+            return self.make_area(self.area(first, first >> block_bits, true, run), cx);
+        }
+        let area = self.area(counted, counted >> block_bits, false, run);
+        match area.filter(|area| area.end() <= self.stock.end) {
+            Some(area) => self.make_area(Some(area), cx),
+            None => self.stock_done(Err(Errno::NO_SPACE), cx),
+        }
     }
 
     fn make_area(&mut self, area: Option<Area>, cx: &mut Cx<'_>) -> Step<State> {
-        let Some(area) = area.filter(|area| area.first + area.count() <= self.clusters_max())
-        else {
-            return self.stock_done(Err(Errno::TOO_BIG), cx);
+        let Some(area) = area.filter(|area| area.end() <= self.clusters_max()) else {
+            return self.out_of_space(Errno::TOO_BIG, cx);
         };
         self.stock.phase = Phase::Blocks(area);
-        let end = (area.first + area.count()) << self.geometry.cluster_bits();
+        let end = area.end() << self.geometry.cluster_bits();
         if end > self.stock.grown && area.fresh {
             return self.grow(end, false, cx);
         }
@@ -749,7 +815,7 @@ impl Qcow2 {
             }
             (area.blocks, area.table) = (blocks.max(area.blocks), table.max(area.table));
         }
-        (area.table << cluster_bits <= REFTABLE_BYTES_MAX && fresh).then_some(area)
+        (area.table << cluster_bits <= REFTABLE_BYTES_MAX).then_some(area)
     }
 
     /// Writes the area's pieces from number `from` on, one at a time, leaving out zeros where
@@ -854,12 +920,11 @@ impl Qcow2 {
             stock.total += area.run;
         }
         if area.fresh {
-            let end = area.first + area.count();
             // What was passed over is as free as a hole.
-            if stock.end == area.first {
-                stock.holes = stock.holes.max(end);
+            if stock.holes == stock.end && stock.end == area.first {
+                stock.holes = area.end();
             }
-            stock.end = end;
+            stock.end = area.end();
         }
         self.stock_next(cx)
     }
@@ -871,7 +936,7 @@ impl Qcow2 {
                 self.stock.grown = self.stock.durable;
                 let bits = self.geometry.cluster_bits();
                 let len = match self.stock.phase {
-                    Phase::Blocks(area) => Some((area.first + area.count()) << bits),
+                    Phase::Blocks(area) => Some(area.end() << bits),
                     _ => self.wanted_len(1),
                 };
                 match len.filter(|&len| len > self.stock.grown) {
@@ -882,12 +947,15 @@ impl Qcow2 {
             state => {
                 if matches!(state, State::StockGrow { .. }) {
                     self.stock.grown = self.stock.durable;
+                    return self.out_of_space(errno, cx);
                 }
                 if let (Phase::Blocks(area), true) = (self.stock.phase, names_table(state)) {
                     // The header may name the new table, which is as good as the old one: it is
                     // left alone.
                     self.refcount_table_linked(Err(errno), cx);
-                    self.stock.end = area.first + area.count();
+                    if area.fresh {
+                        self.stock.end = area.end();
+                    }
                 }
                 // What the piece is on disk, nobody knows; what was counted may be leaked.
                 self.stock.piece = None;
@@ -904,10 +972,10 @@ impl Qcow2 {
             stock.batch = (2 * stock.batch).min(stock.options.stock_max).max(1);
         }
         stock.phase = Phase::Idle;
-        (stock.running, stock.wanted, stock.searched) = (false, false, 0);
+        (stock.running, stock.wanted, stock.wants_long_run) = (false, false, false);
         stock.result = result;
         if let Err(errno) = result {
-            stock.failed = Some((stock.attempt, errno));
+            stock.attempts.failed(errno);
         }
         cx.wake_all(&mut stock.waiters);
         cx.wake_all(&mut stock.settler);

@@ -20,6 +20,7 @@ use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
 use super::driver::{FLUSH, Qcow2, State};
+use crate::attempts::Attempts;
 
 /// What there is to know about a slice in the cache.
 #[derive(Clone, Copy, Hash, Debug, Default)]
@@ -86,8 +87,8 @@ pub(super) struct Sweep {
     next: WaitList,
     current: WaitList,
     result: Result<(), Errno>,
-    /// A sweep that nobody waited for failed: the first to ask for room is told.
-    failed: Option<Errno>,
+    /// Counts them, for those who wait for room.
+    attempts: Attempts,
     frees: Vec<Free>,
     freeing: Vec<Free>,
     freed_in: u32,
@@ -117,7 +118,7 @@ impl Sweep {
             next: WaitList::new(),
             current: WaitList::new(),
             result: Ok(()),
-            failed: None,
+            attempts: Attempts::default(),
             frees: Vec::with_capacity(FREES_MAX),
             freeing: Vec::with_capacity(FREES_MAX),
             freed_in: 0,
@@ -161,6 +162,11 @@ impl Sweep {
             return;
         }
         self.frees.push(free);
+    }
+
+    /// Are references that were given up on their way to the stock?
+    pub fn has_frees(&self) -> bool {
+        !self.frees.is_empty() || !self.freeing.is_empty()
     }
 
     pub fn has_room_for_frees(&self) -> bool {
@@ -226,20 +232,36 @@ impl Qcow2 {
             self.sweep.again = true;
         } else if !self.sweep.asked {
             self.sweep.asked = true;
+            self.sweep.attempts.begin();
             cx.ask();
         }
     }
 
-    /// Somebody finds no slot for a slice: changed ones are written to make room. Answers why not,
-    /// if that was tried and failed.
-    pub(super) fn ask_for_room(&mut self, cx: &mut Cx<'_>) -> Option<Errno> {
-        if let Some(errno) = self.sweep.failed.take() {
-            return Some(errno);
-        }
+    /// Somebody finds no slot for a slice: changed ones are written to make room. Answers the state
+    /// of the request at `at`, which waits for that.
+    pub(super) fn wait_for_slot(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
         if !self.sweep.dirty.is_empty() {
             self.ask_for_sweep(cx);
         }
-        None
+        cx.park(&mut self.tables.full);
+        // Nobody waits for a sweep that is not asked for: slots come back otherwise, too.
+        let asked = self.sweep.running || self.sweep.asked;
+        let attempt = self.sweep.attempts.latest().wrapping_add(u32::from(!asked));
+        Step::Wait(State::Room { at, attempt })
+    }
+
+    /// Too much has been given up: a sweep is to make it leave. Parks the request; answers the
+    /// sweep's number.
+    pub(super) fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
+        cx.park(&mut self.sweep.room);
+        self.ask_for_sweep(cx);
+        self.sweep.attempts.latest()
+    }
+
+    /// Why there is no room, if the sweep that was to make it failed. Then it is no use to ask for
+    /// another: after a failed flush every one fails.
+    pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
+        self.sweep.attempts.failure_of(attempt)
     }
 
     /// Much is changed: better write some of it back before somebody has to wait for that.
@@ -429,7 +451,9 @@ impl Qcow2 {
         let sweep = &mut self.sweep;
         sweep.running = false;
         sweep.result = result;
-        sweep.failed = result.err().filter(|_| sweep.current.is_empty());
+        if let Err(errno) = result {
+            sweep.attempts.failed(errno);
+        }
         cx.wake_all(&mut sweep.current);
         cx.wake_all(&mut sweep.room);
         cx.wake_all(&mut self.tables.full);

@@ -49,7 +49,7 @@ impl Qcow2 {
             return Step::Done(Err(Errno::IO));
         };
         let old = match L1Entry::decode(word, self.geometry) {
-            Err(_) => return self.found_corrupt(cx),
+            Err(_) => return self.invalid_entry(at, cx),
             Ok(entry) => entry.map(|entry| entry.table),
         };
         let buf = match old {

@@ -73,9 +73,6 @@ impl Qcow2 {
     pub(super) fn walk(&mut self, mut at: u64, cx: &mut Cx<'_>) -> Step<State> {
         let io = cx.io();
         let end = io.end();
-        if self.corrupt {
-            return Step::Done(Err(Errno::IO));
-        }
         let is_transfer = matches!(io.kind, IoKind::Read | IoKind::Write { .. });
         let mut issued = false;
         while at < end {
@@ -167,7 +164,7 @@ impl Qcow2 {
                 cx.park(self.tables.waiters(slot));
                 Step::Wait(State::Next { at })
             }
-            Found::Invalid => self.found_corrupt(cx),
+            Found::Invalid => self.invalid_entry(at, cx),
         }
     }
 
@@ -363,7 +360,7 @@ impl Qcow2 {
             } else if !run.copied {
                 break;
             } else if self.hits_metadata(host, len) {
-                return Piece::Step(self.found_corrupt(cx));
+                return Piece::Step(self.hit_metadata(host, cx));
             } else {
                 cx.write_guest(self.data, host, from, len, false);
             }
@@ -393,11 +390,7 @@ impl Qcow2 {
 
     fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
         let Some(slot) = self.tables.reserve(self.slice_key(at)) else {
-            if let Some(errno) = self.ask_for_room(cx) {
-                return Step::Done(Err(errno));
-            }
-            cx.park(&mut self.tables.full);
-            return Step::Wait(State::Next { at });
+            return self.wait_for_slot(at, cx);
         };
         let seg = self.tables.seg(slot, 0, 1 << self.geometry.slice_bits());
         cx.issue(self.read_op(self.slice_offset(at), Segs::one(seg)));

@@ -15,6 +15,8 @@ pub struct Held {
     pub ops: Vec<(OpId, Op)>,
     /// What the next harvest does, and with what result if it shall fail.
     pub go: Vec<(OpId, Option<Errno>)>,
+    /// As a device: it keeps its length, and discards do nothing.
+    pub fixed: bool,
 }
 
 impl Held {
@@ -38,7 +40,7 @@ impl Backend for Held {
             memory_align: 512,
             hole_align: 4096,
             len,
-            can_grow: true,
+            can_grow: !self.fixed,
         })
     }
 
@@ -65,6 +67,10 @@ impl Backend for Held {
                     let from = &self.bytes[at.min(self.bytes.len())..][..len];
                     harvest.mem.scatter(&op.segs, record.moved, from);
                     Ok(len as u64)
+                }
+                (None, OpKind::Truncate | OpKind::Discard) if self.fixed => Ok(0),
+                (None, OpKind::Write { .. }) if self.fixed && at + len > self.bytes.len() => {
+                    Err(Errno::NO_SPACE)
                 }
                 (None, OpKind::Write { .. }) => {
                     self.bytes.resize(self.bytes.len().max(at + len), 0);
