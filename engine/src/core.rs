@@ -47,6 +47,8 @@ pub(crate) struct Core {
     pub past_waiters: WaitList,
     /// For `Engine::poll_event`.
     pub events: Vec<NodeEvent>,
+    /// Nodes whose images were found corrupt.
+    pub corrupt: Vec<NodeId>,
     /// Nodes whose chore was asked for.
     pub asked: Vec<NodeId>,
     /// Guest requests that have ended, oldest first, until they are polled.
@@ -81,6 +83,7 @@ impl Core {
             write_waiters: WaitList::new(),
             past_waiters: WaitList::new(),
             events: Vec::new(),
+            corrupt: Vec::new(),
             asked: Vec::with_capacity(4),
             finished: Queue::with_capacity(limits.requests),
             chore_failed: None,
@@ -288,6 +291,10 @@ impl Core {
 
     /// Keeps an event for the embedder.
     pub fn tell(&mut self, event: NodeEvent) {
+        let NodeEvent::Corrupt { node, .. } = event;
+        if !self.corrupt.contains(&node) {
+            self.corrupt.push(node);
+        }
         if self.events.len() < EVENTS_MAX && !self.events.contains(&event) {
             self.events.push(event);
         }
@@ -557,6 +564,7 @@ impl Core {
             write_waiters: self.write_waiters,
             past_waiters: self.past_waiters,
             events: self.events.clone(),
+            corrupt: self.corrupt.clone(),
             asked: self.asked.clone(),
             finished: self.finished.clone(),
             chore_failed: self.chore_failed,
@@ -588,6 +596,6 @@ impl Core {
         (self.out.len(), &self.ready, &self.files).hash(h);
         self.mem.hash_but_free(&[&self.bufs_free, &self.bounce_free], h);
         (self.buf_waiters, self.bounce_waiters, self.write_waiters, self.past_waiters).hash(h);
-        self.bufs_free.len().hash(h);
+        (self.bufs_free.len(), &self.corrupt).hash(h);
     }
 }

@@ -594,7 +594,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 true
             }
             Drain::Settling => {
-                self.drain = Drain::Drained(self.core.chore_failed.take().map_or(Ok(()), Err));
+                let failed = self.core.chore_failed.take();
+                let corrupt = self.core.corrupt.iter().any(|node| !self.is_gone(node.index()));
+                let failed = failed.or(corrupt.then_some(Errno::IO));
+                self.drain = Drain::Drained(failed.map_or(Ok(()), Err));
                 false
             }
         }
@@ -612,7 +615,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     /// Since [`Engine::drain`]: has everything ended, and how? An error is the first that kept an
-    /// image from being left clean; those of requests come through `poll`.
+    /// image from being left clean; those of requests come through `poll`. [`Errno::IO`] also if an
+    /// image was found corrupt, now or before ([`NodeEvent::Corrupt`]): all is written that could be.
     ///
     /// `Some` from the `run` that ends the last of it until the next `submit` or `drain`. There may
     /// be finished requests to poll.

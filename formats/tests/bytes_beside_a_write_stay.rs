@@ -24,6 +24,7 @@ const TIGHT: Limits = Limits {
     buffers: 2,
     bounce_buffers: 1,
     buffer_size: 4096,
+    steps: 4096,
     measure: true,
 };
 

@@ -19,8 +19,6 @@ use super::layout::L1Entry;
 /// What was found so far.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub(super) struct Corrupt {
-    /// Anything at all.
-    found: bool,
     /// Refcounts: no cluster is handed out, and none counted.
     counts: bool,
     /// The corrupt mark was written, or is to be.
@@ -33,11 +31,6 @@ impl Corrupt {
     /// Can the refcounts not be relied on?
     pub fn are_counts(self) -> bool {
         self.counts
-    }
-
-    /// What a drain has to say of it.
-    pub fn verdict(self) -> Result<(), Errno> {
-        if self.found { Err(Errno::IO) } else { Ok(()) }
     }
 }
 
@@ -53,7 +46,6 @@ impl Qcow2 {
             }
             _ => ("L1 entry is invalid", self.header.l1_offset() + index * 8),
         };
-        self.corrupt.found = true;
         cx.tell_corrupt(what, place);
         Step::Done(Err(Errno::IO))
     }
@@ -71,7 +63,6 @@ impl Qcow2 {
     }
 
     fn mark_corrupt(&mut self, what: &'static str, at: u64, cx: &mut Cx<'_>) {
-        self.corrupt.found = true;
         cx.tell_corrupt(what, at);
         if self.writable && !std::mem::replace(&mut self.corrupt.marked, true) {
             self.corrupt.wants_mark = true;

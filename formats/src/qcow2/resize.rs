@@ -415,9 +415,7 @@ impl Qcow2 {
             }
             // The spare end may still be there, with whatever was in it: it is as it was before.
             (State::CutEnd, Event::Io(Err(errno))) => Step::Done(Err(errno)),
-            (State::FlushSettled, Event::Io(result)) => {
-                Step::Done(result.and(self.corrupt.verdict()))
-            }
+            (State::FlushSettled, Event::Io(result)) => Step::Done(result),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }

@@ -111,8 +111,23 @@ impl Qed {
                 cx.park(self.tables.waiters(slot));
                 Step::Wait(State::Next { at })
             }
-            Found::Invalid => Step::Done(Err(Errno::INVALID)),
+            Found::Invalid => self.invalid_entry(at, cx),
         }
+    }
+
+    /// The entry that maps byte `at` cannot be. The request fails; others go on.
+    fn invalid_entry(&self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let index = self.geometry.l1_index(GuestOffset(at));
+        let raw = self.l1.get(index as usize).copied().unwrap_or(0);
+        match self.bounds().l1_entry(raw) {
+            Some(Some(table)) => {
+                let cluster = at >> self.geometry.cluster_bits();
+                let inside = (cluster & ((1 << SLICE_BITS) - 1)) * 8;
+                cx.tell_corrupt("L2 entry is invalid", self.slice_offset(table, cluster) + inside);
+            }
+            _ => cx.tell_corrupt("L1 entry is invalid", self.header.l1_offset().0 + index * 8),
+        }
+        Step::Done(Err(Errno::IO))
     }
 
     fn look_up(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Found {

@@ -59,6 +59,11 @@ pub(super) struct Root {
 type Copies = [[u32; SECTOR_ENTRIES as usize]; 2];
 
 impl Root {
+    /// Where entry `index` of the directory is in the file.
+    pub fn entry_at(&self, index: u64) -> u64 {
+        self.directory_at + index * 4
+    }
+
     pub fn new(sparse: Sparse) -> Root {
         Root {
             directory_at: sparse.header.directory_at << SECTOR_BITS,

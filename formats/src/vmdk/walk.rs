@@ -176,7 +176,7 @@ impl Vmdk {
     #[inline(never)]
     fn provide(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Step<State> {
         if let Found::Invalid = found {
-            return Step::Done(Err(Errno::INVALID));
+            return self.invalid_entry(at, cx);
         }
         let place = self.place(self.part_at(at));
         if self.piece_of_part(at) < cx.io().end()
@@ -233,6 +233,22 @@ impl Vmdk {
             }
             PartKind::Sparse(_) => self.place(part).table_end(at),
         }
+    }
+
+    /// The entry that maps byte `at` cannot be. The request fails; others go on.
+    fn invalid_entry(&self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let part = self.part_at(at);
+        let (place, grains) = (self.place(part), self.grains(part));
+        let index = (at - place.start) >> grains.header.span_bits();
+        let raw = grains.root.directory[index as usize];
+        match grains.header.table(raw, grains.space.end()) {
+            Some(Some(table)) => {
+                let inside = place.grain_of(at) & ((1 << place.table_bits) - 1);
+                cx.tell_corrupt("grain table entry is invalid", table + inside * 4);
+            }
+            _ => cx.tell_corrupt("grain directory entry is invalid", grains.root.entry_at(index)),
+        }
+        Step::Done(Err(Errno::IO))
     }
 
     /// The geometry of a sparse part.
