@@ -152,6 +152,8 @@ pub(super) struct Part {
 pub(super) enum PartKind {
     /// As it is, from this byte on.
     Flat(u64),
+    /// Zeros. An image with such a part is not written.
+    Zero,
     Sparse(Box<Grains>),
 }
 
@@ -290,6 +292,7 @@ impl Vmdk {
         let parts = opened.extents.into_iter().map(|extent| {
             let kind = match extent.kind {
                 ExtentKind::Flat(at) => PartKind::Flat(at),
+                ExtentKind::Zero => PartKind::Zero,
                 ExtentKind::Sparse(sparse) => {
                     let packed = sparse.header.is_compressed();
                     let unit = if packed { SECTOR } else { sparse.header.grain_size() };
@@ -330,7 +333,7 @@ impl Vmdk {
     pub fn grain_size(&self) -> Option<u64> {
         let mut sizes = self.parts.iter().map(|part| match &part.kind {
             PartKind::Sparse(grains) => Some(grains.header.grain_size()),
-            PartKind::Flat(_) => None,
+            PartKind::Flat(_) | PartKind::Zero => None,
         });
         let first = sizes.next().flatten();
         first.filter(|&first| sizes.all(|size| size == Some(first)))
@@ -350,14 +353,14 @@ impl Vmdk {
     pub(super) fn grains(&self, part: usize) -> &Grains {
         match &self.parts[part].kind {
             PartKind::Sparse(grains) => grains,
-            PartKind::Flat(_) => unreachable!("flat extents have no tables"),
+            _ => unreachable!("only sparse extents have tables"),
         }
     }
 
     pub(super) fn grains_mut(&mut self, part: usize) -> &mut Grains {
         match &mut self.parts[part].kind {
             PartKind::Sparse(grains) => grains,
-            PartKind::Flat(_) => unreachable!("flat extents have no tables"),
+            _ => unreachable!("only sparse extents have tables"),
         }
     }
 

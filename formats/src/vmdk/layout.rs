@@ -25,10 +25,14 @@ pub const SESPARSE_MAGIC: [u8; 8] = 0xcafe_babe_u64.to_le_bytes();
 pub const SECTOR: u64 = 512;
 /// log2 of [`SECTOR`].
 pub const SECTOR_BITS: u32 = 9;
-/// log2 of the smallest grain in bytes: 4 KiB.
-pub const GRAIN_BITS_MIN: u32 = 12;
-/// log2 of the largest grain in bytes: 1 MiB. (Everybody writes 64 KiB.)
-pub const GRAIN_BITS_MAX: u32 = 20;
+/// log2 of the smallest grain in bytes: a sector. (Nearly everybody writes 64 KiB.)
+pub const GRAIN_BITS_MIN: u32 = 9;
+/// log2 of the smallest grain that is written: 4 KiB, room for a table and its copy.
+pub const WRITABLE_GRAIN_BITS_MIN: u32 = 12;
+/// log2 of the largest grain in bytes: 4 MiB. A run of grains under one table is less than 4 GiB.
+pub const GRAIN_BITS_MAX: u32 = 22;
+/// log2 of the largest deflated grain in bytes: 1 MiB. Several are kept in memory.
+pub const PACKED_GRAIN_BITS_MAX: u32 = 20;
 /// The most entries of a grain table; everybody writes as many.
 pub const TABLE_ENTRIES_MAX: u64 = 512;
 /// The most bytes of a grain table.
@@ -67,7 +71,8 @@ pub struct Header {
     pub flags: u32,
     /// The extent's size in sectors; in bytes at most [`OFFSET_MAX`].
     pub capacity: u64,
-    /// log2 of the bytes in a grain: [`GRAIN_BITS_MIN`] to [`GRAIN_BITS_MAX`].
+    /// log2 of the bytes in a grain: [`GRAIN_BITS_MIN`] to [`GRAIN_BITS_MAX`]; of a deflated one to
+    /// [`PACKED_GRAIN_BITS_MAX`].
     pub grain_bits: u32,
     /// Sector of the embedded descriptor; 0: there is none.
     pub descriptor_at: u64,
@@ -110,17 +115,27 @@ impl Header {
             return Err(Error::Unsupported(format!("Unsupported VMDK version {version}")));
         }
         let flags = u32_at(fields, 8);
-        if flags & NEWLINE_TEST != 0 && fields[73..77] != NEWLINES {
+        // Some programs set the flag and write no such bytes.
+        if flags & NEWLINE_TEST != 0
+            && ![NEWLINES, [0; 4]].iter().any(|bytes| fields[73..77] == *bytes)
+        {
             return corrupt("VMDK header was damaged by a transfer as text", 73);
         }
-        let compression = u16::from_le_bytes([fields[77], fields[78]]);
-        if (flags & COMPRESSED != 0) != (compression == DEFLATE) || compression > DEFLATE {
-            return corrupt("VMDK compression is neither none nor deflate", 77);
-        }
+        // The algorithm says whether there is compression: not every program sets the flag too.
+        let flags = match u16::from_le_bytes([fields[77], fields[78]]) {
+            0 => flags & !COMPRESSED,
+            DEFLATE => flags | COMPRESSED,
+            _ => return corrupt("VMDK compression is neither none nor deflate", 77),
+        };
         let grain = u64_at(fields, 20);
         let bits = grain.trailing_zeros() + SECTOR_BITS;
-        if !grain.is_power_of_two() || !(GRAIN_BITS_MIN..=GRAIN_BITS_MAX).contains(&bits) {
-            return corrupt("VMDK granularity is invalid: not a power of two from 8 to 2048", 20);
+        let most = match flags & COMPRESSED {
+            0 => GRAIN_BITS_MAX,
+            _ => PACKED_GRAIN_BITS_MAX,
+        };
+        if !grain.is_power_of_two() || !(GRAIN_BITS_MIN..=most).contains(&bits) {
+            let what = "VMDK granularity is invalid: no power of two, or too large";
+            return corrupt(what, 20);
         }
         let entries = u64::from(u32_at(fields, 44));
         if !entries.is_power_of_two() || entries > TABLE_ENTRIES_MAX {

@@ -314,7 +314,7 @@ impl Vmdk {
         }
         let grown = self.parts.iter().any(|part| match &part.kind {
             PartKind::Sparse(grains) => grains.space.end() > grains.root.stable_len,
-            PartKind::Flat(_) => false,
+            PartKind::Flat(_) | PartKind::Zero => false,
         });
         let grown = grown && !mutant!("vmdk_length_not_fenced");
         let covers = self.backing.is_some() && !mutant!("vmdk_parent_not_fenced");
@@ -433,7 +433,7 @@ impl Vmdk {
                 left -= grains.root.sealed.len();
                 None
             }
-            PartKind::Flat(_) => None,
+            PartKind::Flat(_) | PartKind::Zero => None,
         })?;
         let (sector, copies) = &root.sealed[left];
         let (copy, place) = match (phase, &root.redundant) {
