@@ -35,6 +35,7 @@ use std::hash::Hash;
 
 use cowbell_engine::op::Op;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, IoKind, Step};
+use cowbell_engine::sys::random;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, RegionId, Time};
 use cowbell_engine::wait::WaitList;
@@ -66,8 +67,10 @@ pub struct VmdkOptions {
     pub growth: Growth,
     /// How long after it has changed a table is written although nobody flushes, in milliseconds.
     pub sweep_after_ms: u64,
-    /// Random bits for the new content id.
-    pub entropy: u32,
+    /// Random bits for the new content id, the same ones each time for who wants to repeat a run.
+    /// `None`, the default: from the system. An image whose ids repeat passes for one that has not
+    /// changed, and overlays then show wrong data.
+    pub entropy: Option<u32>,
 }
 
 impl Default for VmdkOptions {
@@ -78,7 +81,7 @@ impl Default for VmdkOptions {
             cache_grains: 16,
             growth,
             sweep_after_ms: 5000,
-            entropy: 0x00c0_ffee,
+            entropy: None,
         }
     }
 }
@@ -285,7 +288,8 @@ impl Vmdk {
     ) -> Vmdk {
         let Regions { tables, packed } = regions;
         let slots = vec![Slot::default(); tables.len()];
-        let digits = super::digits(&opened.descriptor, options.entropy);
+        let entropy = options.entropy.unwrap_or_else(random);
+        let digits = super::digits(&opened.descriptor, entropy);
         let at = opened.text_at + opened.descriptor.cid_at as u64;
         let len = opened.descriptor.cid_len as u32;
         let mut first_key = 0;
