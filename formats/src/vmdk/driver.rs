@@ -8,7 +8,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
 //!  │ │ └─── mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └───── allocate: [ReadCow] ─> WriteData ─> published in memory ─> Next
+//!  │ └───── allocate: [ReadCow, or CopyRead ─> CopyWrite …] ─> WriteData ─> published in memory ─> Next
 //!  └─────── flush: [Fence] ─> WriteTables ─> FlushFiles ─> WriteTables (the redundant ones)
 //! ```
 //!
@@ -248,6 +248,10 @@ pub enum State {
     CowBufs { claim: u32 },
     /// The parent's bytes around the write, in the claim's buffers.
     ReadCow { claim: u32 },
+    /// Grains larger than a buffer: the parent's bytes from `from` on, in the claim's buffer.
+    CopyRead { claim: u32, from: u64 },
+    /// Those, written; `from` is where the next ones begin.
+    CopyWrite { claim: u32, from: u64 },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
     /// A running sweep to end, and after that one that is number `target` or later.
@@ -471,6 +475,7 @@ impl Driver for Vmdk {
         "grow",
         "tidy",
         "deflate",
+        "copy",
     ];
 
     #[inline]
@@ -487,6 +492,7 @@ impl Driver for Vmdk {
             State::WriteCid { .. } => 6,
             State::CowBufs { .. } => 7,
             State::ReadCow { .. } => 8,
+            State::CopyRead { .. } | State::CopyWrite { .. } => 16,
             State::WriteData { .. } => 9,
             State::Ride { .. } | State::FlushFiles { .. } | State::FlushOnly { .. } => 10,
             State::Fence { .. } => 11,
@@ -579,6 +585,12 @@ impl Driver for Vmdk {
             (State::CowBufs { claim }, Event::Woken) => self.begin_cow(claim, cx),
             (State::ReadCow { claim }, Event::Io(Ok(()))) => self.write_data(claim, cx),
             (State::ReadCow { claim }, Event::Io(Err(errno))) => self.fail(claim, errno, cx),
+            (State::CopyRead { claim, from }, Event::Io(result)) => {
+                self.copy_read(claim, from, result, cx)
+            }
+            (State::CopyWrite { claim, from }, Event::Io(result)) => {
+                self.copy_written(claim, from, result, cx)
+            }
             (State::WriteData { claim }, Event::Io(result)) => self.data_written(claim, result, cx),
             (State::Ride { target }, Event::Woken) => self.ride(target, cx),
             (State::Fence { next }, Event::Io(Ok(()))) => self.fence(next, cx),
