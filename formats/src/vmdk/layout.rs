@@ -59,6 +59,10 @@ pub const MARKERS: u32 = 1 << 17;
 /// The directory's place in a header that says: look into the footer.
 pub const AT_END: u64 = u64::MAX;
 
+/// An entry that leads nowhere, however long the file is: nothing begins in the last sector that
+/// there can be.
+pub const NOWHERE: u32 = u32::MAX;
+
 const NEWLINES: [u8; 4] = *b"\n \r\n";
 const DEFLATE: u16 = 1;
 
@@ -254,7 +258,7 @@ impl Header {
         }
         let end = at + self.table_bytes().div_ceil(SECTOR);
         let collides = |&(start, len): &(u64, u64)| at < start.saturating_add(len) && start < end;
-        let collides = self.fixed_parts().iter().any(collides);
+        let collides = self.fixed_parts().iter().any(collides) || raw == NOWHERE;
         (end <= file_len.div_ceil(SECTOR) && !collides).then_some(Some(at << SECTOR_BITS))
     }
 
@@ -311,6 +315,7 @@ impl Bounds {
         match raw {
             0 => Some(Entry::Unallocated),
             1 if self.zeroed => Some(Entry::Zero),
+            NOWHERE => None,
             _ if sector >= self.first && sector < self.end => {
                 Some(Entry::Data(sector << SECTOR_BITS))
             }

@@ -10,7 +10,7 @@ use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{Errno, align_down};
 
-use super::driver::{Asked, COPY_AT, CidState, PIECES, PartKind, State, Vmdk};
+use super::driver::{Asked, COPY_AT, CidState, Grains, PIECES, PartKind, State, Vmdk};
 use super::layout::Entry;
 
 /// What is at a guest offset.
@@ -495,6 +495,12 @@ impl Vmdk {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
+        if result.is_ok() && self.writable {
+            let (part, table) = self.slots[slot].origin;
+            let Grains { header, root, .. } = self.grains(part as usize);
+            let len = header.table_bytes() as usize;
+            root.disarm(header, table, &mut self.tables.bytes_mut(slot, cx.mem())[..len]);
+        }
         self.tables.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk_from(at, Event::Start, cx),
