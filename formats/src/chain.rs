@@ -19,6 +19,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
+use cowbell_engine::sys::random;
 
 use crate::error::{Error, Shown};
 use crate::probe::{Format, PROBE_BYTES, probe};
@@ -52,9 +53,9 @@ pub trait Host {
     /// Two numbers that no other file of this host has (device and inode).
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)>;
 
-    /// Random bits: what content ids are made of. The same ones each time from a simulated host.
+    /// Random bits: what content ids are made of. The system's, but from a simulated host.
     fn entropy(&self) -> u32 {
-        0x5eed_c1d5
+        random()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The real disk as a [`Host`].
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
@@ -33,13 +33,6 @@ impl Host for DiskHost {
 
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         fs::canonicalize(path)
-    }
-
-    fn entropy(&self) -> u32 {
-        let mut bytes = [0; 4];
-        // Without it the numbers repeat, which nobody's safety depends on.
-        let _ = fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-        u32::from_le_bytes(bytes)
     }
 
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {

@@ -60,6 +60,7 @@ pub mod chain;
 mod claims;
 pub mod create;
 pub mod disk_host;
+mod edges;
 pub mod error;
 pub mod info;
 pub mod map;

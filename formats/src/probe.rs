@@ -73,26 +73,22 @@ pub fn probe(first: &[u8]) -> Format {
         [b'Q', b'F', b'I', 0xfb, ..] => Format::Qcow2,
         [b'K', b'D', b'M', b'V', ..] | [b'C', b'O', b'W', b'D', ..] => Format::Vmdk,
         [0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0, ..] => Format::Vmdk,
-        [b'#' | b'\n' | b' ' | b'\r', ..] if is_vmdk_descriptor(first) => Format::Vmdk,
+        [b'#' | b'\n' | b' ' | b'\r' | b'v', ..] if is_vmdk_descriptor(first) => Format::Vmdk,
         _ => Format::Raw,
     }
 }
 
-/// Is it the text of a VMDK descriptor? Its first line that is neither blank nor a comment starts
-/// with `version=`; or its very first line is the title that every known tool writes.
+/// Is it the text of a VMDK descriptor? Its first line that is neither blank nor a comment says
+/// that its version is one of 1 to 3; or its very first line is the title that most tools write.
 fn is_vmdk_descriptor(first: &[u8]) -> bool {
     let text = &first[..first.len().min(PROBE_BYTES)];
     if text.starts_with(b"# Disk DescriptorFile") {
         return true;
     }
-    for line in text.split(|&byte| byte == b'\n') {
-        let line = line.trim_ascii();
-        if line.is_empty() || line.starts_with(b"#") {
-            continue;
-        }
-        return line.starts_with(b"version=");
-    }
-    false
+    let mut lines = text.split_inclusive(|&byte| byte == b'\n');
+    let line = lines.find(|line| !line.trim_ascii().is_empty() && !line.starts_with(b"#"));
+    let version = line.and_then(|line| line.strip_prefix(b"version="));
+    matches!(version, Some([b'1'..=b'3', b'\n'] | [b'1'..=b'3', b'\r', b'\n']))
 }
 
 #[cfg(test)]
@@ -110,6 +106,10 @@ mod tests {
         assert_eq!(probe(b"\xbe\xba\xfe\xca\0\0\0\0"), Format::Vmdk);
         assert_eq!(probe(b"# Disk DescriptorFile\nversion=1\n"), Format::Vmdk);
         assert_eq!(probe(b"# comment\r\n\r\nversion=1\n"), Format::Vmdk);
+        assert_eq!(probe(b"version=1\nCID=1\n"), Format::Vmdk);
+        assert_eq!(probe(b"  \n\nversion=3\r\n"), Format::Vmdk);
+        assert_eq!(probe(b"version=4\n"), Format::Raw);
+        assert_eq!(probe(b"version=1.5\n"), Format::Raw);
         assert_eq!(probe(b"# a shell script\necho\n"), Format::Raw);
         assert_eq!(probe(b""), Format::Raw);
         assert_eq!(probe(&[0; 512]), Format::Raw);

@@ -1,5 +1,6 @@
 //! VMDK under random requests at depth: sparse and flat, whole and split, with and without a
-//! parent, with tables of several sizes, zeroed grains, two tables in memory; checked afterwards.
+//! parent, with grains and tables of several sizes, zeroed grains, two tables in memory; checked
+//! afterwards.
 
 mod common;
 
@@ -68,6 +69,9 @@ fn drive<B: Backend<File = DiskFile>>(backend: impl Fn() -> B, direct: bool, see
         (Kind::MonolithicSparse, 12, 7, false),
         (Kind::MonolithicSparse, 16, 9, false),
         (Kind::MonolithicSparse, 12, 8, true),
+        // Larger than a buffer: what is around a write is copied in a loop.
+        (Kind::MonolithicSparse, 20, 9, false),
+        (Kind::MonolithicSparse, 18, 7, true),
         (Kind::TwoGbMaxExtentSparse, 12, 7, false),
         (Kind::TwoGbMaxExtentFlat, 16, 9, false),
         (Kind::MonolithicFlat, 16, 9, false),

@@ -20,7 +20,18 @@ pub mod pool;
 pub mod ram;
 pub(crate) mod syscalls;
 
+use std::hash::{BuildHasher, RandomState};
+
 use crate::units::Time;
+
+/// Random bits, other ones each time: the kernel's. Where it gives none (a filter of system calls
+/// forbids it), what the standard library seeds its hash tables with, and the time.
+pub fn random() -> u32 {
+    match syscalls::getrandom() {
+        Ok(bytes) => u32::from_le_bytes(bytes),
+        Err(_) => RandomState::new().hash_one((clock().0, std::process::id())) as u32,
+    }
+}
 
 /// The monotonic clock, in nanoseconds since the machine started.
 ///

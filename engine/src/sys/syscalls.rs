@@ -142,6 +142,17 @@ pub(crate) fn pwrite(fd: RawFd, buf: &[u8], offset: u64) -> Result<usize, Errno>
     unsafe { pwritev(fd, &[piece], offset) }.map(|n| n as usize)
 }
 
+/// Random bytes; fails rather than wait for a machine that is just starting.
+pub(crate) fn getrandom() -> Result<[u8; 4], Errno> {
+    let mut bytes = [0; 4];
+    // SAFETY: the kernel writes at most as many bytes as there are.
+    let got = retry(|| unsafe {
+        libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) as i64
+    })?;
+    // (Never short below 256 bytes.)
+    if got as usize == bytes.len() { Ok(bytes) } else { Err(Errno::IO) }
+}
+
 pub(crate) fn fdatasync(fd: RawFd) -> Result<(), Errno> {
     // SAFETY: no memory involved.
     retry(|| unsafe { libc::fdatasync(fd) }).map(drop)

@@ -18,6 +18,7 @@ use super::driver::{Qcow2, State};
 use super::layout::{L2Entry, Mapping};
 use super::walk::Run;
 use crate::claims::Around;
+use crate::edges;
 
 /// Guest bytes being allocated.
 #[derive(Clone, Hash, Debug)]
@@ -248,9 +249,7 @@ impl Qcow2 {
 
     /// The next stretch to copy from `from` on: the rest of the head, then the tail.
     fn copy_range(claim: &Claim, from: u64, buf_size: u64) -> Option<(u64, u64)> {
-        let [head, tail] = Qcow2::edges(claim);
-        let (from, to) = if from < head.1 { (from, head.1) } else { (from.max(tail.0), tail.1) };
-        (from < to).then(|| (from, to.min(from + buf_size)))
+        edges::stretch(Qcow2::edges(claim), from, buf_size)
     }
 
     fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {

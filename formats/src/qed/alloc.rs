@@ -17,6 +17,7 @@ use cowbell_engine::wait::WaitList;
 use super::driver::{Backing, Qed, SLICE_BITS, State};
 use super::layout::Entry;
 use crate::claims::Around;
+use crate::edges::{self, Edges};
 
 /// Guest clusters being allocated, or being made zero clusters.
 #[derive(Clone, Hash, Debug)]
@@ -171,7 +172,7 @@ impl Qed {
     }
 
     /// The guest ranges around the write that come from the backing file: in front, behind.
-    fn cow_ranges(&self, claim: &Claim) -> [(u64, u64); 2] {
+    fn cow_ranges(&self, claim: &Claim) -> Edges {
         let Some(backing) = self.backing.filter(|_| claim.cow) else { return [(0, 0); 2] };
         let bits = self.geometry.cluster_bits();
         let start = claim.cluster << bits;
@@ -191,23 +192,17 @@ impl Qed {
     pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
         let claim = &self.claims[key];
         let ranges = self.cow_ranges(claim);
-        let [head, tail] = ranges.map(|(from, to)| to - from);
-        if head == 0 && tail == 0 {
+        if ranges.iter().all(|(from, to)| from == to) {
             return self.write_data(key, cx);
         }
-        if head > cx.buf_size() || tail > cx.buf_size() {
-            return self.begin_copy(key, ranges[0].0, cx);
-        }
-        let bufs = match (head > 0, tail > 0) {
-            (true, true) => cx.take_bufs().map(|[a, b]| [Some(a), Some(b)]),
-            (true, false) => cx.take_bufs().map(|[a]| [Some(a), None]),
-            _ => cx.take_bufs().map(|[b]| [None, Some(b)]),
-        };
-        let Some(bufs) = bufs else {
+        let Some(bufs) = edges::take_bufs(ranges, cx) else {
             cx.park_for_bufs();
             return Step::Wait(State::CowBufs { claim: key });
         };
         self.claims[key].bufs = bufs;
+        if !edges::fit(ranges, cx.buf_size()) {
+            return self.copy_next(key, ranges[0].0, cx);
+        }
         let mut reads = false;
         for ((from, to), buf) in ranges.into_iter().zip(bufs) {
             if let Some(buf) = buf {
@@ -247,25 +242,15 @@ impl Qed {
         }
     }
 
-    /// Clusters larger than a buffer: their rest is copied a buffer at a time.
-    fn begin_copy(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let Some([buf]) = cx.take_bufs() else {
-            cx.park_for_bufs();
-            return Step::Wait(State::CowBufs { claim: key });
-        };
-        self.claims[key].bufs = [Some(buf), None];
-        self.copy_next(key, from, cx)
-    }
-
     /// The next stretch to copy from `from` on: the rest of the head, then the tail. What lies
     /// behind the backing file's end is zeros in the new cluster already.
     fn copy_range(&self, claim: &Claim, from: u64, buf_size: u64) -> Option<(u64, u64)> {
         let size = self.backing.map_or(0, |backing| self.copied_size(backing));
-        let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (from, to.min(size)));
-        let (from, to) = if from < head.1 { (from, head.1) } else { (from.max(tail.0), tail.1) };
-        (from < to).then(|| (from, to.min(from + buf_size)))
+        let there = self.cow_ranges(claim).map(|(from, to)| (from, to.min(size)));
+        edges::stretch(there, from, buf_size)
     }
 
+    /// Clusters larger than a buffer: their rest is copied a buffer at a time.
     fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
         let claim = &self.claims[key];
         let buf = claim.bufs[0].expect("a copy has a buffer");

@@ -16,6 +16,7 @@ use super::driver::{Asked, Cid, CidState, State, Vmdk};
 use super::layout::{Entry, SECTOR_BITS};
 use super::walk::Place;
 use crate::claims::Around;
+use crate::edges::{self, Edges};
 use crate::space::Taken;
 
 /// Guest grains being allocated, or being said to be zeros.
@@ -184,7 +185,7 @@ impl Vmdk {
     }
 
     /// The guest ranges around the write that come from the parent: in front, behind.
-    fn cow_ranges(&self, claim: &Claim) -> [(u64, u64); 2] {
+    fn cow_ranges(&self, claim: &Claim) -> Edges {
         let Some(backing) = self.backing.filter(|_| claim.cow) else { return [(0, 0); 2] };
         let place = self.place(claim.part);
         let start = place.grain_start(claim.grain);
@@ -197,35 +198,90 @@ impl Vmdk {
 
     /// Reads what the new grains must hold around the write.
     pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let ranges = self.cow_ranges(claim);
-        let [head, tail] = ranges.map(|(from, to)| to - from);
-        if head == 0 && tail == 0 {
+        let ranges = self.cow_ranges(&self.claims[key]);
+        if ranges.iter().all(|(from, to)| from == to) {
             return self.write_data(key, cx);
         }
         if self.parent_changed {
             return self.fail(key, Errno::INVALID, cx);
         }
-        if head.max(tail) > cx.buf_size() {
-            // Nobody makes such grains; see `VmdkOptions`.
-            return self.fail(key, Errno::NOT_SUPPORTED, cx);
-        }
-        let bufs = match (head > 0, tail > 0) {
-            (true, true) => cx.take_bufs().map(|[a, b]| [Some(a), Some(b)]),
-            (true, false) => cx.take_bufs().map(|[a]| [Some(a), None]),
-            _ => cx.take_bufs().map(|[b]| [None, Some(b)]),
-        };
-        let Some(bufs) = bufs else {
+        let Some(bufs) = edges::take_bufs(ranges, cx) else {
             cx.park_for_bufs();
             return Step::Wait(State::CowBufs { claim: key });
         };
         self.claims[key].bufs = bufs;
+        if !edges::fit(ranges, cx.buf_size()) {
+            return self.copy_next(key, ranges[0].0, cx);
+        }
         for ((from, to), buf) in ranges.into_iter().zip(bufs) {
             if let Some(buf) = buf {
                 self.read_below(from, to, buf, cx);
             }
         }
         Step::Wait(State::ReadCow { claim: key })
+    }
+
+    /// Grains larger than a buffer: their rest is copied a buffer at a time, from `from` on.
+    fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &self.claims[key];
+        match self.stretch(claim, from, cx) {
+            Some((from, to)) => {
+                self.read_below(from, to, claim.bufs[0].expect("a copy has a buffer"), cx);
+                Step::Wait(State::CopyRead { claim: key, from })
+            }
+            None => {
+                self.give_bufs(key, cx);
+                self.write_data(key, cx)
+            }
+        }
+    }
+
+    fn stretch(&self, claim: &Claim, from: u64, cx: &Cx<'_>) -> Option<(u64, u64)> {
+        let [mut head, mut tail] = self.cow_ranges(claim);
+        // What lies behind the parent's end is zeros, as the new grain is.
+        head.1 = head.1.min(self.backing.map_or(0, |backing| backing.size));
+        if mutant!("vmdk_copy_ends_with_head") {
+            tail.1 = tail.0;
+        }
+        edges::stretch([head, tail], from, cx.buf_size())
+    }
+
+    pub(super) fn copy_read(
+        &mut self,
+        key: u32,
+        from: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        if let Err(errno) = result {
+            return self.fail(key, errno, cx);
+        }
+        let claim = &self.claims[key];
+        let (from, to) = self.stretch(claim, from, cx).expect("it was just read");
+        let buf = claim.bufs[0].expect("a copy has a buffer");
+        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
+        let file = self.parts[claim.part].file;
+        cx.issue(Op::write(file, self.host_of(claim, from), Segs::one(seg)));
+        Step::Wait(State::CopyWrite { claim: key, from: to })
+    }
+
+    pub(super) fn copy_written(
+        &mut self,
+        key: u32,
+        from: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match result {
+            Err(errno) if !mutant!("vmdk_copy_error_ignored") => self.fail(key, errno, cx),
+            _ => self.copy_next(key, from, cx),
+        }
+    }
+
+    fn give_bufs(&mut self, key: u32, cx: &mut Cx<'_>) {
+        for buf in std::mem::take(&mut self.claims[key].bufs).into_iter().flatten() {
+            cx.give_buf(buf);
+        }
     }
 
     /// Reads `from..to` of the parent into the start of `buf`, zeros behind its end.
@@ -311,11 +367,9 @@ impl Vmdk {
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
+        self.give_bufs(key, cx);
         let Claim { part, grain, .. } = self.claims[key];
         let mut claim = self.claims.remove(key, self.place(part).grain_start(grain));
-        for buf in claim.bufs.into_iter().flatten() {
-            cx.give_buf(buf);
-        }
         self.tables.unpin(claim.slot);
         cx.wake_all(&mut self.tables.full);
         cx.wake_all(&mut claim.waiters);

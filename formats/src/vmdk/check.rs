@@ -104,6 +104,9 @@ fn check_extent<F: Store>(
     report: &mut Report,
 ) -> Result<(), Error> {
     let ExtentKind::Sparse(sparse) = &extent.kind else { return Ok(()) };
+    // What its tables hold is not known: nothing is changed.
+    let repair = if sparse.redundant_lost { Repair::None } else { repair };
+    report.corruptions += u64::from(sparse.redundant_lost);
     let mut shared = shared_tables(sparse);
     let mut taken = Vec::new();
     if repair == Repair::All && sparse.redundant.is_some() {

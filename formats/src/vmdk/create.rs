@@ -57,7 +57,7 @@ impl Wanted {
         match key {
             "subformat" => {
                 // QEMU makes no vmfs images either.
-                let kind = Kind::from_name(value.as_bytes()).filter(|&kind| kind != Kind::Vmfs);
+                let kind = Kind::from_name(value.as_bytes()).filter(|kind| kind.can_be_made());
                 let bad = || Error::Invalid(format!("invalid parameter value: {value}"));
                 self.kind = Some(kind.ok_or_else(bad)?);
             }
@@ -187,6 +187,10 @@ impl Options {
         if self.kind.is_flat() && self.zeroed_grain {
             return invalid("Flat image can't enable zeroed grain");
         }
+        if !self.kind.can_be_made() && self.kind != Kind::Vmfs {
+            let kind = self.kind.name();
+            return Err(Error::Unsupported(format!("VMDK images of type {kind} are not made")));
+        }
         if self.size == 0 && !self.kind.is_embedded() {
             return invalid("a VMDK image of several files cannot be empty");
         }
@@ -243,9 +247,9 @@ impl Options {
         (1..=self.extents().len())
             .map(|i| match self.kind {
                 Kind::MonolithicSparse | Kind::StreamOptimized => self.name.clone(),
-                Kind::MonolithicFlat | Kind::Vmfs => name("-flat".into()),
                 Kind::TwoGbMaxExtentSparse => name(format!("-s{i:03}")),
                 Kind::TwoGbMaxExtentFlat => name(format!("-f{i:03}")),
+                _ => name("-flat".into()),
             })
             .collect()
     }

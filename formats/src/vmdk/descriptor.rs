@@ -2,10 +2,16 @@
 //!
 //! It is a file of its own, or embedded in a sparse extent. Lines of `key=value`, and one line for
 //! each extent: access, sectors, type, file name in quotes, offset. What is not known here is left
-//! alone. All of it is untrusted: names stay bytes, types are matched against the known ones, and
-//! the number of lines that are kept is bounded.
+//! alone, and so is what some programs write behind the offset. All of it is untrusted: names stay
+//! bytes, types are matched against the known ones, and the number of lines that are kept is
+//! bounded.
+//!
+//! Of an embedded descriptor the extents do not count: the one extent is the file that it is in,
+//! whatever that was called where it was made.
 //!
 //! The one thing that is ever changed is the content id, in place, as many digits for as many.
+
+use std::collections::BTreeMap;
 
 use crate::error::Error;
 use crate::vmdk::layout::{OFFSET_MAX, SECTOR_BITS, corrupt};
@@ -34,17 +40,26 @@ pub enum Kind {
     Vmfs,
     /// One extent of deflated grains, written once, in a stream.
     StreamOptimized,
+    /// A flat extent that is a device.
+    FullDevice,
+    /// Flat extents that are partitions of a device, with files or zeros between them.
+    PartitionedDevice,
+    /// Extents of several types.
+    Custom,
 }
 
 impl Kind {
     /// Every kind that is supported.
-    pub const ALL: [Kind; 6] = [
+    pub const ALL: [Kind; 9] = [
         Kind::MonolithicSparse,
         Kind::MonolithicFlat,
         Kind::TwoGbMaxExtentSparse,
         Kind::TwoGbMaxExtentFlat,
         Kind::Vmfs,
         Kind::StreamOptimized,
+        Kind::FullDevice,
+        Kind::PartitionedDevice,
+        Kind::Custom,
     ];
 
     /// As `createType` spells it.
@@ -56,6 +71,9 @@ impl Kind {
             Kind::TwoGbMaxExtentFlat => "twoGbMaxExtentFlat",
             Kind::Vmfs => "vmfs",
             Kind::StreamOptimized => "streamOptimized",
+            Kind::FullDevice => "fullDevice",
+            Kind::PartitionedDevice => "partitionedDevice",
+            Kind::Custom => "custom",
         }
     }
 
@@ -64,9 +82,14 @@ impl Kind {
         Kind::ALL.into_iter().find(|kind| kind.name().as_bytes() == name)
     }
 
-    /// Is the descriptor inside the one extent?
+    /// Are images of this kind made with the descriptor inside the one extent?
     pub fn is_embedded(self) -> bool {
         matches!(self, Kind::MonolithicSparse | Kind::StreamOptimized)
+    }
+
+    /// Can images of this kind be made, of plain files?
+    pub fn can_be_made(self) -> bool {
+        !matches!(self, Kind::Vmfs | Kind::FullDevice | Kind::PartitionedDevice | Kind::Custom)
     }
 
     /// Are the extents nothing but the disk's bytes?
@@ -99,10 +122,23 @@ pub struct Descriptor {
 pub struct Line {
     /// Its size in sectors.
     pub sectors: u64,
-    /// Flat: the sector in the file at which it begins. `None`: sparse.
-    pub flat_at: Option<u64>,
-    /// The file's name; never empty.
+    /// How it is kept.
+    pub kind: LineKind,
+    /// May it be written?
+    pub writable: bool,
+    /// The file's name; empty for an extent of zeros, for no other.
     pub name: Vec<u8>,
+}
+
+/// How an extent is kept, as its line says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LineKind {
+    /// As it is, from this sector of the file on.
+    Flat(u64),
+    /// In grains, deflated or not.
+    Sparse,
+    /// Nowhere: zeros.
+    Zero,
 }
 
 impl Descriptor {
@@ -113,27 +149,45 @@ impl Descriptor {
     /// [`Error::Corrupt`] with the byte of the text, [`Error::Unsupported`] naming a kind of image
     /// or extent, [`Error::Limit`] for too many extents.
     pub fn parse(text: &[u8]) -> Result<Descriptor, Error> {
-        let len = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
-        if len > TEXT_MAX {
-            return Err(Error::Limit(format!("VMDK descriptor of {len} bytes is too long")));
-        }
-        let mut parser = Parser::default();
-        let mut at = 0;
-        for line in text[..len].split(|&byte| byte == b'\n') {
-            parser.line(line, at)?;
-            at += line.len() + 1;
-        }
-        parser.finish()
+        Parser::default().parse(text)
+    }
+
+    /// Parses a descriptor that is embedded in an extent of this kind. It has no lines then.
+    ///
+    /// # Errors
+    ///
+    /// As [`Descriptor::parse`]; [`Error::Corrupt`] if it is that of an image of several files.
+    pub fn parse_embedded(text: &[u8], kind: Kind) -> Result<Descriptor, Error> {
+        Parser { embedded_in: Some(kind), ..Parser::default() }.parse(text)
     }
 
     /// The extents' sizes together, in bytes; at most [`OFFSET_MAX`].
     pub fn size(&self) -> u64 {
         self.lines.iter().map(|line| line.sectors << SECTOR_BITS).sum()
     }
+
+    /// The files that the extents are in, each once, and for each line the number of its file: from
+    /// 1 on; 0 for an extent that is in none.
+    pub fn files(&self) -> (Vec<&[u8]>, Vec<usize>) {
+        let (mut files, mut known) = (Vec::new(), BTreeMap::new());
+        let number = |line| {
+            let Line { name, kind, .. }: &'_ Line = line;
+            if *kind == LineKind::Zero {
+                return 0;
+            }
+            *known.entry(&**name).or_insert_with(|| {
+                files.push(&**name);
+                files.len()
+            })
+        };
+        let numbers = self.lines.iter().map(number).collect();
+        (files, numbers)
+    }
 }
 
 #[derive(Default)]
 struct Parser {
+    embedded_in: Option<Kind>,
     kind: Option<Kind>,
     cid: Option<(u32, usize, usize)>,
     parent_cid: Option<u32>,
@@ -143,6 +197,19 @@ struct Parser {
 }
 
 impl Parser {
+    fn parse(mut self, text: &[u8]) -> Result<Descriptor, Error> {
+        let len = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+        if len > TEXT_MAX {
+            return Err(Error::Limit(format!("VMDK descriptor of {len} bytes is too long")));
+        }
+        let mut at = 0;
+        for line in text[..len].split(|&byte| byte == b'\n') {
+            self.line(line, at)?;
+            at += line.len() + 1;
+        }
+        self.finish()
+    }
+
     fn line(&mut self, line: &[u8], at: usize) -> Result<(), Error> {
         let start = at + line.len() - line.trim_ascii_start().len();
         let line = line.trim_ascii();
@@ -150,15 +217,14 @@ impl Parser {
             return Ok(());
         }
         let word = line.split(|byte| byte.is_ascii_whitespace()).next().unwrap_or(line);
-        match word {
-            b"RW" => return self.extent(&line[word.len()..], start),
-            b"RDONLY" | b"NOACCESS" => {
-                let access = if word == b"RDONLY" { "read-only" } else { "inaccessible" };
-                return Err(Error::Unsupported(format!(
-                    "VMDK: {access} extents are not supported"
-                )));
-            }
-            _ => {}
+        if ["RW", "RDONLY", "NOACCESS"]
+            .iter()
+            .any(|access| word.eq_ignore_ascii_case(access.as_bytes()))
+        {
+            return match self.embedded_in {
+                Some(_) => Ok(()),
+                None => self.extent(word, &line[word.len()..], start),
+            };
         }
         let Some(equals) = line.iter().position(|&byte| byte == b'=') else { return Ok(()) };
         let (key, value) = (line[..equals].trim_ascii(), &line[equals + 1..]);
@@ -167,67 +233,96 @@ impl Parser {
     }
 
     fn set(&mut self, key: &[u8], value: &[u8], at: usize) -> Result<(), Error> {
-        match key {
-            b"CID" if self.cid.is_none() => {
-                let Some(cid) = hex(value) else { return corrupt("invalid CID", at as u64) };
-                self.cid = Some((cid, at, value.len()));
-            }
-            b"parentCID" if self.parent_cid.is_none() => {
-                let Some(cid) = hex(value) else { return corrupt("invalid parentCID", at as u64) };
-                self.parent_cid = Some(cid);
-            }
-            b"createType" if self.kind.is_none() => {
-                let Some((name, [])) = quoted(value) else {
-                    return corrupt("invalid VMDK createType", at as u64);
-                };
-                self.kind = Some(Kind::from_name(name).ok_or_else(|| {
+        let is = |name: &str| key.eq_ignore_ascii_case(name.as_bytes());
+        if is("CID") && self.cid.is_none() {
+            let digits = value.strip_prefix(b"0x").unwrap_or(value);
+            let Some(cid) = hex(digits) else { return corrupt("invalid CID", at as u64) };
+            self.cid = Some((cid, at + value.len() - digits.len(), digits.len()));
+        } else if is("parentCID") && self.parent_cid.is_none() {
+            let digits = value.strip_prefix(b"0x").unwrap_or(value);
+            let Some(cid) = hex(digits) else { return corrupt("invalid parentCID", at as u64) };
+            self.parent_cid = Some(cid);
+        } else if is("createType") && self.kind.is_none() {
+            let Some(name) = maybe_quoted(value) else {
+                return corrupt("invalid VMDK createType", at as u64);
+            };
+            self.kind = match (Kind::from_name(name), self.embedded_in) {
+                (Some(kind), None) => Some(kind),
+                // Where only one extent can be, its header says what it is.
+                (kind, Some(sure)) if kind.is_none_or(Kind::is_embedded) => Some(sure),
+                (_, Some(_)) => {
+                    return corrupt(
+                        "VMDK descriptor inside an extent is of another type",
+                        at as u64,
+                    );
+                }
+                (None, None) => {
                     let name = String::from_utf8_lossy(name).escape_debug().to_string();
-                    Error::Unsupported(format!("Unsupported image type '{name}'"))
-                })?);
-            }
-            b"parentFileNameHint" if self.parent.is_none() => match quoted(value) {
-                Some((name, [])) if !name.is_empty() && name.len() <= NAME_MAX => {
+                    return Err(Error::Unsupported(format!("Unsupported image type '{name}'")));
+                }
+            };
+        } else if is("parentFileNameHint") && self.parent.is_none() {
+            match maybe_quoted(value) {
+                Some(b"") => {}
+                Some(name) if name.len() <= NAME_MAX => {
                     self.parent = Some(name.to_vec());
                 }
                 _ => return corrupt("invalid VMDK parentFileNameHint", at as u64),
-            },
-            _ => {}
+            }
         }
         Ok(())
     }
 
-    /// What follows the access of an extent: `sectors type "name" [offset]`.
-    fn extent(&mut self, rest: &[u8], at: usize) -> Result<(), Error> {
+    /// What follows the access of an extent: `sectors type "name" [offset] ...`.
+    fn extent(&mut self, access: &[u8], rest: &[u8], at: usize) -> Result<(), Error> {
         let at = at as u64;
         let (sectors, rest) = next_word(rest);
-        let (kind, rest) = next_word(rest);
-        let flat = match kind {
-            b"FLAT" | b"VMFS" => true,
-            b"SPARSE" => false,
-            b"ZERO" | b"VMFSSPARSE" | b"VMFSRDM" | b"VMFSRAW" | b"SESPARSE" => {
+        let (word, rest) = next_word(rest);
+        let mut kind = match &*word.to_ascii_uppercase() {
+            b"FLAT" | b"VMFS" => LineKind::Flat(0),
+            b"SPARSE" => LineKind::Sparse,
+            b"ZERO" => LineKind::Zero,
+            kind @ (b"VMFSSPARSE" | b"VMFSRDM" | b"VMFSRAW" | b"SESPARSE") => {
                 let kind = String::from_utf8_lossy(kind);
                 return Err(Error::Unsupported(format!("Unsupported extent type '{kind}'")));
             }
             _ => return corrupt("VMDK extent line has no known type", at),
         };
-        let Some((name, rest)) = quoted(rest.trim_ascii_start()) else {
-            return corrupt("VMDK extent line has no file name", at);
-        };
-        // (An empty disk is legal where a header tells its size.)
-        let sectors = number(sectors).filter(|&n| n > 0 || !flat);
-        let Some(sectors) = sectors else { return corrupt("VMDK extent has no valid size", at) };
-        if name.is_empty() || name.len() > NAME_MAX {
-            return corrupt("VMDK extent has no valid file name", at);
+        if access.eq_ignore_ascii_case(b"NOACCESS") && kind != LineKind::Zero {
+            let why = "VMDK: inaccessible extents are not supported";
+            return Err(Error::Unsupported(why.into()));
         }
-        let offset = match rest.trim_ascii() {
-            b"" if kind != b"FLAT" => Some(0),
-            word => number(word).filter(|&offset| flat || offset == 0),
-        };
+        // (An empty disk is legal where a header tells its size.)
+        let sectors = number(sectors).filter(|&n| n > 0 || kind == LineKind::Sparse);
+        let Some(sectors) = sectors else { return corrupt("VMDK extent has no valid size", at) };
+        let mut name = &b""[..];
+        if kind != LineKind::Zero {
+            let Some((quoted, rest)) = quoted(rest.trim_ascii_start()) else {
+                return corrupt("VMDK extent line has no file name", at);
+            };
+            if quoted.is_empty() || quoted.len() > NAME_MAX {
+                return corrupt("VMDK extent has no valid file name", at);
+            }
+            name = quoted;
+            let (offset, _) = next_word(rest);
+            let offset = match (kind, number(offset)) {
+                (LineKind::Flat(_), Some(offset)) => Some(offset),
+                (LineKind::Flat(_), None) if !word.eq_ignore_ascii_case(b"FLAT") => Some(0),
+                (LineKind::Flat(_), None) => None,
+                // Grains are where the tables say.
+                (_, Some(offset)) => (offset == 0).then_some(0),
+                (_, None) => Some(0),
+            };
+            let limit = OFFSET_MAX >> SECTOR_BITS;
+            let fits = |&o: &u64| o.checked_add(sectors).is_some_and(|end| end <= limit);
+            let Some(offset) = offset.filter(fits) else {
+                return corrupt("VMDK extent has no valid offset", at);
+            };
+            if let LineKind::Flat(at) = &mut kind {
+                *at = offset;
+            }
+        }
         let limit = OFFSET_MAX >> SECTOR_BITS;
-        let Some(offset) = offset.filter(|&o| o.checked_add(sectors).is_some_and(|e| e <= limit))
-        else {
-            return corrupt("VMDK extent has no valid offset", at);
-        };
         self.sectors = match self.sectors.checked_add(sectors) {
             Some(sum) if sum <= limit => sum,
             _ => return corrupt("VMDK extents are too large together", at),
@@ -235,12 +330,13 @@ impl Parser {
         if self.lines.len() >= FILES_MAX {
             return Err(Error::Limit(format!("VMDK image has more than {FILES_MAX} extents")));
         }
-        self.lines.push(Line { sectors, flat_at: flat.then_some(offset), name: name.to_vec() });
+        let writable = access.eq_ignore_ascii_case(b"RW") && kind != LineKind::Zero;
+        self.lines.push(Line { sectors, kind, writable, name: name.to_vec() });
         Ok(())
     }
 
     fn finish(self) -> Result<Descriptor, Error> {
-        let Some(kind) = self.kind else {
+        let Some(kind) = self.kind.or(self.embedded_in) else {
             return corrupt("invalid VMDK image descriptor: no createType", 0);
         };
         let Some((cid, cid_at, cid_len)) = self.cid else {
@@ -250,9 +346,6 @@ impl Parser {
         let parent = self.parent.filter(|_| parent_cid != NO_PARENT);
         if parent_cid != NO_PARENT && parent.is_none() {
             return corrupt("invalid VMDK image descriptor: a parent without a name", 0);
-        }
-        if self.lines.iter().any(|line| line.flat_at.is_some() != kind.is_flat()) {
-            return corrupt("invalid VMDK image descriptor: extents of the wrong type", 0);
         }
         let lines = self.lines;
         Ok(Descriptor { kind, cid, cid_at, cid_len, parent_cid, parent, lines })
@@ -276,6 +369,14 @@ fn next_word(text: &[u8]) -> (&[u8], &[u8]) {
     text.split_at(end)
 }
 
+/// What is in quotes at the start of a value; without any, all of it.
+fn maybe_quoted(value: &[u8]) -> Option<&[u8]> {
+    match value.first() {
+        Some(b'"') => Some(quoted(value)?.0),
+        _ => Some(value),
+    }
+}
+
 /// What is in quotes, and what follows.
 fn quoted(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let inside = text.strip_prefix(b"\"")?;
@@ -292,13 +393,17 @@ mod tests {
         # Extent description\nRW 4194304 FLAT \"d-f001.vmdk\" 0\r\nRW 7 FLAT \"d f2\" 128\n\
         ddb.adapterType = \"ide\"\n\0garbage";
 
+    fn line(sectors: u64, kind: LineKind, name: &[u8]) -> Line {
+        Line { sectors, kind, writable: kind != LineKind::Zero, name: name.to_vec() }
+    }
+
     #[test]
     fn what_is_said_is_found() {
         let d = Descriptor::parse(TEXT.as_bytes()).expect("valid");
         assert_eq!((d.kind, d.cid, d.parent_cid), (Kind::TwoGbMaxExtentFlat, 0x123abcd, !1));
         assert_eq!(d.parent.as_deref(), Some(&b"a base.vmdk"[..]));
         assert_eq!(&TEXT[d.cid_at..][..d.cid_len], "0123abcd");
-        assert_eq!(d.lines[1], Line { sectors: 7, flat_at: Some(128), name: b"d f2".to_vec() });
+        assert_eq!(d.lines[1], line(7, LineKind::Flat(128), b"d f2"));
         assert_eq!(d.size(), (4194304 + 7) * 512);
     }
 
@@ -311,7 +416,6 @@ mod tests {
             ("parentCID=fffffffe", "parentCID="),
             ("createType=\"twoGbMaxExtentFlat\"", ""),
             ("createType=\"twoGbMaxExtentFlat\"", "createType=\"twoGbMaxExtentFlat"),
-            ("twoGbMaxExtentFlat", "twoGbMaxExtentSparse"),
             ("parentFileNameHint=\"a base.vmdk\"", ""),
             ("parentFileNameHint=\"a base.vmdk\"", "parentFileNameHint=\"\""),
             ("a base.vmdk\"", "a base.vmdk"),
@@ -342,12 +446,74 @@ mod tests {
             ("twoGbMaxExtentFlat", "a\x1b[31m", "a\\u{1b}[31m"),
             ("RW 7 FLAT", "RW 7 SESPARSE", "SESPARSE"),
             ("RW 7 FLAT", "RW 7 VMFSSPARSE", "VMFSSPARSE"),
-            ("RW 7 FLAT", "RDONLY 7 FLAT", "read-only"),
+            ("RW 7 FLAT", "NOACCESS 7 FLAT", "inaccessible"),
         ] {
             let error = Descriptor::parse(TEXT.replacen(from, to, 1).as_bytes()).expect_err(to);
             assert!(matches!(error, Error::Unsupported(_)), "{error}");
             assert!(error.to_string().contains(named), "{error}");
         }
+    }
+
+    #[test]
+    fn what_other_programs_write_is_understood() {
+        let flat = LineKind::Flat(128);
+        let zero = line(7, LineKind::Zero, b"");
+        let read_only = Line { writable: false, ..line(7, flat, b"d f2") };
+        let old = "RW 7 FLAT \"d f2\" 128";
+        for (new, want) in [
+            // Ids of a partition and a device, words, blanks, tabs, another case.
+            ("RW 7 FLAT \"d f2\" 128 0e2a1b3c-1111-2222 t10.ATA_DISK__1", line(7, flat, b"d f2")),
+            ("  RW\t7  FLAT\t \"d f2\"\t128\t \r", line(7, flat, b"d f2")),
+            ("rw 7 flat \"d f2\" 128", line(7, flat, b"d f2")),
+            ("RW 7 VMFS \"d f2\"", line(7, LineKind::Flat(0), b"d f2")),
+            ("RW 7 VMFS \"d f2\" word", line(7, LineKind::Flat(0), b"d f2")),
+            ("RW 7 SPARSE \"d f2\" word 3", line(7, LineKind::Sparse, b"d f2")),
+            ("RDONLY 7 FLAT \"d f2\" 128", read_only),
+            ("RW 7 ZERO", zero.clone()),
+            ("RW 7 ZERO \"\" 0", zero.clone()),
+            ("NOACCESS 7 ZERO", zero.clone()),
+        ] {
+            let d = Descriptor::parse(TEXT.replacen(old, new, 1).as_bytes()).expect(new);
+            assert_eq!(d.lines[1], want, "{new}");
+        }
+        for (from, to) in [
+            ("# Disk DescriptorFile\nversion=1\n", "\n# made by hand\nencoding=\"UTF-8\"\n"),
+            ("CID=0123abcd", "cid = 0x0123ABCD "),
+            ("parentCID=fffffffe", "PARENTCID=FFFFFFFE\r\nisNativeSnapshot=\"no\""),
+            ("createType=\"twoGbMaxExtentFlat\"", "createType = \"twoGbMaxExtentFlat\" # flat"),
+            ("createType=\"twoGbMaxExtentFlat\"", "createtype=twoGbMaxExtentFlat"),
+            ("\n", "\r\n"),
+            ("ddb.", "ddb.comment = \"RW 1 FLAT\"\nddb.longContentID = \"00\"\nddb."),
+        ] {
+            let text = TEXT.replace(from, to);
+            let d = Descriptor::parse(text.as_bytes()).expect(to);
+            let known = (d.kind, d.cid, d.parent_cid, d.lines.len());
+            assert_eq!(known, (Kind::TwoGbMaxExtentFlat, 0x123abcd, !1, 2), "{to}");
+            assert_eq!(text[d.cid_at..][..d.cid_len].to_lowercase(), "0123abcd", "{to}");
+        }
+    }
+
+    #[test]
+    fn inside_an_extent_its_header_says_what_the_image_is() {
+        let sure = Kind::StreamOptimized;
+        for kind in ["streamOptimized", "monolithicSparse", "odd"] {
+            for extent in ["RDONLY 8 SPARSE \"call-me.vmdk\"", "RW x", "NOACCESS 1 FLAT \"a\" 0"] {
+                let text = format!("CID=7\ncreateType=\"{kind}\"\n{extent}\n");
+                let d = Descriptor::parse_embedded(text.as_bytes(), sure).expect(&text);
+                assert_eq!((d.kind, d.lines.len()), (sure, 0), "{text}");
+            }
+        }
+        let d = Descriptor::parse_embedded(b"CID=7\n", sure).expect("no createType");
+        assert_eq!(d.kind, sure);
+        assert!(Descriptor::parse_embedded(TEXT.as_bytes(), sure).is_err());
+    }
+
+    #[test]
+    fn a_file_of_several_extents_is_one_file() {
+        let lines = "RW 1 FLAT \"b\" 1\nRW 2 ZERO\nRW 1 FLAT \"b\" 0\nRW 1 FLAT \"a\" 0\n";
+        let d = Descriptor::parse(format!("{lines}CID=1\ncreateType=\"custom\"\n").as_bytes());
+        let d = d.expect("valid");
+        assert_eq!(d.files(), (vec![&b"b"[..], b"a"], vec![1, 0, 1, 2]));
     }
 
     #[test]

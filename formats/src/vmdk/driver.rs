@@ -8,7 +8,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
 //!  │ │ └─── mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └───── allocate: [ReadCow] ─> WriteData ─> published in memory ─> Next
+//!  │ └───── allocate: [ReadCow, or CopyRead ─> CopyWrite …] ─> WriteData ─> published in memory ─> Next
 //!  └─────── flush: [Fence] ─> WriteTables ─> FlushFiles ─> WriteTables (the redundant ones)
 //! ```
 //!
@@ -35,6 +35,7 @@ use std::hash::Hash;
 
 use cowbell_engine::op::Op;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, IoKind, Step};
+use cowbell_engine::sys::random;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, RegionId, Time};
 use cowbell_engine::wait::WaitList;
@@ -66,8 +67,10 @@ pub struct VmdkOptions {
     pub growth: Growth,
     /// How long after it has changed a table is written although nobody flushes, in milliseconds.
     pub sweep_after_ms: u64,
-    /// Random bits for the new content id.
-    pub entropy: u32,
+    /// Random bits for the new content id, the same ones each time for who wants to repeat a run.
+    /// `None`, the default: from the system. An image whose ids repeat passes for one that has not
+    /// changed, and overlays then show wrong data.
+    pub entropy: Option<u32>,
 }
 
 impl Default for VmdkOptions {
@@ -78,7 +81,7 @@ impl Default for VmdkOptions {
             cache_grains: 16,
             growth,
             sweep_after_ms: 5000,
-            entropy: 0x00c0_ffee,
+            entropy: None,
         }
     }
 }
@@ -152,6 +155,8 @@ pub(super) struct Part {
 pub(super) enum PartKind {
     /// As it is, from this byte on.
     Flat(u64),
+    /// Zeros. An image with such a part is not written.
+    Zero,
     Sparse(Box<Grains>),
 }
 
@@ -243,6 +248,10 @@ pub enum State {
     CowBufs { claim: u32 },
     /// The parent's bytes around the write, in the claim's buffers.
     ReadCow { claim: u32 },
+    /// Grains larger than a buffer: the parent's bytes from `from` on, in the claim's buffer.
+    CopyRead { claim: u32, from: u64 },
+    /// Those, written; `from` is where the next ones begin.
+    CopyWrite { claim: u32, from: u64 },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
     /// A running sweep to end, and after that one that is number `target` or later.
@@ -283,13 +292,15 @@ impl Vmdk {
     ) -> Vmdk {
         let Regions { tables, packed } = regions;
         let slots = vec![Slot::default(); tables.len()];
-        let digits = super::digits(&opened.descriptor, options.entropy);
+        let entropy = options.entropy.unwrap_or_else(random);
+        let digits = super::digits(&opened.descriptor, entropy);
         let at = opened.text_at + opened.descriptor.cid_at as u64;
         let len = opened.descriptor.cid_len as u32;
         let mut first_key = 0;
         let parts = opened.extents.into_iter().map(|extent| {
             let kind = match extent.kind {
                 ExtentKind::Flat(at) => PartKind::Flat(at),
+                ExtentKind::Zero => PartKind::Zero,
                 ExtentKind::Sparse(sparse) => {
                     let packed = sparse.header.is_compressed();
                     let unit = if packed { SECTOR } else { sparse.header.grain_size() };
@@ -330,7 +341,7 @@ impl Vmdk {
     pub fn grain_size(&self) -> Option<u64> {
         let mut sizes = self.parts.iter().map(|part| match &part.kind {
             PartKind::Sparse(grains) => Some(grains.header.grain_size()),
-            PartKind::Flat(_) => None,
+            PartKind::Flat(_) | PartKind::Zero => None,
         });
         let first = sizes.next().flatten();
         first.filter(|&first| sizes.all(|size| size == Some(first)))
@@ -350,14 +361,14 @@ impl Vmdk {
     pub(super) fn grains(&self, part: usize) -> &Grains {
         match &self.parts[part].kind {
             PartKind::Sparse(grains) => grains,
-            PartKind::Flat(_) => unreachable!("flat extents have no tables"),
+            _ => unreachable!("only sparse extents have tables"),
         }
     }
 
     pub(super) fn grains_mut(&mut self, part: usize) -> &mut Grains {
         match &mut self.parts[part].kind {
             PartKind::Sparse(grains) => grains,
-            PartKind::Flat(_) => unreachable!("flat extents have no tables"),
+            _ => unreachable!("only sparse extents have tables"),
         }
     }
 
@@ -464,6 +475,7 @@ impl Driver for Vmdk {
         "grow",
         "tidy",
         "deflate",
+        "copy",
     ];
 
     #[inline]
@@ -480,6 +492,7 @@ impl Driver for Vmdk {
             State::WriteCid { .. } => 6,
             State::CowBufs { .. } => 7,
             State::ReadCow { .. } => 8,
+            State::CopyRead { .. } | State::CopyWrite { .. } => 16,
             State::WriteData { .. } => 9,
             State::Ride { .. } | State::FlushFiles { .. } | State::FlushOnly { .. } => 10,
             State::Fence { .. } => 11,
@@ -572,6 +585,12 @@ impl Driver for Vmdk {
             (State::CowBufs { claim }, Event::Woken) => self.begin_cow(claim, cx),
             (State::ReadCow { claim }, Event::Io(Ok(()))) => self.write_data(claim, cx),
             (State::ReadCow { claim }, Event::Io(Err(errno))) => self.fail(claim, errno, cx),
+            (State::CopyRead { claim, from }, Event::Io(result)) => {
+                self.copy_read(claim, from, result, cx)
+            }
+            (State::CopyWrite { claim, from }, Event::Io(result)) => {
+                self.copy_written(claim, from, result, cx)
+            }
             (State::WriteData { claim }, Event::Io(result)) => self.data_written(claim, result, cx),
             (State::Ride { target }, Event::Woken) => self.ride(target, cx),
             (State::Fence { next }, Event::Io(Ok(()))) => self.fence(next, cx),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::chain::{Layer, LayerMeta};
 use crate::vmdk::Opened;
-use crate::vmdk::descriptor::{Descriptor, Kind, Line};
+use crate::vmdk::descriptor::{Descriptor, Kind, Line, LineKind};
 use crate::vmdk::layout::SECTOR_BITS;
 use crate::vmdk::open::{Extent, ExtentKind};
 
@@ -24,7 +24,7 @@ pub struct VmdkInfo {
 /// An extent of a VMDK image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmdkExtent {
-    /// Its file.
+    /// Its file; empty for an extent of zeros.
     pub path: PathBuf,
     /// Bytes.
     pub len: u64,
@@ -40,22 +40,26 @@ pub struct VmdkExtent {
 pub fn of<F>(layer: &Layer<F>) -> Option<VmdkInfo> {
     let LayerMeta::Vmdk(image) = &layer.meta else { return None };
     let Descriptor { kind, cid, parent_cid, ref lines, .. } = image.descriptor;
-    let extents = if kind.is_embedded() {
+    let extents = if image.is_embedded() {
         let path = layer.path.clone();
         let compressed = kind == Kind::StreamOptimized;
         let grain_size = grain_size(image);
         vec![VmdkExtent { path, len: image.size, format: "", grain_size, compressed }]
     } else {
+        let (_, files) = image.descriptor.files();
         let part = |(i, line): (usize, &Line)| VmdkExtent {
-            path: layer.numbered_path(i + 1),
-            len: line.sectors << SECTOR_BITS,
-            format: match (kind, line.flat_at) {
-                (Kind::Vmfs, _) => "VMFS",
-                (_, Some(_)) => "FLAT",
-                (_, None) => "SPARSE",
+            path: if files[i] == 0 { PathBuf::new() } else { layer.numbered_path(files[i]) },
+            len: image.extents.get(i).map_or(line.sectors << SECTOR_BITS, |extent| extent.len),
+            format: match (kind, line.kind) {
+                (Kind::Vmfs, LineKind::Flat(_)) => "VMFS",
+                (_, LineKind::Flat(_)) => "FLAT",
+                (_, LineKind::Sparse) => "SPARSE",
+                (_, LineKind::Zero) => "ZERO",
             },
             grain_size: image.extents.get(i).and_then(grain_size_of),
-            compressed: false,
+            compressed: image.extents.get(i).is_some_and(
+                |extent| matches!(&extent.kind, ExtentKind::Sparse(s) if s.header.is_compressed()),
+            ),
         };
         lines.iter().enumerate().map(part).collect()
     };
@@ -65,7 +69,7 @@ pub fn of<F>(layer: &Layer<F>) -> Option<VmdkInfo> {
 fn grain_size_of(extent: &Extent) -> Option<u64> {
     match &extent.kind {
         ExtentKind::Sparse(sparse) => Some(sparse.header.grain_size()),
-        ExtentKind::Flat(_) => None,
+        ExtentKind::Flat(_) | ExtentKind::Zero => None,
     }
 }
 

@@ -25,10 +25,14 @@ pub const SESPARSE_MAGIC: [u8; 8] = 0xcafe_babe_u64.to_le_bytes();
 pub const SECTOR: u64 = 512;
 /// log2 of [`SECTOR`].
 pub const SECTOR_BITS: u32 = 9;
-/// log2 of the smallest grain in bytes: 4 KiB.
-pub const GRAIN_BITS_MIN: u32 = 12;
-/// log2 of the largest grain in bytes: 1 MiB. (Everybody writes 64 KiB.)
-pub const GRAIN_BITS_MAX: u32 = 20;
+/// log2 of the smallest grain in bytes: a sector. (Nearly everybody writes 64 KiB.)
+pub const GRAIN_BITS_MIN: u32 = 9;
+/// log2 of the smallest grain that is written: 4 KiB, room for a table and its copy.
+pub const WRITABLE_GRAIN_BITS_MIN: u32 = 12;
+/// log2 of the largest grain in bytes: 4 MiB. A run of grains under one table is less than 4 GiB.
+pub const GRAIN_BITS_MAX: u32 = 22;
+/// log2 of the largest deflated grain in bytes: 1 MiB. Several are kept in memory.
+pub const PACKED_GRAIN_BITS_MAX: u32 = 20;
 /// The most entries of a grain table; everybody writes as many.
 pub const TABLE_ENTRIES_MAX: u64 = 512;
 /// The most bytes of a grain table.
@@ -55,6 +59,10 @@ pub const MARKERS: u32 = 1 << 17;
 /// The directory's place in a header that says: look into the footer.
 pub const AT_END: u64 = u64::MAX;
 
+/// An entry that leads nowhere, however long the file is: nothing begins in the last sector that
+/// there can be.
+pub const NOWHERE: u32 = u32::MAX;
+
 const NEWLINES: [u8; 4] = *b"\n \r\n";
 const DEFLATE: u16 = 1;
 
@@ -67,7 +75,8 @@ pub struct Header {
     pub flags: u32,
     /// The extent's size in sectors; in bytes at most [`OFFSET_MAX`].
     pub capacity: u64,
-    /// log2 of the bytes in a grain: [`GRAIN_BITS_MIN`] to [`GRAIN_BITS_MAX`].
+    /// log2 of the bytes in a grain: [`GRAIN_BITS_MIN`] to [`GRAIN_BITS_MAX`]; of a deflated one to
+    /// [`PACKED_GRAIN_BITS_MAX`].
     pub grain_bits: u32,
     /// Sector of the embedded descriptor; 0: there is none.
     pub descriptor_at: u64,
@@ -110,17 +119,27 @@ impl Header {
             return Err(Error::Unsupported(format!("Unsupported VMDK version {version}")));
         }
         let flags = u32_at(fields, 8);
-        if flags & NEWLINE_TEST != 0 && fields[73..77] != NEWLINES {
+        // Some programs set the flag and write no such bytes.
+        if flags & NEWLINE_TEST != 0
+            && ![NEWLINES, [0; 4]].iter().any(|bytes| fields[73..77] == *bytes)
+        {
             return corrupt("VMDK header was damaged by a transfer as text", 73);
         }
-        let compression = u16::from_le_bytes([fields[77], fields[78]]);
-        if (flags & COMPRESSED != 0) != (compression == DEFLATE) || compression > DEFLATE {
-            return corrupt("VMDK compression is neither none nor deflate", 77);
-        }
+        // The algorithm says whether there is compression: not every program sets the flag too.
+        let flags = match u16::from_le_bytes([fields[77], fields[78]]) {
+            0 => flags & !COMPRESSED,
+            DEFLATE => flags | COMPRESSED,
+            _ => return corrupt("VMDK compression is neither none nor deflate", 77),
+        };
         let grain = u64_at(fields, 20);
         let bits = grain.trailing_zeros() + SECTOR_BITS;
-        if !grain.is_power_of_two() || !(GRAIN_BITS_MIN..=GRAIN_BITS_MAX).contains(&bits) {
-            return corrupt("VMDK granularity is invalid: not a power of two from 8 to 2048", 20);
+        let most = match flags & COMPRESSED {
+            0 => GRAIN_BITS_MAX,
+            _ => PACKED_GRAIN_BITS_MAX,
+        };
+        if !grain.is_power_of_two() || !(GRAIN_BITS_MIN..=most).contains(&bits) {
+            let what = "VMDK granularity is invalid: no power of two, or too large";
+            return corrupt(what, 20);
         }
         let entries = u64::from(u32_at(fields, 44));
         if !entries.is_power_of_two() || entries > TABLE_ENTRIES_MAX {
@@ -239,7 +258,7 @@ impl Header {
         }
         let end = at + self.table_bytes().div_ceil(SECTOR);
         let collides = |&(start, len): &(u64, u64)| at < start.saturating_add(len) && start < end;
-        let collides = self.fixed_parts().iter().any(collides);
+        let collides = self.fixed_parts().iter().any(collides) || raw == NOWHERE;
         (end <= file_len.div_ceil(SECTOR) && !collides).then_some(Some(at << SECTOR_BITS))
     }
 
@@ -296,6 +315,7 @@ impl Bounds {
         match raw {
             0 => Some(Entry::Unallocated),
             1 if self.zeroed => Some(Entry::Zero),
+            NOWHERE => None,
             _ if sector >= self.first && sector < self.end => {
                 Some(Entry::Data(sector << SECTOR_BITS))
             }

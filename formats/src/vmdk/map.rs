@@ -20,6 +20,7 @@ pub(crate) fn piece<F: Store>(
     let len = len.min(extent.len - inside);
     let sparse = match &extent.kind {
         ExtentKind::Flat(at) => return raw(file, at + inside, len, holes),
+        ExtentKind::Zero => return Ok((Kind::Zero(None), len)),
         ExtentKind::Sparse(sparse) => sparse,
     };
     let header = &sparse.header;

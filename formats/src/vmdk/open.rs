@@ -11,10 +11,10 @@ use std::path::Path;
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
-use crate::vmdk::descriptor::{Descriptor, Kind, TEXT_MAX};
+use crate::vmdk::descriptor::{Descriptor, Kind, LineKind, TEXT_MAX};
 use crate::vmdk::layout::{
-    AT_END, Bounds, COWD_MAGIC, Header, MAGIC, MARKERS, Marker, REDUNDANT, SECTOR, SECTOR_BITS,
-    SESPARSE_MAGIC, corrupt,
+    AT_END, Bounds, COWD_MAGIC, Header, MAGIC, MARKERS, Marker, OFFSET_MAX, REDUNDANT, SECTOR,
+    SECTOR_BITS, SESPARSE_MAGIC, WRITABLE_GRAIN_BITS_MIN, corrupt,
 };
 
 /// All grain directories of an image together have at most this many entries.
@@ -59,6 +59,8 @@ pub enum ExtentKind {
     Flat(u64),
     /// In grains.
     Sparse(Box<Sparse>),
+    /// Nowhere: zeros.
+    Zero,
 }
 
 /// The metadata of a sparse extent.
@@ -71,6 +73,8 @@ pub struct Sparse {
     pub directory: Vec<u32>,
     /// The redundant directory, as long.
     pub redundant: Option<Vec<u32>>,
+    /// The header says that there is one, and it cannot be where it says.
+    pub redundant_lost: bool,
     /// The file's length in bytes when it was opened.
     pub file_len: u64,
     /// The directory was found through a footer.
@@ -113,12 +117,15 @@ impl Sparse {
 }
 
 impl Opened {
-    /// The names of the image's other files.
+    /// Is the descriptor inside the one extent?
+    pub fn is_embedded(&self) -> bool {
+        self.text_at != 0
+    }
+
+    /// The names of the image's other files, each once.
     pub fn files(&self) -> Vec<&Path> {
-        if self.descriptor.kind.is_embedded() {
-            return Vec::new();
-        }
-        self.descriptor.lines.iter().map(|line| Path::new(OsStr::from_bytes(&line.name))).collect()
+        let (names, _) = self.descriptor.files();
+        names.into_iter().map(|name| Path::new(OsStr::from_bytes(name))).collect()
     }
 
     /// The extent that byte `offset` of the disk lies in.
@@ -142,26 +149,34 @@ impl Opened {
     /// [`Error::Part`] with what is wrong with one of them; [`Error::Limit`] for directories that
     /// are too large together.
     pub fn complete<F: Store>(&mut self, more: &[F]) -> Result<(), Error> {
-        if self.descriptor.kind.is_embedded() {
+        if self.is_embedded() {
             return Ok(());
         }
         self.extents.clear();
-        let (mut start, mut entries) = (0, 0);
-        for (i, (line, file)) in self.descriptor.lines.iter().zip(more).enumerate() {
-            let len = line.sectors << SECTOR_BITS;
+        let (mut start, mut entries) = (0_u64, 0);
+        let mut packed_bits = None;
+        let (_, numbers) = self.descriptor.files();
+        for (line, file) in self.descriptor.lines.iter().zip(numbers) {
+            let mut len = line.sectors << SECTOR_BITS;
             let name = Path::new(OsStr::from_bytes(&line.name)).to_path_buf();
             let part = |error| Error::Part(name.clone(), Box::new(error));
-            let kind = match line.flat_at {
-                Some(at) => ExtentKind::Flat(open_flat(file, at, len).map_err(part)?),
-                None => {
-                    let sparse = open_sparse(file).map_err(part)?;
-                    if sparse.header.is_compressed() {
-                        let what = "VMDK compressed extents of an image of several files";
-                        return Err(part(Error::Unsupported(what.into())));
-                    }
-                    if sparse.header.capacity != line.sectors || len == 0 {
-                        let what = "VMDK extent is not of the size that the descriptor says";
+            let no = |why: &str| Err(part(Error::Unsupported(why.into())));
+            let kind = match line.kind {
+                LineKind::Zero => ExtentKind::Zero,
+                LineKind::Flat(at) => {
+                    ExtentKind::Flat(open_flat(&more[file - 1], at, len).map_err(part)?)
+                }
+                LineKind::Sparse => {
+                    let sparse = open_sparse(&more[file - 1]).map_err(part)?;
+                    // Where the two disagree the header counts, as for QEMU.
+                    len = sparse.header.capacity << SECTOR_BITS;
+                    if len == 0 {
+                        let what = "VMDK extent of no size";
                         return Err(part(Error::Corrupt { what, at: 12 }));
+                    }
+                    let bits = sparse.header.grain_bits;
+                    if sparse.header.is_compressed() && *packed_bits.get_or_insert(bits) != bits {
+                        return no("VMDK compressed extents with grains of several sizes");
                     }
                     entries += sparse.directory.len() as u64;
                     ExtentKind::Sparse(Box::new(sparse))
@@ -170,9 +185,13 @@ impl Opened {
             if entries > DIRECTORIES_MAX {
                 return Err(Error::Limit("VMDK grain directories are too large".into()));
             }
-            self.extents.push(Extent { start, len, file: i + 1, kind });
-            start += len;
+            self.extents.push(Extent { start, len, file, kind });
+            start = match start.checked_add(len).filter(|&end| end <= OFFSET_MAX) {
+                Some(end) => end,
+                None => return corrupt("VMDK extents are too large together", 0),
+            };
         }
+        self.size = start;
         Ok(())
     }
 
@@ -183,20 +202,52 @@ impl Opened {
     /// [`Error::Unsupported`], saying what stands in the way.
     pub fn check_writable(&self) -> Result<(), Error> {
         let no = |why: &str| Err(Error::Unsupported(why.into()));
-        for extent in &self.extents {
+        if self.descriptor.lines.iter().any(|line| !line.writable) {
+            return no("VMDK with read-only extents: the image is read-only");
+        }
+        if self.extents_overlap() {
+            return no("VMDK extents that overlap in their file: the image is read-only");
+        }
+        for (i, extent) in self.extents.iter().enumerate() {
             let ExtentKind::Sparse(sparse) = &extent.kind else { continue };
             let header = &sparse.header;
+            if self.descriptor.lines.get(i).is_some_and(|line| line.sectors != header.capacity) {
+                return no("VMDK extent is not of the size that the descriptor says");
+            }
+            if header.is_compressed() && !self.is_embedded() {
+                return no("VMDK compressed extents of another file: the image is read-only");
+            }
+            if sparse.redundant_lost {
+                return no(
+                    "VMDK redundant grain directory lies where none can be: the image is read-only",
+                );
+            }
             if header.version == 3 && !header.is_compressed() {
                 return no("VMDK version 3 must be read only");
             }
             if header.table_bytes() < SECTOR {
                 return no("VMDK grain tables smaller than a sector: the image is read-only");
             }
+            if header.grain_bits < WRITABLE_GRAIN_BITS_MIN {
+                return no("VMDK grains smaller than 4 KiB: the image is read-only");
+            }
             if sparse.has_footer && sparse.end_of_stream() != sparse.file_len.div_ceil(SECTOR) {
                 return no("VMDK stream with something between its directory and its footer");
             }
         }
         Ok(())
+    }
+
+    /// Is a byte of a file in two places of the disk?
+    fn extents_overlap(&self) -> bool {
+        let range = |extent: &Extent| match extent.kind {
+            ExtentKind::Flat(at) => Some((extent.file, at, at + extent.len)),
+            ExtentKind::Sparse(_) => Some((extent.file, 0, u64::MAX)),
+            ExtentKind::Zero => None,
+        };
+        let mut ranges: Vec<_> = self.extents.iter().filter_map(range).collect();
+        ranges.sort_unstable();
+        ranges.windows(2).any(|pair| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2)
     }
 }
 
@@ -230,13 +281,11 @@ fn open_embedded<F: Store>(file: &F) -> Result<Opened, Error> {
     }
     let mut text = vec![0; len as usize];
     file.read_at(text_at, &mut text).map_err(Error::io("read the descriptor"))?;
-    let descriptor = Descriptor::parse(&text)?;
-    if !descriptor.kind.is_embedded() {
-        return corrupt("VMDK descriptor inside an extent is of another type", text_at);
-    }
-    if (descriptor.kind == Kind::StreamOptimized) != header.is_compressed() {
-        return corrupt("VMDK descriptor and header disagree about compression", text_at);
-    }
+    let kind = match header.is_compressed() {
+        true => Kind::StreamOptimized,
+        false => Kind::MonolithicSparse,
+    };
+    let descriptor = Descriptor::parse_embedded(&text, kind)?;
     let size = header.capacity << SECTOR_BITS;
     let kind = ExtentKind::Sparse(Box::new(sparse));
     let extents = vec![Extent { start: 0, len: size, file: 0, kind }];
@@ -249,9 +298,6 @@ fn open_descriptor<F: Store>(file: &F) -> Result<Opened, Error> {
     let mut text = vec![0; len.min(TEXT_MAX as u64 + 1) as usize];
     file.read_at(0, &mut text).map_err(Error::io("read the descriptor"))?;
     let descriptor = Descriptor::parse(&text)?;
-    if descriptor.kind.is_embedded() {
-        return corrupt("VMDK descriptor outside an extent is of another type", 0);
-    }
     if descriptor.lines.is_empty() {
         return corrupt("invalid VMDK image descriptor: no extents", 0);
     }
@@ -290,37 +336,53 @@ pub fn open_sparse<F: Store>(file: &F) -> Result<Sparse, Error> {
         let least = header.overhead.saturating_mul(SECTOR);
         return Err(Error::Invalid(format!("File truncated, expecting at least {least} bytes")));
     }
-    if has_footer {
-        // A stream has one directory, whatever its flags.
+    if has_footer || [0, header.directory_at].contains(&header.redundant_at) {
+        // A stream has one directory, whatever its flags; and one is not two.
         header.flags &= !REDUNDANT;
+    }
+    let (mut redundant, mut redundant_lost) = (None, false);
+    if header.flags & REDUNDANT != 0 {
+        // Nothing is ever read from it but by a repair: an image can do without.
+        let sound = !header.overlaps_itself();
+        let entries = sound.then(|| read_directory(file, &header, header.redundant_at, file_len));
+        match entries {
+            Some(Ok(entries)) => redundant = Some(entries),
+            Some(Err(error @ Error::Io { .. })) => return Err(error),
+            _ => {
+                redundant_lost = true;
+                header.flags &= !REDUNDANT;
+            }
+        }
     }
     if header.overlaps_itself() {
         return corrupt("VMDK header, descriptor and grain directories overlap", 28);
     }
     let directory = read_directory(file, &header, header.directory_at, file_len)?;
-    let redundant = match header.flags & REDUNDANT {
-        0 => None,
-        _ => Some(read_directory(file, &header, header.redundant_at, file_len)?),
-    };
-    Ok(Sparse { header, directory, redundant, file_len, has_footer })
+    Ok(Sparse { header, directory, redundant, redundant_lost, file_len, has_footer })
 }
 
-/// The footer: between its marker and the end of the stream.
+/// How far from a stream's end its footer may be, in bytes: some programs write zeros behind it.
+const FOOTER_REACH: u64 = 1 << 20;
+
+/// The footer: the last sector that is not zeros, behind its marker. (The end of the stream is
+/// marked by zeros, which some programs leave away, and others write more of.) What it says counts,
+/// whatever the header said when the stream was begun.
 fn read_footer<F: Store>(file: &F, header: &Header, file_len: u64) -> Result<Header, Error> {
-    let mut end = [0; 3 * SECTOR as usize];
-    let at = (file_len & !(SECTOR - 1)).checked_sub(end.len() as u64);
-    let Some(at) = at.filter(|&at| at >= SECTOR) else {
-        return corrupt("VMDK stream has no footer", 0);
+    let end = file_len & !(SECTOR - 1);
+    let from = end.saturating_sub(FOOTER_REACH).max(SECTOR).min(end);
+    let mut bytes = vec![0; (end - from) as usize];
+    file.read_at(from, &mut bytes).map_err(Error::io("read the footer"))?;
+    let (sectors, _) = bytes.as_chunks::<{ SECTOR as usize }>();
+    let last = sectors.iter().rposition(|sector| sector.iter().any(|&byte| byte != 0));
+    let Some(marker) = last.and_then(|last| last.checked_sub(1)) else {
+        return corrupt("VMDK stream has no footer", end);
     };
-    file.read_at(at, &mut end).map_err(Error::io("read the footer"))?;
-    let [marker, footer, last] =
-        [0, 1, 2].map(|i| &end[i * SECTOR as usize..(i + 1) * SECTOR as usize]);
-    let ends = Marker::parse(last) == Some(Marker::EndOfStream);
-    if Marker::parse(marker) != Some(Marker::Footer) || !ends {
+    let at = from + marker as u64 * SECTOR;
+    if Marker::parse(&sectors[marker]) != Some(Marker::Footer) {
         return corrupt("VMDK stream has no footer", at);
     }
-    let footer = Header::parse(footer)?;
-    let same = |h: &Header| (h.capacity, h.grain_bits, h.table_bits, h.flags & !REDUNDANT);
+    let footer = Header::parse(&sectors[marker + 1])?;
+    let same = |h: &Header| (h.grain_bits, h.table_bits, h.is_compressed());
     if footer.directory_at == AT_END || same(&footer) != same(header) {
         return corrupt("VMDK footer is not that of the header", at);
     }

@@ -13,7 +13,7 @@ use cowbell_engine::units::{Errno, RegionId};
 
 use super::driver::{State, Vmdk};
 use super::grain;
-use super::layout::{Entry, SECTOR, SECTOR_BITS};
+use super::layout::{SECTOR, SECTOR_BITS};
 use super::stream::Stream;
 use super::walk::Place;
 
@@ -38,6 +38,11 @@ impl Packed {
     }
 }
 
+/// What the cache calls the grain that byte `at` of the disk lies in: its first byte on the disk.
+pub(super) fn packed_key(at: u64, place: Place) -> u64 {
+    place.grain_start(place.grain_of(at))
+}
+
 impl Vmdk {
     /// The grains' cache.
     pub(super) fn packed(&mut self) -> &mut Packed {
@@ -46,13 +51,13 @@ impl Vmdk {
 
     /// Copies `at..end`, all in one grain, to the guest, if the grain is in memory.
     pub(super) fn read_packed(&mut self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) -> bool {
-        let (key, from) = (place.grain_of(at), at - cx.io().offset);
+        let (key, from) = (packed_key(at, place), at - cx.io().offset);
         let packed = self.packed();
         let Some(slot) = packed.grains.find(key).filter(|&slot| packed.grains.is_ready(slot))
         else {
             return false;
         };
-        let off = (at - place.grain_start(key)) as usize;
+        let off = (at - key) as usize;
         let (region, start) = (packed.grains.region(), slot << place.grain_bits);
         cx.copy_region_to_guest(from, region, start + off, (end - at) as usize);
         true
@@ -69,7 +74,7 @@ impl Vmdk {
     ) -> Step<State> {
         let len = self.likely_len(at, host, table, place, cx);
         let packed = self.packed();
-        let key = place.grain_of(at);
+        let key = packed_key(at, place);
         if let Some(slot) = packed.grains.find(key) {
             cx.park(packed.grains.waiters(slot));
             return Step::Wait(State::Next { at });
@@ -151,9 +156,9 @@ impl Vmdk {
         }
     }
 
-    /// Is `entry` a grain that has to be inflated?
+    /// Have the grains of a sparse part to be inflated?
     #[inline]
-    pub(super) fn is_packed(&self, entry: Entry) -> bool {
-        self.packed.is_some() && matches!(entry, Entry::Data(_))
+    pub(super) fn is_packed(&self, part: usize) -> bool {
+        self.packed.is_some() && self.grains(part).header.is_compressed()
     }
 }

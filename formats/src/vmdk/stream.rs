@@ -21,6 +21,7 @@ use super::create::end_of_stream;
 use super::driver::{Asked, PartKind, State, Vmdk};
 use super::grain;
 use super::layout::{Entry, GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
+use super::packed::packed_key;
 use super::walk::Place;
 use crate::space::Taken;
 
@@ -72,7 +73,8 @@ impl Vmdk {
 
     /// Is this a stream whose directory is at its end?
     pub(super) fn has_footer(&self) -> bool {
-        self.packed.is_some() && self.grains(0).root.has_footer
+        self.packed.is_some()
+            && matches!(&self.parts[0].kind, PartKind::Sparse(grains) if grains.root.has_footer)
     }
 
     /// A write of a stream at `at`; nothing is there yet. Claims the grain and deflates it.
@@ -92,10 +94,11 @@ impl Vmdk {
         if at != place.grain_start(grain) || io.end() < end {
             return Step::Done(Err(Errno::INVALID));
         }
+        let key = packed_key(at, place);
         let packed = self.packed();
         // In order of arrival: whoever comes later waits behind those who wait.
         let first = packed.grains.full.is_empty();
-        let Some(slot) = first.then(|| packed.grains.reserve(grain)).flatten() else {
+        let Some(slot) = first.then(|| packed.grains.reserve(key)).flatten() else {
             cx.park(&mut packed.grains.full);
             return Step::Wait(State::Next { at });
         };

@@ -16,8 +16,10 @@ use cowbell_engine::step::{Cx, Step};
 use cowbell_engine::units::{BufId, Errno, Time};
 use cowbell_engine::wait::WaitList;
 
-use super::driver::{COPY_AT, CidState, FLUSH, PartKind, SLOT_BYTES, State, Vmdk, write_at};
-use super::layout::{SECTOR, SECTOR_BITS};
+use super::driver::{
+    COPY_AT, CidState, FLUSH, Grains, PartKind, SLOT_BYTES, State, Vmdk, write_at,
+};
+use super::layout::{Header, NOWHERE, SECTOR, SECTOR_BITS};
 use super::open::{SECTOR_ENTRIES, Sparse};
 
 /// What a slot of the cache is for, and what of it is to be written.
@@ -49,6 +51,11 @@ pub(super) struct Root {
     /// Sectors that have changed, and copies of those that the sweep under way writes.
     dirty: Vec<u32>,
     sealed: Vec<(u32, Copies)>,
+    /// Where what was there when the extent was opened ends. An entry from then that leads behind it
+    /// is bad, and must stay so when the file is longer.
+    opened_end: u64,
+    /// A bit for each sector of each table: set, if this session has changed it.
+    changed: Vec<u64>,
     /// The length that the file has after any crash.
     stable_len: u64,
     /// That, once the fence under way has ended.
@@ -64,8 +71,19 @@ impl Root {
         self.directory_at + index * 4
     }
 
-    pub fn new(sparse: Sparse) -> Root {
+    pub fn new(mut sparse: Sparse) -> Root {
+        let (header, opened_end) = (&sparse.header, sparse.grains_end());
+        let count = header.directory_entries() as usize;
+        let directories = [Some(&mut sparse.directory), sparse.redundant.as_mut()];
+        for entry in directories.into_iter().flatten().flat_map(|entries| &mut entries[..count]) {
+            if header.table(*entry, opened_end).is_none() {
+                *entry = NOWHERE;
+            }
+        }
+        let sectors = count * sectors_of_table(header);
         Root {
+            opened_end,
+            changed: vec![0; sectors.div_ceil(64)],
             directory_at: sparse.header.directory_at << SECTOR_BITS,
             redundant_at: sparse.header.redundant_at << SECTOR_BITS,
             has_footer: sparse.has_footer,
@@ -75,6 +93,32 @@ impl Root {
             sealed: Vec::new(),
             stable_len: sparse.file_len,
             fenced_len: sparse.file_len,
+        }
+    }
+
+    /// Bytes `from..to` of a table are about to be changed.
+    fn note_changed(&mut self, header: &Header, table: u32, from: usize, to: usize) {
+        let first = table as usize * sectors_of_table(header);
+        for bit in first + from / SECTOR as usize..first + to.div_ceil(SECTOR as usize) {
+            self.changed[bit / 64] |= 1 << (bit % 64);
+        }
+    }
+
+    /// Makes the bad entries of a table that has been loaded lead nowhere: those that lead behind
+    /// the end that the file had, in sectors that are as they were then.
+    pub fn disarm(&self, header: &Header, table: u32, bytes: &mut [u8]) {
+        let end = header.bounds(self.opened_end).end;
+        let first = table as usize * sectors_of_table(header);
+        for (i, sector) in bytes.chunks_mut(SECTOR as usize).enumerate() {
+            let bit = first + i;
+            if self.changed[bit / 64] >> (bit % 64) & 1 != 0 {
+                continue;
+            }
+            for entry in sector.as_chunks_mut::<4>().0 {
+                if u64::from(u32::from_le_bytes(*entry)) >= end {
+                    *entry = NOWHERE.to_le_bytes();
+                }
+            }
         }
     }
 
@@ -112,6 +156,10 @@ impl Root {
         };
         [of(&self.directory), self.redundant.as_deref().map_or([0; _], of)]
     }
+}
+
+fn sectors_of_table(header: &Header) -> usize {
+    header.table_bytes().div_ceil(SECTOR) as usize
 }
 
 /// Which tables a sweep is writing.
@@ -222,6 +270,9 @@ impl Vmdk {
             self.sweep.dirty.push(slot as u32);
         }
         state.dirty = union(state.dirty, Some((range.0 as u16, range.1 as u16)));
+        let (part, table) = state.origin;
+        let Grains { header, root, .. } = self.grains_mut(part as usize);
+        root.note_changed(header, table, range.0, range.1);
         self.set_due(cx);
     }
 
@@ -319,7 +370,7 @@ impl Vmdk {
         }
         let grown = self.parts.iter().any(|part| match &part.kind {
             PartKind::Sparse(grains) => grains.space.end() > grains.root.stable_len,
-            PartKind::Flat(_) => false,
+            PartKind::Flat(_) | PartKind::Zero => false,
         });
         let grown = grown && !mutant!("vmdk_length_not_fenced");
         let covers = self.backing.is_some() && !mutant!("vmdk_parent_not_fenced");
@@ -438,7 +489,7 @@ impl Vmdk {
                 left -= grains.root.sealed.len();
                 None
             }
-            PartKind::Flat(_) => None,
+            PartKind::Flat(_) | PartKind::Zero => None,
         })?;
         let (sector, copies) = &root.sealed[left];
         let (copy, place) = match (phase, &root.redundant) {

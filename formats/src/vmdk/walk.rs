@@ -10,13 +10,15 @@ use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{Errno, align_down};
 
-use super::driver::{Asked, COPY_AT, CidState, PIECES, PartKind, State, Vmdk};
+use super::driver::{Asked, COPY_AT, CidState, Grains, PIECES, PartKind, State, Vmdk};
 use super::layout::Entry;
 
 /// What is at a guest offset.
 enum Found {
     /// A flat extent: byte `host` of its file, up to `end`.
     Flat { host: u64, end: u64 },
+    /// An extent that is nothing but zeros, up to `end`.
+    Zeros { end: u64 },
     /// The table is not in memory; this is its place.
     NotLoaded { table: u64 },
     /// It is being loaded into this slot, or is about to be.
@@ -161,6 +163,10 @@ impl Vmdk {
                 self.at_host(at, end, host, 1, issued, cx);
                 return Ok(end);
             }
+            Found::Zeros { end } => {
+                cx.zero_guest(at - cx.io().offset, end - at);
+                return Ok(end);
+            }
             Found::Run { entry, end, .. } => {
                 if let Some(done) = self.in_place(at, end, entry, event, issued, cx) {
                     return done;
@@ -185,7 +191,7 @@ impl Vmdk {
             return step;
         }
         match found {
-            Found::Run { entry: Entry::Data(host), slot, .. } if self.packed.is_some() => {
+            Found::Run { entry: Entry::Data(host), slot, .. } if self.is_packed(place.part) => {
                 match cx.io().kind {
                     IoKind::Read => self.load_packed(at, host, slot, place, cx),
                     // A stream takes nothing back.
@@ -199,7 +205,9 @@ impl Vmdk {
                 cx.park(self.tables.waiters(slot));
                 Step::Wait(State::Next { at })
             }
-            Found::Flat { .. } | Found::Invalid => unreachable!("dealt with before"),
+            Found::Flat { .. } | Found::Zeros { .. } | Found::Invalid => {
+                unreachable!("dealt with before")
+            }
         }
     }
 
@@ -226,8 +234,8 @@ impl Vmdk {
     fn piece_of_part(&self, at: u64) -> u64 {
         let part = self.part_at(at);
         match self.parts[part].kind {
-            PartKind::Flat(_) => self.parts[part].end,
-            PartKind::Sparse(_) if self.packed.is_some() => {
+            PartKind::Flat(_) | PartKind::Zero => self.parts[part].end,
+            PartKind::Sparse(_) if self.is_packed(part) => {
                 let place = self.place(part);
                 place.grain_start(place.grain_of(at) + 1).min(place.end)
             }
@@ -267,6 +275,7 @@ impl Vmdk {
         let end = end.min(part.end);
         let grains = match &part.kind {
             PartKind::Flat(host) => return Found::Flat { host: host + (at - part.start), end },
+            PartKind::Zero => return Found::Zeros { end },
             PartKind::Sparse(grains) => grains,
         };
         let table = (at - part.start) >> grains.header.span_bits();
@@ -304,8 +313,9 @@ impl Vmdk {
         let mut run_end = place.grain_start(grain + 1);
         let mut next = 1;
         let mut expected = entry;
-        // Grains of a stream do not follow one another at a grain's distance.
-        while run_end < end && next < entries.len() && !self.is_packed(entry) {
+        // Deflated grains do not follow one another at a grain's distance.
+        let alone = matches!(entry, Entry::Data(_)) && self.is_packed(part);
+        while run_end < end && next < entries.len() && !alone {
             if let Entry::Data(offset) = expected {
                 expected = Entry::Data(offset + place.grain_size());
             }
@@ -363,7 +373,7 @@ impl Vmdk {
         let Entry::Data(offset) = entry else {
             return self.without_data(at, run_end, entry, place, issued, cx);
         };
-        if self.packed.is_some() {
+        if self.is_packed(place.part) {
             let is_read = cx.io().kind == IoKind::Read;
             return (is_read && self.read_packed(at, run_end, place, cx)).then_some(Ok(run_end));
         }
@@ -501,6 +511,12 @@ impl Vmdk {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
+        if result.is_ok() && self.writable {
+            let (part, table) = self.slots[slot].origin;
+            let Grains { header, root, .. } = self.grains(part as usize);
+            let len = header.table_bytes() as usize;
+            root.disarm(header, table, &mut self.tables.bytes_mut(slot, cx.mem())[..len]);
+        }
         self.tables.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk_from(at, Event::Start, cx),

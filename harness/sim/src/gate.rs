@@ -241,15 +241,20 @@ pub fn images(format: Format) -> Vec<Image> {
     }
 }
 
-/// More kinds, for smaller scopes: they differ from the others in how their files grow.
+/// More kinds, for smaller scopes: they differ from the others in how their files grow, or in how
+/// they copy.
 fn growing_images(format: Format) -> Vec<Image> {
     let plain = Image { ahead: 16, ..Image::new(format) };
+    // Clusters larger than a buffer.
+    let large = Image { cluster: 2 * CLUSTER, backing: true, buffers: 2, ..plain };
     match format {
-        Format::Raw | Format::Qcow2 | Format::Vmdk => Vec::new(),
+        Format::Raw | Format::Qcow2 => Vec::new(),
+        Format::Vmdk => vec![large],
         Format::Qed => vec![
             Image { grow: Grow::Write, ..plain },
             Image { grow: Grow::Allocate, ..plain },
             Image { grow: Grow::Write, backing: true, ..plain },
+            large,
         ],
     }
 }

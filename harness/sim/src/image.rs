@@ -115,7 +115,7 @@ impl Image {
     pub fn span(&self) -> u64 {
         match self.format {
             Format::Qed | Format::Qcow2 => self.cluster * self.cluster / 8,
-            Format::Vmdk => 128 * CLUSTER,
+            Format::Vmdk => 128 * self.cluster,
             _ => 8 * CLUSTER,
         }
     }
@@ -139,7 +139,9 @@ impl Image {
         let (step_min, step_max) = (self.ahead * self.cluster, self.ahead * self.cluster);
         let growth = Growth { by: self.grow, step_min, step_max };
         let qed = QedOptions { cache_slices: self.cache, growth, unmark_after_ms: 5000 };
-        let vmdk = VmdkOptions { cache_tables: self.cache, growth, ..VmdkOptions::default() };
+        let entropy = Some(0x00c0_ffee);
+        let vmdk =
+            VmdkOptions { cache_tables: self.cache, growth, entropy, ..VmdkOptions::default() };
         let qcow2 = Qcow2Options {
             cache_slices: self.cache,
             cache_inflated: 1,

@@ -99,6 +99,11 @@ pub const MUTANTS: &[Mutant] = &[
     vmdk("vmdk_data_error_ignored", "an entry leads to data whose write failed"),
     vmdk("vmdk_no_wake_on_error", "a failed request wakes nobody"),
     vmdk("vmdk_cow_tail_skipped", "what lies behind a write is not copied"),
+    vmdk("vmdk_copy_ends_with_head", "of a grain larger than a buffer the tail is not copied"),
+    vmdk(
+        "vmdk_copy_error_ignored",
+        "a failed write of what a large grain copies counts as a good one",
+    ),
     vmdk("vmdk_zero_grain_shows_parent", "a write into a zeroed grain brings the parent back"),
     vmdk("vmdk_run_ignores_type", "grains of different kinds are taken for one run"),
     vmdk("vmdk_woken_trusts_old_lookup", "a woken request does not look up again"),
@@ -333,6 +338,8 @@ pub fn special(format: Format) -> Vec<Scope> {
     let overlay = Image { backing: true, ..image };
     let zeros = Image { state: State::Zeros, ..overlay };
     let warm = Image { state: State::Warm, ..image };
+    // Larger than a buffer.
+    let large = Image { cluster: 2 * image.cluster, ..overlay };
     let across = Request::write(at(0, 2) - 1024, 2048);
     if format == Format::Qcow2 {
         return special_qcow2(image);
@@ -340,6 +347,7 @@ pub fn special(format: Format) -> Vec<Scope> {
     vec![
         scope(overlay, 0, 0, &[middle(0, 0)]),
         scope(zeros, 0, 0, &[middle(0, 0)]),
+        scope(large, 1, 0, &[middle(0, 0)]),
         scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
         scope(overlay, 0, 0, &[head(0, 0), head(0, 1)]),
         scope(overlay, 0, 0, &[Request::read(at(1, 0), 4096)]),

@@ -1,4 +1,4 @@
-//! VMDK images made small: grains of 4 KiB, tables of 128 entries.
+//! VMDK images made small: grains of a cluster, tables of 128 entries.
 
 use cowbell_engine::store::Store;
 use cowbell_formats::vmdk::create::{Options, write_file};
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
-use crate::image::{BACKING, CLUSTER, Image, Layout, SEED, State, TOP};
+use crate::image::{BACKING, Image, Layout, SEED, State, TOP};
 use crate::subject::Subject;
 
 /// The files of a split image, as they are named after [`TOP`].
@@ -34,12 +34,12 @@ pub fn make(image: &Image, host: &SimHost) -> Result<(), String> {
         make_parent(image, host)?;
     }
     let options = Options {
-        grain_bits: CLUSTER.trailing_zeros(),
+        grain_bits: image.cluster.trailing_zeros(),
         table_bits: 7,
         // Where images say so they say it of a parent's grains; without, they copy them.
         zeroed_grain: image.state == State::Zeros,
         parent: image.backing.then(|| (BACKING.as_bytes().to_vec(), PARENT)),
-        sizes: split.then(|| vec![CLUSTER, image.size() - CLUSTER]),
+        sizes: split.then(|| vec![image.cluster, image.size() - image.cluster]),
         lazy: image.layout == Layout::Lazy,
         ..Options::new(kind, TOP.as_bytes(), image.size(), MADE)
     };
@@ -58,19 +58,19 @@ fn write(host: &SimHost, options: &Options) -> Result<(), String> {
 /// A parent that is shorter than the disk, ends within a grain, and has data where requests go.
 fn make_parent(image: &Image, host: &SimHost) -> Result<(), String> {
     let options = Options {
-        grain_bits: CLUSTER.trailing_zeros(),
+        grain_bits: image.cluster.trailing_zeros(),
         table_bits: 7,
         ..Options::new(Kind::MonolithicSparse, BACKING.as_bytes(), image.place(1, 0) + 1536, PARENT)
     };
     write(host, &options)?;
     let file = host.open(Path::new(BACKING), true).map_err(|why| why.to_string())?;
     let header = header(&file)?;
-    let noise = SimFile::new(Contents::noise(!SEED, 8 * CLUSTER), false);
-    let mut grain = vec![0; CLUSTER as usize];
+    let noise = SimFile::new(Contents::noise(!SEED, 8 * image.cluster), false);
+    let mut grain = vec![0; image.cluster as usize];
     for (done, (table, entry)) in (0..).zip([(0, 0), (0, 1), (0, 2), (0, 127), (1, 0)]) {
-        let place = header.overhead * SECTOR + done * CLUSTER;
+        let place = header.overhead * SECTOR + done * image.cluster;
         let (mut raw, io) = ([0; 4], |why: std::io::Error| why.to_string());
-        noise.read_at(done * CLUSTER, &mut grain).map_err(io)?;
+        noise.read_at(done * image.cluster, &mut grain).map_err(io)?;
         file.write_at(place, &grain).map_err(io)?;
         for directory in [header.directory_at, header.redundant_at] {
             file.read_at(directory * SECTOR + table * 4, &mut raw).map_err(io)?;

@@ -11,9 +11,7 @@ use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::qed::Growth;
-use cowbell_formats::{
-    DiskHost, Error, Format, Host, Node, OpenOptions, Policy, RunOptions, attach,
-};
+use cowbell_formats::{DiskHost, Error, Format, Node, OpenOptions, Policy, RunOptions, attach};
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
@@ -98,7 +96,6 @@ impl Session {
             run.qed.growth = growth;
             run.vmdk.growth = growth;
         }
-        run.vmdk.entropy = host.entropy();
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
         Ok(Session { engine, node, path: path.into(), events })
