@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use cowbell_engine::store::Store;
 
 use crate::error::{Error, Shown};
-use crate::probe::{Format, PROBE_BYTES, probe};
+use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
 use crate::qcow2;
 use crate::qed;
 use crate::vmdk;
@@ -334,17 +334,39 @@ pub fn open_layer<H: Host>(
     layer_in(file, path, options)
 }
 
-/// The format of `file`, from its first bytes.
+/// The format of `file`, from its first bytes, and its last where those say nothing.
 ///
 /// # Errors
 ///
-/// [`Error::Io`].
+/// [`Error::Foreign`] for one that is recognised and not handled; [`Error::Io`].
 pub fn probe_file<F: Store>(file: &F) -> Result<Format, Error> {
     let len = file.len().map_err(Error::io("find the image's length"))?;
-    let mut first = [0; PROBE_BYTES];
-    let first = &mut first[..len.min(PROBE_BYTES as u64) as usize];
-    file.read_at(0, first).map_err(Error::io("read the first sector"))?;
-    Ok(probe(first))
+    let mut bytes = [0; PROBE_BYTES];
+    let bytes = &mut bytes[..len.min(PROBE_BYTES as u64) as usize];
+    file.read_at(0, bytes).map_err(Error::io("read the first sector"))?;
+    let format = match probe(bytes) {
+        Probed::Known(foreign) => return Err(Error::Foreign(foreign)),
+        Probed::Handled(Format::Raw) => Format::Raw,
+        Probed::Handled(format) => return Ok(format),
+    };
+    let end = len - bytes.len() as u64;
+    file.read_at(end, bytes).map_err(Error::io("read the last sector"))?;
+    probe_end(bytes, len).map_or(Ok(format), |foreign| Err(Error::Foreign(foreign)))
+}
+
+/// The format of this name.
+///
+/// # Errors
+///
+/// [`Error::Unsupported`] for one that is known and not handled, in other words than for one that
+/// nobody knows.
+pub fn driver_named(name: &str) -> Result<Format, Error> {
+    Format::from_name(name).ok_or_else(|| {
+        Error::Unsupported(match Foreign::from_name(name) {
+            Some(foreign) => format!("{} images are not supported", foreign.title()),
+            None => format!("Unknown driver '{}'", Shown(Path::new(name))),
+        })
+    })
 }
 
 /// Makes a layer of an open file.
@@ -473,7 +495,7 @@ fn backing_of<F>(layer: &Layer<F>) -> Result<Option<Backing>, Error> {
     let format = layer.backing_format();
     if let (None, Some(name)) = (format, layer.backing_format_name()) {
         // Not to be guessed: somebody said what it is.
-        return Err(Error::Unsupported(format!("Unknown driver '{name}'")));
+        driver_named(&name)?;
     }
     Ok(Some(Backing { named, format }))
 }

@@ -77,4 +77,4 @@ pub use create::{CreateOptions, create};
 pub use disk_host::DiskHost;
 pub use error::Error;
 pub use node::{Node, RunOptions, attach};
-pub use probe::Format;
+pub use probe::{Foreign, Format, Probed};
