@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::Errno;
 
-use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_path};
+use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_name};
 use crate::error::{Error, Shown};
 use crate::preallocation::{Preallocation, preallocate};
 use crate::probe::Format;
@@ -405,9 +405,10 @@ impl Plan {
         }
     }
 
-    /// The line that `qemu-img create` prints before it starts.
-    pub fn formatting(&self) -> String {
-        let mut line = format!("Formatting '{}', fmt={}", Shown(&self.path), self.format);
+    /// The line that `qemu-img create` prints before it starts, with the target's name as it was
+    /// given.
+    pub fn formatting(&self, name: &Path) -> String {
+        let mut line = format!("Formatting '{}', fmt={}", Shown(name), self.format);
         let options = &self.options;
         if self.format == Format::Qcow2 {
             self.qcow2_options(&mut line);
@@ -632,7 +633,7 @@ fn look_at_backing<H: Host>(
         };
         (layer.size(), cid)
     };
-    let path = backing_path(target, name)?;
+    let path = backing_name(target, name)?.path;
     let options = OpenOptions { format: Some(format), backing: Policy::Any, ..Default::default() };
     let Ok(old) = host.open(target, false) else {
         return Ok(said(&chain::open_layer(host, &path, &options)?));

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
 
-use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_path, open_layer};
+use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_name, open_layer};
 use crate::error::Error;
+use crate::name::protocol;
 use crate::probe::Format;
 use crate::qcow2::bitmap::Bitmap;
 use crate::qcow2::snapshot::Snapshot;
@@ -29,7 +30,7 @@ pub struct Info {
     pub cluster_size: Option<u64>,
     /// The backing file's name as the image spells it: untrusted text.
     pub backing_file: Option<PathBuf>,
-    /// Where that is, seen from here; `None` too if it is no plain path.
+    /// Where that is, seen from here: the same, if it says more than a path.
     pub full_backing_file: Option<PathBuf>,
     /// The backing file's format as the image spells it: untrusted text, but without control
     /// characters.
@@ -85,12 +86,19 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
         file_len: layer.file.len().map_err(Error::io("find the image's length"))?,
         cluster_size,
         backing_file: name.map(Path::to_path_buf),
-        full_backing_file: name.and_then(|name| backing_path(&layer.path, name).ok()),
+        full_backing_file: name.and_then(|name| full_name(&layer.path, name)),
         backing_format: layer.backing_format_name(),
         dirty,
         qcow2: qcow2_info(layer)?,
         vmdk: vmdk::info::of(layer),
     })
+}
+
+fn full_name(overlay: &Path, name: &Path) -> Option<PathBuf> {
+    if protocol(name.as_os_str()).is_some() {
+        return Some(name.to_path_buf());
+    }
+    backing_name(overlay, name).ok().map(|name| name.path)
 }
 
 fn qcow2_info<F: Store>(layer: &Layer<F>) -> Result<Option<Qcow2Info>, Error> {

@@ -1,14 +1,14 @@
 //! `compare`: do two images hold the same disk?
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::map::{Extent, read, status};
-use cowbell_formats::{Chain, DiskHost, Error, OpenOptions, Policy};
+use cowbell_formats::{Chain, DiskHost, Error};
 
 use crate::fail::Fail;
-use crate::info::format_for;
+use crate::naming::{Image, Naming};
 use crate::out::Out;
 
 /// The options of `compare`.
@@ -27,17 +27,19 @@ pub struct Args {
     #[arg(short, long)]
     quiet: bool,
     /// Accepted for compatibility
-    #[arg(short = 'T', value_name = "CACHE", hide = true)]
+    #[arg(short = 'T', long, value_name = "CACHE", hide = true)]
     cache: Option<String>,
     /// Accepted for compatibility
-    #[arg(short = 'p', hide = true)]
+    #[arg(short = 'p', long, hide = true)]
     progress: bool,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// Two images
     #[arg(num_args = 2, required = true)]
-    files: Vec<PathBuf>,
+    files: Vec<OsString>,
 }
 
 const DIFFERENT: u8 = 1;
@@ -53,25 +55,23 @@ const STEP: u64 = 2 << 20;
 /// A mismatch is found to the sector.
 const SECTOR: usize = 512;
 
-struct Side<'a> {
-    path: &'a Path,
+struct Side {
+    image: Image,
     chain: Chain<DiskFile>,
     buf: Vec<u8>,
 }
 
-impl Side<'_> {
-    fn open<'a>(path: &'a Path, format: Option<&str>) -> Result<Side<'a>, Fail> {
-        let format = format_for(path, format)?;
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
-        let chain = cowbell_formats::open(&DiskHost::default(), path, &options);
-        let chain = chain.map_err(|why| Fail::open(path, why))?;
-        Ok(Side { path, chain, buf: Vec::new() })
+impl Side {
+    fn open(naming: &Naming, name: &OsStr, format: Option<&str>) -> Result<Side, Fail> {
+        let image = naming.image(name, format)?;
+        let chain = image.open(&DiskHost::default(), false)?;
+        Ok(Side { image, chain, buf: Vec::new() })
     }
 
     fn extent(&self, at: u64, len: u64) -> Result<Extent, Fail> {
         status(&self.chain, at, len).map_err(|why| {
             let what = format!("Sector allocation test failed: {why}");
-            Fail::at(self.path, what).with_code(NO_STATUS)
+            Fail::at(&self.image.given, what).with_code(NO_STATUS)
         })
     }
 
@@ -80,7 +80,7 @@ impl Side<'_> {
         let result = read(&self.chain, at, &mut self.buf);
         result.map_err(|why: Error| {
             let what = format!("Error while reading offset {at}: {why}");
-            Fail::at(self.path, what).with_code(NOT_READ)
+            Fail::at(&self.image.given, what).with_code(NOT_READ)
         })?;
         Ok(&self.buf)
     }
@@ -93,8 +93,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     let mut out = Out::new(args.quiet);
     let opened = |fail: Fail| fail.with_code(NOT_OPENED);
-    let mut a = Side::open(a, args.first_format.as_deref()).map_err(opened)?;
-    let mut b = Side::open(b, args.second_format.as_deref()).map_err(opened)?;
+    let mut a = Side::open(&args.naming, a, args.first_format.as_deref()).map_err(opened)?;
+    let mut b = Side::open(&args.naming, b, args.second_format.as_deref()).map_err(opened)?;
     let verdict = compare(&mut a, &mut b, args.strict, &mut out)?;
     writeln!(out, "{}", verdict.as_deref().unwrap_or("Images are identical."))?;
     out.flush()?;
@@ -102,9 +102,9 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
 }
 
 /// What is different; `None`: nothing.
-fn compare<'a>(
-    a: &mut Side<'a>,
-    b: &mut Side<'a>,
+fn compare(
+    a: &mut Side,
+    b: &mut Side,
     strict: bool,
     out: &mut Out,
 ) -> Result<Option<String>, Fail> {

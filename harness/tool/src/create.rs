@@ -1,13 +1,15 @@
 //! `create`: makes an image.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::{DiskHost, Error, Format};
 
 use crate::disk::StoppableHost;
 use crate::fail::Fail;
+use crate::naming::{refuse_objects, target};
 use crate::out::Out;
 use crate::stop::Stop;
 
@@ -29,12 +31,15 @@ pub struct Args {
     /// Do not look at the backing file; then SIZE has to be said
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
+    /// No object is of use here: each is refused by its type
+    #[arg(long = "object", value_name = "OBJDEF", hide = true)]
+    objects: Vec<String>,
     /// Options of the format; `-o help` lists them
-    #[arg(short, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
+    #[arg(short, long, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
     options: Vec<String>,
     /// The image to make
     #[arg(value_name = "FILE")]
-    file: Option<PathBuf>,
+    file: Option<OsString>,
     /// The disk's size: a number with k, M, G or T; the backing file's if not said
     #[arg(allow_negative_numbers = true)]
     size: Option<String>,
@@ -52,7 +57,9 @@ pub fn run(args: Args) -> Result<u8, Fail> {
             "Try 'qemu-img create --help' for more info".into(),
         ));
     };
-    let at = |why: Error| Fail::file(file, why);
+    refuse_objects(&args.objects)?;
+    let path = target(file)?;
+    let at = |why: Error| Fail::file(Path::new(file), why);
     let format = create::format_named(&args.format).map_err(at)?;
     let mut options = CreateOptions::default();
     for text in &args.options {
@@ -68,15 +75,15 @@ pub fn run(args: Args) -> Result<u8, Fail> {
     if let Some(text) = &args.size {
         let size = create::image_size(text).map_err(Fail::other)?;
         if options.size.is_some() {
-            return Err(Fail::file(file, "The image size must be specified only once"));
+            return Err(Fail::file(Path::new(file), "The image size must be specified only once"));
         }
         options.size = Some(size);
     }
     let stop = Stop::on_signals()?;
     let host = StoppableHost { disk: DiskHost::default(), stop };
-    let plan = create::plan(&host, file, format, &options).map_err(at)?;
+    let plan = create::plan(&host, &path, format, &options).map_err(at)?;
     let mut out = Out::new(args.quiet);
-    writeln!(out, "{}", plan.formatting())?;
+    writeln!(out, "{}", plan.formatting(Path::new(file)))?;
     out.flush()?;
     plan.run(&host).map_err(at)?;
     Ok(0)

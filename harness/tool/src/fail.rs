@@ -29,6 +29,18 @@ impl Program {
         }
     }
 
+    /// The line that says which version this is: of QEMU's programs, the one whose options and
+    /// output are ours. Scripts look for `version` and a number behind it.
+    pub fn version(self) -> String {
+        let own = env!("CARGO_PKG_VERSION");
+        match self {
+            Program::Cowbell => format!("cowbell {own}"),
+            Program::QemuImg | Program::QemuIo => {
+                format!("{} version 10.0.2 (cowbell {own})", self.name())
+            }
+        }
+    }
+
     /// The name to put before an error.
     pub fn name(self) -> &'static str {
         match self {

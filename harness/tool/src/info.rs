@@ -1,22 +1,22 @@
 //! `info`: says what an image is. Opens that file and no other, unless the chain is asked for.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use cowbell_formats::chain::OpenOptions;
+use cowbell_formats::DiskHost;
 use cowbell_formats::error::Shown;
 use cowbell_formats::info::{Info, Qcow2Info, info, info_of};
 use cowbell_formats::qcow2::bitmap::Bitmap;
 use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS};
 use cowbell_formats::vmdk::info::{VmdkExtent, VmdkInfo};
-use cowbell_formats::{DiskHost, Error, Format, Policy};
 
 use crate::fail::Fail;
 use crate::json::Json;
+use crate::naming::Naming;
 use crate::number::human;
 use crate::out::Out;
 use crate::snapshot;
@@ -36,8 +36,10 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// The two ways to print results.
@@ -63,25 +65,17 @@ impl Form {
     }
 }
 
-/// The value of `-f`, for `file`.
-pub fn format_for(file: &Path, name: Option<&str>) -> Result<Option<Format>, Fail> {
-    let Some(name) = name else { return Ok(None) };
-    let unknown = || Fail::open(file, Error::Invalid(format!("Unknown driver '{name}'")));
-    Format::from_name(name).map(Some).ok_or_else(unknown)
-}
-
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let form = Form::named(&args.output, "info")?;
-    let format = format_for(&args.file, args.format.as_deref())?;
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
     let host = DiskHost::default();
-    let open = |why| Fail::open(&args.file, why);
+    let open = |why| image.failed(why);
     let layers = if args.backing_chain {
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
-        let chain = cowbell_formats::open(&host, &args.file, &options).map_err(open)?;
+        let chain = image.open(&host, false)?;
         chain.layers.iter().map(info_of).collect::<Result<Vec<_>, _>>().map_err(open)?
     } else {
-        vec![info(&host, &args.file, format).map_err(open)?]
+        vec![info(&host, image.path(), image.format).map_err(open)?]
     };
     let mut out = Out::new(false);
     match form {
@@ -174,7 +168,7 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
     members.push(("refcount-bits", Json::Int(1 << header.refcount_order)));
     if let Some(name) = header.data_file_name() {
         let raw = header.autoclear & AUTOCLEAR_RAW_DATA != 0;
-        members.push(("data-file", Json::text(Shown(Path::new(OsStr::from_bytes(name))))));
+        members.push(("data-file", Json::name(OsStr::from_bytes(name))));
         members.push(("data-file-raw", Json::Bool(raw)));
     }
     if is_new {
@@ -187,10 +181,9 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
 fn bitmap_json(bitmap: &Bitmap) -> Json {
     let flags = [("in-use", bitmap.is_in_use()), ("auto", bitmap.is_auto())];
     let flags = flags.into_iter().filter(|&(_, on)| on).map(|(name, _)| Json::text(name));
-    let name = String::from_utf8_lossy(&bitmap.name).into_owned();
     Json::Object(vec![
         ("flags", Json::List(flags.collect())),
-        ("name", Json::text(Shown(Path::new(&name)))),
+        ("name", Json::name(OsStr::from_bytes(&bitmap.name))),
         ("granularity", Json::Int(1 << bitmap.granularity_bits)),
     ])
 }
@@ -209,7 +202,7 @@ fn vmdk_extent_json(extent: &VmdkExtent) -> Json {
     let mut members = Vec::new();
     members.extend(extent.compressed.then_some(("compressed", Json::Bool(true))));
     members.push(("virtual-size", Json::Int(extent.len)));
-    members.push(("filename", Json::text(Shown(&extent.path))));
+    members.push(("filename", Json::name(&extent.path)));
     members.extend(extent.grain_size.map(|size| ("cluster-size", Json::Int(size))));
     members.push(("format", Json::text(extent.format)));
     Json::Object(members)
@@ -242,20 +235,19 @@ fn write_value(out: &mut Out, level: usize, value: &Json) -> Result<(), Fail> {
             }
             Ok(())
         }
-        Json::Text(text) => Ok(writeln!(out, " {text}")?),
+        Json::Text(text) => Ok(writeln!(out, " {}", Shown(Path::new(text)))?),
         other => Ok(writeln!(out, " {}", other.pretty())?),
     }
 }
 
 /// The image's description with QEMU's members, in QEMU's order.
 fn layer_json(info: &Info) -> Json {
-    let shown = |path: &Path| Json::text(Shown(path));
     let actual = disk_size(&info.path).map(|size| ("actual-size", Json::Int(size)));
     let empty = || Json::Object(vec![]);
     let mut child = vec![
         ("children", Json::List(vec![])),
         ("virtual-size", Json::Int(info.file_len.next_multiple_of(512))),
-        ("filename", shown(&info.path)),
+        ("filename", Json::name(&info.path)),
         ("format", Json::text("file")),
     ];
     child.extend(actual.clone());
@@ -272,7 +264,7 @@ fn layer_json(info: &Info) -> Json {
         members.push(("snapshots", Json::List(list)));
     }
     members.push(("virtual-size", Json::Int(info.virtual_size)));
-    members.push(("filename", shown(&info.path)));
+    members.push(("filename", Json::name(&info.path)));
     members.extend(info.cluster_size.map(|size| ("cluster-size", Json::Int(size))));
     members.push(("format", Json::text(info.format)));
     members.extend(actual);
@@ -281,9 +273,9 @@ fn layer_json(info: &Info) -> Json {
         ("format-specific", Json::Object(specific))
     }));
     let full = info.full_backing_file.as_deref();
-    members.extend(full.map(|path| ("full-backing-filename", shown(path))));
+    members.extend(full.map(|path| ("full-backing-filename", Json::name(path))));
     let backing = info.backing_file.as_deref();
-    members.extend(backing.map(|path| ("backing-filename", shown(path))));
+    members.extend(backing.map(|path| ("backing-filename", Json::name(path))));
     members.push(("dirty-flag", Json::Bool(info.dirty)));
     Json::Object(members)
 }

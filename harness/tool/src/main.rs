@@ -17,6 +17,7 @@ mod info;
 mod io;
 mod json;
 mod map;
+mod naming;
 mod number;
 mod out;
 mod resize;
@@ -26,6 +27,7 @@ mod snapshot;
 mod stop;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -140,7 +142,11 @@ fn parse(args: &[OsString], program: Program) -> Result<Verb, ExitCode> {
     let verb = args.get(1).map(|verb| verb.to_string_lossy()).unwrap_or_default();
     let is_verb = Cli::command().get_subcommands().any(|known| known.get_name() == verb);
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+        ErrorKind::DisplayVersion => {
+            let _ = writeln!(std::io::stdout(), "{}", program.version());
+            return Err(ExitCode::SUCCESS);
+        }
+        ErrorKind::DisplayHelp => {
             // A reader who went away has seen enough.
             let _ = error.print();
             return Err(ExitCode::SUCCESS);

@@ -7,8 +7,8 @@
 mod command;
 mod report;
 
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,8 +17,8 @@ use mio::Waker;
 
 use crate::cache::{Cache, How};
 use crate::fail::{Fail, Program};
-use crate::info::format_for;
 use crate::io::command::Runner;
+use crate::naming::Naming;
 use crate::out::Out;
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
@@ -56,13 +56,16 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'm', long, hide = true)]
     misalign: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image; without one, a command has to open it
-    file: Option<PathBuf>,
+    file: Option<OsString>,
 }
 
 /// How images are opened: what the command line, or `open`, says.
 #[derive(Clone, Debug)]
 pub struct Opening {
+    naming: Naming,
     format: Option<String>,
     read_only: bool,
     cache: Cache,
@@ -75,16 +78,16 @@ const DEPTH: usize = 256;
 
 impl Opening {
     /// Opens `file`.
-    fn open(&self, file: &Path) -> Result<Session, Fail> {
+    fn open(&self, file: &OsStr) -> Result<Session, Fail> {
+        let image = self.naming.image(file, self.format.as_deref())?;
         let setup = Setup {
-            format: format_for(file, self.format.as_deref())?,
             write: !self.read_only,
             cache: self.cache,
             how: self.how,
             depth: DEPTH,
             ..Setup::default()
         };
-        Session::open(file, &setup)
+        Session::open(&image, &setup)
     }
 }
 
@@ -113,6 +116,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         None => args.native_aio.then_some(How::Native),
     };
     let opening = Opening {
+        naming: args.naming.clone(),
         format: args.format.clone(),
         read_only: args.read_only,
         cache,
