@@ -50,6 +50,17 @@ pub trait Host {
     /// The path with every link followed and no `..` in it. Host without links: the path.
     fn resolve(&self, path: &Path) -> io::Result<PathBuf>;
 
+    /// Asks that blocks of this file, which is empty, be written in place and never copied. Where
+    /// files are like that anyway there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// The host cannot, or has no need to.
+    fn set_nocow(&self, file: &Self::File) -> io::Result<()> {
+        let _ = file;
+        Ok(())
+    }
+
     /// Two numbers that no other file of this host has (device and inode).
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)>;
 
@@ -72,6 +83,9 @@ impl<H: Host + ?Sized> Host for &H {
     }
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         (**self).resolve(path)
+    }
+    fn set_nocow(&self, file: &Self::File) -> io::Result<()> {
+        (**self).set_nocow(file)
     }
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)> {
         (**self).identity(file)
@@ -114,6 +128,8 @@ pub struct OpenOptions {
     /// Probe a backing file whose format the image does not record, as QEMU does for QED. If
     /// false, such an image is refused.
     pub probe_backing: bool,
+    /// Open it only to say what it is: encrypted images too. What is so opened is not for reading.
+    pub describe: bool,
     /// Open an image for writing that is marked as needing a check without checking it.
     pub ignore_need_check: bool,
 }
@@ -127,6 +143,7 @@ impl Default for OpenOptions {
             backing: Policy::Refuse,
             files: Policy::SameDirectory,
             probe_backing: true,
+            describe: false,
             ignore_need_check: false,
         }
     }
@@ -195,7 +212,11 @@ impl LayerMeta {
 
 impl<F: Store> Layer<F> {
     /// All files are open: reads what is in the others.
-    fn complete(&mut self, write: bool) -> Result<(), Error> {
+    fn complete(&mut self, options: &OpenOptions) -> Result<(), Error> {
+        let write = options.write;
+        if let (LayerMeta::Qcow2(image), false) = (&self.meta, options.describe) {
+            image.header.refuse_encryption()?;
+        }
         match &mut self.meta {
             LayerMeta::Vmdk(image) => {
                 image.complete(&self.more)?;
@@ -326,7 +347,7 @@ pub fn open_named<H: Host>(
     // Nothing is written, not even a repair, before everything is known to open.
     if let (true, Some(top)) = (options.write, layers.first_mut()) {
         top.meta = open_meta(&top.file, top.format, options)?;
-        top.complete(options.write)?;
+        top.complete(options)?;
     }
     for i in 1..layers.len() {
         let cid = match &layers[i].meta {
@@ -419,7 +440,7 @@ fn with_files<H: Host>(
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Layer<H::File>, Error> {
     layer.more = open_files(host, &layer.path, &layer.meta.files(), options, seen)?;
-    layer.complete(false)?;
+    layer.complete(&OpenOptions { write: false, ..options.clone() })?;
     Ok(layer)
 }
 

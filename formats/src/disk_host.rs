@@ -35,6 +35,10 @@ impl Host for DiskHost {
         fs::canonicalize(path)
     }
 
+    fn set_nocow(&self, file: &DiskFile) -> io::Result<()> {
+        file.set_nocow()
+    }
+
     fn entropy(&self) -> u32 {
         let mut bytes = [0; 4];
         // Without it the numbers repeat, which nobody's safety depends on.

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::name::protocol;
 use crate::probe::Format;
 use crate::qcow2::bitmap::Bitmap;
+use crate::qcow2::crypt::{self, Luks};
 use crate::qcow2::snapshot::Snapshot;
 use crate::qcow2::{self, bitmap, snapshot};
 use crate::vmdk;
@@ -37,6 +38,8 @@ pub struct Info {
     pub backing_format: Option<String>,
     /// The image was not closed cleanly.
     pub dirty: bool,
+    /// The disk is encrypted: this is all that can be known of it.
+    pub encrypted: bool,
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
     /// What only VMDK images have.
@@ -52,6 +55,8 @@ pub struct Qcow2Info {
     pub snapshots: Vec<Snapshot>,
     /// The persistent bitmaps.
     pub bitmaps: Vec<Bitmap>,
+    /// The LUKS header of an encrypted image, if it has one.
+    pub luks: Option<Luks>,
 }
 
 /// Opens `path`, and no other file, and says what it is.
@@ -89,6 +94,10 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
         full_backing_file: name.and_then(|name| full_name(&layer.path, name)),
         backing_format: layer.backing_format_name(),
         dirty,
+        encrypted: match &layer.meta {
+            LayerMeta::Qcow2(image) => image.header.encryption.is_some(),
+            _ => false,
+        },
         qcow2: qcow2_info(layer)?,
         vmdk: vmdk::info::of(layer),
     })
@@ -107,5 +116,6 @@ fn qcow2_info<F: Store>(layer: &Layer<F>) -> Result<Option<Qcow2Info>, Error> {
         header: image.header.clone(),
         snapshots: snapshot::read(&layer.file, &image.header)?,
         bitmaps: bitmap::read(&layer.file, &image.header)?,
+        luks: crypt::luks(&layer.file, &image.header)?,
     }))
 }

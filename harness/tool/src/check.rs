@@ -247,7 +247,7 @@ fn json(report: &Report, image: &Image, format: Format) -> Json {
     members.extend(some("leaks", report.leaks));
     members.extend(some("leaks-fixed", report.leaks_fixed));
     members.extend(some("allocated-clusters", report.allocated_clusters));
-    members.push(("filename", Json::name(image.path())));
+    members.push(("filename", Json::name(&image.given)));
     members.push(("format", Json::text(format)));
     members.extend(some("fragmented-clusters", report.fragmented_clusters));
     Json::Object(members)

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::{DiskHost, Error, Format};
 
@@ -49,7 +50,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8, Fail> {
     let is_help = |text: &String| text.split(',').any(|item| item == "help" || item == "?");
     if args.options.iter().any(is_help) {
-        return help(&args.format);
+        return help(&args.format, args.file.is_some());
     }
     let Some(file) = &args.file else {
         return Err(Fail::usage(
@@ -69,7 +70,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
         options.backing_file = Some(name);
     }
     if let Some(name) = &args.backing_format {
-        options.backing_format = Some(create::format_named(name).map_err(at)?);
+        options.backing_format = Some(driver_named(name).map_err(at)?);
     }
     options.backing_unchecked = args.backing_unsafe;
     if let Some(text) = &args.size {
@@ -90,7 +91,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
 }
 
 /// Lists a format's options as QEMU lists them.
-fn help(format: &str) -> Result<u8, Fail> {
+fn help(format: &str, with_file: bool) -> Result<u8, Fail> {
     let format = create::format_named(format).map_err(Fail::other)?;
     let lines = match format {
         Format::Raw => {
@@ -137,7 +138,19 @@ fn help(format: &str) -> Result<u8, Fail> {
         }
     };
     let mut out = Out::new(false);
-    write!(out, "Supported {format} options:\n{lines}")?;
+    if with_file {
+        // Those of files too.
+        const NOCOW: &str =
+            "  nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)";
+        let key = |line: &str| line.trim_start().split('=').next().map(str::to_string);
+        let mut lines: Vec<&str> = lines.lines().chain([NOCOW]).collect();
+        lines.sort_by_key(|line| key(line));
+        writeln!(out, "Supported options:\n{}", lines.join("\n"))?;
+    } else {
+        write!(out, "Supported {format} options:\n{lines}\n")?;
+        writeln!(out, "The protocol level may support further options.")?;
+        writeln!(out, "Specify the target filename to include those options.")?;
+    }
     out.flush()?;
     Ok(0)
 }

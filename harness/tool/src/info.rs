@@ -11,7 +11,8 @@ use cowbell_formats::DiskHost;
 use cowbell_formats::error::Shown;
 use cowbell_formats::info::{Info, Qcow2Info, info, info_of};
 use cowbell_formats::qcow2::bitmap::Bitmap;
-use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS};
+use cowbell_formats::qcow2::crypt::{Luks, Slot};
+use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Encryption};
 use cowbell_formats::vmdk::info::{VmdkExtent, VmdkInfo};
 
 use crate::fail::Fail;
@@ -31,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: String,
     /// Also the backing files, theirs, and so on
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
@@ -72,7 +73,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let host = DiskHost::default();
     let open = |why| image.failed(why);
     let layers = if args.backing_chain {
-        let chain = image.open(&host, false)?;
+        let chain = image.describe(&host)?;
         chain.layers.iter().map(info_of).collect::<Result<Vec<_>, _>>().map_err(open)?
     } else {
         vec![info(&host, image.path(), image.format).map_err(open)?]
@@ -109,6 +110,9 @@ pub fn write_layer(out: &mut Out, info: &Info) -> Result<(), Fail> {
     writeln!(out, "file format: {}", info.format)?;
     writeln!(out, "virtual size: {} ({} bytes)", human(info.virtual_size), info.virtual_size)?;
     writeln!(out, "disk size: {size}")?;
+    if info.encrypted {
+        writeln!(out, "encrypted: yes")?;
+    }
     if info.dirty {
         writeln!(out, "cleanly shut down: no")?;
     }
@@ -166,6 +170,9 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
         members.push(("bitmaps", Json::List(info.bitmaps.iter().map(bitmap_json).collect())));
     }
     members.push(("refcount-bits", Json::Int(1 << header.refcount_order)));
+    if let Some(encryption) = header.encryption {
+        members.push(("encrypt", encryption_json(encryption, info.luks.as_ref())));
+    }
     if let Some(name) = header.data_file_name() {
         let raw = header.autoclear & AUTOCLEAR_RAW_DATA != 0;
         members.push(("data-file", Json::name(OsStr::from_bytes(name))));
@@ -176,6 +183,42 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
         members.push(("extended-l2", Json::Bool(header.has_subclusters())));
     }
     members
+}
+
+fn encryption_json(encryption: Encryption, luks: Option<&Luks>) -> Json {
+    let format = ("format", Json::text(encryption.name()));
+    let Some(luks) = luks else { return Json::Object(vec![format]) };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mode = text(&luks.mode);
+    let (mode, ivgen) = mode.split_once('-').unwrap_or((&mode, ""));
+    let (ivgen, ivgen_hash) = ivgen.split_once(':').unwrap_or((ivgen, ""));
+    // This mode has two keys.
+    let bits = u64::from(luks.key_bytes) * if mode == "xts" { 4 } else { 8 };
+    let mut members = vec![
+        ("ivgen-alg", Json::text(ivgen)),
+        ("detached-header", Json::Bool(false)),
+        ("hash-alg", Json::text(text(&luks.hash))),
+        ("cipher-alg", Json::text(format!("{}-{bits}", text(&luks.cipher)))),
+        ("uuid", Json::text(text(&luks.uuid))),
+    ];
+    if !ivgen_hash.is_empty() {
+        members.push(("ivgen-hash-alg", Json::text(ivgen_hash)));
+    }
+    members.push(format);
+    members.push(("cipher-mode", Json::text(mode)));
+    let slot = |slot: &Slot| {
+        let iters = ("iters", Json::Int(slot.iters.into()));
+        let stripes = ("stripes", Json::Int(slot.stripes.into()));
+        let mut members = vec![("active", Json::Bool(slot.active))];
+        members.extend(slot.active.then_some(iters));
+        members.push(("key-offset", Json::Int(slot.key_offset)));
+        members.extend(slot.active.then_some(stripes));
+        Json::Object(members)
+    };
+    members.push(("slots", Json::List(luks.slots.iter().map(slot).collect())));
+    members.push(("payload-offset", Json::Int(luks.payload_offset)));
+    members.push(("master-key-iters", Json::Int(luks.master_key_iters.into())));
+    Json::Object(members)
 }
 
 fn bitmap_json(bitmap: &Bitmap) -> Json {
@@ -276,6 +319,7 @@ fn layer_json(info: &Info) -> Json {
     members.extend(full.map(|path| ("full-backing-filename", Json::name(path))));
     let backing = info.backing_file.as_deref();
     members.extend(backing.map(|path| ("backing-filename", Json::name(path))));
+    members.extend(info.encrypted.then_some(("encrypted", Json::Bool(true))));
     members.push(("dirty-flag", Json::Bool(info.dirty)));
     Json::Object(members)
 }

@@ -87,7 +87,12 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         first = false;
     }
     if form == Form::Json {
-        writeln!(out, "{}]", if first { "[" } else { "" })?;
+        if first {
+            let kind = Kind::Unallocated;
+            let nothing = Extent { start, len: 0, depth: 0, file: 0, kind };
+            write!(out, "[{}", json(&nothing, false))?;
+        }
+        writeln!(out, "]")?;
     }
     out.flush()?;
     Ok(0)
@@ -107,7 +112,8 @@ fn json(extent: &Extent, holes_are_data: bool) -> String {
         extent.len,
         extent.depth,
         extent.is_present(),
-        extent.is_zero(),
+        // Nothing is said of nothing.
+        extent.is_zero() && extent.len > 0,
         !extent.is_zero() || holes_are_data && extent.host().is_some(),
         extent.kind == Kind::Compressed,
     )

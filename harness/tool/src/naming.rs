@@ -109,6 +109,12 @@ impl Image {
         open_named(host, &self.name, &self.options(write)).map_err(|why| self.failed(why))
     }
 
+    /// The same, only to say what it is.
+    pub fn describe<H: Host>(&self, host: &H) -> Result<Chain<H::File>, Fail> {
+        let options = OpenOptions { describe: true, ..self.options(false) };
+        open_named(host, &self.name, &options).map_err(|why| self.failed(why))
+    }
+
     /// It could not be opened.
     pub fn failed(&self, why: Error) -> Fail {
         Fail::open(&self.given, why)
