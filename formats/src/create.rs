@@ -350,10 +350,18 @@ pub fn plan<H: Host>(
     let mut size = options.size;
     let mut parent = None;
     if options.backing_file.is_none() && options.backing_format.is_some() {
-        return Err(Error::Invalid(match format {
-            Format::Raw => "Backing file format not supported for file format 'raw'".into(),
-            _ => "Backing format cannot be used without backing file".into(),
-        }));
+        match format {
+            Format::Raw => {
+                let what = "Backing file format not supported for file format 'raw'";
+                return Err(Error::Invalid(what.into()));
+            }
+            Format::Qcow2 => {
+                let what = "Backing format cannot be used without backing file";
+                return Err(Error::Invalid(what.into()));
+            }
+            // They record nothing of it, and QEMU says nothing.
+            Format::Qed | Format::Vmdk => {}
+        }
     }
     if options.backing_file.as_ref().is_some_and(|name| name.as_os_str().is_empty()) {
         return Err(Error::Invalid("Expected backing file name, got empty string".into()));
@@ -451,7 +459,7 @@ impl Plan {
                 let _ = write!(line, " {key}={value}");
             }
         };
-        let backing = options.backing_file.as_deref().map(Shown);
+        let backing = options.backing_file.as_deref().map(value_of);
         say("adapter_type", options.vmdk.adapter.as_ref().map(|value| value as _));
         say("backing_file", backing.as_ref().map(|value| value as _));
         say("backing_fmt", options.backing_format.as_ref().map(|value| value as _));
@@ -494,7 +502,7 @@ impl Plan {
     fn qcow2_options(&self, line: &mut String) {
         let options = &self.options;
         let on_off = |on: bool| if on { "on" } else { "off" }.to_string();
-        let path = |path: &PathBuf| Shown(path).to_string();
+        let path = |path: &PathBuf| value_of(path);
         let cluster_size = options.cluster_size.unwrap_or(qcow2::create::DEFAULT_CLUSTER_SIZE);
         let refcount_bits = options.refcount_bits.unwrap_or(qcow2::create::DEFAULT_REFCOUNT_BITS);
         let pairs = [
@@ -597,6 +605,11 @@ fn run_vmdk<H: Host>(
         }
     }
     Ok(())
+}
+
+/// A name as an option's value: its commas doubled.
+fn value_of(path: impl AsRef<Path>) -> String {
+    Shown(path.as_ref()).to_string().replace(',', ",,")
 }
 
 fn too_large(format: Format) -> Error {

@@ -59,12 +59,17 @@ impl Name {
     pub fn parse(text: &OsStr) -> Result<Name, Error> {
         let bytes = text.as_bytes();
         let path = match protocol(text) {
-            None => bytes,
-            Some(b"file") => &bytes["file:".len()..],
+            None => text,
+            Some(b"file") => OsStr::from_bytes(&bytes["file:".len()..]),
             Some(b"json") => return json(&bytes["json:".len()..])?.name(),
             Some(other) => return Err(unknown_protocol(OsStr::from_bytes(other))),
         };
-        Ok(Name::plain(checked(OsStr::from_bytes(path))?, None))
+        let mut path = checked(path)?;
+        if protocol(path.as_os_str()).is_some() {
+            // So that it stays a path wherever it is named again.
+            path = Path::new(".").join(path);
+        }
+        Ok(Name::plain(path, None))
     }
 
     /// A list of options, as `driver=qcow2,file.filename=PATH`; a comma in a value is doubled.
@@ -426,7 +431,7 @@ mod tests {
             ("a", "a"),
             ("./a:b", "./a:b"),
             ("/x:y/z", "/x:y/z"),
-            ("file:a:b", "a:b"),
+            ("file:a:b", "./a:b"),
             ("-x", "-x"),
         ] {
             assert_eq!(parse(text), Ok(Name::plain(path, None)), "{text}");

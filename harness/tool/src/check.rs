@@ -8,6 +8,7 @@ use cowbell_formats::chain::{open_whole_layer, probe_file};
 use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
 
+use crate::cache::check_source_cache;
 use crate::fail::Fail;
 use crate::info::Form;
 use crate::json::Json;
@@ -65,6 +66,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             ));
         }
     };
+    check_source_cache(args.cache.as_deref())?;
     let image = &args.naming.image(&args.file, args.format.as_deref())?;
     let write = repair != Repair::None;
     if write {

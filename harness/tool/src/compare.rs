@@ -7,6 +7,7 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::map::{Extent, read, status};
 use cowbell_formats::{Chain, DiskHost, Error};
 
+use crate::cache::check_source_cache;
 use crate::fail::Fail;
 use crate::naming::{Image, Naming};
 use crate::out::Out;
@@ -29,8 +30,8 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'T', long, value_name = "CACHE", hide = true)]
     cache: Option<String>,
-    /// Accepted for compatibility
-    #[arg(short = 'p', long, hide = true)]
+    /// Say how far it is
+    #[arg(short, long)]
     progress: bool,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
@@ -93,12 +94,54 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     let mut out = Out::new(args.quiet);
     let opened = |fail: Fail| fail.with_code(NOT_OPENED);
+    check_source_cache(args.cache.as_deref()).map_err(opened)?;
     let mut a = Side::open(&args.naming, a, args.first_format.as_deref()).map_err(opened)?;
     let mut b = Side::open(&args.naming, b, args.second_format.as_deref()).map_err(opened)?;
-    let verdict = compare(&mut a, &mut b, args.strict, &mut out)?;
+    let total = a.chain.size().max(b.chain.size());
+    let mut progress = Progress { shows: args.progress && !args.quiet, total, shown: 0.0 };
+    progress.begin(&mut out)?;
+    let verdict = compare(&mut a, &mut b, args.strict, &mut out, &mut progress)?;
     writeln!(out, "{}", verdict.as_deref().unwrap_or("Images are identical."))?;
+    if progress.shows {
+        writeln!(out)?;
+    }
     out.flush()?;
     Ok(if verdict.is_some() { DIFFERENT } else { 0 })
+}
+
+/// How far it is, as QEMU shows it: on standard output, over what was there.
+struct Progress {
+    shows: bool,
+    /// Bytes of the larger disk.
+    total: u64,
+    /// The percentage that was shown last.
+    shown: f64,
+}
+
+impl Progress {
+    /// Less than this is not worth a new line.
+    const STEP: f64 = 2.0;
+
+    fn begin(&mut self, out: &mut Out) -> Result<(), Fail> {
+        self.show(0.0, out)
+    }
+
+    fn reached(&mut self, at: u64, out: &mut Out) -> Result<(), Fail> {
+        let percent = at as f64 * 100.0 / self.total.max(1) as f64;
+        if percent - self.shown > Self::STEP || at == self.total {
+            self.show(percent, out)?;
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, percent: f64, out: &mut Out) -> Result<(), Fail> {
+        self.shown = percent;
+        if self.shows {
+            write!(out, "    ({percent:.2}/100%)\r")?;
+            out.flush()?;
+        }
+        Ok(())
+    }
 }
 
 /// What is different; `None`: nothing.
@@ -107,6 +150,7 @@ fn compare(
     b: &mut Side,
     strict: bool,
     out: &mut Out,
+    progress: &mut Progress,
 ) -> Result<Option<String>, Fail> {
     if strict && a.chain.size() != b.chain.size() {
         return Ok(Some("Strict mode: Image size mismatch!".into()));
@@ -137,6 +181,7 @@ fn compare(
             return Ok(Some(format!("Content mismatch at offset {}!", at + skip)));
         }
         at += len;
+        progress.reached(at, out)?;
     }
     if a.chain.size() == b.chain.size() {
         return Ok(None);
@@ -153,6 +198,7 @@ fn compare(
             return Ok(Some(format!("Content mismatch at offset {}!", at + skip)));
         }
         at += len;
+        progress.reached(at, out)?;
     }
     Ok(None)
 }

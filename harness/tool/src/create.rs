@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
@@ -25,7 +25,7 @@ pub struct Args {
     format: String,
     /// Backing file, as the image shall name it
     #[arg(short, long, value_name = "FILE")]
-    backing: Option<PathBuf>,
+    backing: Option<OsString>,
     /// The backing file's format
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
         options.parse(format, text).map_err(at)?;
     }
     if let Some(name) = args.backing {
-        options.backing_file = Some(name);
+        options.backing_file = Some(name.into());
     }
     if let Some(name) = &args.backing_format {
         options.backing_format = Some(driver_named(name).map_err(at)?);

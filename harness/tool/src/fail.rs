@@ -157,7 +157,8 @@ impl Fail {
             What::Usage { what, help } => {
                 // Mistakes in options are found by the library that QEMU parses them with.
                 let lower = what.starts_with(char::is_lowercase);
-                let verb = if lower { format!(" {verb}") } else { String::new() };
+                let is_named = lower && !verb.is_empty();
+                let verb = if is_named { format!(" {verb}") } else { String::new() };
                 format!("{name}{verb}: {what}\n{help}\n")
             }
             What::Open { file, why } if program == Program::QemuIo => {

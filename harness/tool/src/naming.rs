@@ -1,10 +1,15 @@
 //! How images are named on the command line, and what is followed of what they name themselves.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use cowbell_formats::chain::{driver_named, open_named};
-use cowbell_formats::{Chain, Error, Format, Host, Name, OpenOptions, Policy};
+use cowbell_formats::name::Backing;
+use cowbell_formats::{
+    Chain, CreateOptions, DiskHost, Error, Format, Host, Name, OpenOptions, Policy, create,
+};
 
 use crate::fail::Fail;
 
@@ -36,6 +41,11 @@ pub struct Image {
 }
 
 impl Naming {
+    /// The same, for an image that is named by options.
+    pub fn by_options(&self) -> Naming {
+        Naming { image_opts: true, ..self.clone() }
+    }
+
     /// The image `given`, with the value of `-f`.
     pub fn image(&self, given: &OsStr, format: Option<&str>) -> Result<Image, Fail> {
         refuse_objects(&self.objects)?;
@@ -80,6 +90,27 @@ impl Image {
     pub fn plain(path: &Path, format: Option<Format>) -> Image {
         let name = Name::plain(path, format);
         Image { given: path.into(), name, format, untrusted: false }
+    }
+
+    /// An empty image of the same size, backed by this one. Its file is gone when it is closed: who
+    /// holds what comes with it can open it until then.
+    pub fn overlay(&self) -> Result<(Image, fs::File), Fail> {
+        let host = DiskHost::default();
+        let size = Some(self.open(&host, false)?.size());
+        let name = format!("cowbell-{}-{:08x}", std::process::id(), host.entropy());
+        let path = std::env::temp_dir().join(name);
+        let options = CreateOptions { size, ..CreateOptions::default() };
+        create(&host, &path, Format::Qcow2, &options).map_err(|why| self.failed(why))?;
+        let file = fs::File::open(&path);
+        let removed = fs::remove_file(&path);
+        let file = file.map_err(|error| Fail::open_io(&path, &error))?;
+        removed.map_err(|error| Fail::open_io(&path, &error))?;
+        let backing = Name { format: self.format, ..self.name.clone() };
+        let name = Name {
+            backing: Backing::Named(Box::new(backing)),
+            ..Name::plain(format!("/proc/self/fd/{}", file.as_raw_fd()), Some(Format::Qcow2))
+        };
+        Ok((Image { format: name.format, name, ..self.clone() }, file))
     }
 
     /// The image's own file.

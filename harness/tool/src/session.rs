@@ -3,6 +3,7 @@
 //! The loop is the one that every embedder has, with nothing in it but the engine's descriptor:
 //! `run`, take what has finished, and when nothing has, wait.
 
+use std::fs;
 use std::io;
 
 use cowbell_engine::backend::Backend;
@@ -58,6 +59,9 @@ pub struct Session {
     pub image: Image,
     /// What it waits on.
     pub events: EventLoop,
+    /// The file of a temporary image, which has no name.
+    #[expect(dead_code, reason = "it is only held open")]
+    pub temporary: Option<fs::File>,
 }
 
 impl Session {
@@ -89,7 +93,7 @@ impl Session {
         run.vmdk.entropy = host.entropy();
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
-        Ok(Session { engine, node, image: image.clone(), events })
+        Ok(Session { engine, node, image: image.clone(), events, temporary: None })
     }
 
     /// The disk's size in bytes.

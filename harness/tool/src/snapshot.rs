@@ -8,7 +8,7 @@ use std::path::Path;
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::error::Shown;
-use cowbell_formats::qcow2::open::read_header;
+use cowbell_formats::qcow2::open::{describe_header, read_header};
 use cowbell_formats::qcow2::snapshot::{self, Snapshot};
 use cowbell_formats::qcow2::snapshots::{self, Moment};
 use cowbell_formats::{DiskHost, Error, Format, Host};
@@ -91,6 +91,9 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
     };
+    if let (Format::Qcow2, Ok(header)) = (format, describe_header(&store)) {
+        header.refuse_encryption().map_err(|why| image.failed(why))?;
+    }
     match action {
         Action::List if format == Format::Qcow2 => list(file, &store, args.quiet)?,
         Action::List => {}

@@ -783,8 +783,16 @@ impl Runner {
             let prefix = self.prefix();
             return Err(Bad::Err(format!("{prefix}file open already, try 'help close'\n")));
         }
-        let &[file] = &options.rest[..] else { return Err(Bad::Usage) };
-        let mut opening = Opening { read_only: options.has('r'), ..self.opening.clone() };
+        let (read_only, snapshot) = (options.has('r'), options.has('s'));
+        let mut opening = Opening { read_only, snapshot, ..self.opening.clone() };
+        let (file, more) = match (&options.rest[..], options.get('o')) {
+            (&[file], more) => (file, more.unwrap_or("")),
+            ([], Some(all)) => {
+                opening.naming = opening.naming.by_options();
+                (all, "")
+            }
+            _ => return Err(Bad::Usage),
+        };
         // As in QEMU, what the command line says of modes is not meant for this one.
         opening.cache = Cache::WRITETHROUGH;
         if let Some(name) = options.get('t') {
@@ -802,12 +810,8 @@ impl Runner {
         if let Some(name) = options.get('d') {
             opening.discard = discard_named(name)?;
         }
-        for (key, value) in options
-            .get('o')
-            .iter()
-            .flat_map(|text| text.split(','))
-            .map(|item| item.split_once('=').unwrap_or((item, "")))
-        {
+        let items = more.split(',').filter(|item| !item.is_empty());
+        for (key, value) in items.map(|item| item.split_once('=').unwrap_or((item, ""))) {
             match key {
                 "driver" => opening.format = Some(value.into()),
                 _ => return Err(Bad::Err(format!("{}no option '{key}'\n", self.prefix()))),

@@ -35,6 +35,9 @@ pub struct Args {
     /// Open the image for reading only
     #[arg(short, long)]
     read_only: bool,
+    /// Write to a temporary image; this one stays as it is
+    #[arg(short, long)]
+    snapshot: bool,
     /// Past the page cache, as -t none
     #[arg(short = 'n', long)]
     nocache: bool,
@@ -68,6 +71,8 @@ pub struct Opening {
     naming: Naming,
     format: Option<String>,
     read_only: bool,
+    /// What is written goes to a temporary image.
+    snapshot: bool,
     cache: Cache,
     how: Option<How>,
     discard: bool,
@@ -79,7 +84,12 @@ const DEPTH: usize = 256;
 impl Opening {
     /// Opens `file`.
     fn open(&self, file: &OsStr) -> Result<Session, Fail> {
-        let image = self.naming.image(file, self.format.as_deref())?;
+        let mut image = self.naming.image(file, self.format.as_deref())?;
+        let mut temporary = None;
+        if self.snapshot && !self.read_only {
+            let (overlay, file) = image.overlay()?;
+            (image, temporary) = (overlay, Some(file));
+        }
         let setup = Setup {
             write: !self.read_only,
             cache: self.cache,
@@ -87,7 +97,7 @@ impl Opening {
             depth: DEPTH,
             ..Setup::default()
         };
-        Session::open(&image, &setup)
+        Ok(Session { temporary, ..Session::open(&image, &setup)? })
     }
 }
 
@@ -119,6 +129,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         naming: args.naming.clone(),
         format: args.format.clone(),
         read_only: args.read_only,
+        snapshot: args.snapshot,
         cache,
         how,
         discard: discard_named(&args.discard)?,
