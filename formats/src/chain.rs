@@ -1,8 +1,8 @@
 //! Opening an image, the other files it consists of, and the files it is backed by.
 //!
 //! The names in an image are untrusted. A backing file is therefore opened only as a [`Policy`]
-//! from the caller allows, always read-only, always as a plain path: nothing in a name is ever
-//! taken for a protocol or an option. A chain that comes back to itself is found by the identity
+//! from the caller allows, always read-only. Only [`Policy::Any`] takes a name for more than a plain
+//! path, see [`crate::name`]. A chain that comes back to itself is found by the identity
 //! of its files, at once; one that is merely long ends at [`DEPTH_MAX`].
 //!
 //! An image may be spread over several files: the extents that a VMDK descriptor lists. They are
@@ -22,7 +22,8 @@ use cowbell_engine::store::Store;
 use cowbell_engine::sys::random;
 
 use crate::error::{Error, Shown};
-use crate::probe::{Format, PROBE_BYTES, probe};
+use crate::name::{self, Name};
+use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
 use crate::qcow2;
 use crate::qed;
 use crate::vmdk;
@@ -50,6 +51,17 @@ pub trait Host {
     /// The path with every link followed and no `..` in it. Host without links: the path.
     fn resolve(&self, path: &Path) -> io::Result<PathBuf>;
 
+    /// Asks that blocks of this file, which is empty, be written in place and never copied. Where
+    /// files are like that anyway there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// The host cannot, or has no need to.
+    fn set_nocow(&self, file: &Self::File) -> io::Result<()> {
+        let _ = file;
+        Ok(())
+    }
+
     /// Two numbers that no other file of this host has (device and inode).
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)>;
 
@@ -73,6 +85,9 @@ impl<H: Host + ?Sized> Host for &H {
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         (**self).resolve(path)
     }
+    fn set_nocow(&self, file: &Self::File) -> io::Result<()> {
+        (**self).set_nocow(file)
+    }
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)> {
         (**self).identity(file)
     }
@@ -94,7 +109,7 @@ pub enum Policy {
     SameDirectory,
     /// Those in these folders or below.
     Directories(Vec<PathBuf>),
-    /// Any plain path. For images one trusts.
+    /// Any. For images one trusts.
     Any,
 }
 
@@ -114,6 +129,8 @@ pub struct OpenOptions {
     /// Probe a backing file whose format the image does not record, as QEMU does for QED. If
     /// false, such an image is refused.
     pub probe_backing: bool,
+    /// Open it only to say what it is: encrypted images too. What is so opened is not for reading.
+    pub describe: bool,
     /// Open an image for writing that is marked as needing a check without checking it.
     pub ignore_need_check: bool,
 }
@@ -127,6 +144,7 @@ impl Default for OpenOptions {
             backing: Policy::Refuse,
             files: Policy::SameDirectory,
             probe_backing: true,
+            describe: false,
             ignore_need_check: false,
         }
     }
@@ -195,7 +213,11 @@ impl LayerMeta {
 
 impl<F: Store> Layer<F> {
     /// All files are open: reads what is in the others.
-    fn complete(&mut self, write: bool) -> Result<(), Error> {
+    fn complete(&mut self, options: &OpenOptions) -> Result<(), Error> {
+        let write = options.write;
+        if let (LayerMeta::Qcow2(image), false) = (&self.meta, options.describe) {
+            image.header.refuse_encryption()?;
+        }
         match &mut self.meta {
             LayerMeta::Vmdk(image) => {
                 image.complete(&self.more)?;
@@ -283,20 +305,50 @@ pub fn open<H: Host>(
     path: &Path,
     options: &OpenOptions,
 ) -> Result<Chain<H::File>, Error> {
-    let file = host.open(path, options.write).map_err(Error::open(path))?;
-    let top = layer_in(file, path, &OpenOptions { write: false, ..options.clone() })?;
+    open_named(host, &Name::plain(path, None), options)
+}
+
+/// As [`open`], for an image whose name may say what it is and what it is backed by. The format in
+/// `options` comes first. The policy is not asked of backing files that are named here.
+///
+/// # Errors
+///
+/// As [`open`]; [`Error::Invalid`] to open for writing what is named as read-only.
+pub fn open_named<H: Host>(
+    host: &H,
+    name: &Name,
+    options: &OpenOptions,
+) -> Result<Chain<H::File>, Error> {
+    if name.read_only && options.write {
+        return Err(Error::Invalid("Block node is read-only".into()));
+    }
+    let format = options.format.or(name.format);
+    let options = &OpenOptions { format, ..options.clone() };
+    let file = host.open(&name.path, options.write).map_err(Error::open(&name.path))?;
+    let top = layer_in(file, &name.path, &OpenOptions { write: false, ..options.clone() })?;
     let mut seen = vec![identity(host, &top)?];
     let mut layers = vec![with_files(host, top, options, &mut seen)?];
-    while let Some(next) = layers.last().and_then(|layer| backing_of(layer).transpose()) {
-        let below = next
+    let mut said = &name.backing;
+    while let Some(top) = layers.last() {
+        let backing = match said {
+            name::Backing::Nothing => break,
+            name::Backing::AsImageSays => backing_of(top, options),
+            name::Backing::Named(name) => Ok(Some(Backing::said(name))),
+        };
+        let Some(backing) = backing.transpose() else { break };
+        let below = backing
             .and_then(|backing| open_backing(host, &backing, layers.len(), options, &mut seen))
             .map_err(|error| Error::Backing(Box::new(error)))?;
         layers.push(below);
+        said = match said {
+            name::Backing::Named(name) => &name.backing,
+            said => said,
+        };
     }
     // Nothing is written, not even a repair, before everything is known to open.
     if let (true, Some(top)) = (options.write, layers.first_mut()) {
         top.meta = open_meta(&top.file, top.format, options)?;
-        top.complete(options.write)?;
+        top.complete(options)?;
     }
     for i in 1..layers.len() {
         let cid = match &layers[i].meta {
@@ -335,17 +387,39 @@ pub fn open_layer<H: Host>(
     layer_in(file, path, options)
 }
 
-/// The format of `file`, from its first bytes.
+/// The format of `file`, from its first bytes, and its last where those say nothing.
 ///
 /// # Errors
 ///
-/// [`Error::Io`].
+/// [`Error::Foreign`] for one that is recognised and not handled; [`Error::Io`].
 pub fn probe_file<F: Store>(file: &F) -> Result<Format, Error> {
     let len = file.len().map_err(Error::io("find the image's length"))?;
-    let mut first = [0; PROBE_BYTES];
-    let first = &mut first[..len.min(PROBE_BYTES as u64) as usize];
-    file.read_at(0, first).map_err(Error::io("read the first sector"))?;
-    Ok(probe(first))
+    let mut bytes = [0; PROBE_BYTES];
+    let bytes = &mut bytes[..len.min(PROBE_BYTES as u64) as usize];
+    file.read_at(0, bytes).map_err(Error::io("read the first sector"))?;
+    let format = match probe(bytes) {
+        Probed::Known(foreign) => return Err(Error::Foreign(foreign)),
+        Probed::Handled(Format::Raw) => Format::Raw,
+        Probed::Handled(format) => return Ok(format),
+    };
+    let end = len - bytes.len() as u64;
+    file.read_at(end, bytes).map_err(Error::io("read the last sector"))?;
+    probe_end(bytes, len).map_or(Ok(format), |foreign| Err(Error::Foreign(foreign)))
+}
+
+/// The format of this name.
+///
+/// # Errors
+///
+/// [`Error::Unsupported`] for one that is known and not handled, in other words than for one that
+/// nobody knows.
+pub fn driver_named(name: &str) -> Result<Format, Error> {
+    Format::from_name(name).ok_or_else(|| {
+        Error::Unsupported(match Foreign::from_name(name) {
+            Some(foreign) => format!("{} images are not supported", foreign.title()),
+            None => format!("Unknown driver '{}'", Shown(Path::new(name))),
+        })
+    })
 }
 
 /// Makes a layer of an open file.
@@ -367,7 +441,7 @@ fn with_files<H: Host>(
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Layer<H::File>, Error> {
     layer.more = open_files(host, &layer.path, &layer.meta.files(), options, seen)?;
-    layer.complete(false)?;
+    layer.complete(&OpenOptions { write: false, ..options.clone() })?;
     Ok(layer)
 }
 
@@ -464,40 +538,57 @@ impl Named {
 struct Backing {
     named: Named,
     format: Option<Format>,
+    /// Named by the caller, not by an image.
+    is_said: bool,
 }
 
-fn backing_of<F>(layer: &Layer<F>) -> Result<Option<Backing>, Error> {
-    let Some(name) = layer.backing_name() else { return Ok(None) };
-    let path = backing_path(&layer.path, name)?;
-    let folder = folder_of(&layer.path);
-    let named = Named { what: "backing file", path, folder };
-    let format = layer.backing_format();
-    if let (None, Some(name)) = (format, layer.backing_format_name()) {
-        // Not to be guessed: somebody said what it is.
-        return Err(Error::Unsupported(format!("Unknown driver '{name}'")));
+impl Backing {
+    fn said(name: &Name) -> Backing {
+        let folder = folder_of(&name.path);
+        let named = Named { what: "backing file", path: name.path.clone(), folder };
+        Backing { named, format: name.format, is_said: true }
     }
-    Ok(Some(Backing { named, format }))
 }
 
-/// Where the backing file `name` of the image at `overlay` is: relative to the image's folder.
-///
-/// # Errors
-///
-/// [`Error::Unsupported`] for names like `nbd:...` and `json:...`, which other programs take for
-/// more than a path. (A plain file of such a name can be spelled `./nbd:...`.)
-pub fn backing_path(overlay: &Path, name: &Path) -> Result<PathBuf, Error> {
-    let bytes = name.as_os_str().as_bytes();
-    let first = bytes.split(|&byte| byte == b'/').next().unwrap_or(bytes);
-    if first.contains(&b':') {
-        return Err(Error::Unsupported(format!(
+fn backing_of<F>(layer: &Layer<F>, options: &OpenOptions) -> Result<Option<Backing>, Error> {
+    let Some(name) = layer.backing_name() else { return Ok(None) };
+    if options.backing != Policy::Any && name::protocol(name.as_os_str()).is_some() {
+        return Err(Error::Policy(format!(
             "backing file name '{}' names a protocol; only plain paths are opened",
             Shown(name)
         )));
     }
+    let Name { path, format: said, .. } = backing_name(&layer.path, name)?;
+    let folder = folder_of(&layer.path);
+    let named = Named { what: "backing file", path, folder };
+    let recorded = layer.backing_format();
+    if let (None, Some(name)) = (recorded, layer.backing_format_name()) {
+        // Not to be guessed: somebody said what it is.
+        driver_named(&name)?;
+    }
+    Ok(Some(Backing { named, format: recorded.or(said), is_said: false }))
+}
+
+/// Where the backing file `name` of the image at `overlay` is: relative to the image's folder; but
+/// names that say more than a path, as `json:{...}`, relative to the current one.
+///
+/// # Errors
+///
+/// As [`Name::parse`]. (A plain file with a colon in its name can be spelled `./nbd:...`.)
+pub fn backing_name(overlay: &Path, name: &Path) -> Result<Name, Error> {
+    let text = name.as_os_str();
+    if name::protocol(text).is_some() {
+        let named = Name::parse(text)?;
+        if named.backing != name::Backing::AsImageSays {
+            return Err(Error::Unsupported("a backing file's name has another in it".into()));
+        }
+        return Ok(named);
+    }
+    let bytes = text.as_bytes();
     if bytes.contains(&0) || bytes.is_empty() {
         return Err(Error::Invalid("the backing file's name is no path".into()));
     }
-    Ok(folder_of(overlay).join(name))
+    Ok(Name::plain(folder_of(overlay).join(name), None))
 }
 
 fn path_of(name: &[u8]) -> &Path {
@@ -520,11 +611,12 @@ fn open_backing<H: Host>(
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Layer<H::File>, Error> {
     let path = &backing.named.path;
-    let real = allowed_path(host, &backing.named, &options.backing)?;
+    let policy = if backing.is_said { &Policy::Any } else { &options.backing };
+    let real = allowed_path(host, &backing.named, policy)?;
     if depth >= DEPTH_MAX {
         return Err(Error::Limit(format!("the backing chain has more than {DEPTH_MAX} images")));
     }
-    if backing.format.is_none() && !options.probe_backing {
+    if backing.format.is_none() && !backing.is_said && !options.probe_backing {
         return Err(Error::Policy(format!(
             "the format of backing file '{}' is not recorded, and must not be guessed",
             Shown(path)

@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::Errno;
 
-use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_path};
+use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_name};
 use crate::error::{Error, Shown};
 use crate::preallocation::{Preallocation, preallocate};
-use crate::probe::Format;
+use crate::probe::{Foreign, Format};
 use crate::qcow2;
 use crate::qcow2::header::Compression;
 use crate::qed;
@@ -44,6 +44,9 @@ pub struct CreateOptions {
     pub table_size: Option<u64>,
     /// Raw and qcow2: how to take the space. Off if not said.
     pub preallocation: Option<Preallocation>,
+    /// Ask the file system not to copy what is written over, where it would (btrfs); others need
+    /// no asking. A wish: nothing fails for it.
+    pub nocow: Option<bool>,
     /// qcow2: the version, as `v2` or `0.10`, `v3` or `1.1`. 3 if not said.
     pub compat: Option<String>,
     /// qcow2: where guest data goes, if not into the image; relative to the image's folder. This
@@ -86,6 +89,7 @@ impl CreateOptions {
         let number = || option_number(key, value);
         match (format, key) {
             (_, "size") => self.size = Some(number()?),
+            (_, "nocow") => self.nocow = Some(switch(key, value)?),
             (Format::Qed | Format::Qcow2 | Format::Vmdk, "backing_file") => {
                 self.backing_file = Some(value.into());
             }
@@ -111,11 +115,7 @@ impl CreateOptions {
     /// Sets an option that only qcow2 has.
     fn set_qcow2(&mut self, key: &str, value: &str) -> Result<(), Error> {
         let number = || option_number(key, value);
-        let switch = || match value {
-            "on" => Ok(true),
-            "off" => Ok(false),
-            _ => Err(Error::Invalid(format!("Parameter '{key}' expects 'on' or 'off'"))),
-        };
+        let switch = || switch(key, value);
         match key {
             "compat" => match value {
                 "v2" | "0.10" | "v3" | "1.1" => self.compat = Some(value.into()),
@@ -149,7 +149,20 @@ impl CreateOptions {
 ///
 /// [`Error::Invalid`].
 pub fn format_named(name: &str) -> Result<Format, Error> {
-    Format::from_name(name).ok_or_else(|| Error::Invalid(format!("Unknown file format '{name}'")))
+    Format::from_name(name).ok_or_else(|| match Foreign::from_name(name) {
+        Some(foreign) => {
+            Error::Unsupported(format!("{} images are not supported", foreign.title()))
+        }
+        None => Error::Invalid(format!("Unknown file format '{name}'")),
+    })
+}
+
+fn switch(key: &str, value: &str) -> Result<bool, Error> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(Error::Invalid(format!("Parameter '{key}' expects 'on' or 'off'"))),
+    }
 }
 
 fn not_accepted(key: &str, value: &str) -> Error {
@@ -336,19 +349,43 @@ pub fn plan<H: Host>(
     }
     let mut size = options.size;
     let mut parent = None;
+    if options.backing_file.is_none() && options.backing_format.is_some() {
+        match format {
+            Format::Raw => {
+                let what = "Backing file format not supported for file format 'raw'";
+                return Err(Error::Invalid(what.into()));
+            }
+            Format::Qcow2 => {
+                let what = "Backing format cannot be used without backing file";
+                return Err(Error::Invalid(what.into()));
+            }
+            // They record nothing of it, and QEMU says nothing.
+            Format::Qed | Format::Vmdk => {}
+        }
+    }
+    if options.backing_file.as_ref().is_some_and(|name| name.as_os_str().is_empty()) {
+        return Err(Error::Invalid("Expected backing file name, got empty string".into()));
+    }
     if let Some(name) = &options.backing_file {
         if format == Format::Raw {
             return Err(no_backing_for(format));
         }
         let Some(backing_format) = options.backing_format else {
-            return Err(Error::Invalid("Backing file specified without backing format".into()));
+            let mut what = "Backing file specified without backing format".to_string();
+            if !options.backing_unchecked {
+                let (_, _, detected) = look_at_backing(host, path, name, None)
+                    .map_err(|error| Error::Backing(Box::new(error)))?;
+                // Writing to a string cannot fail.
+                let _ = write!(what, "\nDetected format of {detected}.");
+            }
+            return Err(Error::Invalid(what));
         };
         if format == Format::Vmdk && backing_format != Format::Vmdk {
             return Err(Error::Invalid("backing_file must be a vmdk image".into()));
         }
         // A VMDK image records which state of its parent it was made for.
         if !options.backing_unchecked || format == Format::Vmdk {
-            let (backing_size, cid) = look_at_backing(host, path, name, backing_format)
+            let (backing_size, cid, _) = look_at_backing(host, path, name, Some(backing_format))
                 .map_err(|error| Error::Backing(Box::new(error)))?;
             size = size.or(Some(backing_size));
             parent = cid.map(|cid| (name.as_os_str().as_bytes().to_vec(), cid));
@@ -405,9 +442,10 @@ impl Plan {
         }
     }
 
-    /// The line that `qemu-img create` prints before it starts.
-    pub fn formatting(&self) -> String {
-        let mut line = format!("Formatting '{}', fmt={}", Shown(&self.path), self.format);
+    /// The line that `qemu-img create` prints before it starts, with the target's name as it was
+    /// given.
+    pub fn formatting(&self, name: &Path) -> String {
+        let mut line = format!("Formatting '{}', fmt={}", Shown(name), self.format);
         let options = &self.options;
         if self.format == Format::Qcow2 {
             self.qcow2_options(&mut line);
@@ -421,7 +459,7 @@ impl Plan {
                 let _ = write!(line, " {key}={value}");
             }
         };
-        let backing = options.backing_file.as_deref().map(Shown);
+        let backing = options.backing_file.as_deref().map(value_of);
         say("adapter_type", options.vmdk.adapter.as_ref().map(|value| value as _));
         say("backing_file", backing.as_ref().map(|value| value as _));
         say("backing_fmt", options.backing_format.as_ref().map(|value| value as _));
@@ -435,6 +473,8 @@ impl Plan {
                 say(key, value.as_ref().map(|value| value as _));
             }
         }
+        let nocow = options.nocow.map(|on| if on { "on" } else { "off" });
+        say("nocow", nocow.as_ref().map(|value| value as _));
         line
     }
 
@@ -448,7 +488,7 @@ impl Plan {
         let Some(name) = &self.options.data_file else { return plan.write(image) };
         let path = self.path.with_file_name("").join(name);
         let id = |file: &H::File| host.identity(file).map_err(Error::open(&path));
-        make_file(host, &path, |data| {
+        make_file(host, &path, &self.options, |data| {
             if id(data)? == id(image)? {
                 return Err(Error::Invalid("the image cannot be its own data file".into()));
             }
@@ -462,7 +502,7 @@ impl Plan {
     fn qcow2_options(&self, line: &mut String) {
         let options = &self.options;
         let on_off = |on: bool| if on { "on" } else { "off" }.to_string();
-        let path = |path: &PathBuf| Shown(path).to_string();
+        let path = |path: &PathBuf| value_of(path);
         let cluster_size = options.cluster_size.unwrap_or(qcow2::create::DEFAULT_CLUSTER_SIZE);
         let refcount_bits = options.refcount_bits.unwrap_or(qcow2::create::DEFAULT_REFCOUNT_BITS);
         let pairs = [
@@ -478,6 +518,7 @@ impl Plan {
             ("data_file_raw", options.data_file_raw.map(on_off)),
             ("lazy_refcounts", Some(on_off(options.lazy_refcounts == Some(true)))),
             ("refcount_bits", Some(refcount_bits.to_string())),
+            ("nocow", options.nocow.map(on_off)),
         ];
         for (key, value) in pairs {
             if let Some(value) = value {
@@ -496,15 +537,17 @@ impl Plan {
     pub fn run<H: Host>(&self, host: &H) -> Result<(), Error> {
         let result = match &self.made {
             Made::Raw { size, preallocation } => {
-                make_file(host, &self.path, |file| write_raw(file, *size, *preallocation))
+                make_file(host, &self.path, &self.options, |file| {
+                    write_raw(file, *size, *preallocation)
+                })
             }
             Made::Qed { header } => {
-                make_file(host, &self.path, |file| qed::create::write(file, header))
+                make_file(host, &self.path, &self.options, |file| qed::create::write(file, header))
             }
             Made::Qcow2(plan) => {
-                make_file(host, &self.path, |file| self.make_qcow2(host, file, plan))
+                make_file(host, &self.path, &self.options, |file| self.make_qcow2(host, file, plan))
             }
-            Made::Vmdk(options) => run_vmdk(host, &self.path, options),
+            Made::Vmdk(options) => run_vmdk(host, &self.path, &self.options, options),
         };
         match result {
             Err(Error::Io { errno: Errno::TOO_BIG, .. }) => Err(too_large(self.format)),
@@ -518,6 +561,7 @@ impl Plan {
 fn make_file<H: Host>(
     host: &H,
     path: &Path,
+    options: &CreateOptions,
     write: impl FnOnce(&H::File) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (file, is_new) = match host.create_new(path) {
@@ -527,6 +571,11 @@ fn make_file<H: Host>(
         }
         Err(error) => return Err(Error::open(path)(error)),
     };
+    if options.nocow == Some(true) {
+        // Only an empty file can be asked for.
+        file.set_len(0).map_err(Error::io("empty the file"))?;
+        let _ = host.set_nocow(&file);
+    }
     let result = write(&file);
     if result.is_err() {
         // The first error is the one to report, not that of the tidying up.
@@ -537,12 +586,17 @@ fn make_file<H: Host>(
 
 /// Makes the files of a VMDK image, the one that makes it an image last. Extents that were made
 /// before something failed are removed.
-fn run_vmdk<H: Host>(host: &H, path: &Path, options: &vmdk::create::Options) -> Result<(), Error> {
+fn run_vmdk<H: Host>(
+    host: &H,
+    path: &Path,
+    wanted: &CreateOptions,
+    options: &vmdk::create::Options,
+) -> Result<(), Error> {
     let files = options.files();
     let paths: Vec<PathBuf> =
         files.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect();
     for (i, path) in paths.iter().enumerate() {
-        let made = make_file(host, path, |file| vmdk::create::write_file(file, options, i));
+        let made = make_file(host, path, wanted, |file| vmdk::create::write_file(file, options, i));
         if let Err(error) = made {
             for path in &paths[..i] {
                 let _ = host.remove(path);
@@ -551,6 +605,11 @@ fn run_vmdk<H: Host>(host: &H, path: &Path, options: &vmdk::create::Options) -> 
         }
     }
     Ok(())
+}
+
+/// A name as an option's value: its commas doubled.
+fn value_of(path: impl AsRef<Path>) -> String {
+    Shown(path.as_ref()).to_string().replace(',', ",,")
 }
 
 fn too_large(format: Format) -> Error {
@@ -617,23 +676,25 @@ fn qed_header(size: u64, options: &CreateOptions) -> Result<Header, Error> {
     .header()
 }
 
-/// The size of the backing file's disk, and its content id if it has one. The user named this file; those behind it are named by an
-/// image, and are looked at only to see whether the target is about to overwrite one of them.
+/// The size of the backing file's disk, its content id if it has one, and its format. The user named
+/// this file; those behind it are named by an image, and are looked at only to see whether the
+/// target is about to overwrite one of them.
 fn look_at_backing<H: Host>(
     host: &H,
     target: &Path,
     name: &Path,
-    format: Format,
-) -> Result<(u64, Option<u32>), Error> {
+    format: Option<Format>,
+) -> Result<(u64, Option<u32>, Format), Error> {
     let said = |layer: &Layer<H::File>| {
         let cid = match &layer.meta {
             LayerMeta::Vmdk(image) => Some(image.descriptor.cid),
             _ => None,
         };
-        (layer.size(), cid)
+        (layer.size(), cid, layer.format)
     };
-    let path = backing_path(target, name)?;
-    let options = OpenOptions { format: Some(format), backing: Policy::Any, ..Default::default() };
+    let path = backing_name(target, name)?.path;
+    let (backing, files) = (Policy::Any, Policy::Any);
+    let options = OpenOptions { format, backing, files, describe: true, ..Default::default() };
     let Ok(old) = host.open(target, false) else {
         return Ok(said(&chain::open_layer(host, &path, &options)?));
     };

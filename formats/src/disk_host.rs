@@ -35,6 +35,10 @@ impl Host for DiskHost {
         fs::canonicalize(path)
     }
 
+    fn set_nocow(&self, file: &DiskFile) -> io::Result<()> {
+        file.set_nocow()
+    }
+
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {
         file.identity()
     }

@@ -6,11 +6,12 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::units::Errno;
 
-use crate::probe::Format;
+use crate::probe::{Foreign, Format};
 
 /// Why an image was not opened, made, checked or read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +19,9 @@ use crate::probe::Format;
 pub enum Error {
     /// The file does not hold an image of this format.
     NotThisFormat(Format),
+    /// The file holds an image of a format that is recognised and not handled. Somebody who knows
+    /// better can open it as [`Format::Raw`].
+    Foreign(Foreign),
     /// The image needs something that is not there; the text names it.
     Unsupported(String),
     /// The image says something impossible.
@@ -77,7 +81,7 @@ impl Error {
     pub fn errno(&self) -> Errno {
         match self {
             Error::Io { errno, .. } | Error::Open { errno, .. } => *errno,
-            Error::Unsupported(_) => Errno::NOT_SUPPORTED,
+            Error::Unsupported(_) | Error::Foreign(_) => Errno::NOT_SUPPORTED,
             Error::Policy(_) => Errno::NOT_PERMITTED,
             Error::Limit(_) => Errno::TOO_BIG,
             Error::Backing(inner) | Error::Part(_, inner) => inner.errno(),
@@ -98,6 +102,9 @@ impl fmt::Display for Error {
                 write!(f, "Image not in {} format", format.title())
             }
             Error::Unsupported(what) => write!(f, "{what}"),
+            Error::Foreign(foreign) => {
+                write!(f, "it is a {} image, which is not supported", foreign.title())
+            }
             Error::Corrupt { what, at } => write!(f, "{what} (at byte {at:#x} of the file)"),
             Error::Limit(what) | Error::Policy(what) | Error::Invalid(what) => {
                 write!(f, "{what}")
@@ -117,17 +124,23 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// A path that may come from an image: one line, control characters escaped.
+/// A path that may come from an image: one line, control characters escaped, and bytes that are no
+/// UTF-8.
 #[derive(Clone, Copy, Debug)]
 pub struct Shown<'a>(pub &'a Path);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.0.to_string_lossy().chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                write!(f, "{c}")?;
+        for chunk in self.0.as_os_str().as_bytes().utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() {
+                    write!(f, "{}", c.escape_default())?;
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
             }
         }
         Ok(())

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
 
-use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_path, open_layer};
+use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_name, open_layer};
 use crate::error::Error;
+use crate::name::protocol;
 use crate::probe::Format;
 use crate::qcow2::bitmap::Bitmap;
+use crate::qcow2::crypt::{self, Luks};
 use crate::qcow2::snapshot::Snapshot;
 use crate::qcow2::{self, bitmap, snapshot};
 use crate::vmdk;
@@ -29,13 +31,15 @@ pub struct Info {
     pub cluster_size: Option<u64>,
     /// The backing file's name as the image spells it: untrusted text.
     pub backing_file: Option<PathBuf>,
-    /// Where that is, seen from here; `None` too if it is no plain path.
+    /// Where that is, seen from here: the same, if it says more than a path.
     pub full_backing_file: Option<PathBuf>,
     /// The backing file's format as the image spells it: untrusted text, but without control
     /// characters.
     pub backing_format: Option<String>,
     /// The image was not closed cleanly.
     pub dirty: bool,
+    /// The disk is encrypted: this is all that can be known of it.
+    pub encrypted: bool,
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
     /// What only VMDK images have.
@@ -51,6 +55,8 @@ pub struct Qcow2Info {
     pub snapshots: Vec<Snapshot>,
     /// The persistent bitmaps.
     pub bitmaps: Vec<Bitmap>,
+    /// The LUKS header of an encrypted image, if it has one.
+    pub luks: Option<Luks>,
 }
 
 /// Opens `path`, and no other file, and says what it is.
@@ -85,12 +91,23 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
         file_len: layer.file.len().map_err(Error::io("find the image's length"))?,
         cluster_size,
         backing_file: name.map(Path::to_path_buf),
-        full_backing_file: name.and_then(|name| backing_path(&layer.path, name).ok()),
+        full_backing_file: name.and_then(|name| full_name(&layer.path, name)),
         backing_format: layer.backing_format_name(),
         dirty,
+        encrypted: match &layer.meta {
+            LayerMeta::Qcow2(image) => image.header.encryption.is_some(),
+            _ => false,
+        },
         qcow2: qcow2_info(layer)?,
         vmdk: vmdk::info::of(layer),
     })
+}
+
+fn full_name(overlay: &Path, name: &Path) -> Option<PathBuf> {
+    if protocol(name.as_os_str()).is_some() {
+        return Some(name.to_path_buf());
+    }
+    backing_name(overlay, name).ok().map(|name| name.path)
 }
 
 fn qcow2_info<F: Store>(layer: &Layer<F>) -> Result<Option<Qcow2Info>, Error> {
@@ -99,5 +116,6 @@ fn qcow2_info<F: Store>(layer: &Layer<F>) -> Result<Option<Qcow2Info>, Error> {
         header: image.header.clone(),
         snapshots: snapshot::read(&layer.file, &image.header)?,
         bitmaps: bitmap::read(&layer.file, &image.header)?,
+        luks: crypt::luks(&layer.file, &image.header)?,
     }))
 }

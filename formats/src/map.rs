@@ -4,6 +4,8 @@
 //! left. Nothing is cached but a piece of one table for the length of a lookup, on the stack; the
 //! layers are gone through in a loop, so a deep chain takes no more stack than a short one.
 
+use std::ops::Range;
+
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{GuestOffset, HostOffset};
 
@@ -109,7 +111,13 @@ pub fn status<F: Store>(chain: &Chain<F>, offset: u64, len: u64) -> Result<Exten
 
 /// The whole disk, stretch after stretch, as `qemu-img map` shows it. Ends after an error.
 pub fn extents<F: Store>(chain: &Chain<F>) -> Extents<'_, F> {
-    Extents { chain, at: 0, next: None }
+    extents_in(chain, 0..chain.size())
+}
+
+/// As [`extents`], for a part of the disk: what is before and behind it is not looked at.
+pub fn extents_in<F: Store>(chain: &Chain<F>, part: Range<u64>) -> Extents<'_, F> {
+    let end = part.end.min(chain.size());
+    Extents { chain, at: part.start.min(end), end, next: None }
 }
 
 /// The iterator that [`extents`] makes.
@@ -117,12 +125,13 @@ pub fn extents<F: Store>(chain: &Chain<F>) -> Extents<'_, F> {
 pub struct Extents<'a, F> {
     chain: &'a Chain<F>,
     at: u64,
+    end: u64,
     next: Option<Extent>,
 }
 
 impl<F: Store> Extents<'_, F> {
     fn ask(&mut self) -> Result<Option<Extent>, Error> {
-        let rest = self.chain.size() - self.at;
+        let rest = self.end - self.at;
         if rest == 0 {
             return Ok(None);
         }
@@ -156,7 +165,7 @@ impl<F: Store> Iterator for Extents<'_, F> {
     fn next(&mut self) -> Option<Self::Item> {
         let result = self.joined();
         if result.is_err() {
-            self.at = self.chain.size();
+            self.at = self.end;
             self.next = None;
         }
         result.transpose()

@@ -66,7 +66,8 @@ pub struct RunOptions {
 ///
 /// # Errors
 ///
-/// Whatever the backend says of a file. Layers already handed over stay there, unused.
+/// Whatever the backend says of a file; [`io::ErrorKind::Unsupported`] for an encrypted image,
+/// which opens to be described. Layers already handed over stay there, unused.
 pub fn attach<B: Backend<File: Store>>(
     engine: &mut Engine<Node, B>,
     chain: Chain<B::File>,
@@ -90,6 +91,9 @@ pub fn attach<B: Backend<File: Store>>(
                 Node::Qed(Box::new(Qed::new(file, opened, writable, below, tables, options.qed)))
             }
             LayerMeta::Qcow2(opened) => {
+                if opened.header.refuse_encryption().is_err() {
+                    return Err(io::Error::from(io::ErrorKind::Unsupported));
+                }
                 let geometry = opened.geometry();
                 let (data, data_info) = *more.first().unwrap_or(&(file, info));
                 let options = options.qcow2;

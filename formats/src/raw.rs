@@ -13,7 +13,7 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{BufId, Errno, FileId, Time};
 use cowbell_engine::wait::WaitList;
 
-use crate::probe::{Format, PROBE_BYTES, probe};
+use crate::probe::{Format, PROBE_BYTES, Probed, probe};
 
 /// The request's one op is on its way.
 const LAST: Step<State> = Step::Last { label: 0 };
@@ -161,7 +161,7 @@ impl Raw {
             IoKind::Zero { .. } => changed.fill(0),
             _ => cx.copy_guest(0, changed),
         }
-        if probe(&sector) != Format::Raw && !mutant!("probed_raw_unguarded") {
+        if probe(&sector) != Probed::Handled(Format::Raw) && !mutant!("probed_raw_unguarded") {
             cx.give_buf(buf);
             return self.end(Err(Errno::NOT_PERMITTED), cx);
         }

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use common::{DISK, MemFile, MemHost, small_qed};
 use cowbell_engine::store::Store;
-use cowbell_formats::chain::{Chain, DEPTH_MAX};
+use cowbell_formats::chain::{Chain, DEPTH_MAX, open_named};
 use cowbell_formats::create::{CreateOptions, create};
 use cowbell_formats::info::info;
-use cowbell_formats::{Error, Format, Host, OpenOptions, Policy, open};
+use cowbell_formats::name::Backing;
+use cowbell_formats::{Error, Format, Host, Name, OpenOptions, Policy, open};
 
 fn with(host: &MemHost, path: &str, policy: Policy) -> Result<Chain<MemFile>, Error> {
     let options = OpenOptions { backing: policy, ..Default::default() };
@@ -73,18 +74,56 @@ fn a_link_is_judged_by_where_it_leads() {
 }
 
 #[test]
-fn names_that_look_like_protocols_are_never_interpreted() {
+fn names_that_say_more_than_a_path_want_trust() {
     let host = MemHost::default();
-    for name in ["nbd:host:1", "json:{\"driver\":\"file\"}", "file:base", "nbd://h/x", "fat:rw:/"] {
-        host.put("top", &small_qed(1 << 20, Some((name, false))));
-        host.put(name, &MemFile::new(&[]));
-        let error = with(&host, "top", Policy::Any).expect_err("refused");
-        assert!(error.to_string().contains(name), "{error}");
+    host.put("d/base", &MemFile::new(&[1; 512]));
+    let json = "json:{\"driver\":\"raw\",\"file.filename\":\"d/base\"}";
+    let top = |name: &str, is_raw| host.put("d/top", &small_qed(1 << 20, Some((name, is_raw))));
+    for name in [json, "file:d/base", "nbd:host:1", "nbd://h/x", "fat:rw:/", "json:{"] {
+        top(name, false);
+        for policy in [Policy::SameDirectory, Policy::Directories(vec!["d".into()])] {
+            let error = with(&host, "d/top", policy).expect_err("refused");
+            assert!(error.to_string().contains(name), "{error}");
+            assert!(matches!(inner(error), Error::Policy(_)));
+        }
+    }
+    for (name, probed) in [(json, false), ("file:d/base", true)] {
+        top(name, false);
+        let chain = with(&host, "d/top", Policy::Any).expect(name);
+        // Not in the folder of the image: such names start where the program is.
+        assert_eq!(chain.layers[1].path, Path::new("d/base"));
+        assert_eq!((chain.layers[1].format, chain.layers[1].probed), (Format::Raw, probed));
+    }
+    let nested = "json:{\"file.filename\":\"d/base\",\"backing\":null}";
+    for name in ["nbd:host:1", "nbd://h/x", "fat:rw:/", nested] {
+        top(name, false);
+        let error = with(&host, "d/top", Policy::Any).expect_err("refused");
         assert!(matches!(inner(error), Error::Unsupported(_)));
     }
     host.put("./a:b", &MemFile::new(&[]));
     host.put("top", &small_qed(1 << 20, Some(("./a:b", true))));
     with(&host, "top", Policy::Any).expect("a path with a slash in front of the colon");
+}
+
+#[test]
+fn what_the_caller_names_as_backing_is_not_asked_for() {
+    let host = MemHost::default();
+    host.put("/d/top", &small_qed(1 << 20, Some(("wrong", true))));
+    host.put("/e/base", &small_qed(1 << 20, Some(("below", true))));
+    let open = |backing| {
+        let name = Name { backing, ..Name::plain("/d/top", None) };
+        open_named(&host, &name, &OpenOptions::default()).map(|chain| chain.layers.len())
+    };
+    assert_eq!(open(Backing::Nothing), Ok(1));
+    let mut base = Name { backing: Backing::Nothing, ..Name::plain("/e/base", None) };
+    assert_eq!(open(Backing::Named(Box::new(base.clone()))), Ok(2));
+    // But what that one names is.
+    base.backing = Backing::AsImageSays;
+    let error = open(Backing::Named(Box::new(base))).expect_err("not allowed");
+    assert!(matches!(inner(error), Error::Policy(_)));
+    let itself = Box::new(Name::plain("/d/top", None));
+    let error = open(Backing::Named(itself)).expect_err("a loop");
+    assert!(matches!(inner(error), Error::BackingLoop(_)));
 }
 
 #[test]

@@ -125,7 +125,7 @@ fn it_announces_and_complains_as_qemu_does() {
         let mut said = String::new();
         let result = options.parse(format, text).and_then(|()| {
             let plan = plan(&DISK, path, format, &options)?;
-            said = plan.formatting() + "\n";
+            said = plan.formatting(path) + "\n";
             plan.run(&DISK)
         });
         let rest: Vec<&str> = text.split(',').filter(|o| !o.is_empty()).collect();

@@ -144,7 +144,7 @@ fn it_announces_and_complains_as_qemu_does() {
         let mut said = String::new();
         let result = options.parse(Format::Qcow2, text).and_then(|()| {
             let plan = plan(&DISK, Path::new("x"), Format::Qcow2, &options)?;
-            said = plan.formatting() + "\n";
+            said = plan.formatting(Path::new("x")) + "\n";
             plan.run(&DISK)
         });
         let out = run(dir, &format!("qemu-img create -f qcow2 -o '{text}' y"));

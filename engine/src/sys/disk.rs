@@ -61,6 +61,16 @@ pub struct DiskFile {
 }
 
 impl DiskFile {
+    /// Asks that blocks be written in place and never copied, where a file system would (btrfs).
+    /// The file has to be empty.
+    ///
+    /// # Errors
+    ///
+    /// The file system has no such flag, or does not set it on this file.
+    pub fn set_nocow(&self) -> io::Result<()> {
+        sys::set_nocow(self.file.as_raw_fd()).map_err(io::Error::from)
+    }
+
     /// Opens `path`.
     pub fn open(path: impl AsRef<Path>, options: &DiskOptions) -> io::Result<DiskFile> {
         let path = path.as_ref();

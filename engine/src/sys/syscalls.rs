@@ -199,6 +199,20 @@ pub(crate) fn block_range(fd: RawFd, what: BlockRange, start: u64, len: u64) -> 
     }
 }
 
+/// Sets the "no copy on write" flag of an empty file.
+pub(crate) fn set_nocow(fd: RawFd) -> Result<(), Errno> {
+    const NOCOW: libc::c_int = 0x0080_0000;
+    let mut flags: libc::c_int = 0;
+    // SAFETY: FS_IOC_GETFLAGS writes an int at the address, whatever its number says of a long.
+    retry(|| unsafe { libc::ioctl(fd, libc::FS_IOC_GETFLAGS, &raw mut flags) })?;
+    if flags & NOCOW == 0 {
+        flags |= NOCOW;
+        // SAFETY: FS_IOC_SETFLAGS reads an int at the address.
+        retry(|| unsafe { libc::ioctl(fd, libc::FS_IOC_SETFLAGS, &raw const flags) })?;
+    }
+    Ok(())
+}
+
 /// The logical block size of a block device.
 pub(crate) fn block_size(fd: RawFd) -> Option<u32> {
     let mut size: libc::c_int = 0;

@@ -99,6 +99,25 @@ impl Compression {
     }
 }
 
+/// How an image is encrypted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Encryption {
+    /// QEMU's old way, with AES.
+    Aes,
+    /// With LUKS; where its header is, if the image says.
+    Luks(Option<Area>),
+}
+
+impl Encryption {
+    /// The name used on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Encryption::Aes => "aes",
+            Encryption::Luks(_) => "luks",
+        }
+    }
+}
+
 /// An area of the file that a header extension or the header locates.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Area {
@@ -155,6 +174,8 @@ pub struct Header {
     pub refcount_order: u32,
     /// How compressed clusters are compressed.
     pub compression: Compression,
+    /// How the disk is encrypted, if it is. Such an image can be described, and no more.
+    pub encryption: Option<Encryption>,
     /// Where the backing file's name is within the cluster; `None`: there is no backing file.
     backing: Option<Range<usize>>,
     extensions: Vec<Extension>,
@@ -189,6 +210,7 @@ impl Header {
             autoclear: 0,
             refcount_order,
             compression: Compression::Zlib,
+            encryption: None,
             backing: None,
             extensions: Vec::new(),
             kept: vec![0; SECTOR as usize],
@@ -226,7 +248,7 @@ impl Header {
     /// # Errors
     ///
     /// [`Error::NotThisFormat`] without the magic; [`Error::Unsupported`] naming what we cannot
-    /// handle, encryption and feature bits by name; [`Error::Corrupt`] or [`Error::Invalid`] for
+    /// handle, feature bits by name; [`Error::Corrupt`] or [`Error::Invalid`] for
     /// what cannot be.
     pub fn parse(first: &[u8]) -> Result<Header, Error> {
         let cluster_bits = Header::cluster_bits_of(first)?;
@@ -238,7 +260,7 @@ impl Header {
         header.fields(first)?;
         header.extensions = parse_extensions(first, fields_len, name_offset(first))?;
         header.check_features(first)?;
-        header.check_encryption(first)?;
+        header.encryption = header.encryption_in(first)?;
         header.name_fields(first)?;
         header.check_extensions(first)?;
         header.check_size()?;
@@ -321,15 +343,29 @@ impl Header {
         names.join(", ")
     }
 
-    fn check_encryption(&self, first: &[u8]) -> Result<(), Error> {
-        let refused = |what: &str| {
-            Err(Error::Unsupported(format!("{what} encryption of qcow2 images is not supported")))
-        };
+    /// Refuses an encrypted image, whose disk cannot be read or written without its key.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`].
+    pub fn refuse_encryption(&self) -> Result<(), Error> {
+        let Some(encryption) = self.encryption else { return Ok(()) };
+        let name = encryption.name().to_uppercase();
+        Err(Error::Unsupported(format!("{name} encryption of qcow2 images is not supported")))
+    }
+
+    fn encryption_in(&self, first: &[u8]) -> Result<Option<Encryption>, Error> {
+        let pointer = self.extension_in(first, EXT_CRYPTO);
         match u32_at(first, 32) {
-            0 if self.extension_in(first, EXT_CRYPTO).is_none() => Ok(()),
+            0 if pointer.is_none() => Ok(None),
             0 => corrupt("qcow2: LUKS header pointer in an image that is not encrypted", 32),
-            1 => refused("AES"),
-            2 => refused("LUKS"),
+            1 => Ok(Some(Encryption::Aes)),
+            2 => Ok(Some(Encryption::Luks(match pointer {
+                Some(data) if data.len() >= 16 => {
+                    Some(Area { offset: u64_at(data, 0), len: u64_at(data, 8) })
+                }
+                _ => None,
+            }))),
             other => Err(Error::Unsupported(format!("Unsupported encryption method {other}"))),
         }
     }

@@ -7,6 +7,7 @@ mod clear;
 pub mod compress;
 mod corrupt;
 pub mod create;
+pub mod crypt;
 pub mod driver;
 pub mod header;
 mod inflate;

@@ -54,7 +54,7 @@ impl Opened {
 /// How to open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Write nothing.
+    /// Write nothing. An encrypted image opens too, to be described.
     Read,
     /// For writing, after repairing what is dirty.
     Write,
@@ -96,7 +96,10 @@ pub fn open<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
 
 /// Reads what an image keeps in memory; writes nothing.
 fn load<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
-    let header = read_header(file)?;
+    let header = describe_header(file)?;
+    if access != Access::Read {
+        header.refuse_encryption()?;
+    }
     header.check_tables()?;
     let file_len = file.len().map_err(Error::io("find the image's length"))?;
     let entries = header.l1_size as usize;
@@ -115,8 +118,19 @@ fn load<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
 ///
 /// # Errors
 ///
-/// What [`Header::parse`] says; [`Error::Io`].
+/// What [`Header::parse`] and [`Header::refuse_encryption`] say; [`Error::Io`].
 pub fn read_header<F: Store>(file: &F) -> Result<Header, Error> {
+    let header = describe_header(file)?;
+    header.refuse_encryption()?;
+    Ok(header)
+}
+
+/// As [`read_header`], but of encrypted images too: enough to describe them.
+///
+/// # Errors
+///
+/// What [`Header::parse`] says; [`Error::Io`].
+pub fn describe_header<F: Store>(file: &F) -> Result<Header, Error> {
     let file_len = file.len().map_err(Error::io("find the image's length"))?;
     let read = |len: u64| {
         let mut first = vec![0; len as usize];

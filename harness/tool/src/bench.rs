@@ -5,8 +5,9 @@
 //! that of the engine's turns. Requests are sent and counted, and flushes fall due, as in
 //! `qemu-img bench`.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
@@ -17,8 +18,8 @@ use cowbell_formats::qed::{Grow, Growth};
 
 use crate::cache::{Cache, How};
 use crate::fail::Fail;
-use crate::info::format_for;
 use crate::json::Json;
+use crate::naming::Naming;
 use crate::number::{count, duration, size};
 use crate::out::Out;
 use crate::session::{Session, Setup};
@@ -93,8 +94,10 @@ pub struct Args {
     /// How a QED file grows: truncate, allocate or write
     #[arg(long, value_name = "HOW", help_heading = "Beyond QEMU")]
     growth: Option<String>,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// What to send.
@@ -118,7 +121,8 @@ const INT_MAX: u64 = i32::MAX as u64;
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let (plan, setup) = plan(args)?;
     let stop = Stop::on_signals()?;
-    let mut session = Session::open(&args.file, &setup)?;
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
+    let mut session = Session::open(&image, &setup)?;
     let mut out = Out::new(args.quiet || args.json);
     writeln!(
         out,
@@ -138,7 +142,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     }
     out.flush()?;
     let began = session.now();
-    let sent = send(&mut session, &plan, &setup, &stop).map_err(|why| failed(&args.file, why));
+    let sent = send(&mut session, &plan, &setup, &stop).map_err(|why| failed(&image.given, why));
     let nanos = session.now().since(began);
     // What closing the image takes is not part of what was measured, neither time nor states.
     let stats = session.engine.stats().clone();
@@ -227,7 +231,6 @@ fn plan(args: &Args) -> Result<(Plan, Setup), Fail> {
         random: args.random,
     };
     let setup = Setup {
-        format: format_for(&args.file, args.format.as_deref())?,
         write: args.write,
         cache,
         how,

@@ -1,5 +1,7 @@
 //! Cache modes and ways to do I/O, by QEMU's names.
 
+use crate::fail::Fail;
+
 /// What a cache mode means for us.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cache {
@@ -29,6 +31,17 @@ impl Cache {
             "unsafe" => Cache { no_flush: true, ..Cache::WRITEBACK },
             _ => return None,
         })
+    }
+}
+
+/// Looks only at whether there is such a mode: for verbs that read through the page cache whatever
+/// the mode.
+pub fn check_source_cache(name: Option<&str>) -> Result<(), Fail> {
+    match name {
+        Some(name) if Cache::named(name).is_none() => {
+            Err(Fail::other(format!("Invalid source cache option: {name}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,17 +1,18 @@
 //! `check`: finds what is wrong with an image, and repairs what can be repaired.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::chain::{open_whole_layer, probe_file};
-use cowbell_formats::error::Shown;
 use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
 
+use crate::cache::check_source_cache;
 use crate::fail::Fail;
-use crate::info::{Form, format_for};
+use crate::info::Form;
 use crate::json::Json;
+use crate::naming::{Image, Naming};
 use crate::out::Out;
 use crate::session::eprint_quietly;
 
@@ -31,13 +32,15 @@ pub struct Args {
     #[arg(short, long)]
     quiet: bool,
     /// Accepted for compatibility
-    #[arg(short = 'T', value_name = "CACHE", hide = true)]
+    #[arg(short = 'T', long, value_name = "CACHE", hide = true)]
     cache: Option<String>,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// The check could not be made.
@@ -63,16 +66,20 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             ));
         }
     };
-    let file = &args.file;
-    let wanted = format_for(file, args.format.as_deref())?;
+    check_source_cache(args.cache.as_deref())?;
+    let image = &args.naming.image(&args.file, args.format.as_deref())?;
+    let write = repair != Repair::None;
+    if write {
+        image.check_writable()?;
+    }
     let host = DiskHost::default();
     let store =
-        host.open(file, repair != Repair::None).map_err(|error| Fail::open_io(file, &error))?;
-    let format = match wanted {
+        host.open(image.path(), write).map_err(|error| Fail::open_io(image.path(), &error))?;
+    let format = match image.format {
         Some(format) => format,
-        None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
+        None => probe_file(&store).map_err(|why| image.failed(why))?,
     };
-    let mut report = check(args, &store, format, repair)?;
+    let mut report = check(args, image, &store, format, repair)?;
     let mut out = Out::new(args.quiet);
     if report.corruptions_fixed + report.leaks_fixed > 0 {
         if form == Form::Human {
@@ -82,17 +89,17 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             writeln!(out, "Double checking the fixed image now...")?;
         }
         let fixed = report;
-        report = check(args, &store, format, Repair::None)?;
+        report = check(args, image, &store, format, Repair::None)?;
         report.leaks_fixed = fixed.leaks_fixed;
         report.corruptions_fixed = fixed.corruptions_fixed;
     }
     match form {
         Form::Human => write_report(&mut out, &report)?,
-        Form::Json => writeln!(out, "{}", json(&report, args, format).pretty())?,
+        Form::Json => writeln!(out, "{}", json(&report, image, format).pretty())?,
     }
     out.flush()?;
     if report.check_errors > 0 {
-        return Err(Fail::at(file, "Check failed").with_code(FAILED));
+        return Err(Fail::at(&image.given, "Check failed").with_code(FAILED));
     }
     Ok(match (report.corruptions, report.leaks) {
         (1.., _) => CORRUPT,
@@ -135,18 +142,23 @@ fn write_report(out: &mut Out, report: &Report) -> Result<(), Fail> {
 }
 
 /// Checks an image of any format that has something to check.
-fn check(args: &Args, store: &DiskFile, format: Format, repair: Repair) -> Result<Report, Fail> {
-    let file = &args.file;
+fn check(
+    args: &Args,
+    image: &Image,
+    store: &DiskFile,
+    format: Format,
+    repair: Repair,
+) -> Result<Report, Fail> {
     let report = match format {
         Format::Raw => {
             let what = "This image format does not support checks";
-            return Err(Fail::at(file, what).with_code(UNSUPPORTED));
+            return Err(Fail::at(&image.given, what).with_code(UNSUPPORTED));
         }
         Format::Qed => check_qed(store, repair),
         Format::Qcow2 => check_qcow2(store, repair, args.quiet),
-        Format::Vmdk => check_vmdk(file, repair),
+        Format::Vmdk => check_vmdk(image, repair),
     };
-    report.map_err(|why| Fail::open(file, why))
+    report.map_err(|why| image.failed(why))
 }
 
 fn check_qed(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
@@ -172,10 +184,10 @@ fn check_qcow2(store: &DiskFile, repair: Repair, quiet: bool) -> Result<Report, 
 }
 
 /// A VMDK image is more than its own file.
-fn check_vmdk(file: &Path, repair: Repair) -> Result<Report, Error> {
-    let write = repair != Repair::None;
-    let options = OpenOptions { format: Some(Format::Vmdk), write, ..OpenOptions::default() };
-    let layer = open_whole_layer(&DiskHost::default(), file, &options)?;
+fn check_vmdk(image: &Image, repair: Repair) -> Result<Report, Error> {
+    let options =
+        OpenOptions { format: Some(Format::Vmdk), ..image.options(repair != Repair::None) };
+    let layer = open_whole_layer(&DiskHost::default(), image.path(), &options)?;
     let found = vmdk::check::check(&layer, repair)?;
     // QEMU says nothing of how much is allocated. Copies that lag behind do no more harm than
     // leaks do.
@@ -225,7 +237,7 @@ impl Watch for Teller {
 }
 
 /// With QEMU's members, in QEMU's order; those that are 0 are left out where QEMU does.
-fn json(report: &Report, args: &Args, format: Format) -> Json {
+fn json(report: &Report, image: &Image, format: Format) -> Json {
     let some = |key, value: u64| (value > 0).then_some((key, Json::Int(value)));
     let mut members = Vec::new();
     members.extend(some("image-end-offset", report.image_end));
@@ -237,7 +249,7 @@ fn json(report: &Report, args: &Args, format: Format) -> Json {
     members.extend(some("leaks", report.leaks));
     members.extend(some("leaks-fixed", report.leaks_fixed));
     members.extend(some("allocated-clusters", report.allocated_clusters));
-    members.push(("filename", Json::text(Shown(&args.file))));
+    members.push(("filename", Json::name(&image.given)));
     members.push(("format", Json::text(format)));
     members.extend(some("fragmented-clusters", report.fragmented_clusters));
     Json::Object(members)

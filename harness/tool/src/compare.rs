@@ -1,14 +1,15 @@
 //! `compare`: do two images hold the same disk?
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::map::{Extent, read, status};
-use cowbell_formats::{Chain, DiskHost, Error, OpenOptions, Policy};
+use cowbell_formats::{Chain, DiskHost, Error};
 
+use crate::cache::check_source_cache;
 use crate::fail::Fail;
-use crate::info::format_for;
+use crate::naming::{Image, Naming};
 use crate::out::Out;
 
 /// The options of `compare`.
@@ -27,17 +28,19 @@ pub struct Args {
     #[arg(short, long)]
     quiet: bool,
     /// Accepted for compatibility
-    #[arg(short = 'T', value_name = "CACHE", hide = true)]
+    #[arg(short = 'T', long, value_name = "CACHE", hide = true)]
     cache: Option<String>,
-    /// Accepted for compatibility
-    #[arg(short = 'p', hide = true)]
+    /// Say how far it is
+    #[arg(short, long)]
     progress: bool,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// Two images
     #[arg(num_args = 2, required = true)]
-    files: Vec<PathBuf>,
+    files: Vec<OsString>,
 }
 
 const DIFFERENT: u8 = 1;
@@ -53,25 +56,23 @@ const STEP: u64 = 2 << 20;
 /// A mismatch is found to the sector.
 const SECTOR: usize = 512;
 
-struct Side<'a> {
-    path: &'a Path,
+struct Side {
+    image: Image,
     chain: Chain<DiskFile>,
     buf: Vec<u8>,
 }
 
-impl Side<'_> {
-    fn open<'a>(path: &'a Path, format: Option<&str>) -> Result<Side<'a>, Fail> {
-        let format = format_for(path, format)?;
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
-        let chain = cowbell_formats::open(&DiskHost::default(), path, &options);
-        let chain = chain.map_err(|why| Fail::open(path, why))?;
-        Ok(Side { path, chain, buf: Vec::new() })
+impl Side {
+    fn open(naming: &Naming, name: &OsStr, format: Option<&str>) -> Result<Side, Fail> {
+        let image = naming.image(name, format)?;
+        let chain = image.open(&DiskHost::default(), false)?;
+        Ok(Side { image, chain, buf: Vec::new() })
     }
 
     fn extent(&self, at: u64, len: u64) -> Result<Extent, Fail> {
         status(&self.chain, at, len).map_err(|why| {
             let what = format!("Sector allocation test failed: {why}");
-            Fail::at(self.path, what).with_code(NO_STATUS)
+            Fail::at(&self.image.given, what).with_code(NO_STATUS)
         })
     }
 
@@ -80,7 +81,7 @@ impl Side<'_> {
         let result = read(&self.chain, at, &mut self.buf);
         result.map_err(|why: Error| {
             let what = format!("Error while reading offset {at}: {why}");
-            Fail::at(self.path, what).with_code(NOT_READ)
+            Fail::at(&self.image.given, what).with_code(NOT_READ)
         })?;
         Ok(&self.buf)
     }
@@ -93,20 +94,63 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     let mut out = Out::new(args.quiet);
     let opened = |fail: Fail| fail.with_code(NOT_OPENED);
-    let mut a = Side::open(a, args.first_format.as_deref()).map_err(opened)?;
-    let mut b = Side::open(b, args.second_format.as_deref()).map_err(opened)?;
-    let verdict = compare(&mut a, &mut b, args.strict, &mut out)?;
+    check_source_cache(args.cache.as_deref()).map_err(opened)?;
+    let mut a = Side::open(&args.naming, a, args.first_format.as_deref()).map_err(opened)?;
+    let mut b = Side::open(&args.naming, b, args.second_format.as_deref()).map_err(opened)?;
+    let total = a.chain.size().max(b.chain.size());
+    let mut progress = Progress { shows: args.progress && !args.quiet, total, shown: 0.0 };
+    progress.begin(&mut out)?;
+    let verdict = compare(&mut a, &mut b, args.strict, &mut out, &mut progress)?;
     writeln!(out, "{}", verdict.as_deref().unwrap_or("Images are identical."))?;
+    if progress.shows {
+        writeln!(out)?;
+    }
     out.flush()?;
     Ok(if verdict.is_some() { DIFFERENT } else { 0 })
 }
 
+/// How far it is, as QEMU shows it: on standard output, over what was there.
+struct Progress {
+    shows: bool,
+    /// Bytes of the larger disk.
+    total: u64,
+    /// The percentage that was shown last.
+    shown: f64,
+}
+
+impl Progress {
+    /// Less than this is not worth a new line.
+    const STEP: f64 = 2.0;
+
+    fn begin(&mut self, out: &mut Out) -> Result<(), Fail> {
+        self.show(0.0, out)
+    }
+
+    fn reached(&mut self, at: u64, out: &mut Out) -> Result<(), Fail> {
+        let percent = at as f64 * 100.0 / self.total.max(1) as f64;
+        if percent - self.shown > Self::STEP || at == self.total {
+            self.show(percent, out)?;
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, percent: f64, out: &mut Out) -> Result<(), Fail> {
+        self.shown = percent;
+        if self.shows {
+            write!(out, "    ({percent:.2}/100%)\r")?;
+            out.flush()?;
+        }
+        Ok(())
+    }
+}
+
 /// What is different; `None`: nothing.
-fn compare<'a>(
-    a: &mut Side<'a>,
-    b: &mut Side<'a>,
+fn compare(
+    a: &mut Side,
+    b: &mut Side,
     strict: bool,
     out: &mut Out,
+    progress: &mut Progress,
 ) -> Result<Option<String>, Fail> {
     if strict && a.chain.size() != b.chain.size() {
         return Ok(Some("Strict mode: Image size mismatch!".into()));
@@ -137,6 +181,7 @@ fn compare<'a>(
             return Ok(Some(format!("Content mismatch at offset {}!", at + skip)));
         }
         at += len;
+        progress.reached(at, out)?;
     }
     if a.chain.size() == b.chain.size() {
         return Ok(None);
@@ -153,6 +198,7 @@ fn compare<'a>(
             return Ok(Some(format!("Content mismatch at offset {}!", at + skip)));
         }
         at += len;
+        progress.reached(at, out)?;
     }
     Ok(None)
 }

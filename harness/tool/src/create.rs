@@ -1,13 +1,16 @@
 //! `create`: makes an image.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 
+use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::{DiskHost, Error, Format};
 
 use crate::disk::StoppableHost;
 use crate::fail::Fail;
+use crate::naming::{refuse_objects, target};
 use crate::out::Out;
 use crate::stop::Stop;
 
@@ -22,19 +25,22 @@ pub struct Args {
     format: String,
     /// Backing file, as the image shall name it
     #[arg(short, long, value_name = "FILE")]
-    backing: Option<PathBuf>,
+    backing: Option<OsString>,
     /// The backing file's format
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
     /// Do not look at the backing file; then SIZE has to be said
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
+    /// No object is of use here: each is refused by its type
+    #[arg(long = "object", value_name = "OBJDEF", hide = true)]
+    objects: Vec<String>,
     /// Options of the format; `-o help` lists them
-    #[arg(short, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
+    #[arg(short, long, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
     options: Vec<String>,
     /// The image to make
     #[arg(value_name = "FILE")]
-    file: Option<PathBuf>,
+    file: Option<OsString>,
     /// The disk's size: a number with k, M, G or T; the backing file's if not said
     #[arg(allow_negative_numbers = true)]
     size: Option<String>,
@@ -44,7 +50,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8, Fail> {
     let is_help = |text: &String| text.split(',').any(|item| item == "help" || item == "?");
     if args.options.iter().any(is_help) {
-        return help(&args.format);
+        return help(&args.format, args.file.is_some());
     }
     let Some(file) = &args.file else {
         return Err(Fail::usage(
@@ -52,38 +58,40 @@ pub fn run(args: Args) -> Result<u8, Fail> {
             "Try 'qemu-img create --help' for more info".into(),
         ));
     };
-    let at = |why: Error| Fail::file(file, why);
+    refuse_objects(&args.objects)?;
+    let path = target(file)?;
+    let at = |why: Error| Fail::file(Path::new(file), why);
     let format = create::format_named(&args.format).map_err(at)?;
     let mut options = CreateOptions::default();
     for text in &args.options {
         options.parse(format, text).map_err(at)?;
     }
     if let Some(name) = args.backing {
-        options.backing_file = Some(name);
+        options.backing_file = Some(name.into());
     }
     if let Some(name) = &args.backing_format {
-        options.backing_format = Some(create::format_named(name).map_err(at)?);
+        options.backing_format = Some(driver_named(name).map_err(at)?);
     }
     options.backing_unchecked = args.backing_unsafe;
     if let Some(text) = &args.size {
         let size = create::image_size(text).map_err(Fail::other)?;
         if options.size.is_some() {
-            return Err(Fail::file(file, "The image size must be specified only once"));
+            return Err(Fail::file(Path::new(file), "The image size must be specified only once"));
         }
         options.size = Some(size);
     }
     let stop = Stop::on_signals()?;
     let host = StoppableHost { disk: DiskHost::default(), stop };
-    let plan = create::plan(&host, file, format, &options).map_err(at)?;
+    let plan = create::plan(&host, &path, format, &options).map_err(at)?;
     let mut out = Out::new(args.quiet);
-    writeln!(out, "{}", plan.formatting())?;
+    writeln!(out, "{}", plan.formatting(Path::new(file)))?;
     out.flush()?;
     plan.run(&host).map_err(at)?;
     Ok(0)
 }
 
 /// Lists a format's options as QEMU lists them.
-fn help(format: &str) -> Result<u8, Fail> {
+fn help(format: &str, with_file: bool) -> Result<u8, Fail> {
     let format = create::format_named(format).map_err(Fail::other)?;
     let lines = match format {
         Format::Raw => {
@@ -130,7 +138,19 @@ fn help(format: &str) -> Result<u8, Fail> {
         }
     };
     let mut out = Out::new(false);
-    write!(out, "Supported {format} options:\n{lines}")?;
+    if with_file {
+        // Those of files too.
+        const NOCOW: &str =
+            "  nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)";
+        let key = |line: &str| line.trim_start().split('=').next().map(str::to_string);
+        let mut lines: Vec<&str> = lines.lines().chain([NOCOW]).collect();
+        lines.sort_by_key(|line| key(line));
+        writeln!(out, "Supported options:\n{}", lines.join("\n"))?;
+    } else {
+        write!(out, "Supported {format} options:\n{lines}\n")?;
+        writeln!(out, "The protocol level may support further options.")?;
+        writeln!(out, "Specify the target filename to include those options.")?;
+    }
     out.flush()?;
     Ok(0)
 }

@@ -22,6 +22,7 @@ use cowbell_sim::gate::{explore, scopes};
 use crate::bench::write_states;
 use crate::cache::{Cache, How};
 use crate::fail::Fail;
+use crate::naming::Image;
 use crate::number::{duration, human};
 use crate::out::Out;
 use crate::session::{Session, Setup};
@@ -103,7 +104,6 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         false => (Cache::WRITEBACK, How::Threads),
     };
     let setup = Setup {
-        format: Some(Format::Qed),
         write: true,
         cache,
         how: Some(how),
@@ -112,7 +112,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         depth: DEPTH,
         ..Setup::default()
     };
-    let session = Session::open(&overlay, &setup)?;
+    let session = Session::open(&Image::plain(&overlay, Some(Format::Qed)), &setup)?;
     let file_system = if direct { "O_DIRECT, native AIO" } else { "page cache, threads" };
     writeln!(
         out,
@@ -345,7 +345,7 @@ impl Mix {
 
     fn look_at(&mut self, finished: Finished) -> Result<(), Fail> {
         let sent = self.sent[finished.tag as usize].take().expect("it was sent");
-        let path = &self.session.path;
+        let path = self.session.image.path();
         finished.result.map_err(|errno| {
             Fail::at(path, format!("request of {} bytes at {}: {errno}", sent.len, sent.offset))
         })?;

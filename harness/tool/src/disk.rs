@@ -85,6 +85,9 @@ impl Host for StoppableHost {
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         self.disk.resolve(path)
     }
+    fn set_nocow(&self, file: &StoppableFile) -> io::Result<()> {
+        self.disk.set_nocow(&file.file)
+    }
     fn identity(&self, file: &StoppableFile) -> io::Result<(u64, u64)> {
         self.disk.identity(&file.file)
     }

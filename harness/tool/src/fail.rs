@@ -29,6 +29,18 @@ impl Program {
         }
     }
 
+    /// The line that says which version this is: of QEMU's programs, the one whose options and
+    /// output are ours. Scripts look for `version` and a number behind it.
+    pub fn version(self) -> String {
+        let own = env!("CARGO_PKG_VERSION");
+        match self {
+            Program::Cowbell => format!("cowbell {own}"),
+            Program::QemuImg | Program::QemuIo => {
+                format!("{} version 10.0.2 (cowbell {own})", self.name())
+            }
+        }
+    }
+
     /// The name to put before an error.
     pub fn name(self) -> &'static str {
         match self {
@@ -145,7 +157,8 @@ impl Fail {
             What::Usage { what, help } => {
                 // Mistakes in options are found by the library that QEMU parses them with.
                 let lower = what.starts_with(char::is_lowercase);
-                let verb = if lower { format!(" {verb}") } else { String::new() };
+                let is_named = lower && !verb.is_empty();
+                let verb = if is_named { format!(" {verb}") } else { String::new() };
                 format!("{name}{verb}: {what}\n{help}\n")
             }
             What::Open { file, why } if program == Program::QemuIo => {

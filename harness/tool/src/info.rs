@@ -1,22 +1,23 @@
 //! `info`: says what an image is. Opens that file and no other, unless the chain is asked for.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use cowbell_formats::chain::OpenOptions;
+use cowbell_formats::DiskHost;
 use cowbell_formats::error::Shown;
 use cowbell_formats::info::{Info, Qcow2Info, info, info_of};
 use cowbell_formats::qcow2::bitmap::Bitmap;
-use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS};
+use cowbell_formats::qcow2::crypt::{Luks, Slot};
+use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Encryption};
 use cowbell_formats::vmdk::info::{VmdkExtent, VmdkInfo};
-use cowbell_formats::{DiskHost, Error, Format, Policy};
 
 use crate::fail::Fail;
 use crate::json::Json;
+use crate::naming::Naming;
 use crate::number::human;
 use crate::out::Out;
 use crate::snapshot;
@@ -31,13 +32,15 @@ pub struct Args {
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: String,
     /// Also the backing files, theirs, and so on
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// The two ways to print results.
@@ -63,25 +66,17 @@ impl Form {
     }
 }
 
-/// The value of `-f`, for `file`.
-pub fn format_for(file: &Path, name: Option<&str>) -> Result<Option<Format>, Fail> {
-    let Some(name) = name else { return Ok(None) };
-    let unknown = || Fail::open(file, Error::Invalid(format!("Unknown driver '{name}'")));
-    Format::from_name(name).map(Some).ok_or_else(unknown)
-}
-
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let form = Form::named(&args.output, "info")?;
-    let format = format_for(&args.file, args.format.as_deref())?;
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
     let host = DiskHost::default();
-    let open = |why| Fail::open(&args.file, why);
+    let open = |why| image.failed(why);
     let layers = if args.backing_chain {
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
-        let chain = cowbell_formats::open(&host, &args.file, &options).map_err(open)?;
+        let chain = image.describe(&host)?;
         chain.layers.iter().map(info_of).collect::<Result<Vec<_>, _>>().map_err(open)?
     } else {
-        vec![info(&host, &args.file, format).map_err(open)?]
+        vec![info(&host, image.path(), image.format).map_err(open)?]
     };
     let mut out = Out::new(false);
     match form {
@@ -115,6 +110,9 @@ pub fn write_layer(out: &mut Out, info: &Info) -> Result<(), Fail> {
     writeln!(out, "file format: {}", info.format)?;
     writeln!(out, "virtual size: {} ({} bytes)", human(info.virtual_size), info.virtual_size)?;
     writeln!(out, "disk size: {size}")?;
+    if info.encrypted {
+        writeln!(out, "encrypted: yes")?;
+    }
     if info.dirty {
         writeln!(out, "cleanly shut down: no")?;
     }
@@ -172,9 +170,12 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
         members.push(("bitmaps", Json::List(info.bitmaps.iter().map(bitmap_json).collect())));
     }
     members.push(("refcount-bits", Json::Int(1 << header.refcount_order)));
+    if let Some(encryption) = header.encryption {
+        members.push(("encrypt", encryption_json(encryption, info.luks.as_ref())));
+    }
     if let Some(name) = header.data_file_name() {
         let raw = header.autoclear & AUTOCLEAR_RAW_DATA != 0;
-        members.push(("data-file", Json::text(Shown(Path::new(OsStr::from_bytes(name))))));
+        members.push(("data-file", Json::name(OsStr::from_bytes(name))));
         members.push(("data-file-raw", Json::Bool(raw)));
     }
     if is_new {
@@ -184,13 +185,48 @@ fn qcow2_members(info: &Qcow2Info) -> Vec<(&'static str, Json)> {
     members
 }
 
+fn encryption_json(encryption: Encryption, luks: Option<&Luks>) -> Json {
+    let format = ("format", Json::text(encryption.name()));
+    let Some(luks) = luks else { return Json::Object(vec![format]) };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mode = text(&luks.mode);
+    let (mode, ivgen) = mode.split_once('-').unwrap_or((&mode, ""));
+    let (ivgen, ivgen_hash) = ivgen.split_once(':').unwrap_or((ivgen, ""));
+    // This mode has two keys.
+    let bits = u64::from(luks.key_bytes) * if mode == "xts" { 4 } else { 8 };
+    let mut members = vec![
+        ("ivgen-alg", Json::text(ivgen)),
+        ("detached-header", Json::Bool(false)),
+        ("hash-alg", Json::text(text(&luks.hash))),
+        ("cipher-alg", Json::text(format!("{}-{bits}", text(&luks.cipher)))),
+        ("uuid", Json::text(text(&luks.uuid))),
+    ];
+    if !ivgen_hash.is_empty() {
+        members.push(("ivgen-hash-alg", Json::text(ivgen_hash)));
+    }
+    members.push(format);
+    members.push(("cipher-mode", Json::text(mode)));
+    let slot = |slot: &Slot| {
+        let iters = ("iters", Json::Int(slot.iters.into()));
+        let stripes = ("stripes", Json::Int(slot.stripes.into()));
+        let mut members = vec![("active", Json::Bool(slot.active))];
+        members.extend(slot.active.then_some(iters));
+        members.push(("key-offset", Json::Int(slot.key_offset)));
+        members.extend(slot.active.then_some(stripes));
+        Json::Object(members)
+    };
+    members.push(("slots", Json::List(luks.slots.iter().map(slot).collect())));
+    members.push(("payload-offset", Json::Int(luks.payload_offset)));
+    members.push(("master-key-iters", Json::Int(luks.master_key_iters.into())));
+    Json::Object(members)
+}
+
 fn bitmap_json(bitmap: &Bitmap) -> Json {
     let flags = [("in-use", bitmap.is_in_use()), ("auto", bitmap.is_auto())];
     let flags = flags.into_iter().filter(|&(_, on)| on).map(|(name, _)| Json::text(name));
-    let name = String::from_utf8_lossy(&bitmap.name).into_owned();
     Json::Object(vec![
         ("flags", Json::List(flags.collect())),
-        ("name", Json::text(Shown(Path::new(&name)))),
+        ("name", Json::name(OsStr::from_bytes(&bitmap.name))),
         ("granularity", Json::Int(1 << bitmap.granularity_bits)),
     ])
 }
@@ -209,7 +245,7 @@ fn vmdk_extent_json(extent: &VmdkExtent) -> Json {
     let mut members = Vec::new();
     members.extend(extent.compressed.then_some(("compressed", Json::Bool(true))));
     members.push(("virtual-size", Json::Int(extent.len)));
-    members.push(("filename", Json::text(Shown(&extent.path))));
+    members.push(("filename", Json::name(&extent.path)));
     members.extend(extent.grain_size.map(|size| ("cluster-size", Json::Int(size))));
     members.push(("format", Json::text(extent.format)));
     Json::Object(members)
@@ -242,20 +278,19 @@ fn write_value(out: &mut Out, level: usize, value: &Json) -> Result<(), Fail> {
             }
             Ok(())
         }
-        Json::Text(text) => Ok(writeln!(out, " {text}")?),
+        Json::Text(text) => Ok(writeln!(out, " {}", Shown(Path::new(text)))?),
         other => Ok(writeln!(out, " {}", other.pretty())?),
     }
 }
 
 /// The image's description with QEMU's members, in QEMU's order.
 fn layer_json(info: &Info) -> Json {
-    let shown = |path: &Path| Json::text(Shown(path));
     let actual = disk_size(&info.path).map(|size| ("actual-size", Json::Int(size)));
     let empty = || Json::Object(vec![]);
     let mut child = vec![
         ("children", Json::List(vec![])),
         ("virtual-size", Json::Int(info.file_len.next_multiple_of(512))),
-        ("filename", shown(&info.path)),
+        ("filename", Json::name(&info.path)),
         ("format", Json::text("file")),
     ];
     child.extend(actual.clone());
@@ -272,7 +307,7 @@ fn layer_json(info: &Info) -> Json {
         members.push(("snapshots", Json::List(list)));
     }
     members.push(("virtual-size", Json::Int(info.virtual_size)));
-    members.push(("filename", shown(&info.path)));
+    members.push(("filename", Json::name(&info.path)));
     members.extend(info.cluster_size.map(|size| ("cluster-size", Json::Int(size))));
     members.push(("format", Json::text(info.format)));
     members.extend(actual);
@@ -281,9 +316,10 @@ fn layer_json(info: &Info) -> Json {
         ("format-specific", Json::Object(specific))
     }));
     let full = info.full_backing_file.as_deref();
-    members.extend(full.map(|path| ("full-backing-filename", shown(path))));
+    members.extend(full.map(|path| ("full-backing-filename", Json::name(path))));
     let backing = info.backing_file.as_deref();
-    members.extend(backing.map(|path| ("backing-filename", shown(path))));
+    members.extend(backing.map(|path| ("backing-filename", Json::name(path))));
+    members.extend(info.encrypted.then_some(("encrypted", Json::Bool(true))));
     members.push(("dirty-flag", Json::Bool(info.dirty)));
     Json::Object(members)
 }

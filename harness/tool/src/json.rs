@@ -1,5 +1,6 @@
 //! JSON, laid out as QEMU lays it out.
 
+use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
 
 /// A value. The members of an object stay in the order they were given in.
@@ -23,6 +24,12 @@ impl Json {
     /// A string.
     pub fn text(text: impl ToString) -> Json {
         Json::Text(text.to_string())
+    }
+
+    /// The very name of a file, or text from an image. What is not UTF-8 in it JSON cannot say: U+FFFD
+    /// stands there.
+    pub fn name(name: impl AsRef<OsStr>) -> Json {
+        Json::Text(name.as_ref().to_string_lossy().into_owned())
     }
 
     /// With one member a line, four columns a level.

@@ -17,6 +17,7 @@ mod info;
 mod io;
 mod json;
 mod map;
+mod naming;
 mod number;
 mod out;
 mod resize;
@@ -26,11 +27,12 @@ mod snapshot;
 mod stop;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ErrorKind};
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::fail::{Fail, Program};
 
@@ -131,16 +133,28 @@ fn main() -> ExitCode {
 /// The verb and its options; or, with help printed or a mistake reported, the exit code.
 fn parse(args: &[OsString], program: Program) -> Result<Verb, ExitCode> {
     let command = Cli::command().name(program.name()).bin_name(program.name());
-    let command = command.mut_subcommands(|verb| verb.args_override_self(true));
+    // As C programs read options: what follows one that has a value is its value.
+    let with_value = |arg: Arg| match arg.is_positional() || !arg.get_action().takes_values() {
+        true => arg,
+        false => arg.allow_hyphen_values(true),
+    };
+    let command = command.mut_subcommands(|verb| {
+        verb.args_override_self(true).infer_long_args(true).mut_args(with_value)
+    });
     let matches = command.try_get_matches_from(args);
     let error = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => return Ok(cli.verb),
         Err(error) => error,
     };
     let verb = args.get(1).map(|verb| verb.to_string_lossy()).unwrap_or_default();
+    let last = args.last().map(|last| last.to_string_lossy()).unwrap_or_default();
     let is_verb = Cli::command().get_subcommands().any(|known| known.get_name() == verb);
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+        ErrorKind::DisplayVersion => {
+            let _ = writeln!(std::io::stdout(), "{}", program.version());
+            return Err(ExitCode::SUCCESS);
+        }
+        ErrorKind::DisplayHelp => {
             // A reader who went away has seen enough.
             let _ = error.print();
             return Err(ExitCode::SUCCESS);
@@ -153,19 +167,23 @@ fn parse(args: &[OsString], program: Program) -> Result<Verb, ExitCode> {
     }
     let fail = if is_verb {
         let help = format!("Try '{} {verb} --help' for more info", program.name());
-        Fail::usage(complaint(&error, &verb, program), help)
+        Fail::usage(complaint(&error, &verb, &last, program), help)
     } else if verb.is_empty() {
         let help = format!("Try '{} --help' for more info", program.name());
         Fail::usage("Not enough arguments".into(), help)
     } else {
         let help = format!("Try '{} --help' for more info", program.name());
-        Fail::usage(format!("Command not found: {verb}"), help)
+        let what = match verb.starts_with('-') {
+            true => format!("unrecognized option '{verb}'"),
+            false => format!("Command not found: {verb}"),
+        };
+        Fail::usage(what, help)
     };
     Err(fail.report(program, if is_verb { &verb } else { "" }))
 }
 
 /// What is wrong with the arguments, in one line.
-fn complaint(error: &clap::Error, verb: &str, program: Program) -> String {
+fn complaint(error: &clap::Error, verb: &str, last: &str, program: Program) -> String {
     let argument = error.get(ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
     let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
     match error.kind() {
@@ -182,9 +200,13 @@ fn complaint(error: &clap::Error, verb: &str, program: Program) -> String {
         }
         ErrorKind::UnknownArgument => "Expecting one image file name".into(),
         ErrorKind::InvalidValue if value.as_deref().unwrap_or_default().is_empty() => {
-            let name = argument.split_whitespace().next().unwrap_or_default();
-            let name = name.trim_start_matches('-');
-            format!("option requires an argument -- '{name}'")
+            match last.strip_prefix('-').filter(|short| !short.starts_with('-')) {
+                Some(short) => {
+                    let letter = short.chars().last().unwrap_or_default();
+                    format!("option requires an argument -- '{letter}'")
+                }
+                None => format!("option '{last}' requires an argument"),
+            }
         }
         // Values are checked by the verbs, in QEMU's words; what is left is a choice of words.
         ErrorKind::InvalidValue => {

@@ -1,14 +1,16 @@
 //! `map`: says what is where in an image and the files it is backed by.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
 
 use cowbell_formats::error::Shown;
-use cowbell_formats::map::{Extent, Kind, extents};
-use cowbell_formats::{DiskHost, Format, OpenOptions, Policy};
+use cowbell_formats::map::{Extent, Kind, extents_in};
+use cowbell_formats::{DiskHost, Format};
 
 use crate::fail::Fail;
-use crate::info::{Form, format_for};
+use crate::info::Form;
+use crate::naming::Naming;
+use crate::number::offset;
 use crate::out::Out;
 
 /// The options of `map`.
@@ -20,32 +22,41 @@ pub struct Args {
     /// human or json
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: String,
+    /// Where to begin, on the disk
+    #[arg(short, long, value_name = "OFFSET", allow_hyphen_values = true)]
+    start_offset: Option<String>,
+    /// How far to go from there
+    #[arg(short = 'l', long, value_name = "LENGTH", allow_hyphen_values = true)]
+    max_length: Option<String>,
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let form = Form::named(&args.output, "map")?;
-    let format = format_for(&args.file, args.format.as_deref())?;
-    let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
-    let open = |why| Fail::open(&args.file, why);
-    let chain = cowbell_formats::open(&DiskHost::default(), &args.file, &options).map_err(open)?;
+    let start = offset("start offset", args.start_offset.as_deref())?.unwrap_or(0);
+    let len = offset("max length", args.max_length.as_deref())?.unwrap_or(u64::MAX);
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
+    let chain = image.open(&DiskHost::default(), false)?;
+    let end = chain.size().min(start.saturating_add(len));
     let mut out = Out::new(false);
     if form == Form::Human {
         writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
     }
     let mut first = true;
-    for extent in extents(&chain) {
+    for extent in extents_in(&chain, start..end) {
         let extent = match extent {
             Ok(extent) => extent,
             Err(why) => {
                 writeln!(out)?;
                 out.flush()?;
-                return Err(Fail::file(&args.file, why));
+                return Err(Fail::file(&image.given, why));
             }
         };
         // QEMU says so of the flat extents of VMDK images, though not of raw ones.
@@ -54,7 +65,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             Form::Human if extent.kind == Kind::Compressed => {
                 out.flush()?;
                 let what = "File contains external, encrypted or compressed clusters.";
-                return Err(Fail::at(&args.file, what));
+                return Err(Fail::at(&image.given, what));
             }
             Form::Human if !extent.is_zero() => {
                 let host = extent.host().map_or(0, |host| host.0);
@@ -76,7 +87,12 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         first = false;
     }
     if form == Form::Json {
-        writeln!(out, "{}]", if first { "[" } else { "" })?;
+        if first {
+            let kind = Kind::Unallocated;
+            let nothing = Extent { start, len: 0, depth: 0, file: 0, kind };
+            write!(out, "[{}", json(&nothing, false))?;
+        }
+        writeln!(out, "]")?;
     }
     out.flush()?;
     Ok(0)
@@ -96,7 +112,8 @@ fn json(extent: &Extent, holes_are_data: bool) -> String {
         extent.len,
         extent.depth,
         extent.is_present(),
-        extent.is_zero(),
+        // Nothing is said of nothing.
+        extent.is_zero() && extent.len > 0,
         !extent.is_zero() || holes_are_data && extent.host().is_some(),
         extent.kind == Kind::Compressed,
     )

@@ -17,6 +17,11 @@ pub fn size(what: &str, text: &str, min: u64, max: u64) -> Result<u64, Fail> {
     }
 }
 
+/// The value of an option that is a place or a length on a disk, if it was given.
+pub fn offset(what: &str, text: Option<&str>) -> Result<Option<u64>, Fail> {
+    text.map(|text| size(what, text, 0, i64::MAX as u64)).transpose()
+}
+
 /// A count option's value; it has no suffix.
 pub fn count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, Fail> {
     match integer(text) {

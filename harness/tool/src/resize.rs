@@ -1,7 +1,7 @@
 //! `resize`: gives an image another size, through the engine as a guest would.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
@@ -12,7 +12,7 @@ use cowbell_formats::{DiskHost, Error, Format, OpenOptions};
 
 use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
-use crate::info::format_for;
+use crate::naming::Naming;
 use crate::out::Out;
 use crate::session::{Session, Setup, eprint_quietly};
 use crate::stop::Stop;
@@ -32,8 +32,10 @@ pub struct Args {
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
     /// The new size; with + or - in front, by how much it changes
     size: String,
 }
@@ -59,24 +61,23 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         Some(mode) => Preallocation::from_name(mode)
             .ok_or_else(|| Fail::other(format!("Invalid preallocation mode '{mode}'")))?,
     };
-    let format = format_for(&args.file, args.format.as_deref())?;
-    let setup = Setup { format, write: true, depth: 1, ..Setup::default() };
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
+    let setup = Setup { write: true, depth: 1, ..Setup::default() };
     // A resize is over in a moment: a signal waits for it. Taking much space is not.
     let stop = Stop::on_signals()?;
-    let mut session = Session::open(&args.file, &setup)?;
+    let mut session = Session::open(&image, &setup)?;
     let old = session.size();
     let new = new_size(&session, args, (sign, amount), how, program)?;
     let host = StoppableHost { disk: DiskHost::default(), stop };
     let format = session.engine.node(session.node).format();
     let layer = |write| {
-        let options = OpenOptions { format: Some(format), write, ..OpenOptions::default() };
-        let layer = open_whole_layer(&host, &args.file, &options);
-        layer.map_err(|why| Fail::open(&args.file, why))
+        let options = OpenOptions { format: Some(format), ..image.options(write) };
+        open_whole_layer(&host, image.path(), &options).map_err(|why| image.failed(why))
     };
-    let failed = |why: Error| Fail::at(&args.file, format!("Failed to resize: {why}"));
+    let failed = |why: Error| Fail::at(&image.given, format!("Failed to resize: {why}"));
     let takes = new > old && (how != Preallocation::Off || format == Format::Qcow2);
     let before = takes.then(|| Before::of(&layer(false)?).map_err(failed)).transpose()?;
-    let result = resize(&mut session, args, (old, new));
+    let result = resize(&mut session, (old, new));
     let closed = session.drain();
     result?;
     closed?;
@@ -97,7 +98,7 @@ fn new_size(
     how: Preallocation,
     program: Program,
 ) -> Result<u64, Fail> {
-    let file = &args.file;
+    let file = &session.image.given;
     let old = session.size();
     let new = match sign {
         1 => old.checked_add(amount),
@@ -142,8 +143,8 @@ fn new_size(
     }
 }
 
-fn resize(session: &mut Session, args: &Args, (old, new): (u64, u64)) -> Result<(), Fail> {
-    let file = &args.file;
+fn resize(session: &mut Session, (old, new): (u64, u64)) -> Result<(), Fail> {
+    let file = session.image.given.clone();
     if new == old {
         return Ok(());
     }
@@ -152,7 +153,7 @@ fn resize(session: &mut Session, args: &Args, (old, new): (u64, u64)) -> Result<
     let sent = session.engine.submit(node, io, Mem::None, 0);
     assert!(sent.is_ok(), "it is the only request");
     match session.next()?.map(|finished| finished.result) {
-        Some(Err(errno)) => Err(Fail::at(file, format!("Failed to resize: {errno}"))),
+        Some(Err(errno)) => Err(Fail::at(&file, format!("Failed to resize: {errno}"))),
         _ => Ok(()),
     }
 }

@@ -3,25 +3,24 @@
 //! The loop is the one that every embedder has, with nothing in it but the engine's descriptor:
 //! `run`, take what has finished, and when nothing has, wait.
 
+use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::qed::Growth;
-use cowbell_formats::{DiskHost, Error, Format, Node, OpenOptions, Policy, RunOptions, attach};
+use cowbell_formats::{DiskHost, Error, Format, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
+use crate::naming::Image;
 
 /// How to open an image and run it.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// Its format; `None` to probe.
-    pub format: Option<Format>,
     /// For writing.
     pub write: bool,
     /// The cache mode.
@@ -39,7 +38,6 @@ pub struct Setup {
 impl Default for Setup {
     fn default() -> Setup {
         Setup {
-            format: None,
             write: false,
             cache: Cache::WRITEBACK,
             how: None,
@@ -57,37 +55,33 @@ pub struct Session {
     pub engine: Engine<Node, Disk>,
     /// The image.
     pub node: NodeId,
-    /// The image's file.
-    pub path: PathBuf,
+    /// What it is called.
+    pub image: Image,
     /// What it waits on.
     pub events: EventLoop,
+    /// The file of a temporary image, which has no name.
+    #[expect(dead_code, reason = "it is only held open")]
+    pub temporary: Option<fs::File>,
 }
 
 impl Session {
-    /// Opens `path` and the files it is backed by.
-    pub fn open(path: &Path, setup: &Setup) -> Result<Session, Fail> {
+    /// Opens `image` and the files it is backed by.
+    pub fn open(image: &Image, setup: &Setup) -> Result<Session, Fail> {
         if setup.how == Some(How::Native) && !setup.cache.direct {
             let why = "aio=native was specified, but it requires cache.direct=on, which was not \
                        specified.";
-            return Err(Fail::open(path, Error::Invalid(why.into())));
+            return Err(image.failed(Error::Invalid(why.into())));
         }
-        let options = OpenOptions {
-            format: setup.format,
-            write: setup.write,
-            backing: Policy::Any,
-            ..OpenOptions::default()
-        };
         let host = DiskHost { direct: setup.cache.direct };
-        let chain =
-            cowbell_formats::open(&host, path, &options).map_err(|why| Fail::open(path, why))?;
+        let chain = image.open(&host, setup.write)?;
         let probed =
             chain.layers.first().is_some_and(|top| top.probed && top.format == Format::Raw);
         if setup.write && probed {
-            warn_of_probing(path);
+            warn_of_probing(image);
         }
         let depth = setup.depth.max(1);
         let limits = Limits { requests: depth, ops: (depth * 4).max(1024), ..Limits::default() };
-        let opened = |error: io::Error| Fail::open_io(path, &error);
+        let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
         let backend = Disk::new(how, depth * 2, setup.strict).map_err(opened)?;
         let mut engine = Engine::new(backend, limits);
@@ -98,7 +92,7 @@ impl Session {
         }
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
-        Ok(Session { engine, node, path: path.into(), events })
+        Ok(Session { engine, node, image: image.clone(), events, temporary: None })
     }
 
     /// The disk's size in bytes.
@@ -126,7 +120,10 @@ impl Session {
         let until = until.into_iter().chain(due).min();
         let waited = self.events.wait(until, self.now());
         waited.map(|_| ()).map_err(|error| {
-            Fail::at(&self.path, format!("waiting for completions: {}", Errno::from_io(&error)))
+            Fail::at(
+                &self.image.given,
+                format!("waiting for completions: {}", Errno::from_io(&error)),
+            )
         })
     }
 
@@ -155,7 +152,9 @@ impl Session {
             while self.engine.poll().is_some() {}
             match self.engine.drained() {
                 Some(Ok(())) => return Ok(()),
-                Some(Err(errno)) => return Err(Fail::at(&self.path, format!("closing: {errno}"))),
+                Some(Err(errno)) => {
+                    return Err(Fail::at(&self.image.given, format!("closing: {errno}")));
+                }
                 None if !progress.again => self.wait(None)?,
                 None => {}
             }
@@ -164,8 +163,8 @@ impl Session {
 }
 
 /// A probed raw image stays raw: QEMU's warning.
-fn warn_of_probing(path: &Path) {
-    let name = cowbell_formats::error::Shown(path);
+fn warn_of_probing(image: &Image) {
+    let name = cowbell_formats::error::Shown(image.path());
     eprint_quietly(&format!(
         "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on \

@@ -1,12 +1,14 @@
 //! `snapshot`: lists, makes, applies and deletes an image's internal snapshots.
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::error::Shown;
-use cowbell_formats::qcow2::open::read_header;
+use cowbell_formats::qcow2::open::{describe_header, read_header};
 use cowbell_formats::qcow2::snapshot::{self, Snapshot};
 use cowbell_formats::qcow2::snapshots::{self, Moment};
 use cowbell_formats::{DiskHost, Error, Format, Host};
@@ -14,8 +16,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::fail::{Fail, Program};
-use crate::info::format_for;
 use crate::json::Json;
+use crate::naming::Naming;
 use crate::number::human;
 use crate::out::Out;
 use crate::stop::Stop;
@@ -24,17 +26,17 @@ use crate::stop::Stop;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// List the snapshots; so does no option at all
-    #[arg(short)]
+    #[arg(short, long)]
     list: bool,
     /// Make one of this name
-    #[arg(short, value_name = "NAME")]
-    create: Option<String>,
+    #[arg(short, long, value_name = "NAME")]
+    create: Option<OsString>,
     /// Make the disk what it was when this one was made: its id or name
-    #[arg(short, value_name = "NAME")]
-    apply: Option<String>,
+    #[arg(short, long, value_name = "NAME")]
+    apply: Option<OsString>,
     /// Delete the one of this name
-    #[arg(short, value_name = "NAME")]
-    delete: Option<String>,
+    #[arg(short, long, value_name = "NAME")]
+    delete: Option<OsString>,
     /// The image's format; probed if not said
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -44,16 +46,18 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image
-    file: PathBuf,
+    file: OsString,
 }
 
 /// What is to be done.
 enum Action<'a> {
     List,
-    Create(&'a str),
-    Apply(&'a str),
-    Delete(&'a str),
+    Create(&'a OsStr),
+    Apply(&'a OsStr),
+    Delete(&'a OsStr),
 }
 
 /// Runs it.
@@ -72,17 +76,24 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             "Try 'qemu-img snapshot --help' for more info".into(),
         ));
     }
-    let file = &args.file;
-    let wanted = format_for(file, args.format.as_deref())?;
+    let image = args.naming.image(&args.file, args.format.as_deref())?;
+    let file = &image.given;
     let write = !matches!(action, Action::List);
     // A change is over in a moment, or may be interrupted anywhere: a signal waits for it.
     let _stop = Stop::on_signals()?;
     let host = DiskHost::default();
-    let store = host.open(file, write).map_err(|error| Fail::open_io(file, &error))?;
-    let format = match wanted {
+    if write {
+        image.check_writable()?;
+    }
+    let path = image.path();
+    let store = host.open(path, write).map_err(|error| Fail::open_io(path, &error))?;
+    let format = match image.format {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
     };
+    if let (Format::Qcow2, Ok(header)) = (format, describe_header(&store)) {
+        header.refuse_encryption().map_err(|why| image.failed(why))?;
+    }
     match action {
         Action::List if format == Format::Qcow2 => list(file, &store, args.quiet)?,
         Action::List => {}
@@ -139,6 +150,7 @@ fn failed(file: &Path, action: &Action<'_>, why: Error, program: Program) -> Fai
         (_, _, Action::Delete(_)) if is_missing => "snapshot not found".into(),
         _ => why.to_string(),
     };
+    let name = Shown(Path::new(name));
     Fail::at(file, format!("Could not {verb} snapshot '{name}': {reason}"))
 }
 
@@ -163,18 +175,18 @@ pub fn json(one: &Snapshot) -> Json {
     let mut members = Vec::new();
     members.extend(one.icount.map(|count| ("icount", Json::Int(count))));
     members.push(("vm-clock-nsec", Json::Int(one.vm_clock_nsec % NANOS)));
-    members.push(("name", Json::text(text(&one.name))));
+    members.push(("name", Json::name(OsStr::from_bytes(&one.name))));
     members.push(("date-sec", Json::Int(one.date_sec.into())));
     members.push(("date-nsec", Json::Int(one.date_nsec.into())));
     members.push(("vm-clock-sec", Json::Int(one.vm_clock_nsec / NANOS)));
-    members.push(("id", Json::text(text(&one.id))));
+    members.push(("id", Json::name(OsStr::from_bytes(&one.id))));
     members.push(("vm-state-size", Json::Int(one.vm_state_size)));
     Json::Object(members)
 }
 
 /// Text from an image.
 fn text(bytes: &[u8]) -> String {
-    Shown(String::from_utf8_lossy(bytes).as_ref().as_ref()).to_string()
+    Shown(Path::new(OsStr::from_bytes(bytes))).to_string()
 }
 
 /// When it was made, where the user is.

@@ -327,3 +327,154 @@ fn of_vmdk() {
     let different: Vec<_> = lines.iter().filter_map(|line| compare(&place, line)).collect();
     assert!(different.is_empty(), "{} differ\n{}", different.len(), different.join("\n"));
 }
+
+#[test]
+fn of_names_that_say_more_than_a_path() {
+    all_same(&[
+        "qemu-img info file:b.qcow2",
+        "cp b.qcow2 ./x:y.qcow2; qemu-img info file:x:y.qcow2; qemu-img info ./x:y.qcow2",
+        "cp b.qcow2 ./x:y.qcow2; qemu-img info x:y.qcow2",
+        "qemu-img info 'json:{\"driver\":\"qcow2\",\"file\":{\"filename\":\"v2.qcow2\"}}'",
+        "qemu-img info --output json 'json:{\"file.filename\":\"v2.qcow2\"}'",
+        "qemu-img info \"json:{'driver':'qcow2','file.filename':'v2.qcow2','node-name':'n'}\"",
+        "qemu-img info 'json:{\"driver\":\"qcow2\",\"file.filename\":\"v2.qcow2\",\"foo\":1}'",
+        "qemu-img info 'json:{\"driver\":\"qcow2\",\"file.filename\":\"v2.qcow2\",\"file.foo\":1}'",
+        "qemu-img info 'json:{\"driver\":\"foo\",\"file.filename\":\"v2.qcow2\"}'",
+        "qemu-img info 'json:{\"driver\":\"qcow2\"}'",
+        "qemu-img info 'json:{\"driver\":\"qcow2\",\"file\":\"v2.qcow2\"}'",
+        "qemu-img info 'json:{\"filename\":\"v2.qcow2\"}'",
+        "qemu-img info 'json:[]'",
+        "qemu-img info 'json:{} x'",
+        "qemu-img info -f raw 'json:{\"driver\":\"qcow2\",\"file.filename\":\"v2.qcow2\"}'",
+        "qemu-img info --image-opts driver=qcow2,file.filename=v2.qcow2",
+        "cp v2.qcow2 x,y; qemu-img info --image-opts file.driver=file,file.filename=x,,y; rm x,y",
+        "qemu-img info --image-opts v2.qcow2",
+        "qemu-img info --image-opts filename=v2.qcow2",
+        "qemu-img info -f qcow2 --image-opts driver=qcow2,file.filename=v2.qcow2",
+        "qemu-img info --image-opts driver=qcow2,file.filename=",
+        "qemu-img info ''",
+        "qemu-img info file:",
+        "qemu-img info file:nope",
+        "qemu-img info foo:bar",
+        "qemu-img map --image-opts driver=qcow2,file.filename=b.qcow2",
+        "qemu-img map 'json:{\"file.filename\":\"b.qcow2\",\"backing\":null}'",
+        "qemu-img map --image-opts file.filename=b.qcow2,backing.driver=raw,backing.file.filename=a2.raw",
+        "qemu-img check --output json file:v2.qcow2",
+        "qemu-img check --image-opts driver=qcow2,file.filename=leak.qcow2",
+        "qemu-img compare --image-opts driver=raw,file.filename=a.raw file.filename=b.qcow2",
+        "qemu-img compare file:a.raw 'json:{\"driver\":\"raw\",\"file.filename\":\"a2.raw\"}'",
+        "qemu-img resize --image-opts driver=qcow2,file.filename=v2.qcow2 9M",
+        "qemu-img resize file:a.raw 9M",
+        "qemu-img resize \"json:{'read-only':true,'driver':'raw','file.filename':'a.raw'}\" 9M",
+        "qemu-img snapshot --image-opts -c one driver=qcow2,file.filename=v2.qcow2",
+        "qemu-img bench -c 1 --image-opts driver=qcow2,file.filename=v2.qcow2",
+        "qemu-io -c length file:v2.qcow2",
+        "qemu-io -c 'read -P 6 0 100k' --image-opts driver=qcow2,file.filename=v2.qcow2",
+        "qemu-io -c length file:nope",
+        "qemu-io -c length ''",
+        "qemu-io -c 'open -o driver=qcow2,file.filename=v2.qcow2' -c length",
+        "qemu-io -c 'open -r file:v2.qcow2' -c length",
+        "qemu-img create -f qcow2 file:v2.qcow2 1M; qemu-img info v2.qcow2",
+        "qemu-img create -f qcow2 -b file:a.raw -F raw b.qcow2; qemu-img info b.qcow2; \
+         qemu-img map b.qcow2",
+        "qemu-img create -f qcow2 -F raw b.qcow2 \
+         -b 'json:{\"driver\":\"raw\",\"file.filename\":\"a.raw\"}'; \
+         qemu-img info --backing-chain --output json b.qcow2; qemu-img map b.qcow2",
+        "qemu-img create -f raw json:x 1M",
+        "qemu-img create -f raw foo:x 1M",
+    ]);
+}
+
+#[test]
+fn of_long_options_and_parts_of_a_disk() {
+    all_same(&[
+        "qemu-img map --start-offset 100k b.qcow2",
+        "qemu-img map --start-offset=100k --max-length=1M --output=json b.qcow2",
+        "qemu-img map -s 100 -l 2M --output json b.qed",
+        "qemu-img map --max-length 1G a.raw",
+        "qemu-img map --output json -s 8M b.qcow2",
+        "qemu-img map --output json -s 9M b.qcow2",
+        "qemu-img map --output json -l 0 b.qcow2",
+        "qemu-img map -s -1 b.qcow2",
+        "qemu-img map -s 1X b.qcow2",
+        "qemu-img map -l x b.qcow2",
+        "truncate -s 0 z.raw; qemu-img map -f raw --output json z.raw; qemu-img map -f raw z.raw",
+        "qemu-img info -Uf qcow2 b.qcow2",
+        "qemu-img info --out=json v2.qcow2",
+        "qemu-img info -b b.qcow2",
+        "qemu-img info --backing b.qcow2",
+        "qemu-img info -f",
+        "qemu-img info --output",
+        "qemu-img info -- v2.qcow2",
+        "qemu-img check --quiet --repair=all leak.qcow2",
+        "qemu-img check --cache none v2.qcow2",
+        "qemu-img check --cache=foo v2.qcow2",
+        "qemu-img compare --progress a.raw a2.raw",
+        "qemu-img compare -p a.raw b.qcow2",
+        "qemu-img compare --a-format raw --b-format qcow2 --strict a.raw b.qcow2",
+        "qemu-img compare --cache foo a.raw a2.raw",
+        "qemu-img resize --quiet --format=raw a.raw 5M",
+        "qemu-img snapshot --list n.qcow2",
+        "qemu-img --foo",
+        "qemu-io --read-only --format raw --cmd 'write 0 512' a.raw",
+        "qemu-io -f raw -s -c 'write -P 9 0 512' -c 'read -P 9 0 512' a.raw; \
+         qemu-io -f raw -c 'read -P 1 0 512' a.raw",
+        "qemu-io -c 'open -s -o driver=qcow2 b.qcow2' -c 'write -P 9 64k 512' \
+         -c 'read -P 9 64k 512' -c 'read -P 5 65k 512'; qemu-io -c 'read -P 5 64k 512' b.qcow2",
+    ]);
+}
+
+#[test]
+fn of_create() {
+    all_same(&[
+        "qemu-img create -f qcow2 -b v2.qcow2 x.qcow2",
+        "qemu-img create -f qcow2 -b a.raw x.qcow2 1M",
+        "qemu-img create -f qcow2 -u -b nope x.qcow2 1M",
+        "qemu-img create -f qcow2 -u -b nope -F qcow2 x.qcow2",
+        "qemu-img create -f qcow2 -o backing_file=v2.qcow2 x.qcow2",
+        "qemu-img create -q -f qcow2 -F qcow2 x.qcow2 1M",
+        "qemu-img create -f qed -F qcow2 x.qed 1M",
+        "qemu-img create -f raw -F qcow2 x.raw 1M",
+        "qemu-img create -f qcow2 -b '' -F raw x.qcow2 1M",
+        "cp a.raw a,b.raw; qemu-img create -f qcow2 -b a,b.raw -F raw x.qcow2; rm a,b.raw",
+        "qemu-img create --format=qcow2 --backing=v2.qcow2 --backing-format=qcow2 \
+         --options=compat=0.10 x.qcow2; qemu-img info x.qcow2",
+        "qemu-img create -qfqcow2 -o compat=0.10 -o cluster_size=4k x.qcow2 1M; qemu-img info x.qcow2",
+        "qemu-img create -f qcow2 -o nocow=on,lazy_refcounts=on x.qcow2 1M",
+        "qemu-img create -f raw -o nocow=off x.raw 1M",
+        "qemu-img create -f qed -o nocow=on x.qed 1M",
+        "qemu-img create -f vmdk -o nocow=on x.qed 1M",
+        "qemu-img create -f raw -o nocow=maybe x.raw 1M",
+        "qemu-img create -f raw -o nocow x.raw 1M",
+        "qemu-img create -f qed -o help",
+        "qemu-img create -f raw -- -x.raw 1M; qemu-img info ./-x.raw",
+    ]);
+}
+
+#[test]
+fn of_encrypted_images() {
+    all_same(
+        &[
+            "-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+            "-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-alg=\
+             serpent-256,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,\
+             encrypt.ivgen-hash-alg=sha256,encrypt.hash-alg=sha1",
+            "-o encrypt.format=aes,encrypt.key-secret=s",
+        ]
+        .map(|how| {
+            // Made once: each has an id and a key of its own.
+            let make = format!(
+                "/usr/bin/env -i /usr/bin/qemu-img create -q --object secret,id=s,data=abc \
+                 -f qcow2 {how} files/key.qcow2 3M"
+            );
+            format!(
+                "[ -e files/{0} ] || {{ {make} && mv files/key.qcow2 files/{0}; }}; cp files/{0} e; \
+                 qemu-img info e; qemu-img info --output json e; rm e",
+                how.len()
+            )
+        })
+        .iter()
+        .map(String::as_str)
+        .collect::<Vec<_>>(),
+    );
+}

@@ -1,20 +1,19 @@
 //! The commands: their arguments, and what they do.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
 
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::step::{Io, IoKind};
 use cowbell_engine::units::{Errno, Time};
 use cowbell_engine::{Finished, Refused};
 use cowbell_formats::create::{BadSize, parse_size};
-use cowbell_formats::{Chain, DiskHost, Format, OpenOptions, Policy, map};
+use cowbell_formats::{Chain, DiskHost, Format, map};
 
 use crate::cache::{Cache, How};
 use crate::fail::{Fail, Program};
-use crate::info::format_for;
 use crate::io::report::{self, Style, dump, size};
 use crate::io::{Opening, cache_named, discard_named, output};
 use crate::number::integer;
@@ -219,7 +218,6 @@ pub struct Runner {
     opening: Opening,
     /// How the open image was opened.
     current: Opening,
-    format: Option<Format>,
     program: Program,
     stop: Stop,
     pending: BTreeMap<u64, Pending>,
@@ -239,7 +237,6 @@ impl Runner {
             opened: 0,
             current: opening.clone(),
             opening,
-            format: None,
             program,
             stop,
             pending: BTreeMap::new(),
@@ -254,13 +251,12 @@ impl Runner {
     }
 
     /// Opens an image as the command line says.
-    pub fn open(&mut self, file: &Path) -> Result<(), Fail> {
+    pub fn open(&mut self, file: &OsStr) -> Result<(), Fail> {
         self.open_as(file, self.opening.clone())
     }
 
-    fn open_as(&mut self, file: &Path, opening: Opening) -> Result<(), Fail> {
+    fn open_as(&mut self, file: &OsStr, opening: Opening) -> Result<(), Fail> {
         self.session = Some(opening.open(file)?);
-        self.format = format_for(file, opening.format.as_deref())?;
         self.current = opening;
         self.opened += 1;
         Ok(())
@@ -706,11 +702,7 @@ impl Runner {
 
     /// The image once more, for looking at. What has finished is in the files.
     fn look(&mut self) -> Result<Chain<cowbell_engine::sys::disk::DiskFile>, Bad> {
-        let options =
-            OpenOptions { format: self.format, backing: Policy::Any, ..OpenOptions::default() };
-        let path = self.image().path.clone();
-        let chain = cowbell_formats::open(&DiskHost::default(), &path, &options);
-        Ok(chain.map_err(|why| Fail::open(&path, why))?)
+        Ok(self.image().image.open(&DiskHost::default(), false)?)
     }
 
     /// Whether the image itself, not one behind it, has something at `offset`, and for how long.
@@ -791,8 +783,16 @@ impl Runner {
             let prefix = self.prefix();
             return Err(Bad::Err(format!("{prefix}file open already, try 'help close'\n")));
         }
-        let &[file] = &options.rest[..] else { return Err(Bad::Usage) };
-        let mut opening = Opening { read_only: options.has('r'), ..self.opening.clone() };
+        let (read_only, snapshot) = (options.has('r'), options.has('s'));
+        let mut opening = Opening { read_only, snapshot, ..self.opening.clone() };
+        let (file, more) = match (&options.rest[..], options.get('o')) {
+            (&[file], more) => (file, more.unwrap_or("")),
+            ([], Some(all)) => {
+                opening.naming = opening.naming.by_options();
+                (all, "")
+            }
+            _ => return Err(Bad::Usage),
+        };
         // As in QEMU, what the command line says of modes is not meant for this one.
         opening.cache = Cache::WRITETHROUGH;
         if let Some(name) = options.get('t') {
@@ -810,18 +810,14 @@ impl Runner {
         if let Some(name) = options.get('d') {
             opening.discard = discard_named(name)?;
         }
-        for (key, value) in options
-            .get('o')
-            .iter()
-            .flat_map(|text| text.split(','))
-            .map(|item| item.split_once('=').unwrap_or((item, "")))
-        {
+        let items = more.split(',').filter(|item| !item.is_empty());
+        for (key, value) in items.map(|item| item.split_once('=').unwrap_or((item, ""))) {
             match key {
                 "driver" => opening.format = Some(value.into()),
                 _ => return Err(Bad::Err(format!("{}no option '{key}'\n", self.prefix()))),
             }
         }
-        let (program, failed) = (self.program, self.open_as(Path::new(file), opening));
+        let (program, failed) = (self.program, self.open_as(file.as_ref(), opening));
         failed.map_err(|fail| Bad::Err(fail.line(program, "io").unwrap_or_default()))
     }
 

@@ -7,8 +7,8 @@
 mod command;
 mod report;
 
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,8 +17,8 @@ use mio::Waker;
 
 use crate::cache::{Cache, How};
 use crate::fail::{Fail, Program};
-use crate::info::format_for;
 use crate::io::command::Runner;
+use crate::naming::Naming;
 use crate::out::Out;
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
@@ -35,6 +35,9 @@ pub struct Args {
     /// Open the image for reading only
     #[arg(short, long)]
     read_only: bool,
+    /// Write to a temporary image; this one stays as it is
+    #[arg(short, long)]
+    snapshot: bool,
     /// Past the page cache, as -t none
     #[arg(short = 'n', long)]
     nocache: bool,
@@ -56,15 +59,20 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'm', long, hide = true)]
     misalign: bool,
+    #[command(flatten)]
+    naming: Naming,
     /// The image; without one, a command has to open it
-    file: Option<PathBuf>,
+    file: Option<OsString>,
 }
 
 /// How images are opened: what the command line, or `open`, says.
 #[derive(Clone, Debug)]
 pub struct Opening {
+    naming: Naming,
     format: Option<String>,
     read_only: bool,
+    /// What is written goes to a temporary image.
+    snapshot: bool,
     cache: Cache,
     how: Option<How>,
     discard: bool,
@@ -75,16 +83,21 @@ const DEPTH: usize = 256;
 
 impl Opening {
     /// Opens `file`.
-    fn open(&self, file: &Path) -> Result<Session, Fail> {
+    fn open(&self, file: &OsStr) -> Result<Session, Fail> {
+        let mut image = self.naming.image(file, self.format.as_deref())?;
+        let mut temporary = None;
+        if self.snapshot && !self.read_only {
+            let (overlay, file) = image.overlay()?;
+            (image, temporary) = (overlay, Some(file));
+        }
         let setup = Setup {
-            format: format_for(file, self.format.as_deref())?,
             write: !self.read_only,
             cache: self.cache,
             how: self.how,
             depth: DEPTH,
             ..Setup::default()
         };
-        Session::open(file, &setup)
+        Ok(Session { temporary, ..Session::open(&image, &setup)? })
     }
 }
 
@@ -113,8 +126,10 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         None => args.native_aio.then_some(How::Native),
     };
     let opening = Opening {
+        naming: args.naming.clone(),
         format: args.format.clone(),
         read_only: args.read_only,
+        snapshot: args.snapshot,
         cache,
         how,
         discard: discard_named(&args.discard)?,

@@ -1,0 +1,153 @@
+//! How images are named on the command line, and what is followed of what they name themselves.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use cowbell_formats::chain::{driver_named, open_named};
+use cowbell_formats::name::Backing;
+use cowbell_formats::{
+    Chain, CreateOptions, DiskHost, Error, Format, Host, Name, OpenOptions, Policy, create,
+};
+
+use crate::fail::Fail;
+
+/// The options that say how to take an image's name.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Naming {
+    /// The image is named by options, as driver=qcow2,file.filename=NAME
+    #[arg(long)]
+    image_opts: bool,
+    /// No object is of use here: each is refused by its type
+    #[arg(long = "object", value_name = "OBJDEF", hide = true)]
+    objects: Vec<String>,
+    /// Follow no name in the image to another folder, and to no backing file
+    #[arg(long, help_heading = "Beyond QEMU")]
+    untrusted: bool,
+}
+
+/// An image on the command line.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// As it was named.
+    pub given: PathBuf,
+    /// What that means.
+    pub name: Name,
+    /// Its format; `None` to probe.
+    pub format: Option<Format>,
+    /// Names in it are not followed.
+    untrusted: bool,
+}
+
+impl Naming {
+    /// The same, for an image that is named by options.
+    pub fn by_options(&self) -> Naming {
+        Naming { image_opts: true, ..self.clone() }
+    }
+
+    /// The image `given`, with the value of `-f`.
+    pub fn image(&self, given: &OsStr, format: Option<&str>) -> Result<Image, Fail> {
+        refuse_objects(&self.objects)?;
+        let open = |why| Fail::open(Path::new(given), why);
+        let named = if self.image_opts {
+            if format.is_some() {
+                return Err(Fail::other("--image-opts and --format are mutually exclusive"));
+            }
+            Name::from_options(given).map_err(open)?
+        } else {
+            Name::parse(given).map_err(open)?
+        };
+        let said = format.map(driver_named).transpose().map_err(open)?;
+        Ok(Image {
+            given: given.into(),
+            format: said.or(named.format),
+            name: named,
+            untrusted: self.untrusted,
+        })
+    }
+}
+
+/// `--object`: encryption is what they are for.
+pub fn refuse_objects(objects: &[String]) -> Result<(), Fail> {
+    let Some(object) = objects.first() else { return Ok(()) };
+    let kind = object.split(',').next().unwrap_or_default();
+    let kind = kind.strip_prefix("qom-type=").unwrap_or(kind);
+    Err(Fail::other(format!("--object: objects of type '{kind}' are not supported")))
+}
+
+/// A target to make: a path, perhaps as `file:PATH`.
+pub fn target(given: &OsString) -> Result<PathBuf, Fail> {
+    let at = |why: Error| Fail::file(Path::new(given), why);
+    if given.as_encoded_bytes().starts_with(b"json:") {
+        return Err(at(Error::Unsupported("Unknown protocol 'json'".into())));
+    }
+    Name::parse(given).map(|name| name.path).map_err(at)
+}
+
+impl Image {
+    /// A plain path.
+    pub fn plain(path: &Path, format: Option<Format>) -> Image {
+        let name = Name::plain(path, format);
+        Image { given: path.into(), name, format, untrusted: false }
+    }
+
+    /// An empty image of the same size, backed by this one. Its file is gone when it is closed: who
+    /// holds what comes with it can open it until then.
+    pub fn overlay(&self) -> Result<(Image, fs::File), Fail> {
+        let host = DiskHost::default();
+        let size = Some(self.open(&host, false)?.size());
+        let name = format!("cowbell-{}-{:08x}", std::process::id(), host.entropy());
+        let path = std::env::temp_dir().join(name);
+        let options = CreateOptions { size, ..CreateOptions::default() };
+        create(&host, &path, Format::Qcow2, &options).map_err(|why| self.failed(why))?;
+        let file = fs::File::open(&path);
+        let removed = fs::remove_file(&path);
+        let file = file.map_err(|error| Fail::open_io(&path, &error))?;
+        removed.map_err(|error| Fail::open_io(&path, &error))?;
+        let backing = Name { format: self.format, ..self.name.clone() };
+        let name = Name {
+            backing: Backing::Named(Box::new(backing)),
+            ..Name::plain(format!("/proc/self/fd/{}", file.as_raw_fd()), Some(Format::Qcow2))
+        };
+        Ok((Image { format: name.format, name, ..self.clone() }, file))
+    }
+
+    /// The image's own file.
+    pub fn path(&self) -> &Path {
+        &self.name.path
+    }
+
+    /// How to open it: the names in it are followed as QEMU follows them, unless it is untrusted.
+    pub fn options(&self, write: bool) -> OpenOptions {
+        let options = OpenOptions { format: self.format, write, ..OpenOptions::default() };
+        if self.untrusted {
+            return options;
+        }
+        OpenOptions { backing: Policy::Any, files: Policy::Any, ..options }
+    }
+
+    /// It may be written, as far as its name says.
+    pub fn check_writable(&self) -> Result<(), Fail> {
+        if !self.name.read_only {
+            return Ok(());
+        }
+        Err(self.failed(Error::Invalid("Block node is read-only".into())))
+    }
+
+    /// The image and what it is backed by.
+    pub fn open<H: Host>(&self, host: &H, write: bool) -> Result<Chain<H::File>, Fail> {
+        open_named(host, &self.name, &self.options(write)).map_err(|why| self.failed(why))
+    }
+
+    /// The same, only to say what it is.
+    pub fn describe<H: Host>(&self, host: &H) -> Result<Chain<H::File>, Fail> {
+        let options = OpenOptions { describe: true, ..self.options(false) };
+        open_named(host, &self.name, &options).map_err(|why| self.failed(why))
+    }
+
+    /// It could not be opened.
+    pub fn failed(&self, why: Error) -> Fail {
+        Fail::open(&self.given, why)
+    }
+}
