@@ -52,14 +52,8 @@ fn spoil(path: &Path, format: Format) -> u64 {
         _ => le(&bytes, le(&bytes, 56, 8) * 512, 4) * 512,
     };
     // Far behind the file's end.
-    bytes[at..at + 4].copy_from_slice(&0x7fff_0000_u32.to_le_bytes());
-    bytes[at + 4..at + 8].copy_from_slice(
-        &(if format == Format::Qed {
-            [0x7f; 4]
-        } else {
-            bytes[at + 4..at + 8].try_into().expect("4")
-        }),
-    );
+    let len = if format == Format::Qed { 8 } else { 4 };
+    bytes[at..at + len].copy_from_slice(&0x7fff_0000_7fff_0000_u64.to_le_bytes()[..len]);
     std::fs::write(path, bytes).expect("written");
     at as u64
 }
