@@ -458,6 +458,7 @@ mod tests {
         assert_eq!(bounds.entry(128), Some(Entry::Data(128 << 9)));
         assert_eq!(bounds.entry(255), Some(Entry::Data(255 << 9)));
         assert_eq!(bounds.entry(256), None);
+        assert_eq!(Bounds { end: u64::MAX, ..bounds }.entry(NOWHERE), None);
         assert_eq!(Bounds { zeroed: true, ..bounds }.entry(1), Some(Entry::Zero));
     }
 
@@ -467,7 +468,9 @@ mod tests {
         assert_eq!(header.table(0, 256 << 9), Some(None));
         assert_eq!(header.table(252, 256 << 9), Some(Some(252 << 9)));
         assert_eq!(header.table(253, 256 << 9), None);
-        assert_eq!(header.table(u32::MAX, u64::MAX), Some(Some(u64::from(u32::MAX) << 9)));
+        let last = u32::MAX - 1;
+        assert_eq!(header.table(last, u64::MAX), Some(Some(u64::from(last) << 9)));
+        assert_eq!(header.table(NOWHERE, u64::MAX), None);
         // Descriptor: 1 to 21; directories: 21 and 26.
         for (raw, is_free) in [(1, false), (20, false), (21, false), (22, true), (23, false)] {
             assert_eq!(header.table(raw, 256 << 9).is_some(), is_free, "{raw}");
