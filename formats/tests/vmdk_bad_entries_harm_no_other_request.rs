@@ -65,7 +65,7 @@ fn a_bad_entry_fails_its_own_requests_only() {
                 let bad = |io| one(&mut engine, disk, io, filled(0xbd)).map(drop);
                 let said = [Io::read(BAD * GRAIN, GRAIN), Io::write(BAD * GRAIN, GRAIN)].map(bad);
                 let whole = format!("{sectors} sectors, session {session}, turn {turn}");
-                assert_eq!(said, [Err(Errno::INVALID); 2], "{whole}");
+                assert_eq!(said, [Err(Errno::IO); 2], "{whole}");
                 let write = Io::write(at, GRAIN);
                 assert!(one(&mut engine, disk, write, filled(fill)).is_ok(), "{whole}");
                 assert!(one(&mut engine, disk, Io::flush(), Mem::None).is_ok(), "{whole}");
