@@ -23,7 +23,7 @@ use super::driver::{Qcow2, Qcow2Options, State};
 use super::header::REFTABLE_BYTES_MAX;
 use super::layout::{HOST_MAX, Invalid};
 use super::open::Opened;
-use super::sweep::{FREES_MAX, Free};
+use super::sweep::Free;
 use crate::attempts::Attempts;
 use crate::qed::Grow;
 
@@ -151,9 +151,6 @@ pub(super) struct Stock {
     cluster_bits: u32,
 }
 
-/// Clusters that are first counted up at once.
-const BATCH_MIN: u64 = 64;
-
 impl Stock {
     pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Stock {
         let cluster_bits = opened.header.cluster_bits;
@@ -169,8 +166,8 @@ impl Stock {
             fresh: stocked(),
             used: stocked(),
             total: 0,
-            returned: Vec::with_capacity(FREES_MAX),
-            discarded: Vec::with_capacity(FREES_MAX),
+            returned: Vec::with_capacity(options.frees_max),
+            discarded: Vec::with_capacity(options.frees_max),
             drops: stocked(),
             counted: stocked(),
             piece: None,
@@ -183,7 +180,7 @@ impl Stock {
             rest: end,
             durable: opened.file_len,
             grown: opened.file_len,
-            batch: BATCH_MIN.min(options.stock_max).max(1),
+            batch: options.stock_min.min(options.stock_max).max(1),
             asked: false,
             running: false,
             settling: false,
@@ -359,7 +356,7 @@ impl Qcow2 {
     /// How that went.
     pub(super) fn stock_emptied(&mut self) -> Result<(), Errno> {
         self.stock.settling = false;
-        self.stock.batch = BATCH_MIN.min(self.stock.options.stock_max).max(1);
+        self.stock.batch = self.stock.options.stock_min.min(self.stock.options.stock_max).max(1);
         self.stock.result
     }
 

@@ -145,6 +145,8 @@ impl Image {
             cache_inflated: 1,
             growth,
             stock_max: self.ahead,
+            stock_min: self.ahead,
+            frees_max: 1024,
             // What was in a hole is there still.
             pass_discards: self.state != State::Holes,
             sweep_depth: self.buffers,
