@@ -255,7 +255,7 @@ impl Stock {
     /// The length of the file without the spare end, if it has one that can be cut off.
     pub fn spare_end(&self) -> Option<u64> {
         let end = self.rest << self.cluster_bits;
-        (self.can_grow && self.grown > end).then_some(end)
+        ((self.can_grow || mutant!("qcow2_device_is_cut")) && self.grown > end).then_some(end)
     }
 
     /// The spare end was cut off. Not before that does the file end where it is in use: what it
@@ -603,7 +603,8 @@ impl Qcow2 {
     fn counted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let stock = &mut self.stock;
         stock.durable = stock.grown;
-        let fresh = stock.phase == Phase::Count { fresh: true };
+        let device_is_zeros = !stock.can_grow && mutant!("qcow2_device_is_zeros");
+        let fresh = stock.phase == Phase::Count { fresh: true } || device_is_zeros;
         for run in stock.counted.drain(..) {
             stock.total += run.count;
             if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
@@ -614,7 +615,7 @@ impl Qcow2 {
 
     /// Looks for holes where they were not looked for yet; then takes from the file's end.
     fn count_holes(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.stock.holes < self.stock.end {
+        if self.stock.holes < self.stock.end && !mutant!("qcow2_grows_beside_holes") {
             self.stock.phase = Phase::Count { fresh: false };
             return self.look_at(self.stock.holes, cx);
         }
@@ -943,6 +944,9 @@ impl Qcow2 {
             }
             state => {
                 if matches!(state, State::StockGrow { .. }) {
+                    if mutant!("qcow2_failed_growth_counts") {
+                        return self.grown(cx);
+                    }
                     self.stock.grown = self.stock.durable;
                     return self.out_of_space(errno, cx);
                 }
@@ -974,7 +978,9 @@ impl Qcow2 {
         if let Err(errno) = result {
             stock.attempts.failed(errno);
         }
-        cx.wake_all(&mut stock.waiters);
+        if result.is_ok() || !mutant!("qcow2_no_space_wakes_nobody") {
+            cx.wake_all(&mut stock.waiters);
+        }
         cx.wake_all(&mut stock.settler);
         Step::Done(result)
     }

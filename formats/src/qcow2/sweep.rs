@@ -262,7 +262,8 @@ impl Qcow2 {
     /// Why there is no room, if the sweep that was to make it failed. Then it is no use to ask for
     /// another: after a failed flush every one fails.
     pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
-        self.sweep.attempts.failure_of(attempt)
+        let failure = self.sweep.attempts.failure_of(attempt);
+        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_sweep"))
     }
 
     /// Much is changed: better write some of it back before somebody has to wait for that.
