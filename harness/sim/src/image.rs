@@ -344,7 +344,8 @@ impl Subject for Image {
 
     fn holes(&self) -> u64 {
         match (self.format, self.state) {
-            (Format::Qcow2, State::Holes) => HOLES.len() as u64,
+            // More that is counted ahead comes from the file's end, and is used first.
+            (Format::Qcow2, State::Holes) if self.ahead <= 2 => HOLES.len() as u64,
             _ => 0,
         }
     }

@@ -425,7 +425,7 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         scope(device, 0, &[head(0, 2), Request::read(at(0, 2), 4096)]),
         scope(full, 0, &[discard(0, 0), whole(0, 2)]),
         scope(full, 0, &[discard(0, 0), flush, whole(0, 2)]),
-        scope(holes, 0, &[head(0, 2)]),
+        scope(Image { ahead: 2, ..holes }, 0, &[head(0, 2)]),
         scope(few, 1, &[discard(0, 0), discard(1, 0), discard(0, 1)]),
         Scope {
             budget: Budget { faults: 1, drains: 1, ..QUIET },

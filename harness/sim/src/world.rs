@@ -138,8 +138,8 @@ fn open<S: Subject>(
     Ok((engine, node))
 }
 
-/// If all that the workload may allocate fits the holes that there are: the length that the file
-/// keeps.
+/// If all that the workload may allocate fits half of the holes that there are: the length that the
+/// file keeps.
 fn holes_end<S: Subject>(subject: &S, host: &SimHost, workload: &Workload) -> Option<u64> {
     let cluster = subject.cluster();
     let needs = |request: &Request| match request.kind {
@@ -153,7 +153,8 @@ fn holes_end<S: Subject>(subject: &S, host: &SimHost, workload: &Workload) -> Op
     let needed =
         workload.requests.iter().try_fold(0, |sum, request| Some(sum + needs(request)?))?;
     let file = subject.files().into_iter().next_back()?;
-    (needed > 0 && needed <= subject.holes()).then(|| host.contents(file).map(|file| file.len()))?
+    (needed > 0 && 2 * needed <= subject.holes())
+        .then(|| host.contents(file).map(|file| file.len()))?
 }
 
 /// What does not change in a world.
