@@ -414,12 +414,7 @@ impl Qcow2 {
                 self.flush_settled(cx)
             }
             // The spare end may still be there, with whatever was in it: it is as it was before.
-            (State::CutEnd, Event::Io(Err(errno))) => {
-                if mutant!("qcow2_failed_cut_counts") {
-                    self.stock.cut();
-                }
-                Step::Done(Err(errno))
-            }
+            (State::CutEnd, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::FlushSettled, Event::Io(result)) => {
                 Step::Done(result.and(self.corrupt.verdict()))
             }

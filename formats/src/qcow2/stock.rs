@@ -944,9 +944,6 @@ impl Qcow2 {
             }
             state => {
                 if matches!(state, State::StockGrow { .. }) {
-                    if mutant!("qcow2_failed_growth_counts") {
-                        return self.grown(cx);
-                    }
                     self.stock.grown = self.stock.durable;
                     return self.out_of_space(errno, cx);
                 }

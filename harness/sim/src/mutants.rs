@@ -162,8 +162,6 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_block_linked_unstable", "a refcount block is linked before it is stable"),
     qcow2("qcow2_device_is_zeros", "a device's unused space is taken for zeros"),
     qcow2("qcow2_device_is_cut", "a device is cut off where the image ends"),
-    qcow2("qcow2_failed_cut_counts", "what a failed cut left behind is taken for zeros"),
-    qcow2("qcow2_failed_growth_counts", "clusters are counted in a file that did not grow"),
     qcow2("qcow2_asks_again_after_a_failed_sweep", "who waits for room asks again for ever"),
     qcow2("qcow2_grows_beside_holes", "the file grows although it has holes"),
     qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
