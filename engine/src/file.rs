@@ -119,7 +119,9 @@ impl Core {
     /// `request` wants everything that has completed on `file` to be stable.
     pub(crate) fn issue_flush(&mut self, request: ReqId, file: FileId) {
         let state = &mut self.files[file.index()];
-        if let Some(errno) = state.poisoned {
+        if let Some(errno) = state.poisoned
+            && !mutant!("failed_flush_tried_again")
+        {
             let slot = self.ops.slot_mut(request);
             slot.issued = true;
             slot.failed = slot.failed.or(Some(errno));

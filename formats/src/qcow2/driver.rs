@@ -67,6 +67,10 @@ pub struct Qcow2Options {
     pub stock_max: u64,
     /// Are clusters that a guest discards given back to the file system?
     pub pass_discards: bool,
+    /// Clusters that are counted at once at first; doubled at each need, up to `stock_max`.
+    pub stock_min: u64,
+    /// Runs of clusters that were given up and may wait for a sweep; at least 1.
+    pub frees_max: usize,
     /// Changed slices and L1 blocks that are written back at once, from copies; at least 1.
     pub sweep_depth: usize,
 }
@@ -78,6 +82,8 @@ impl Default for Qcow2Options {
             cache_inflated: 8,
             growth: Growth::default(),
             stock_max: 2048,
+            stock_min: 64,
+            frees_max: 1024,
             pass_discards: true,
             sweep_depth: 64,
         }
@@ -303,7 +309,7 @@ impl Qcow2 {
             claims: Claims::new(),
             allocs: Vec::with_capacity(4),
             stock: Stock::new(&opened, can_grow, options),
-            sweep: Sweep::new(slots, options.sweep_depth.max(1)),
+            sweep: Sweep::new(slots, &options),
             inflated: TableCache::new(regions.inflated, pair, options.cache_inflated),
             metadata: if writable { metadata_of(&opened) } else { BTreeSet::new() },
             header: Header::new(&opened),

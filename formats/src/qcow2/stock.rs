@@ -23,7 +23,7 @@ use super::driver::{Qcow2, Qcow2Options, State};
 use super::header::REFTABLE_BYTES_MAX;
 use super::layout::{HOST_MAX, Invalid};
 use super::open::Opened;
-use super::sweep::{FREES_MAX, Free};
+use super::sweep::Free;
 use crate::attempts::Attempts;
 use crate::qed::Grow;
 
@@ -151,9 +151,6 @@ pub(super) struct Stock {
     cluster_bits: u32,
 }
 
-/// Clusters that are first counted up at once.
-const BATCH_MIN: u64 = 64;
-
 impl Stock {
     pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Stock {
         let cluster_bits = opened.header.cluster_bits;
@@ -169,8 +166,8 @@ impl Stock {
             fresh: stocked(),
             used: stocked(),
             total: 0,
-            returned: Vec::with_capacity(FREES_MAX),
-            discarded: Vec::with_capacity(FREES_MAX),
+            returned: Vec::with_capacity(options.frees_max),
+            discarded: Vec::with_capacity(options.frees_max),
             drops: stocked(),
             counted: stocked(),
             piece: None,
@@ -183,7 +180,7 @@ impl Stock {
             rest: end,
             durable: opened.file_len,
             grown: opened.file_len,
-            batch: BATCH_MIN.min(options.stock_max).max(1),
+            batch: options.stock_min.min(options.stock_max).max(1),
             asked: false,
             running: false,
             settling: false,
@@ -258,7 +255,7 @@ impl Stock {
     /// The length of the file without the spare end, if it has one that can be cut off.
     pub fn spare_end(&self) -> Option<u64> {
         let end = self.rest << self.cluster_bits;
-        (self.can_grow && self.grown > end).then_some(end)
+        ((self.can_grow || mutant!("qcow2_device_is_cut")) && self.grown > end).then_some(end)
     }
 
     /// The spare end was cut off. Not before that does the file end where it is in use: what it
@@ -359,7 +356,7 @@ impl Qcow2 {
     /// How that went.
     pub(super) fn stock_emptied(&mut self) -> Result<(), Errno> {
         self.stock.settling = false;
-        self.stock.batch = BATCH_MIN.min(self.stock.options.stock_max).max(1);
+        self.stock.batch = self.stock.options.stock_min.min(self.stock.options.stock_max).max(1);
         self.stock.result
     }
 
@@ -606,7 +603,8 @@ impl Qcow2 {
     fn counted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let stock = &mut self.stock;
         stock.durable = stock.grown;
-        let fresh = stock.phase == Phase::Count { fresh: true };
+        let device_is_zeros = !stock.can_grow && mutant!("qcow2_device_is_zeros");
+        let fresh = stock.phase == Phase::Count { fresh: true } || device_is_zeros;
         for run in stock.counted.drain(..) {
             stock.total += run.count;
             if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
@@ -617,7 +615,7 @@ impl Qcow2 {
 
     /// Looks for holes where they were not looked for yet; then takes from the file's end.
     fn count_holes(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.stock.holes < self.stock.end {
+        if self.stock.holes < self.stock.end && !mutant!("qcow2_grows_beside_holes") {
             self.stock.phase = Phase::Count { fresh: false };
             return self.look_at(self.stock.holes, cx);
         }
@@ -977,7 +975,9 @@ impl Qcow2 {
         if let Err(errno) = result {
             stock.attempts.failed(errno);
         }
-        cx.wake_all(&mut stock.waiters);
+        if result.is_ok() || !mutant!("qcow2_no_space_wakes_nobody") {
+            cx.wake_all(&mut stock.waiters);
+        }
         cx.wake_all(&mut stock.settler);
         Step::Done(result)
     }

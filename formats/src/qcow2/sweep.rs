@@ -19,7 +19,7 @@ use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
-use super::driver::{FLUSH, Qcow2, State};
+use super::driver::{FLUSH, Qcow2, Qcow2Options, State};
 use crate::attempts::Attempts;
 
 /// What there is to know about a slice in the cache.
@@ -91,17 +91,17 @@ pub(super) struct Sweep {
     attempts: Attempts,
     frees: Vec<Free>,
     freeing: Vec<Free>,
+    /// Runs that may wait.
+    frees_max: usize,
     freed_in: u32,
     /// Who has something to give up, and must wait for a sweep first.
     pub room: WaitList,
 }
 
-/// Runs of clusters that may wait for a sweep.
-pub(super) const FREES_MAX: usize = 1024;
-
 impl Sweep {
-    /// Of a cache of `slots` slices, with so many slices and blocks in flight at once.
-    pub fn new(slots: usize, depth: usize) -> Sweep {
+    /// Of a cache of `slots` slices.
+    pub fn new(slots: usize, options: &Qcow2Options) -> Sweep {
+        let (depth, frees_max) = (options.sweep_depth.max(1), options.frees_max.max(1));
         Sweep {
             asked: false,
             running: false,
@@ -119,8 +119,9 @@ impl Sweep {
             current: WaitList::new(),
             result: Ok(()),
             attempts: Attempts::default(),
-            frees: Vec::with_capacity(FREES_MAX),
-            freeing: Vec::with_capacity(FREES_MAX),
+            frees: Vec::with_capacity(frees_max),
+            freeing: Vec::with_capacity(frees_max),
+            frees_max,
             freed_in: 0,
             room: WaitList::new(),
         }
@@ -170,7 +171,7 @@ impl Sweep {
     }
 
     pub fn has_room_for_frees(&self) -> bool {
-        self.frees.len() < FREES_MAX
+        self.frees.len() < self.frees_max
     }
 
     fn is_clean(&self) -> bool {
@@ -261,13 +262,16 @@ impl Qcow2 {
     /// Why there is no room, if the sweep that was to make it failed. Then it is no use to ask for
     /// another: after a failed flush every one fails.
     pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
-        self.sweep.attempts.failure_of(attempt)
+        let failure = self.sweep.attempts.failure_of(attempt);
+        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_sweep"))
     }
 
     /// Much is changed: better write some of it back before somebody has to wait for that.
     pub(super) fn sweep_if_full(&mut self, cx: &mut Cx<'_>) {
         let (dirty, frees) = (self.sweep.dirty.len(), self.sweep.frees.len());
-        if !self.sweep.running && (dirty > self.slices.len() / 2 || frees > FREES_MAX / 2) {
+        if !self.sweep.running
+            && (dirty > self.slices.len() / 2 || frees > self.sweep.frees_max / 2)
+        {
             self.ask_for_sweep(cx);
         }
     }

@@ -45,11 +45,13 @@ pub enum Outcome {
     FailAll,
     /// With ENOSPC, nothing done.
     NoSpace,
+    /// With EOPNOTSUPP, nothing done: the file system cannot do that, or not any more.
+    Unsupported,
 }
 
 impl Outcome {
     /// All outcomes.
-    pub const ALL: [Outcome; 7] = [
+    pub const ALL: [Outcome; 8] = [
         Outcome::Done,
         Outcome::Early,
         Outcome::Short,
@@ -57,6 +59,7 @@ impl Outcome {
         Outcome::FailPart,
         Outcome::FailAll,
         Outcome::NoSpace,
+        Outcome::Unsupported,
     ];
 
     /// Does it use up a fault?
@@ -79,6 +82,7 @@ impl Outcome {
             Outcome::FailPart => "eio-part",
             Outcome::FailAll => "eio-all",
             Outcome::NoSpace => "enospc",
+            Outcome::Unsupported => "eopnotsupp",
         }
     }
 
@@ -112,6 +116,50 @@ pub enum Mode {
     Fifo,
 }
 
+/// What a device may cease to do, for good: every such op that ends from then on ends with EIO.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Breakage {
+    /// Reads.
+    Reads,
+    /// Writes and zeroes.
+    Writes,
+    /// Flushes.
+    Flushes,
+    /// Makes files longer or shorter, or reserves space.
+    Lengths,
+}
+
+impl Breakage {
+    /// All of them.
+    pub const ALL: [Breakage; 4] =
+        [Breakage::Reads, Breakage::Writes, Breakage::Flushes, Breakage::Lengths];
+
+    /// Its name in traces.
+    pub fn name(self) -> &'static str {
+        match self {
+            Breakage::Reads => "reads",
+            Breakage::Writes => "writes",
+            Breakage::Flushes => "flushes",
+            Breakage::Lengths => "lengths",
+        }
+    }
+
+    /// The breakage of this name.
+    pub fn from_name(name: &str) -> Option<Breakage> {
+        Breakage::ALL.into_iter().find(|breakage| breakage.name() == name)
+    }
+
+    fn concerns(self, kind: OpKind) -> bool {
+        match kind {
+            OpKind::Read => self == Breakage::Reads,
+            OpKind::Write { .. } | OpKind::Zero { .. } => self == Breakage::Writes,
+            OpKind::Flush => self == Breakage::Flushes,
+            OpKind::Truncate | OpKind::Allocate => self == Breakage::Lengths,
+            OpKind::Discard | OpKind::Compute(_) => false,
+        }
+    }
+}
+
 /// A device that is not what it says, to see whether anybody notices.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Lie {
@@ -121,6 +169,8 @@ pub enum Lie {
     FuaDoesNothing,
     /// Short writes say that they were whole.
     ShortIsWhole,
+    /// Zeroing zeroes nothing.
+    ZeroDoesNothing,
 }
 
 /// What kind of device it is.
@@ -231,6 +281,7 @@ pub struct SimBackend {
     refused: Vec<OpId>,
     is_metadata: Option<IsMetadata>,
     stalled: bool,
+    broken: Option<Breakage>,
     left_behind: bool,
 }
 
@@ -246,6 +297,7 @@ impl SimBackend {
             refused: Vec::new(),
             is_metadata: None,
             stalled: false,
+            broken: None,
             left_behind: false,
         }
     }
@@ -278,6 +330,16 @@ impl SimBackend {
     /// Does it take no ops?
     pub fn is_stalled(&self) -> bool {
         self.stalled
+    }
+
+    /// From now on, and for good, the device fails at this.
+    pub fn break_down(&mut self, breakage: Breakage) {
+        self.broken = Some(breakage);
+    }
+
+    /// What it fails at.
+    pub fn broken(&self) -> Option<Breakage> {
+        self.broken
     }
 
     /// A file of the disk.
@@ -337,6 +399,9 @@ impl SimBackend {
     pub fn outcomes(&self, name: OpName, faults: bool, out: &mut Vec<Outcome>) {
         let flying = self.flying.iter().find(|flying| flying.name == name);
         let flying = flying.expect("only ops in flight end");
+        if self.broken.is_some_and(|breakage| breakage.concerns(flying.kind)) {
+            return out.push(Outcome::Fail);
+        }
         out.push(Outcome::Done);
         if flying.early.is_some() {
             out.push(Outcome::Early);
@@ -362,11 +427,16 @@ impl SimBackend {
                 if flying.end() > self.files[flying.file].now().len() {
                     out.push(Outcome::NoSpace);
                 }
+                if matches!(flying.kind, OpKind::Zero { .. }) && self.device.can_zero {
+                    out.push(Outcome::Unsupported);
+                }
             }
             OpKind::Truncate | OpKind::Allocate => {
                 out.extend([Outcome::Fail, Outcome::FailAll, Outcome::NoSpace]);
             }
-            OpKind::Discard => out.extend([Outcome::Fail, Outcome::FailAll]),
+            OpKind::Discard => {
+                out.extend([Outcome::Fail, Outcome::FailAll, Outcome::Unsupported]);
+            }
             OpKind::Compute(_) => out.push(Outcome::Fail),
         }
     }
@@ -424,7 +494,8 @@ impl SimBackend {
         }
         let grows = match new.kind {
             OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => new.end() > len,
-            OpKind::Truncate => new.offset > len,
+            // Of a device nobody can cut off anything either.
+            OpKind::Truncate => new.offset > len || !self.device.can_grow,
             _ => false,
         };
         assert!(self.device.can_grow || !grows, "behind the end of the disk: {new:?}");
@@ -563,6 +634,10 @@ impl SimBackend {
         if is_zero && !self.device.can_zero && outcome == Outcome::Done {
             return Err(Errno::NOT_SUPPORTED);
         }
+        let change = match is_zero && self.device.lie == Some(Lie::ZeroDoesNothing) {
+            true => change.part(0),
+            false => change,
+        };
         let fua = flying.kind == OpKind::Write { fua: true }
             && self.device.lie != Some(Lie::FuaDoesNothing);
         let (done, fua, result) = match outcome {
@@ -582,6 +657,7 @@ impl SimBackend {
             }
             Outcome::FailAll => (change, false, Err(Errno::IO)),
             Outcome::NoSpace => (change.part(0), false, Err(Errno::NO_SPACE)),
+            Outcome::Unsupported => (change.part(0), false, Err(Errno::NOT_SUPPORTED)),
         };
         self.remember_for_reads(flying.file, &done);
         self.files[flying.file].complete(done, fua);
@@ -607,6 +683,8 @@ impl SimBackend {
                 (Patch::cut(offset, &bytes), self.extended(record), own)
             }
             OpKind::Zero { .. } => (Patch::zeros(offset, len), self.extended(record), false),
+            // A device may take a discard for the hint that it is.
+            OpKind::Discard if !self.device.can_grow => (Vec::new(), Length::Keep, false),
             // Only whole sectors go away.
             OpKind::Discard => {
                 let start = offset.next_multiple_of(SECTOR);
@@ -681,7 +759,7 @@ impl Hash for SimBackend {
     /// What decides what can happen next: not the names of ops, which only record the past, but for
     /// the order that they give.
     fn hash<H: Hasher>(&self, h: &mut H) {
-        (self.stalled, self.mode).hash(h);
+        (self.stalled, self.broken, self.mode).hash(h);
         let mut order: Vec<&Flying> = self.flying.iter().collect();
         order.sort_unstable_by_key(|flying| flying.name);
         for flying in &order {

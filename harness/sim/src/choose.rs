@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::backend::{OpName, Outcome};
+use crate::backend::{Breakage, OpName, Outcome};
 use crate::disk::splitmix;
 
 /// One thing that happens.
@@ -22,7 +22,9 @@ pub enum Choice {
     Stall,
     /// It takes ops again.
     Resume,
-    /// All requests have ended: the image is to be left clean.
+    /// The device ceases to do something, for good.
+    Break(Breakage),
+    /// All requests have ended that were submitted: the image is to be left clean.
     Drain,
     /// The machine stops, and starts again with what that leaves: 0 nothing that was not stable,
     /// 1 everything, others a mixture.
@@ -34,7 +36,7 @@ impl Choice {
     pub fn is_fault(self) -> bool {
         match self {
             Choice::End(_, outcome) => outcome.is_fault(),
-            Choice::Stall | Choice::Crash(_) => true,
+            Choice::Stall | Choice::Break(_) | Choice::Crash(_) => true,
             _ => false,
         }
     }
@@ -48,6 +50,7 @@ impl fmt::Display for Choice {
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
             Choice::Resume => f.write_str("resume"),
+            Choice::Break(breakage) => write!(f, "break {}", breakage.name()),
             Choice::Drain => f.write_str("drain"),
             Choice::Crash(pick) => write!(f, "crash {pick}"),
         }
@@ -72,6 +75,7 @@ impl FromStr for Choice {
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),
             ["resume"] => Ok(Choice::Resume),
+            ["break", what] => Ok(Choice::Break(Breakage::from_name(what).ok_or_else(wrong)?)),
             ["drain"] => Ok(Choice::Drain),
             ["crash", pick] => Ok(Choice::Crash(pick.parse().map_err(|_| wrong())?)),
             _ => Err(wrong()),
@@ -91,8 +95,10 @@ fn calm(among: &[Choice], newest: bool) -> usize {
         Choice::Resume => 0,
         Choice::Submit(_) => 1,
         Choice::End(_, Outcome::Done) => 2,
-        Choice::Drain => 3,
-        _ => 4,
+        // All that a broken device does.
+        Choice::End(_, Outcome::Fail) => 3,
+        Choice::Drain => 4,
+        _ => 5,
     };
     let best = among.iter().map(rank).min().expect("there is something to choose from");
     let mut of_that_rank = (0..among.len()).filter(|&i| rank(&among[i]) == best);

@@ -14,7 +14,7 @@ use cowbell_formats::qed::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::image::{CLUSTER, Image, Layout, State};
+use crate::image::{CLUSTER, Image, Layout, Medium, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
@@ -300,6 +300,8 @@ fn scopes_on(
 /// - qcow2 knows no deadlines, and leaves more in flight than there is time for: of pairs with a
 ///   fault it sees the most telling, and all of them where little is allocated or clusters are
 ///   small.
+///
+/// Then devices, and what lasts: drains that may fail, devices that break for good.
 pub fn gate_scopes() -> Vec<Scope> {
     Format::ALL.into_iter().flat_map(gate_scopes_of).collect()
 }
@@ -343,7 +345,77 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
             scopes_on(small(), fault, count(2)),
         ],
     };
-    of_all.into_iter().chain(pairs).flatten().collect()
+    let more = [device_scopes(format), lasting_scopes(format)];
+    of_all.into_iter().chain(pairs).chain(more).flatten().collect()
+}
+
+/// Clusters that [`State::Warm`] adds to a qcow2 image: data and tables.
+pub(crate) const FULL: u64 = 5;
+
+/// Devices: of a fixed length, full of noise, which are not cut. With a fault for single requests
+/// and, where all fits, for the most telling pairs; full ones with what makes room.
+fn device_scopes(format: Format) -> Vec<Scope> {
+    let image = Image::new(format);
+    let fault = Budget { faults: 1, ..QUIET };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    let core = |image: &Image| workloads(image, &Shape::CORE, 2);
+    match format {
+        Format::Raw => {
+            let device = Image { medium: Medium::Device(0), ..image };
+            [scopes_on([device], fault, single), scopes_on([device], fault, core)].concat()
+        }
+        Format::Qcow2 => {
+            let roomy = Image { medium: Medium::Device(12), frees: 1, ahead: 2, ..image };
+            let warm = Image { state: State::Warm, ..roomy };
+            let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
+            let room = |image: &Image| {
+                let at = |table, cluster| image.place(table, cluster);
+                let (discard, zero) = (Request::discard(0, CLUSTER), Request::zero(0, CLUSTER));
+                let write = Request::write(at(0, 2), 1024);
+                let read = Request::read(at(0, 2), CLUSTER);
+                vec![
+                    Workload::new([discard, write]),
+                    Workload::new([discard, Request::flush(), write]),
+                    Workload::new([zero, write, read]),
+                ]
+            };
+            [
+                scopes_on([roomy, warm], fault, single),
+                scopes_on([warm], fault, core),
+                scopes_on([full], QUIET, room),
+            ]
+            .concat()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Use after a drain that may have failed, and devices that break for good: single requests, and of
+/// two images the most telling pairs.
+fn lasting_scopes(format: Format) -> Vec<Scope> {
+    let plain = Image { ahead: 2, frees: 1, ..Image::new(format) };
+    let warm = Image { state: State::Warm, ..plain };
+    let drains = Budget { faults: 1, drains: 1, ..QUIET };
+    let breaks = Budget { faults: 1, breaks: true, ..QUIET };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    let again = |image: &Image| {
+        let at = |table, cluster| image.place(table, cluster);
+        let write = Request::write(at(0, 0), image.cluster());
+        let head = Request::write(at(0, 2), 1024);
+        let discard = Request::discard(at(0, 0), image.cluster());
+        vec![
+            Workload::new([write, head]),
+            Workload::new([discard, head]),
+            Workload::new([write, Request::read(at(0, 0), image.cluster())]),
+        ]
+    };
+    let images = if format == Format::Raw { vec![plain] } else { vec![plain, warm] };
+    [
+        scopes_on(images.iter().copied(), breaks, single),
+        scopes_on(images.iter().copied(), breaks, again),
+        scopes_on(images.iter().copied(), drains, again),
+    ]
+    .concat()
 }
 
 /// Runs the gate.
@@ -523,9 +595,11 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
     per_scope.iter().for_each(|(scope, _)| counts += *scope);
     let done = scopes.iter().zip(per_scope).map(|(scope, (counts, seconds))| {
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
-        let Budget { faults, ticks, crashes, .. } = scope.budget;
+        let Budget { faults, ticks, crashes, drains, breaks, .. } = scope.budget;
+        let drains = if drains > 0 { format!(", {drains} drains") } else { String::new() };
+        let breaks = if breaks { ", breaks" } else { "" };
         let name = format!(
-            "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes: {}",
+            "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes{drains}{breaks}: {}",
             scope.image
         );
         Done { name, counts, seconds }

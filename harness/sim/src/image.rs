@@ -39,6 +39,16 @@ pub enum State {
     Holes,
 }
 
+/// What an image lies on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Medium {
+    /// A file, as long as is needed.
+    File,
+    /// A device: its length is fixed, what nobody has written is noise. Behind the image, as it is
+    /// made, there are so many clusters.
+    Device(u64),
+}
+
 /// How a VMDK image is laid out.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Layout {
@@ -63,6 +73,10 @@ pub struct Image {
     pub long: bool,
     /// Is it qcow2 of version 2, whose tables do not say that a cluster is zeros?
     pub old: bool,
+    /// What it lies on.
+    pub medium: Medium,
+    /// Runs of clusters that were given up and may wait for qcow2's tables to be written.
+    pub frees: usize,
     /// How a VMDK image is laid out.
     pub layout: Layout,
     /// Bytes in a cluster. Of less than 4096 only qcow2 makes any; its refcounts are then as
@@ -98,6 +112,8 @@ impl Image {
             long: false,
             old: false,
             cluster: CLUSTER,
+            medium: Medium::File,
+            frees: FREES,
             layout: Layout::Plain,
             cache: 2,
             buffers: 4,
@@ -147,6 +163,8 @@ impl Image {
             cache_inflated: 1,
             growth,
             stock_max: self.ahead,
+            stock_min: self.ahead,
+            frees_max: self.frees,
             // What was in a hole is there still.
             pass_discards: self.state != State::Holes,
             sweep_depth: self.buffers,
@@ -164,6 +182,22 @@ impl Image {
             ..OpenOptions::default()
         };
         chain::open(host, Path::new(TOP), &options).map_err(|why| why.to_string())
+    }
+
+    /// The image is copied to its device, if it lies on one.
+    fn put_on_device(&self, host: &SimHost) {
+        let Medium::Device(spare) = self.medium else { return };
+        let image = host.contents(TOP).expect("it was just made");
+        let end = match self.format {
+            // The disk is the device.
+            Format::Raw => image.len(),
+            _ => image.len().next_multiple_of(self.cluster) + spare * self.cluster,
+        };
+        let mut device = Contents::noise(!SEED ^ end, end);
+        let mut bytes = vec![0; image.len() as usize];
+        image.read(0, &mut bytes);
+        device.write(0, &bytes);
+        host.put(TOP, device);
     }
 
     /// Fills the clusters that a state says are there, through the engine, and closes the image.
@@ -224,6 +258,8 @@ const FILLED: [(u64, u64); 3] = [(0, 0), (0, 1), (1, 0)];
 const HOLES: [(u64, u64); 4] = [(0, 3), (0, 4), (0, 5), (0, 6)];
 /// Whose pattern it is filled with: a request that no workload has.
 const FILLER: usize = 1000;
+/// What [`Image::frees`] is where nothing is said of it.
+const FREES: usize = 1024;
 /// More than anybody needs to fill a cluster.
 const RUNS_MAX: usize = 64;
 pub(crate) const TOP: &str = "top.img";
@@ -243,7 +279,7 @@ impl Subject for Image {
             memory_align: 1,
             hole_align: if self.align == 1 { 1 } else { 4096 },
             depth: self.depth,
-            can_grow: true,
+            can_grow: self.medium == Medium::File,
             can_zero: self.can_zero,
             bounce_from: self.buffers as u32,
             lie: self.lie,
@@ -265,6 +301,7 @@ impl Subject for Image {
     fn make(&self, host: &SimHost) -> Result<(), String> {
         if self.format == Format::Raw {
             host.put(TOP, Contents::noise(SEED, self.size()));
+            self.put_on_device(host);
             return Ok(());
         }
         if self.format == Format::Vmdk {
@@ -291,6 +328,7 @@ impl Subject for Image {
             ..CreateOptions::default()
         };
         create(host, Path::new(TOP), self.format, &options).map_err(|why| why.to_string())?;
+        self.put_on_device(host);
         if self.state == State::Cold { Ok(()) } else { self.fill(host) }
     }
 
@@ -304,6 +342,14 @@ impl Subject for Image {
 
     fn still_files(&self) -> usize {
         self.backing.into()
+    }
+
+    fn holes(&self) -> u64 {
+        match (self.format, self.state) {
+            // More that is counted ahead comes from the file's end, and is used first.
+            (Format::Qcow2, State::Holes) if self.ahead <= 2 => HOLES.len() as u64,
+            _ => 0,
+        }
     }
 
     fn open(&self, host: &SimHost, engine: &mut SimEngine<Node>) -> Result<NodeId, String> {
@@ -472,6 +518,7 @@ impl fmt::Display for Image {
             Some(Lie::FlushDoesNothing) => "flush-does-nothing",
             Some(Lie::FuaDoesNothing) => "fua-does-nothing",
             Some(Lie::ShortIsWhole) => "short-is-whole",
+            Some(Lie::ZeroDoesNothing) => "zero-does-nothing",
         };
         let layout = match self.layout {
             Layout::Plain => "",
@@ -488,6 +535,12 @@ impl fmt::Display for Image {
         }
         if self.cluster != CLUSTER {
             write!(f, "cluster={} ", self.cluster)?;
+        }
+        if let Medium::Device(spare) = self.medium {
+            write!(f, "device={spare} ")?;
+        }
+        if self.frees != FREES {
+            write!(f, "frees={} ", self.frees)?;
         }
         write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
         write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
@@ -526,6 +579,8 @@ impl FromStr for Image {
                         _ => return Err(wrong()),
                     };
                 }
+                "device" => image.medium = Medium::Device(number(value)?),
+                "frees" => image.frees = number(value)? as usize,
                 "cluster" => image.cluster = number(value)?,
                 "cache" => image.cache = number(value)? as usize,
                 "buffers" => image.buffers = number(value)? as usize,
@@ -548,6 +603,7 @@ impl FromStr for Image {
                         "flush-does-nothing" => Some(Lie::FlushDoesNothing),
                         "fua-does-nothing" => Some(Lie::FuaDoesNothing),
                         "short-is-whole" => Some(Lie::ShortIsWhole),
+                        "zero-does-nothing" => Some(Lie::ZeroDoesNothing),
                         _ => return Err(wrong()),
                     };
                 }

@@ -13,8 +13,8 @@ use cowbell_formats::Format;
 use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
-use crate::gate::{Scope, scopes, scopes_with};
-use crate::image::{Image, State};
+use crate::gate::{FULL, Scope, scopes, scopes_with};
+use crate::image::{Image, Medium, State};
 use crate::random::run_once;
 use crate::subject::Subject;
 use crate::trace::Trace;
@@ -67,6 +67,8 @@ pub const MUTANTS: &[Mutant] = &[
     raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
     raw("file_end_cuts_unclaimed", "a file is cut off inside a block that is being written"),
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
+    raw("drain_error_forgotten", "a drain that could not make all stable says that it did"),
+    raw("failed_flush_tried_again", "the flush after a failed one counts for what that lost"),
     qed("no_fence_before_link", "an entry may be stable before the copied data is"),
     qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
     qed("never_marked", "the need-check mark is never set"),
@@ -163,6 +165,13 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_root_linked_while_moving", "a table is linked in an L1 table that was copied"),
     qcow2("qcow2_header_not_doubted", "a failed write of the header counts as not done"),
     qcow2("qcow2_block_linked_unstable", "a refcount block is linked before it is stable"),
+    qcow2("qcow2_device_is_zeros", "a device's unused space is taken for zeros"),
+    qcow2("qcow2_device_is_cut", "a device is cut off where the image ends"),
+    qcow2("qcow2_asks_again_after_a_failed_sweep", "who waits for room asks again for ever"),
+    qcow2("qcow2_grows_beside_holes", "the file grows although it has holes"),
+    qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
+    qcow2("qcow2_no_space_wakes_nobody", "who waits for clusters waits for ever if there are none"),
+    lie("device-zero-does-nothing", "the device's zeroing zeroes nothing", Lie::ZeroDoesNothing),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
     lie(
@@ -228,7 +237,10 @@ impl fmt::Display for Score {
             let (stage, requests) = match killed {
                 Some((stage, trace)) => {
                     let count = trace.workload.requests.len();
-                    (*stage, format!("{count} requests, {} choices", trace.choices.len()))
+                    let verdict = trace.verdict.as_deref().and_then(|text| text.lines().next());
+                    let choices = trace.choices.len();
+                    let verdict = verdict.unwrap_or_default();
+                    (*stage, format!("{count} requests, {choices} choices: {verdict}"))
                 }
                 None => ("SURVIVED", String::new()),
             };
@@ -333,6 +345,8 @@ pub fn special(format: Format) -> Vec<Scope> {
             scope(image, 0, 0, &[Request::write_fua(0, 1024)]),
             scope(blocks, 0, 0, &[Request::write(300, 300), Request::write(1024, 512)]),
             scope(image, 0, 0, &[head(0, 0), flush, head(0, 1), flush]),
+            scope(image, 1, 0, &[head(0, 0), flush, flush]),
+            scope(image, 0, 0, &[Request::zero(0, 8192)]),
         ];
     }
     let overlay = Image { backing: true, ..image };
@@ -376,6 +390,10 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
     let shared = Image { state: State::Shared, ..image };
     // A refcount block counts 64 clusters.
     let small = Image { cluster: 512, ahead: 64, ..image };
+    let device = Image { medium: Medium::Device(8), ..warm };
+    // What fills the image fills the device.
+    let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
+    let few = Image { frees: 1, ..warm };
     let at = |table, cluster| image.place(table, cluster);
     let head = |table, cluster| Request::write(at(table, cluster), 1024);
     let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
@@ -410,6 +428,15 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         scope(image, 0, &[Request::truncate(at(3, 1)), head(0, 0), flush]),
         scope(image, 1, &[Request::truncate(4608), whole(1, 0)]),
         scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
+        scope(device, 0, &[head(0, 2), Request::read(at(0, 2), 4096)]),
+        scope(full, 0, &[discard(0, 0), whole(0, 2)]),
+        scope(full, 0, &[discard(0, 0), flush, whole(0, 2)]),
+        scope(Image { ahead: 2, ..holes }, 0, &[head(0, 2)]),
+        scope(few, 1, &[discard(0, 0), discard(1, 0), discard(0, 1)]),
+        Scope {
+            budget: Budget { faults: 1, drains: 1, ..QUIET },
+            ..scope(image, 0, &[whole(0, 0), discard(0, 0), head(0, 1)])
+        },
         // A rewrite in place, a discard of the cluster, an allocation: whose is it?
         scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),
     ]

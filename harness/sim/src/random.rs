@@ -16,7 +16,7 @@ use crate::image::{Image, Layout, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::{Base, Budget};
+use crate::world::{Base, Budget, QUIET};
 
 /// Numbers drawn from a seed.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +86,9 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     };
     let faults = draw.of(&[0, 0, 1, 2, 4]);
     let crashes = if draw.one_in(3) { 1 + draw.below(2) as u8 } else { 0 };
-    let budget = Budget { faults, ticks: draw.below(4) as u8, crashes, stalls: draw.one_in(4) };
+    let ticks = draw.below(4) as u8;
+    let stalls = draw.one_in(4);
+    let budget = Budget { faults, ticks, crashes, stalls, ..QUIET };
     let count = 4 + draw.below(8);
     let mut size = image.size();
     let requests: Vec<Request> =

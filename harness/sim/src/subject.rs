@@ -39,6 +39,11 @@ pub trait Subject: Clone + Debug {
         0
     }
 
+    /// Clusters in the last of its files that nobody uses at first.
+    fn holes(&self) -> u64 {
+        0
+    }
+
     /// Opens it for writing in `engine`.
     fn open(&self, host: &SimHost, engine: &mut SimEngine<Self::Driver>) -> Result<NodeId, String>;
 

@@ -104,11 +104,13 @@ impl Trace {
     }
 
     fn head(&self) -> Vec<String> {
-        let Budget { faults, ticks, crashes, stalls } = self.budget;
+        let Budget { faults, ticks, crashes, drains, stalls, breaks } = self.budget;
+        let drains = if drains > 0 { format!(" drains={drains}") } else { String::new() };
+        let more = if breaks { drains + " breaks=true" } else { drains };
         let mut lines = vec![
             MAGIC.to_string(),
             format!("image {}", self.image.text()),
-            format!("budget faults={faults} ticks={ticks} crashes={crashes} stalls={stalls}"),
+            format!("budget faults={faults} ticks={ticks} crashes={crashes} stalls={stalls}{more}"),
         ];
         lines.extend(self.workload.requests.iter().map(|request| format!("request {request}")));
         lines
@@ -203,6 +205,8 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             "faults" => budget.faults = small()?,
             "ticks" => budget.ticks = small()?,
             "crashes" => budget.crashes = small()?,
+            "drains" => budget.drains = small()?,
+            "breaks" => budget.breaks = value == "true",
             "stalls" => budget.stalls = value == "true",
             _ => return Err(format!("'{key}' is no part of a budget")),
         }

@@ -14,7 +14,7 @@ use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, IoKind};
 use cowbell_engine::units::{NodeId, Time};
 
-use crate::backend::{Mode, OpName, SimBackend};
+use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
 use crate::disk::{Contents, Sites, fixed_hash, splitmix};
 use crate::host::SimHost;
@@ -54,16 +54,21 @@ pub struct Budget {
     pub ticks: u8,
     /// Crashes after which the rest of the workload goes on.
     pub crashes: u8,
+    /// Drains after which the rest of the workload goes on.
+    pub drains: u8,
     /// Is a device that takes no ops for a while among the faults?
     pub stalls: bool,
+    /// Is a device that [breaks](Breakage) for good among the faults?
+    pub breaks: bool,
 }
 
 /// Nothing goes wrong, and nothing happens but requests.
-pub const QUIET: Budget = Budget { faults: 0, ticks: 0, crashes: 0, stalls: false };
+pub const QUIET: Budget =
+    Budget { faults: 0, ticks: 0, crashes: 0, drains: 0, stalls: false, breaks: false };
 
 impl Default for Budget {
     fn default() -> Self {
-        Budget { faults: 0, ticks: 1, crashes: 0, stalls: false }
+        Budget { ticks: 1, ..QUIET }
     }
 }
 
@@ -90,8 +95,9 @@ impl<S: Subject> Base<S> {
             Cut::new(workload, subject.cluster(), (subject.size(), subject.size_unit()), before);
         let cut = Shared::new(cut);
         let shadow = Shadow::new(cut.clone(), subject.discard_unit());
+        let holes_end = holes_end(subject, host, workload);
         let (subject, workload) = (subject.clone(), workload.clone());
-        let plan = Plan { subject, workload, cut, verdicts: verdicts.clone() };
+        let plan = Plan { subject, workload, cut, holes_end, verdicts: verdicts.clone() };
         World {
             plan: Shared::new(plan),
             engine: engine.clone(),
@@ -102,7 +108,9 @@ impl<S: Subject> Base<S> {
             faults: budget.faults,
             ticks: budget.ticks,
             crashes: budget.crashes,
+            drains: budget.drains,
             stalls: budget.stalls,
+            breaks: budget.breaks,
             faulted: false,
             crashed: false,
             beyond: 0,
@@ -130,12 +138,33 @@ fn open<S: Subject>(
     Ok((engine, node))
 }
 
+/// If all that the workload may allocate fits half of the holes that there are: the length that the
+/// file keeps.
+fn holes_end<S: Subject>(subject: &S, host: &SimHost, workload: &Workload) -> Option<u64> {
+    let cluster = subject.cluster();
+    let needs = |request: &Request| match request.kind {
+        IoKind::Read | IoKind::Flush => Some(0),
+        // Its clusters, and a table.
+        IoKind::Write { .. } => {
+            Some(request.end().div_ceil(cluster) - request.offset / cluster + 1)
+        }
+        _ => None,
+    };
+    let needed =
+        workload.requests.iter().try_fold(0, |sum, request| Some(sum + needs(request)?))?;
+    let file = subject.files().into_iter().next_back()?;
+    (needed > 0 && 2 * needed <= subject.holes())
+        .then(|| host.contents(file).map(|file| file.len()))?
+}
+
 /// What does not change in a world.
 #[derive(Debug)]
 struct Plan<S> {
     subject: S,
     workload: Workload,
     cut: Shared<Cut>,
+    /// See [`holes_end`].
+    holes_end: Option<u64>,
     verdicts: Verdicts,
 }
 
@@ -158,7 +187,9 @@ pub struct World<S: Subject> {
     faults: u8,
     ticks: u8,
     crashes: u8,
+    drains: u8,
     stalls: bool,
+    breaks: bool,
     /// Has an op failed?
     faulted: bool,
     /// Was there a crash?
@@ -183,13 +214,14 @@ impl<S: Subject> Clone for World<S> {
     fn clone_from(&mut self, source: &Self) {
         self.engine.clone_from(&source.engine);
         let World { node, next, ended, faults, ticks, stalls, faulted, beyond, .. } = *source;
-        let World { stage, now, steps, crashes, crashed, .. } = *source;
+        let World { stage, now, steps, crashes, crashed, drains, breaks, .. } = *source;
         self.plan.clone_from(&source.plan);
         self.shadow.clone_from(&source.shadow);
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
         (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
         (self.stage, self.now, self.steps) = (stage, now, steps);
         (self.crashes, self.crashed) = (crashes, crashed);
+        (self.drains, self.breaks) = (drains, breaks);
     }
 }
 
@@ -198,7 +230,7 @@ impl<S: Subject> Hash for World<S> {
         self.engine.hash(h);
         self.shadow.hash(h);
         (self.next, self.faults, self.ticks, self.faulted, self.beyond, self.stage).hash(h);
-        (self.crashes, self.crashed).hash(h);
+        (self.crashes, self.crashed, self.drains).hash(h);
     }
 }
 
@@ -216,7 +248,8 @@ impl<S: Subject> World<S> {
             return;
         }
         let all = self.plan.workload.requests.len() as u32;
-        if self.next < all && self.may_submit() {
+        let running = self.stage == Stage::Running;
+        if running && self.next < all && self.may_submit() {
             out.push(Choice::Submit(self.next));
         }
         let backend = self.engine.backend();
@@ -235,7 +268,11 @@ impl<S: Subject> World<S> {
         } else if self.stalls && self.faults > 0 {
             out.push(Choice::Stall);
         }
-        if self.ended == all && self.stage == Stage::Running {
+        if self.breaks && self.faults > 0 && backend.broken().is_none() {
+            out.extend(Breakage::ALL.map(Choice::Break));
+        }
+        let early = self.drains > 0 && 0 < self.next && self.ended == self.next;
+        if running && (self.ended == all || early) {
             out.push(Choice::Drain);
         }
         // Before the first request and after the last nothing would follow.
@@ -290,7 +327,10 @@ impl<S: Subject> World<S> {
         match choice {
             Choice::Submit(which) => self.submit(which as usize),
             Choice::End(name, outcome) => {
-                self.faults -= u8::from(outcome.is_fault());
+                let is_broken = self.engine.backend().broken().is_some();
+                if outcome.is_fault() && !(is_broken && self.faults == 0) {
+                    self.faults -= 1;
+                }
                 self.faulted |= outcome.is_error();
                 self.engine.backend_mut().choose(name, outcome);
             }
@@ -303,13 +343,22 @@ impl<S: Subject> World<S> {
                 self.engine.backend_mut().set_stalled(true);
             }
             Choice::Resume => self.engine.backend_mut().set_stalled(false),
+            Choice::Break(breakage) => {
+                self.faults -= 1;
+                self.engine.backend_mut().break_down(breakage);
+            }
             Choice::Crash(pick) => self.crash(pick)?,
             Choice::Drain => {
+                self.drains -= u8::from(self.next < self.plan.workload.requests.len() as u32);
                 self.stage = Stage::Draining;
                 self.engine.drain();
             }
         }
-        self.engine.run(self.now);
+        let steps = self.engine.run(self.now).steps;
+        let limit = STEPS_PER_RUN * (self.plan.workload.requests.len() + 1);
+        if steps > limit {
+            return Err(format!("it does not come to rest: {steps} steps in one run"));
+        }
         self.take_finished()?;
         self.see_drained()
     }
@@ -356,6 +405,7 @@ impl<S: Subject> World<S> {
         self.shadow.crashed(&image.found);
         self.ended = self.next;
         self.crashed = true;
+        self.stage = Stage::Running;
         Ok(())
     }
 
@@ -383,7 +433,8 @@ impl<S: Subject> World<S> {
     fn see_drained(&mut self) -> Result<(), String> {
         match self.engine.drained() {
             Some(result) if self.stage == Stage::Draining => {
-                self.stage = Stage::Over;
+                let over = self.next == self.plan.workload.requests.len() as u32;
+                self.stage = if over { Stage::Over } else { Stage::Running };
                 match result {
                     Ok(()) => self.shadow.settle(),
                     Err(errno) if !self.faulted => {
@@ -411,6 +462,12 @@ impl<S: Subject> World<S> {
         let files: Vec<Contents> = (0..self.engine.backend().file_count())
             .map(|i| self.engine.backend().file(file_id(i)).now().clone())
             .collect();
+        let len = files.last().map_or(0, Contents::len);
+        if let Some(end) = self.plan.holes_end.filter(|_| !self.faulted && !self.crashed)
+            && len > end
+        {
+            return Err(format!("the file grew from {end} to {len} bytes although it has holes"));
+        }
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
         self.read_again(&files, &image)?;
         // What was not flushed and could not be written back is lost with the memory it was in.
@@ -535,6 +592,9 @@ fn file_id(index: usize) -> cowbell_engine::units::FileId {
 
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
+
+/// Steps that requests take in one run, for each request there may be: more is a loop.
+const STEPS_PER_RUN: usize = 64;
 
 /// A world takes at most so many steps for each request, closing it included.
 const STEPS_PER_REQUEST: u32 = 64;
