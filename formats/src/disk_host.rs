@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
+use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 
 use crate::chain::Host;
 
@@ -40,6 +41,10 @@ impl Host for DiskHost {
         // Without it the numbers repeat, which nobody's safety depends on.
         let _ = fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
         u32::from_le_bytes(bytes)
+    }
+
+    fn lock(&self, file: &mut DiskFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
+        file.lock(lock, locking)
     }
 
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {

@@ -75,8 +75,8 @@ pub struct Args {
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// Send to random blocks, chosen by this seed
     #[arg(long, value_name = "SEED", help_heading = "Beyond QEMU")]
@@ -227,6 +227,7 @@ fn plan(args: &Args) -> Result<(Plan, Setup), Fail> {
         random: args.random,
     };
     let setup = Setup {
+        force_share: args.force_share,
         format: format_for(&args.file, args.format.as_deref())?,
         write: args.write,
         cache,

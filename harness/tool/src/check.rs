@@ -4,14 +4,17 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_whole_layer, probe_file};
 use cowbell_formats::error::Shown;
+use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
 
 use crate::fail::Fail;
 use crate::info::{Form, format_for};
 use crate::json::Json;
+use crate::locking;
 use crate::out::Out;
 use crate::session::eprint_quietly;
 
@@ -33,8 +36,8 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'T', value_name = "CACHE", hide = true)]
     cache: Option<String>,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// The image
     file: PathBuf,
@@ -66,13 +69,28 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let file = &args.file;
     let wanted = format_for(file, args.format.as_deref())?;
     let host = DiskHost::default();
-    let store =
+    let mut store =
         host.open(file, repair != Repair::None).map_err(|error| Fail::open_io(file, &error))?;
     let format = match wanted {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
     };
-    let mut report = check(args, &store, format, repair)?;
+    let options = OpenOptions {
+        format: Some(format),
+        write: repair != Repair::None,
+        locking: locking::chosen(),
+        force_share: args.force_share,
+        ..OpenOptions::default()
+    };
+    lock_image(&host, &mut store, file, format, &options).map_err(|why| Fail::open(file, why))?;
+    if options.write && matches!(store.lock_state(), LockState::Unsupported(_)) {
+        locking::warn_of(file);
+    }
+    // A VMDK image is locked whole, when it is opened whole.
+    if format == Format::Vmdk {
+        store.unlock();
+    }
+    let mut report = check(args, &store, &options, repair)?;
     let mut out = Out::new(args.quiet);
     if report.corruptions_fixed + report.leaks_fixed > 0 {
         if form == Form::Human {
@@ -82,7 +100,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             writeln!(out, "Double checking the fixed image now...")?;
         }
         let fixed = report;
-        report = check(args, &store, format, Repair::None)?;
+        report = check(args, &store, &options, Repair::None)?;
         report.leaks_fixed = fixed.leaks_fixed;
         report.corruptions_fixed = fixed.corruptions_fixed;
     }
@@ -135,16 +153,21 @@ fn write_report(out: &mut Out, report: &Report) -> Result<(), Fail> {
 }
 
 /// Checks an image of any format that has something to check.
-fn check(args: &Args, store: &DiskFile, format: Format, repair: Repair) -> Result<Report, Fail> {
+fn check(
+    args: &Args,
+    store: &DiskFile,
+    options: &OpenOptions,
+    repair: Repair,
+) -> Result<Report, Fail> {
     let file = &args.file;
-    let report = match format {
+    let report = match options.format.unwrap_or(Format::Raw) {
         Format::Raw => {
             let what = "This image format does not support checks";
             return Err(Fail::at(file, what).with_code(UNSUPPORTED));
         }
         Format::Qed => check_qed(store, repair),
         Format::Qcow2 => check_qcow2(store, repair, args.quiet),
-        Format::Vmdk => check_vmdk(file, repair),
+        Format::Vmdk => check_vmdk(file, options, repair),
     };
     report.map_err(|why| Fail::open(file, why))
 }
@@ -172,9 +195,9 @@ fn check_qcow2(store: &DiskFile, repair: Repair, quiet: bool) -> Result<Report, 
 }
 
 /// A VMDK image is more than its own file.
-fn check_vmdk(file: &Path, repair: Repair) -> Result<Report, Error> {
+fn check_vmdk(file: &Path, options: &OpenOptions, repair: Repair) -> Result<Report, Error> {
     let write = repair != Repair::None;
-    let options = OpenOptions { format: Some(Format::Vmdk), write, ..OpenOptions::default() };
+    let options = OpenOptions { write, ..options.clone() };
     let layer = open_whole_layer(&DiskHost::default(), file, &options)?;
     let found = vmdk::check::check(&layer, repair)?;
     // QEMU says nothing of how much is allocated. Copies that lag behind do no more harm than

@@ -9,6 +9,7 @@ use cowbell_formats::{Chain, DiskHost, Error, OpenOptions, Policy};
 
 use crate::fail::Fail;
 use crate::info::format_for;
+use crate::locking;
 use crate::out::Out;
 
 /// The options of `compare`.
@@ -32,8 +33,8 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'p', hide = true)]
     progress: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// Two images
     #[arg(num_args = 2, required = true)]
@@ -60,9 +61,15 @@ struct Side<'a> {
 }
 
 impl Side<'_> {
-    fn open<'a>(path: &'a Path, format: Option<&str>) -> Result<Side<'a>, Fail> {
+    fn open<'a>(path: &'a Path, format: Option<&str>, force_share: bool) -> Result<Side<'a>, Fail> {
         let format = format_for(path, format)?;
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
+        let options = OpenOptions {
+            format,
+            backing: Policy::Any,
+            locking: locking::chosen(),
+            force_share,
+            ..OpenOptions::default()
+        };
         let chain = cowbell_formats::open(&DiskHost::default(), path, &options);
         let chain = chain.map_err(|why| Fail::open(path, why))?;
         Ok(Side { path, chain, buf: Vec::new() })
@@ -93,8 +100,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     let mut out = Out::new(args.quiet);
     let opened = |fail: Fail| fail.with_code(NOT_OPENED);
-    let mut a = Side::open(a, args.first_format.as_deref()).map_err(opened)?;
-    let mut b = Side::open(b, args.second_format.as_deref()).map_err(opened)?;
+    let mut a = Side::open(a, args.first_format.as_deref(), args.force_share).map_err(opened)?;
+    let mut b = Side::open(b, args.second_format.as_deref(), args.force_share).map_err(opened)?;
     let verdict = compare(&mut a, &mut b, args.strict, &mut out)?;
     writeln!(out, "{}", verdict.as_deref().unwrap_or("Images are identical."))?;
     out.flush()?;

@@ -8,6 +8,7 @@ use cowbell_formats::{DiskHost, Error, Format};
 
 use crate::disk::StoppableHost;
 use crate::fail::Fail;
+use crate::locking;
 use crate::out::Out;
 use crate::stop::Stop;
 
@@ -54,7 +55,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
     };
     let at = |why: Error| Fail::file(file, why);
     let format = create::format_named(&args.format).map_err(at)?;
-    let mut options = CreateOptions::default();
+    let mut options = CreateOptions { locking: locking::chosen(), ..CreateOptions::default() };
     for text in &args.options {
         options.parse(format, text).map_err(at)?;
     }

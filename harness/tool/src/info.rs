@@ -7,9 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use cowbell_formats::chain::OpenOptions;
+use cowbell_formats::chain::{OpenOptions, open_layer};
 use cowbell_formats::error::Shown;
-use cowbell_formats::info::{Info, Qcow2Info, info, info_of};
+use cowbell_formats::info::{Info, Qcow2Info, info_of};
 use cowbell_formats::qcow2::bitmap::Bitmap;
 use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS};
 use cowbell_formats::vmdk::info::{VmdkExtent, VmdkInfo};
@@ -17,6 +17,7 @@ use cowbell_formats::{DiskHost, Error, Format, Policy};
 
 use crate::fail::Fail;
 use crate::json::Json;
+use crate::locking;
 use crate::number::human;
 use crate::out::Out;
 use crate::snapshot;
@@ -33,8 +34,8 @@ pub struct Args {
     /// Also the backing files, theirs, and so on
     #[arg(long)]
     backing_chain: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// The image
     file: PathBuf,
@@ -76,12 +77,19 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let format = format_for(&args.file, args.format.as_deref())?;
     let host = DiskHost::default();
     let open = |why| Fail::open(&args.file, why);
+    let options = OpenOptions {
+        format,
+        backing: Policy::Any,
+        locking: locking::chosen(),
+        force_share: args.force_share,
+        ..OpenOptions::default()
+    };
     let layers = if args.backing_chain {
-        let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
         let chain = cowbell_formats::open(&host, &args.file, &options).map_err(open)?;
         chain.layers.iter().map(info_of).collect::<Result<Vec<_>, _>>().map_err(open)?
     } else {
-        vec![info(&host, &args.file, format).map_err(open)?]
+        let layer = open_layer(&host, &args.file, &options).map_err(open)?;
+        vec![info_of(&layer).map_err(open)?]
     };
     let mut out = Out::new(false);
     match form {

@@ -9,6 +9,7 @@ use cowbell_formats::{DiskHost, Format, OpenOptions, Policy};
 
 use crate::fail::Fail;
 use crate::info::{Form, format_for};
+use crate::locking;
 use crate::out::Out;
 
 /// The options of `map`.
@@ -20,8 +21,8 @@ pub struct Args {
     /// human or json
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: String,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// The image
     file: PathBuf,
@@ -31,7 +32,13 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let form = Form::named(&args.output, "map")?;
     let format = format_for(&args.file, args.format.as_deref())?;
-    let options = OpenOptions { format, backing: Policy::Any, ..OpenOptions::default() };
+    let options = OpenOptions {
+        format,
+        backing: Policy::Any,
+        locking: locking::chosen(),
+        force_share: args.force_share,
+        ..OpenOptions::default()
+    };
     let open = |why| Fail::open(&args.file, why);
     let chain = cowbell_formats::open(&DiskHost::default(), &args.file, &options).map_err(open)?;
     let mut out = Out::new(false);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::sys::lock::Locking;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
 use cowbell_formats::preallocation::{Before, Preallocation};
@@ -69,7 +70,13 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let host = StoppableHost { disk: DiskHost::default(), stop };
     let format = session.engine.node(session.node).format();
     let layer = |write| {
-        let options = OpenOptions { format: Some(format), write, ..OpenOptions::default() };
+        // The session's locks are held until the end.
+        let options = OpenOptions {
+            format: Some(format),
+            write,
+            locking: Locking::Off,
+            ..OpenOptions::default()
+        };
         let layer = open_whole_layer(&host, &args.file, &options);
         layer.map_err(|why| Fail::open(&args.file, why))
     };
@@ -80,10 +87,12 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let closed = session.drain();
     result?;
     closed?;
-    drop(session);
+    let Session { engine, locks, .. } = session;
+    drop(engine);
     if let Some(before) = before {
         before.preallocate(&layer(true)?, how).map_err(failed)?;
     }
+    drop(locks);
     let mut out = Out::new(args.quiet);
     writeln!(out, "Image resized.")?;
     out.flush()?;

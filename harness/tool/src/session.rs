@@ -12,12 +12,13 @@ use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::qed::Growth;
 use cowbell_formats::{
-    DiskHost, Error, Format, Host, Node, OpenOptions, Policy, RunOptions, attach,
+    DiskHost, Error, Format, Host, Locks, Node, OpenOptions, Policy, RunOptions, attach,
 };
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
+use crate::locking;
 
 /// How to open an image and run it.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct Setup {
     pub format: Option<Format>,
     /// For writing.
     pub write: bool,
+    /// Read although others may write.
+    pub force_share: bool,
     /// The cache mode.
     pub cache: Cache,
     /// Who does the I/O; `None`: threads, as QEMU does.
@@ -43,6 +46,7 @@ impl Default for Setup {
         Setup {
             format: None,
             write: false,
+            force_share: false,
             cache: Cache::WRITEBACK,
             how: None,
             strict: false,
@@ -63,6 +67,8 @@ pub struct Session {
     pub path: PathBuf,
     /// What it waits on.
     pub events: EventLoop,
+    /// The locks of its files; they outlive the engine if this does.
+    pub locks: Locks,
 }
 
 impl Session {
@@ -77,6 +83,8 @@ impl Session {
             format: setup.format,
             write: setup.write,
             backing: Policy::Any,
+            locking: locking::chosen(),
+            force_share: setup.force_share,
             ..OpenOptions::default()
         };
         let host = DiskHost { direct: setup.cache.direct };
@@ -86,6 +94,9 @@ impl Session {
             chain.layers.first().is_some_and(|top| top.probed && top.format == Format::Raw);
         if setup.write && probed {
             warn_of_probing(path);
+        }
+        if setup.write {
+            locking::warn(&chain.unlockable());
         }
         let depth = setup.depth.max(1);
         let limits = Limits { requests: depth, ops: (depth * 4).max(1024), ..Limits::default() };
@@ -99,9 +110,10 @@ impl Session {
             run.vmdk.growth = growth;
         }
         run.vmdk.entropy = host.entropy();
+        let locks = chain.locks().map_err(opened)?;
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
-        Ok(Session { engine, node, path: path.into(), events })
+        Ok(Session { engine, node, path: path.into(), events, locks })
     }
 
     /// The disk's size in bytes.

@@ -4,18 +4,21 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
+use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::error::Shown;
+use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::open::read_header;
 use cowbell_formats::qcow2::snapshot::{self, Snapshot};
 use cowbell_formats::qcow2::snapshots::{self, Moment};
-use cowbell_formats::{DiskHost, Error, Format, Host};
+use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::fail::{Fail, Program};
 use crate::info::format_for;
 use crate::json::Json;
+use crate::locking;
 use crate::number::human;
 use crate::out::Out;
 use crate::stop::Stop;
@@ -41,8 +44,8 @@ pub struct Args {
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// The image
     file: PathBuf,
@@ -78,11 +81,21 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     // A change is over in a moment, or may be interrupted anywhere: a signal waits for it.
     let _stop = Stop::on_signals()?;
     let host = DiskHost::default();
-    let store = host.open(file, write).map_err(|error| Fail::open_io(file, &error))?;
+    let mut store = host.open(file, write).map_err(|error| Fail::open_io(file, &error))?;
     let format = match wanted {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
     };
+    let options = OpenOptions {
+        write,
+        locking: locking::chosen(),
+        force_share: args.force_share,
+        ..OpenOptions::default()
+    };
+    lock_image(&host, &mut store, file, format, &options).map_err(|why| Fail::open(file, why))?;
+    if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
+        locking::warn_of(file);
+    }
     match action {
         Action::List if format == Format::Qcow2 => list(file, &store, args.quiet)?,
         Action::List => {}

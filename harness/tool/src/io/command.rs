@@ -7,6 +7,7 @@ use std::path::Path;
 
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::sys::lock::Locking;
 use cowbell_engine::units::{Errno, Time};
 use cowbell_engine::{Finished, Refused};
 use cowbell_formats::create::{BadSize, parse_size};
@@ -706,8 +707,13 @@ impl Runner {
 
     /// The image once more, for looking at. What has finished is in the files.
     fn look(&mut self) -> Result<Chain<cowbell_engine::sys::disk::DiskFile>, Bad> {
-        let options =
-            OpenOptions { format: self.format, backing: Policy::Any, ..OpenOptions::default() };
+        // Its locks are the session's.
+        let options = OpenOptions {
+            format: self.format,
+            backing: Policy::Any,
+            locking: Locking::Off,
+            ..OpenOptions::default()
+        };
         let path = self.image().path.clone();
         let chain = cowbell_formats::open(&DiskHost::default(), &path, &options);
         Ok(chain.map_err(|why| Fail::open(&path, why))?)
@@ -792,7 +798,11 @@ impl Runner {
             return Err(Bad::Err(format!("{prefix}file open already, try 'help close'\n")));
         }
         let &[file] = &options.rest[..] else { return Err(Bad::Usage) };
-        let mut opening = Opening { read_only: options.has('r'), ..self.opening.clone() };
+        let mut opening = Opening {
+            read_only: options.has('r'),
+            force_share: options.has('U'),
+            ..self.opening.clone()
+        };
         // As in QEMU, what the command line says of modes is not meant for this one.
         opening.cache = Cache::WRITETHROUGH;
         if let Some(name) = options.get('t') {

@@ -50,8 +50,8 @@ pub struct Args {
     /// What discarding does: unmap (on) or ignore (off)
     #[arg(short = 'd', long, value_name = "MODE", default_value = "unmap")]
     discard: String,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
     force_share: bool,
     /// Accepted for compatibility
     #[arg(short = 'm', long, hide = true)]
@@ -65,6 +65,7 @@ pub struct Args {
 pub struct Opening {
     format: Option<String>,
     read_only: bool,
+    force_share: bool,
     cache: Cache,
     how: Option<How>,
     discard: bool,
@@ -79,6 +80,7 @@ impl Opening {
         let setup = Setup {
             format: format_for(file, self.format.as_deref())?,
             write: !self.read_only,
+            force_share: self.force_share,
             cache: self.cache,
             how: self.how,
             depth: DEPTH,
@@ -115,6 +117,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let opening = Opening {
         format: args.format.clone(),
         read_only: args.read_only,
+        force_share: args.force_share,
         cache,
         how,
         discard: discard_named(&args.discard)?,
