@@ -197,9 +197,16 @@ enum Stop {
 }
 
 fn try_take(fd: RawFd, lock: &Lock) -> Result<(), Stop> {
-    let uses = lock.uses.iter().map(|&one| (one, false, one.used_byte(), one.denied_byte()));
-    let denies = lock.denies.iter().map(|&one| (one, true, one.denied_byte(), one.used_byte()));
-    let all = || uses.clone().chain(denies.clone());
+    // By permission, so that a conflict is told by the first: who may not write seldom asks about
+    // lengths.
+    let all = || {
+        Permission::ALL.into_iter().flat_map(|one| {
+            let (used, denied) = (one.used_byte(), one.denied_byte());
+            let uses = lock.uses.contains(&one).then_some((one, false, used, denied));
+            let denies = lock.denies.contains(&one).then_some((one, true, denied, used));
+            uses.into_iter().chain(denies)
+        })
+    };
     for (permission, denied, own, _) in all() {
         sys::lock_byte_shared(fd, own).map_err(|errno| match errno.0 {
             // Somebody has it exclusively.
