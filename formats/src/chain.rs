@@ -19,9 +19,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
+use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 use cowbell_engine::sys::random;
 
 use crate::error::{Error, Shown};
+use crate::locks::{self, Role};
 use crate::name::{self, Name};
 use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
 use crate::qcow2;
@@ -65,6 +67,17 @@ pub trait Host {
     /// Two numbers that no other file of this host has (device and inode).
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)>;
 
+    /// Takes a lock on an open file, before anything of it is written or believed. Hosts whose files
+    /// nobody else has open need none: they do nothing.
+    fn lock(
+        &self,
+        _file: &mut Self::File,
+        _lock: Lock,
+        _locking: Locking,
+    ) -> Result<(), LockError> {
+        Ok(())
+    }
+
     /// Random bits: what content ids are made of. The system's, but from a simulated host.
     fn entropy(&self) -> u32 {
         random()
@@ -90,6 +103,9 @@ impl<H: Host + ?Sized> Host for &H {
     }
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)> {
         (**self).identity(file)
+    }
+    fn lock(&self, file: &mut Self::File, lock: Lock, locking: Locking) -> Result<(), LockError> {
+        (**self).lock(file, lock, locking)
     }
     fn entropy(&self) -> u32 {
         (**self).entropy()
@@ -133,6 +149,12 @@ pub struct OpenOptions {
     pub describe: bool,
     /// Open an image for writing that is marked as needing a check without checking it.
     pub ignore_need_check: bool,
+    /// Lock the files against other programs, as QEMU does: see [`locks`]. Where the file system
+    /// can, if not said; [`Chain::unlockable`] tells where it could not.
+    pub locking: Locking,
+    /// Read although others may write meanwhile: what is read may be of no one moment, or look
+    /// corrupt. Only for reading.
+    pub force_share: bool,
 }
 
 impl Default for OpenOptions {
@@ -146,6 +168,8 @@ impl Default for OpenOptions {
             probe_backing: true,
             describe: false,
             ignore_need_check: false,
+            locking: Locking::Auto,
+            force_share: false,
         }
     }
 }
@@ -324,8 +348,11 @@ pub fn open_named<H: Host>(
     }
     let format = options.format.or(name.format);
     let options = &OpenOptions { format, ..options.clone() };
-    let file = host.open(&name.path, options.write).map_err(Error::open(&name.path))?;
-    let top = layer_in(file, &name.path, &OpenOptions { write: false, ..options.clone() })?;
+    let mut file = host.open(&name.path, options.write).map_err(Error::open(&name.path))?;
+    let known = lock_own(host, &mut file, &name.path, options)?;
+    let as_known = OpenOptions { write: false, format: known, ..options.clone() };
+    let top = layer_in(file, &name.path, &as_known)?;
+    let top = Layer { probed: options.format.is_none(), ..top };
     let mut seen = vec![identity(host, &top)?];
     let mut layers = vec![with_files(host, top, options, &mut seen)?];
     let mut said = &name.backing;
@@ -383,8 +410,26 @@ pub fn open_layer<H: Host>(
     path: &Path,
     options: &OpenOptions,
 ) -> Result<Layer<H::File>, Error> {
-    let file = host.open(path, options.write).map_err(Error::open(path))?;
-    layer_in(file, path, options)
+    let mut file = host.open(path, options.write).map_err(Error::open(path))?;
+    let known = lock_own(host, &mut file, path, options)?;
+    let layer = layer_in(file, path, &OpenOptions { format: known, ..options.clone() })?;
+    Ok(Layer { probed: options.format.is_none(), ..layer })
+}
+
+/// Locks the image's own file, and answers its format, which the lock depends on.
+fn lock_own<H: Host>(
+    host: &H,
+    file: &mut H::File,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Option<Format>, Error> {
+    locks::check_options(options)?;
+    let format = match options.format {
+        Some(format) => format,
+        None => probe_file(file)?,
+    };
+    locks::lock_image(host, file, path, format, options)?;
+    Ok(Some(format))
 }
 
 /// The format of `file`, from its first bytes, and its last where those say nothing.
@@ -472,12 +517,14 @@ pub fn open_files<H: Host>(
             return named.refused("its name is more than a name");
         }
         let real = allowed_path(host, &named, &options.files)?;
-        let file = host.open(&real, options.write).map_err(Error::open(&named.path))?;
+        let mut file = host.open(&real, options.write).map_err(Error::open(&named.path))?;
         let id = host.identity(&file).map_err(Error::open(&named.path))?;
         if seen.contains(&id) {
             let name = Shown(&named.path);
             return Err(Error::Invalid(format!("file '{name}' has two parts in the image")));
         }
+        let lock = locks::lock_for(Role::Part, Format::Raw, options);
+        locks::take(host, &mut file, &named.path, lock, options.locking)?;
         seen.push(id);
         files.push(file);
     }
@@ -622,14 +669,21 @@ fn open_backing<H: Host>(
             Shown(path)
         )));
     }
-    let file = host.open(&real, false).map_err(Error::open(path))?;
+    let mut file = host.open(&real, false).map_err(Error::open(path))?;
     let id = host.identity(&file).map_err(Error::open(path))?;
     if seen.contains(&id) {
         return Err(Error::BackingLoop(path.clone()));
     }
     seen.push(id);
-    let options = OpenOptions { format: backing.format, write: false, ..options.clone() };
+    let format = match backing.format {
+        Some(format) => format,
+        None => probe_file(&file)?,
+    };
+    let lock = locks::lock_for(Role::Backing, format, options);
+    locks::take(host, &mut file, path, lock, options.locking)?;
+    let options = OpenOptions { format: Some(format), write: false, ..options.clone() };
     let layer = layer_in(file, path, &options)?;
+    let layer = Layer { probed: backing.format.is_none(), ..layer };
     with_files(host, layer, &options, seen)
 }
 

@@ -14,10 +14,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
+use cowbell_engine::sys::lock::{Lock, Locking};
 use cowbell_engine::units::Errno;
 
 use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_name};
 use crate::error::{Error, Shown};
+use crate::locks;
 use crate::preallocation::{Preallocation, preallocate};
 use crate::probe::{Foreign, Format};
 use crate::qcow2;
@@ -62,6 +64,9 @@ pub struct CreateOptions {
     pub extended_l2: Option<bool>,
     /// qcow2: how compressed clusters will be compressed.
     pub compression_type: Option<Compression>,
+    /// Lock the files while they are made; where the file system can, if not said. One that somebody
+    /// else has open for writing, or as an image, is left as it is.
+    pub locking: Locking,
     /// What only VMDK images have.
     pub vmdk: vmdk::create::Wanted,
 }
@@ -487,11 +492,13 @@ impl Plan {
     ) -> Result<(), Error> {
         let Some(name) = &self.options.data_file else { return plan.write(image) };
         let path = self.path.with_file_name("").join(name);
-        let id = |file: &H::File| host.identity(file).map_err(Error::open(&path));
-        make_file(host, &path, &self.options, |data| {
-            if id(data)? == id(image)? {
+        if let Ok(data) = host.open(&path, false) {
+            let id = |file: &H::File| host.identity(file).map_err(Error::open(&path));
+            if id(&data)? == id(image)? {
                 return Err(Error::Invalid("the image cannot be its own data file".into()));
             }
+        }
+        make_file(host, &path, &self.options, |data| {
             let how = self.options.preallocation.unwrap_or(Preallocation::Off);
             write_raw(data, plan.disk_size(), how)?;
             plan.write(image)
@@ -535,19 +542,18 @@ impl Plan {
     /// [`Error::Open`], [`Error::Io`]. A new file is removed again; one that was there is left
     /// empty.
     pub fn run<H: Host>(&self, host: &H) -> Result<(), Error> {
+        let options = &self.options;
+        // Its lock comes before anything is written, to this file or another.
+        let target = Target::open(host, &self.path, options)?;
         let result = match &self.made {
             Made::Raw { size, preallocation } => {
-                make_file(host, &self.path, &self.options, |file| {
-                    write_raw(file, *size, *preallocation)
-                })
+                target.fill(host, |file| write_raw(file, *size, *preallocation))
             }
-            Made::Qed { header } => {
-                make_file(host, &self.path, &self.options, |file| qed::create::write(file, header))
+            Made::Qed { header } => target.fill(host, |file| qed::create::write(file, header)),
+            Made::Qcow2(plan) => target.fill(host, |file| self.make_qcow2(host, file, plan)),
+            Made::Vmdk(vmdk) => {
+                target.fill(host, |file| make_vmdk(host, &self.path, file, vmdk, options))
             }
-            Made::Qcow2(plan) => {
-                make_file(host, &self.path, &self.options, |file| self.make_qcow2(host, file, plan))
-            }
-            Made::Vmdk(options) => run_vmdk(host, &self.path, &self.options, options),
         };
         match result {
             Err(Error::Io { errno: Errno::TOO_BIG, .. }) => Err(too_large(self.format)),
@@ -556,50 +562,91 @@ impl Plan {
     }
 }
 
-/// Makes one file, over one that is there already, and has `write` fill it. One that cannot be
-/// filled is removed again; if it was there before, it is left empty.
+/// A file to be filled: a new one, or one that is there already.
+struct Target<'a, F> {
+    path: &'a Path,
+    file: F,
+    is_new: bool,
+    options: &'a CreateOptions,
+}
+
+impl<'a, F: Store> Target<'a, F> {
+    /// Opens it, and locks it. What is there stays as it is.
+    fn open<H: Host<File = F>>(
+        host: &H,
+        path: &'a Path,
+        options: &'a CreateOptions,
+    ) -> Result<Target<'a, F>, Error> {
+        let (mut file, is_new) = match host.create_new(path) {
+            Ok(file) => (file, true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                (host.open(path, true).map_err(Error::open(path))?, false)
+            }
+            Err(error) => return Err(Error::open(path)(error)),
+        };
+        if let Err(error) = locks::take(host, &mut file, path, Lock::WRITER, options.locking) {
+            if is_new {
+                let _ = host.remove(path);
+            }
+            return Err(error);
+        }
+        Ok(Target { path, file, is_new, options })
+    }
+
+    /// Has `write` fill it. A new one that cannot be filled is removed again; one that was there
+    /// before is left empty, unless it is another file that is locked.
+    fn fill<H: Host<File = F>>(
+        &self,
+        host: &H,
+        write: impl FnOnce(&F) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        if self.options.nocow == Some(true) {
+            // Only an empty file can be asked for.
+            self.file.set_len(0).map_err(Error::io("empty the file"))?;
+            let _ = host.set_nocow(&self.file);
+        }
+        let result = write(&self.file);
+        // The first error is the one to report, not that of the tidying up.
+        let _ = match &result {
+            Ok(()) => Ok(()),
+            Err(_) if self.is_new => host.remove(self.path),
+            // Another file is locked, and nothing was written yet.
+            Err(Error::Locked { .. }) => Ok(()),
+            Err(_) => self.file.set_len(0),
+        };
+        result
+    }
+}
+
+/// Makes one file, over one that is there already, and has `write` fill it: see [`Target`].
 fn make_file<H: Host>(
     host: &H,
     path: &Path,
     options: &CreateOptions,
     write: impl FnOnce(&H::File) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let (file, is_new) = match host.create_new(path) {
-        Ok(file) => (file, true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            (host.open(path, true).map_err(Error::open(path))?, false)
-        }
-        Err(error) => return Err(Error::open(path)(error)),
-    };
-    if options.nocow == Some(true) {
-        // Only an empty file can be asked for.
-        file.set_len(0).map_err(Error::io("empty the file"))?;
-        let _ = host.set_nocow(&file);
-    }
-    let result = write(&file);
-    if result.is_err() {
-        // The first error is the one to report, not that of the tidying up.
-        let _ = if is_new { host.remove(path) } else { file.set_len(0) };
-    }
-    result
+    Target::open(host, path, options)?.fill(host, write)
 }
 
-/// Makes the files of a VMDK image, the one that makes it an image last. Extents that were made
-/// before something failed are removed.
-fn run_vmdk<H: Host>(
+/// Makes the files of a VMDK image; `own`, the one that makes it an image, last. Extents that were
+/// made before something failed are removed.
+fn make_vmdk<H: Host>(
     host: &H,
     path: &Path,
-    wanted: &CreateOptions,
+    own: &H::File,
     options: &vmdk::create::Options,
+    wanted: &CreateOptions,
 ) -> Result<(), Error> {
     let files = options.files();
     let paths: Vec<PathBuf> =
         files.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect();
-    for (i, path) in paths.iter().enumerate() {
-        let made = make_file(host, path, wanted, |file| vmdk::create::write_file(file, options, i));
+    for (i, part) in paths.iter().enumerate() {
+        let write = |file: &H::File| vmdk::create::write_file(file, options, i);
+        let made =
+            if i + 1 == paths.len() { write(own) } else { make_file(host, part, wanted, write) };
         if let Err(error) = made {
-            for path in &paths[..i] {
-                let _ = host.remove(path);
+            for part in &paths[..i] {
+                let _ = host.remove(part);
             }
             return Err(error);
         }
@@ -694,7 +741,10 @@ fn look_at_backing<H: Host>(
     };
     let path = backing_name(target, name)?.path;
     let (backing, files) = (Policy::Any, Policy::Any);
-    let options = OpenOptions { format, backing, files, describe: true, ..Default::default() };
+    // It is only asked for its size: others may have it open.
+    let locking = Locking::Off;
+    let options =
+        OpenOptions { format, backing, files, locking, describe: true, ..Default::default() };
     let Ok(old) = host.open(target, false) else {
         return Ok(said(&chain::open_layer(host, &path, &options)?));
     };

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
+use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 
 use crate::chain::Host;
 
@@ -37,6 +38,10 @@ impl Host for DiskHost {
 
     fn set_nocow(&self, file: &DiskFile) -> io::Result<()> {
         file.set_nocow()
+    }
+
+    fn lock(&self, file: &mut DiskFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
+        file.lock(lock, locking)
     }
 
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use cowbell_engine::sys::lock::LockError;
 use cowbell_engine::units::Errno;
 
 use crate::probe::{Foreign, Format};
@@ -50,6 +51,14 @@ pub enum Error {
         /// The same in words; says more than the number for files of an odd type.
         why: String,
     },
+    /// A file could not be locked: another program, or another part of this one, has it open in a
+    /// way that does not go together with ours.
+    Locked {
+        /// Which.
+        path: PathBuf,
+        /// What stands against it, and whose it is.
+        why: LockError,
+    },
     /// An operation on an open file failed.
     Io {
         /// What was being done, as in "read the header".
@@ -84,6 +93,7 @@ impl Error {
             Error::Unsupported(_) | Error::Foreign(_) => Errno::NOT_SUPPORTED,
             Error::Policy(_) => Errno::NOT_PERMITTED,
             Error::Limit(_) => Errno::TOO_BIG,
+            Error::Locked { why, .. } => why.errno(),
             Error::Backing(inner) | Error::Part(_, inner) => inner.errno(),
             Error::NotThisFormat(_)
             | Error::Corrupt { .. }
@@ -116,6 +126,17 @@ impl fmt::Display for Error {
             Error::Part(path, inner) => write!(f, "'{}': {inner}", Shown(path)),
             Error::Open { path, why, .. } => {
                 write!(f, "Could not open '{}': {why}", Shown(path))
+            }
+            // The lines that scripts look for; then what QEMU does not know.
+            Error::Locked { path, why } => {
+                write!(f, "{why}")?;
+                let LockError::Conflict { holders, .. } = why else { return Ok(()) };
+                write!(f, "\nIs another process using the image [{}]?", Shown(path))?;
+                for holder in holders {
+                    let command = Shown(Path::new(&holder.command));
+                    write!(f, "\nProcess {} ({command}) has it open.", holder.pid)?;
+                }
+                Ok(())
             }
             Error::Io { doing, errno } => write!(f, "Could not {doing}: {errno}"),
         }

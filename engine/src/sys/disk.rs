@@ -18,6 +18,7 @@ use crate::backend::FileInfo;
 use crate::mem::{BUF_ALIGN, Buf};
 use crate::store::{Extent, Store};
 use crate::sys::job::{Handle, allocate_file};
+use crate::sys::lock::{self, Lock, LockError, LockState, Locking};
 use crate::sys::syscalls as sys;
 use crate::units::{Errno, align_down, align_up};
 
@@ -58,6 +59,7 @@ pub struct DiskFile {
     request_align: u32,
     memory_align: u32,
     hole_align: u32,
+    lock: LockState,
 }
 
 impl DiskFile {
@@ -130,6 +132,7 @@ impl DiskFile {
             request_align,
             memory_align,
             hole_align,
+            lock: LockState::None,
         })
     }
 
@@ -159,6 +162,42 @@ impl DiskFile {
     /// Is it a block device?
     pub fn is_block_device(&self) -> bool {
         self.is_block
+    }
+
+    /// Takes `lock`, in place of what lock there is. See [`lock`](crate::sys::lock).
+    ///
+    /// # Errors
+    ///
+    /// [`LockError`]; the file has no lock then.
+    pub fn lock(&mut self, lock: Lock, locking: Locking) -> Result<(), LockError> {
+        self.unlock();
+        if locking == Locking::Off {
+            return Ok(());
+        }
+        self.lock = match lock::take(self.fd(), &lock) {
+            Ok(()) => LockState::Held(lock),
+            Err(LockError::Failed(errno))
+                if locking == Locking::Auto && lock::is_unsupported(errno) =>
+            {
+                LockState::Unsupported(errno)
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(())
+    }
+
+    /// Gives the lock back, if there is one. Duplicates of the file have none either then.
+    pub fn unlock(&mut self) {
+        if let LockState::Held(_) = self.lock {
+            // It cannot fail on a file where the lock was taken.
+            let _ = lock::release(self.fd());
+        }
+        self.lock = LockState::None;
+    }
+
+    /// The lock that this file was given. A duplicate does not know what is done with the other.
+    pub fn lock_state(&self) -> LockState {
+        self.lock
     }
 
     /// The same open file once more.

@@ -15,6 +15,7 @@ pub mod disk;
 mod files;
 pub mod inline;
 mod job;
+pub mod lock;
 pub mod null;
 pub mod pool;
 pub mod ram;

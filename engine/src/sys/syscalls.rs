@@ -263,6 +263,33 @@ pub(crate) fn dio_align(fd: RawFd) -> Option<(u32, u32)> {
     known.then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
+/// Takes a shared lock on one byte, without waiting. Needs a readable descriptor.
+pub(crate) fn lock_byte_shared(fd: RawFd, byte: u64) -> Result<(), Errno> {
+    byte_lock(fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte).map(drop)
+}
+
+/// Gives a byte's lock back; one that is not held is none to give back.
+pub(crate) fn unlock_byte(fd: RawFd, byte: u64) -> Result<(), Errno> {
+    byte_lock(fd, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop)
+}
+
+/// Has another open file description a lock on this byte?
+pub(crate) fn is_byte_locked(fd: RawFd, byte: u64) -> Result<bool, Errno> {
+    let found = byte_lock(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
+    Ok(i32::from(found.l_type) != libc::F_UNLCK)
+}
+
+fn byte_lock(fd: RawFd, command: i32, kind: i32, byte: u64) -> Result<libc::flock64, Errno> {
+    // SAFETY: all zeros is a value of this plain struct.
+    let mut lock: libc::flock64 = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (signed(byte)?, 1);
+    // SAFETY: these commands read, and one fills, the struct behind the address.
+    retry(|| unsafe { libc::fcntl(fd, command, &raw mut lock) })?;
+    Ok(lock)
+}
+
 /// Sets the file status flags that can be set on an open file: O_DIRECT, O_NONBLOCK.
 pub(crate) fn set_status_flags(fd: RawFd, on: i32, off: i32) -> Result<(), Errno> {
     // SAFETY: no memory involved.

@@ -3,7 +3,7 @@
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Base, Compute, Op, Seg};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Step};
-use cowbell_engine::units::{BufId, Errno, Time};
+use cowbell_engine::units::{BufId, Errno, NodeId, Time};
 use cowbell_engine::{Engine, Limits};
 use cowbell_sim::backend::{Device, Mode, OpName, Outcome, SimBackend};
 
@@ -55,20 +55,23 @@ impl Driver for Copies {
     }
 }
 
-fn engine() -> Engine<Copies, SimBackend> {
+/// An engine, and its node.
+type Rig = (Engine<Copies, SimBackend>, NodeId);
+
+fn rig() -> Rig {
     let mut engine =
         Engine::new(SimBackend::new(Device::default(), Mode::Chosen), Limits::default());
-    engine.add(Copies);
-    engine
+    let node = engine.add(Copies);
+    (engine, node)
 }
 
-fn submit(engine: &mut Engine<Copies, SimBackend>, byte: u8) {
+fn submit((engine, node): &mut Rig, byte: u8) {
     let mem: Mem = Buf::copied(&[byte; 512]).into();
-    engine.submit(Default::default(), Io::write(0, 512), mem, 0).expect("room");
+    engine.submit(*node, Io::write(0, 512), mem, 0).expect("room");
     engine.run(Time(0));
 }
 
-fn end(engine: &mut Engine<Copies, SimBackend>, outcome: Outcome) -> Result<(), Errno> {
+fn end((engine, _): &mut Rig, outcome: Outcome) -> Result<(), Errno> {
     let name: OpName = engine.backend().in_flight().next().expect("it is in flight");
     assert_eq!(engine.backend().describe(name), "Compute(copy)");
     let mut outcomes = Vec::new();
@@ -81,29 +84,29 @@ fn end(engine: &mut Engine<Copies, SimBackend>, outcome: Outcome) -> Result<(), 
 
 #[test]
 fn it_is_done_when_it_completes_and_not_before() {
-    let mut engine = engine();
-    submit(&mut engine, 7);
-    assert_eq!(engine.memory().pool(BufId(1))[..8], [0; 8]);
-    assert_eq!(end(&mut engine, Outcome::Done), Ok(()));
-    assert_eq!(engine.memory().pool(BufId(1))[..9], [7, 7, 7, 7, 7, 7, 7, 7, 0]);
-    engine.assert_idle();
+    let mut rig = rig();
+    submit(&mut rig, 7);
+    assert_eq!(rig.0.memory().pool(BufId(1))[..8], [0; 8]);
+    assert_eq!(end(&mut rig, Outcome::Done), Ok(()));
+    assert_eq!(rig.0.memory().pool(BufId(1))[..9], [7, 7, 7, 7, 7, 7, 7, 7, 0]);
+    rig.0.assert_idle();
 }
 
 #[test]
 fn when_it_fails_the_output_is_not_what_anybody_would_like() {
-    let mut engine = engine();
-    submit(&mut engine, 7);
-    assert_eq!(end(&mut engine, Outcome::Fail), Err(Errno::IO));
-    let output = &engine.memory().pool(BufId(1))[..8];
+    let mut rig = rig();
+    submit(&mut rig, 7);
+    assert_eq!(end(&mut rig, Outcome::Fail), Err(Errno::IO));
+    let output = &rig.0.memory().pool(BufId(1))[..8];
     assert!(output.iter().all(|&byte| byte != 0 && byte != 7), "{output:?}");
 }
 
 #[test]
 #[should_panic(expected = "memory was used again while copy was at work on it")]
 fn its_input_is_not_used_meanwhile() {
-    let mut engine = engine();
-    submit(&mut engine, 7);
-    submit(&mut engine, 0);
-    assert_eq!(engine.poll().expect("it had nothing to do").result, Ok(()));
-    let _ = end(&mut engine, Outcome::Done);
+    let mut rig = rig();
+    submit(&mut rig, 7);
+    submit(&mut rig, 0);
+    assert_eq!(rig.0.poll().expect("it had nothing to do").result, Ok(()));
+    let _ = end(&mut rig, Outcome::Done);
 }

@@ -76,9 +76,6 @@ pub struct Args {
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     /// Send to random blocks, chosen by this seed
     #[arg(long, value_name = "SEED", help_heading = "Beyond QEMU")]
     random: Option<u64>,

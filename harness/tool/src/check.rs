@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 
 use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_whole_layer, probe_file};
+use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
 
@@ -12,6 +14,7 @@ use crate::cache::check_source_cache;
 use crate::fail::Fail;
 use crate::info::Form;
 use crate::json::Json;
+use crate::locking;
 use crate::naming::{Image, Naming};
 use crate::out::Out;
 use crate::session::eprint_quietly;
@@ -34,9 +37,6 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'T', long, value_name = "CACHE", hide = true)]
     cache: Option<String>,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     #[command(flatten)]
     naming: Naming,
     /// The image
@@ -73,12 +73,22 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         image.check_writable()?;
     }
     let host = DiskHost::default();
-    let store =
+    let mut store =
         host.open(image.path(), write).map_err(|error| Fail::open_io(image.path(), &error))?;
     let format = match image.format {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| image.failed(why))?,
     };
+    let options = OpenOptions { format: Some(format), ..image.options(write) };
+    let locked = lock_image(&host, &mut store, image.path(), format, &options);
+    locked.map_err(|why| image.failed(why))?;
+    if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
+        locking::warn_of(image.path());
+    }
+    // A VMDK image is locked whole, when it is opened whole.
+    if format == Format::Vmdk {
+        store.unlock();
+    }
     let mut report = check(args, image, &store, format, repair)?;
     let mut out = Out::new(args.quiet);
     if report.corruptions_fixed + report.leaks_fixed > 0 {

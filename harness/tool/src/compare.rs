@@ -33,9 +33,6 @@ pub struct Args {
     /// Say how far it is
     #[arg(short, long)]
     progress: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     #[command(flatten)]
     naming: Naming,
     /// Two images

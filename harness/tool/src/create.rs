@@ -10,6 +10,7 @@ use cowbell_formats::{DiskHost, Error, Format};
 
 use crate::disk::StoppableHost;
 use crate::fail::Fail;
+use crate::locking;
 use crate::naming::{refuse_objects, target};
 use crate::out::Out;
 use crate::stop::Stop;
@@ -62,7 +63,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
     let path = target(file)?;
     let at = |why: Error| Fail::file(Path::new(file), why);
     let format = create::format_named(&args.format).map_err(at)?;
-    let mut options = CreateOptions::default();
+    let mut options = CreateOptions { locking: locking::chosen(), ..CreateOptions::default() };
     for text in &args.options {
         options.parse(format, text).map_err(at)?;
     }

@@ -8,11 +8,13 @@ use cowbell_engine::backend::{Backend, FileInfo, Harvest, Submission};
 use cowbell_engine::store::{Extent, Store};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::lock::{Lock, LockError, LockState, Locking};
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
 use cowbell_engine::units::{FileId, Time};
 use cowbell_formats::{DiskHost, Host};
 
 use crate::cache::How;
+use crate::locking;
 use crate::stop::Stop;
 
 /// The real disk, for long work that Ctrl-C shall end: every write asks first.
@@ -28,6 +30,7 @@ pub struct StoppableHost {
 #[derive(Debug)]
 pub struct StoppableFile {
     file: DiskFile,
+    path: PathBuf,
     stop: Stop,
 }
 
@@ -74,13 +77,34 @@ impl Host for StoppableHost {
     type File = StoppableFile;
 
     fn open(&self, path: &Path, write: bool) -> io::Result<StoppableFile> {
-        Ok(StoppableFile { file: self.disk.open(path, write)?, stop: self.stop.clone() })
+        Ok(StoppableFile {
+            file: self.disk.open(path, write)?,
+            path: path.into(),
+            stop: self.stop.clone(),
+        })
     }
     fn create_new(&self, path: &Path) -> io::Result<StoppableFile> {
-        Ok(StoppableFile { file: self.disk.create_new(path)?, stop: self.stop.clone() })
+        Ok(StoppableFile {
+            file: self.disk.create_new(path)?,
+            path: path.into(),
+            stop: self.stop.clone(),
+        })
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.disk.remove(path)
+    }
+    fn lock(
+        &self,
+        file: &mut StoppableFile,
+        lock: Lock,
+        locking: Locking,
+    ) -> Result<(), LockError> {
+        self.disk.lock(&mut file.file, lock, locking)?;
+        // Only writers of files lock them through this host.
+        if matches!(file.file.lock_state(), LockState::Unsupported(_)) {
+            locking::warn_of(&file.path);
+        }
+        Ok(())
     }
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         self.disk.resolve(path)

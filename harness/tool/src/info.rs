@@ -8,8 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use cowbell_formats::DiskHost;
+use cowbell_formats::chain::{OpenOptions, open_layer};
 use cowbell_formats::error::Shown;
-use cowbell_formats::info::{Info, Qcow2Info, info, info_of};
+use cowbell_formats::info::{Info, Qcow2Info, info_of};
 use cowbell_formats::qcow2::bitmap::Bitmap;
 use cowbell_formats::qcow2::crypt::{Luks, Slot};
 use cowbell_formats::qcow2::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Encryption};
@@ -34,9 +35,6 @@ pub struct Args {
     /// Also the backing files, theirs, and so on
     #[arg(short, long)]
     backing_chain: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     #[command(flatten)]
     naming: Naming,
     /// The image
@@ -76,7 +74,9 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         let chain = image.describe(&host)?;
         chain.layers.iter().map(info_of).collect::<Result<Vec<_>, _>>().map_err(open)?
     } else {
-        vec![info(&host, image.path(), image.format).map_err(open)?]
+        let options = OpenOptions { describe: true, ..image.options(false) };
+        let layer = open_layer(&host, image.path(), &options).map_err(open)?;
+        vec![info_of(&layer).map_err(open)?]
     };
     let mut out = Out::new(false);
     match form {

@@ -16,6 +16,7 @@ mod fail;
 mod info;
 mod io;
 mod json;
+mod locking;
 mod map;
 mod naming;
 mod number;
@@ -33,6 +34,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
+use cowbell_engine::sys::lock::Locking;
 
 use crate::fail::{Fail, Program};
 
@@ -40,6 +42,10 @@ use crate::fail::{Fail, Program};
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, max_term_width = 100)]
 struct Cli {
+    /// Lock images against other programs: auto (where the file system can), on or off
+    #[arg(long, global = true, value_name = "HOW", default_value = "auto",
+          value_parser = locking::named)]
+    locking: Locking,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -143,7 +149,10 @@ fn parse(args: &[OsString], program: Program) -> Result<Verb, ExitCode> {
     });
     let matches = command.try_get_matches_from(args);
     let error = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => return Ok(cli.verb),
+        Ok(cli) => {
+            locking::choose(cli.locking);
+            return Ok(cli.verb);
+        }
         Err(error) => error,
     };
     let verb = args.get(1).map(|verb| verb.to_string_lossy()).unwrap_or_default();

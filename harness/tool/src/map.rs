@@ -28,9 +28,6 @@ pub struct Args {
     /// How far to go from there
     #[arg(short = 'l', long, value_name = "LENGTH", allow_hyphen_values = true)]
     max_length: Option<String>,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     #[command(flatten)]
     naming: Naming,
     /// The image

@@ -11,7 +11,10 @@ use cowbell_formats::{
     Chain, CreateOptions, DiskHost, Error, Format, Host, Name, OpenOptions, Policy, create,
 };
 
+use cowbell_engine::sys::lock::Locking;
+
 use crate::fail::Fail;
+use crate::locking;
 
 /// The options that say how to take an image's name.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -22,6 +25,9 @@ pub struct Naming {
     /// No object is of use here: each is refused by its type
     #[arg(long = "object", value_name = "OBJDEF", hide = true)]
     objects: Vec<String>,
+    /// Read although another program may write the image meanwhile
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Follow no name in the image to another folder, and to no backing file
     #[arg(long, help_heading = "Beyond QEMU")]
     untrusted: bool,
@@ -38,12 +44,19 @@ pub struct Image {
     pub format: Option<Format>,
     /// Names in it are not followed.
     untrusted: bool,
+    /// Others may write it meanwhile.
+    force_share: bool,
 }
 
 impl Naming {
     /// The same, for an image that is named by options.
     pub fn by_options(&self) -> Naming {
         Naming { image_opts: true, ..self.clone() }
+    }
+
+    /// The same, for an image that others may write meanwhile.
+    pub fn sharing(&self, force_share: bool) -> Naming {
+        Naming { force_share, ..self.clone() }
     }
 
     /// The image `given`, with the value of `-f`.
@@ -64,6 +77,7 @@ impl Naming {
             format: said.or(named.format),
             name: named,
             untrusted: self.untrusted,
+            force_share: self.force_share,
         })
     }
 }
@@ -89,7 +103,7 @@ impl Image {
     /// A plain path.
     pub fn plain(path: &Path, format: Option<Format>) -> Image {
         let name = Name::plain(path, format);
-        Image { given: path.into(), name, format, untrusted: false }
+        Image { given: path.into(), name, format, untrusted: false, force_share: false }
     }
 
     /// An empty image of the same size, backed by this one. Its file is gone when it is closed: who
@@ -120,7 +134,13 @@ impl Image {
 
     /// How to open it: the names in it are followed as QEMU follows them, unless it is untrusted.
     pub fn options(&self, write: bool) -> OpenOptions {
-        let options = OpenOptions { format: self.format, write, ..OpenOptions::default() };
+        let options = OpenOptions {
+            format: self.format,
+            write,
+            locking: locking::chosen(),
+            force_share: self.force_share,
+            ..OpenOptions::default()
+        };
         if self.untrusted {
             return options;
         }
@@ -138,6 +158,12 @@ impl Image {
     /// The image and what it is backed by.
     pub fn open<H: Host>(&self, host: &H, write: bool) -> Result<Chain<H::File>, Fail> {
         open_named(host, &self.name, &self.options(write)).map_err(|why| self.failed(why))
+    }
+
+    /// The same, for reading, beside a holder of its locks that is this command.
+    pub fn open_unlocked<H: Host>(&self, host: &H) -> Result<Chain<H::File>, Fail> {
+        let options = OpenOptions { locking: Locking::Off, ..self.options(false) };
+        open_named(host, &self.name, &options).map_err(|why| self.failed(why))
     }
 
     /// The same, only to say what it is.

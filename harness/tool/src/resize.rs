@@ -5,6 +5,7 @@ use std::io::Write;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::sys::lock::Locking;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
 use cowbell_formats::preallocation::{Before, Preallocation};
@@ -71,7 +72,9 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let host = StoppableHost { disk: DiskHost::default(), stop };
     let format = session.engine.node(session.node).format();
     let layer = |write| {
-        let options = OpenOptions { format: Some(format), ..image.options(write) };
+        // The session's locks are held until the end.
+        let locking = Locking::Off;
+        let options = OpenOptions { format: Some(format), locking, ..image.options(write) };
         open_whole_layer(&host, image.path(), &options).map_err(|why| image.failed(why))
     };
     let failed = |why: Error| Fail::at(&image.given, format!("Failed to resize: {why}"));
@@ -81,10 +84,12 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let closed = session.drain();
     result?;
     closed?;
-    drop(session);
+    let Session { engine, locks, .. } = session;
+    drop(engine);
     if let Some(before) = before {
         before.preallocate(&layer(true)?, how).map_err(failed)?;
     }
+    drop(locks);
     let mut out = Out::new(args.quiet);
     writeln!(out, "Image resized.")?;
     out.flush()?;

@@ -11,11 +11,12 @@ use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::qed::Growth;
-use cowbell_formats::{DiskHost, Error, Format, Node, RunOptions, attach};
+use cowbell_formats::{DiskHost, Error, Format, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
+use crate::locking;
 use crate::naming::Image;
 
 /// How to open an image and run it.
@@ -62,6 +63,8 @@ pub struct Session {
     /// The file of a temporary image, which has no name.
     #[expect(dead_code, reason = "it is only held open")]
     pub temporary: Option<fs::File>,
+    /// The locks of its files; they outlive the engine if this does.
+    pub locks: Locks,
 }
 
 impl Session {
@@ -79,6 +82,9 @@ impl Session {
         if setup.write && probed {
             warn_of_probing(image);
         }
+        if setup.write {
+            locking::warn(&chain.unlockable());
+        }
         let depth = setup.depth.max(1);
         let limits = Limits { requests: depth, ops: (depth * 4).max(1024), ..Limits::default() };
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
@@ -90,9 +96,10 @@ impl Session {
             run.qed.growth = growth;
             run.vmdk.growth = growth;
         }
+        let locks = chain.locks().map_err(opened)?;
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
-        Ok(Session { engine, node, image: image.clone(), events, temporary: None })
+        Ok(Session { engine, node, image: image.clone(), events, temporary: None, locks })
     }
 
     /// The disk's size in bytes.

@@ -6,8 +6,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cowbell_engine::store::Store;
+use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::error::Shown;
+use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::open::{describe_header, read_header};
 use cowbell_formats::qcow2::snapshot::{self, Snapshot};
 use cowbell_formats::qcow2::snapshots::{self, Moment};
@@ -17,6 +19,7 @@ use jiff::tz::TimeZone;
 
 use crate::fail::{Fail, Program};
 use crate::json::Json;
+use crate::locking;
 use crate::naming::Naming;
 use crate::number::human;
 use crate::out::Out;
@@ -43,9 +46,6 @@ pub struct Args {
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
     #[command(flatten)]
     naming: Naming,
     /// The image
@@ -86,11 +86,17 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         image.check_writable()?;
     }
     let path = image.path();
-    let store = host.open(path, write).map_err(|error| Fail::open_io(path, &error))?;
+    let mut store = host.open(path, write).map_err(|error| Fail::open_io(path, &error))?;
     let format = match image.format {
         Some(format) => format,
         None => probe_file(&store).map_err(|why| Fail::open(file, why))?,
     };
+    let options = image.options(write);
+    let locked = lock_image(&host, &mut store, path, format, &options);
+    locked.map_err(|why| image.failed(why))?;
+    if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
+        locking::warn_of(path);
+    }
     if let (Format::Qcow2, Ok(header)) = (format, describe_header(&store)) {
         header.refuse_encryption().map_err(|why| image.failed(why))?;
     }

@@ -702,7 +702,8 @@ impl Runner {
 
     /// The image once more, for looking at. What has finished is in the files.
     fn look(&mut self) -> Result<Chain<cowbell_engine::sys::disk::DiskFile>, Bad> {
-        Ok(self.image().image.open(&DiskHost::default(), false)?)
+        // Its locks are the session's.
+        Ok(self.image().image.open_unlocked(&DiskHost::default())?)
     }
 
     /// Whether the image itself, not one behind it, has something at `offset`, and for how long.
@@ -785,6 +786,7 @@ impl Runner {
         }
         let (read_only, snapshot) = (options.has('r'), options.has('s'));
         let mut opening = Opening { read_only, snapshot, ..self.opening.clone() };
+        opening.naming = opening.naming.sharing(options.has('U'));
         let (file, more) = match (&options.rest[..], options.get('o')) {
             (&[file], more) => (file, more.unwrap_or("")),
             ([], Some(all)) => {

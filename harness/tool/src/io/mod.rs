@@ -54,9 +54,6 @@ pub struct Args {
     #[arg(short = 'd', long, value_name = "MODE", default_value = "unmap")]
     discard: String,
     /// Accepted for compatibility
-    #[arg(short = 'U', long, hide = true)]
-    force_share: bool,
-    /// Accepted for compatibility
     #[arg(short = 'm', long, hide = true)]
     misalign: bool,
     #[command(flatten)]
