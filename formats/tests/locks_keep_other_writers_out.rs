@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use cowbell_engine::Engine;
-use cowbell_engine::backend::Backend;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::lock::{LockError, LockState, Locking, Permission};
