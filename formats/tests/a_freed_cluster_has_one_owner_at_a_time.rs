@@ -84,6 +84,6 @@ fn with_as_little_in_stock_as_can_be() {
     }
     drain(&mut engine);
     if have_qemu() {
-        ok(folder.path(), "qemu-img check -f qcow2 image");
+        ok(folder.path(), "qemu-img check -U -f qcow2 image");
     }
 }

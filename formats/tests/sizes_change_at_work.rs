@@ -150,6 +150,6 @@ fn growing_over_a_longer_backing_file() {
     engine.submit(disk, truncate(512 << 10), Mem::None, 0).expect("room");
     assert_eq!(settle(&mut engine)[0].result, Ok(()), "to the size that it has");
     drain(&mut engine);
-    let options = OpenOptions { backing: Policy::Any, ..OpenOptions::default() };
+    let options = OpenOptions { backing: Policy::Any, force_share: true, ..OpenOptions::default() };
     drop(open(&DiskHost::default(), &path, &options).expect("it opens"));
 }

@@ -58,6 +58,7 @@ fn make_parent<B: Backend<File = DiskFile>>(
         engine.run(clock());
     }
     assert_eq!(engine.poll().expect("one").result, Ok(()));
+    drop(engine);
     let layer = open_layer(&HOST, &path, &OpenOptions::default()).expect("it opens");
     let LayerMeta::Vmdk(image) = layer.meta else { panic!("it is another format") };
     assert_ne!(image.descriptor.cid, 1, "a session that wrote leaves another content id");
