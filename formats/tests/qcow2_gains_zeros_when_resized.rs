@@ -136,7 +136,7 @@ fn is_sound(folder: &Path, bytes: &[u8], shape: &str) {
         println!("{shape}");
         std::fs::write(folder.join("shadow"), bytes).expect("written");
         ok(folder, "qemu-img check -U -q -f qcow2 image");
-        ok(folder, "qemu-img compare -q -f qcow2 -F raw image shadow");
+        ok(folder, "qemu-img compare -U -q -f qcow2 -F raw image shadow");
     }
 }
 
