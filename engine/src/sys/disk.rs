@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::backend::FileInfo;
 use crate::mem::{BUF_ALIGN, Buf};
@@ -60,6 +61,8 @@ pub struct DiskFile {
     memory_align: u32,
     hole_align: u32,
     lock: LockState,
+    /// One for each duplicate: the last to go gives the lock back.
+    duplicates: Arc<()>,
 }
 
 impl DiskFile {
@@ -133,6 +136,7 @@ impl DiskFile {
             memory_align,
             hole_align,
             lock: LockState::None,
+            duplicates: Arc::new(()),
         })
     }
 
@@ -202,7 +206,8 @@ impl DiskFile {
 
     /// The same open file once more.
     pub fn try_clone(&self) -> io::Result<DiskFile> {
-        Ok(DiskFile { file: self.file.try_clone()?, ..*self })
+        let duplicates = Arc::clone(&self.duplicates);
+        Ok(DiskFile { file: self.file.try_clone()?, duplicates, ..*self })
     }
 
     pub(crate) fn handle(&self) -> Handle {
@@ -270,6 +275,16 @@ impl DiskFile {
             at = stop;
             Some((start, blocks as usize, ours))
         }))
+    }
+}
+
+impl Drop for DiskFile {
+    /// Closing the last descriptor gives a lock back, too; but a program that another thread is just
+    /// starting has them all for a moment longer.
+    fn drop(&mut self) {
+        if Arc::strong_count(&self.duplicates) == 1 {
+            self.unlock();
+        }
     }
 }
 
