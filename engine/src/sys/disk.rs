@@ -168,7 +168,7 @@ impl DiskFile {
         self.is_block
     }
 
-    /// Takes `lock`, in place of what lock there is. See [`lock`](crate::sys::lock).
+    /// Takes `lock`, in place of what lock there is. See [`crate::sys::lock`].
     ///
     /// # Errors
     ///
