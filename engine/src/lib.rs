@@ -153,6 +153,7 @@ mod engine;
 #[cfg(feature = "event-loop")]
 pub mod event_loop;
 pub mod events;
+pub mod faulty;
 mod file;
 mod limits;
 pub mod mem;

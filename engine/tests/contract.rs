@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::backend::{Backend, FileInfo};
 use cowbell_engine::contract::{FILE, Rig, run_all};
+use cowbell_engine::faulty::Faulty;
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
@@ -118,4 +119,11 @@ fn aio_in_memory() {
     let Some(dir) = in_memory() else { return };
     run_all(&mut Disk::new(dir, true, aio(128, false)));
     run_all(&mut Disk::new(dir, true, aio(128, true)));
+}
+
+#[test]
+fn faulty_without_faults() {
+    run_all(&mut Disk::new(on_disk(), false, || Ok(Faulty::new(Inline::new()))));
+    let mut aio = aio(5, false);
+    run_all(&mut Disk::new(on_disk(), true, move || aio().map(Faulty::new)));
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // every test file takes what it needs
 
+pub mod lives;
+
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -17,7 +19,12 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Place {
-        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let elsewhere = std::env::var_os("COWBELL_TEST_DIR").map(PathBuf::from);
+        Place::new_in(&elsewhere.unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()))
+    }
+
+    pub fn new_in(parent: &Path) -> Place {
+        let dir = TempDir::new_in(parent).expect("a folder");
         std::fs::create_dir(dir.path().join("bin")).expect("a folder");
         for name in ["qemu-img", "qemu-io", "cowbell"] {
             symlink(COWBELL, dir.path().join("bin").join(name)).expect("a link");

@@ -1,0 +1,375 @@
+//! A backend that fails as it is told: any other backend, and a plan of faults between it and the
+//! engine. For tests of what happens when a device breaks, over files that are real.
+//!
+//! An op that is to fail either never reaches the inner backend, or is done there and reported as
+//! failed nevertheless, as when a cable breaks before the answer is through. Callers must be right
+//! in both cases.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::op::{Op, OpKind, Target};
+use crate::units::{Errno, FileId, OpId, Time};
+
+/// A kind of op on a file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum What {
+    /// [`OpKind::Read`].
+    Read,
+    /// [`OpKind::Write`].
+    Write,
+    /// [`OpKind::Flush`].
+    Flush,
+    /// [`OpKind::Zero`].
+    Zero,
+    /// [`OpKind::Discard`].
+    Discard,
+    /// [`OpKind::Truncate`].
+    Truncate,
+    /// [`OpKind::Allocate`].
+    Allocate,
+}
+
+impl What {
+    /// Each kind once.
+    pub const ALL: [What; 7] = [
+        What::Read,
+        What::Write,
+        What::Flush,
+        What::Zero,
+        What::Discard,
+        What::Truncate,
+        What::Allocate,
+    ];
+
+    /// `None` for work that is on no file.
+    fn of(kind: OpKind) -> Option<What> {
+        Some(match kind {
+            OpKind::Read => What::Read,
+            OpKind::Write { .. } => What::Write,
+            OpKind::Flush => What::Flush,
+            OpKind::Zero { .. } => What::Zero,
+            OpKind::Discard => What::Discard,
+            OpKind::Truncate => What::Truncate,
+            OpKind::Allocate => What::Allocate,
+            OpKind::Compute(_) => return None,
+        })
+    }
+}
+
+/// Which ops fail, and how.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// Ops of this kind; `None`: of any, but never a computation.
+    pub what: Option<What>,
+    /// Ops on this file; `None`: on any.
+    pub file: Option<FileId>,
+    /// So many such ops are let through first. Counted down.
+    pub after: u64,
+    /// So many fail; [`u64::MAX`]: all from then on. Counted down.
+    pub times: u64,
+    /// How they fail.
+    pub errno: Errno,
+    /// Is the op done nevertheless? A done op that failed by itself keeps its own error.
+    pub done: bool,
+}
+
+impl Default for Fault {
+    /// All ops fail with EIO, and are not done.
+    fn default() -> Fault {
+        Fault { what: None, file: None, after: 0, times: u64::MAX, errno: Errno::IO, done: false }
+    }
+}
+
+impl Fault {
+    fn is_about(&self, op: &Op, what: What) -> bool {
+        self.what.is_none_or(|wanted| wanted == what)
+            && self.file.is_none_or(|file| op.target == Target::File(file))
+    }
+
+    /// One more op that it is about: does it fail?
+    fn hits(&mut self) -> bool {
+        if self.after > 0 {
+            self.after -= 1;
+            return false;
+        }
+        let hit = self.times > 0;
+        if self.times != u64::MAX {
+            self.times -= u64::from(hit);
+        }
+        hit
+    }
+}
+
+/// A backend with faults. See the module.
+#[derive(Debug)]
+pub struct Faulty<B> {
+    inner: B,
+    plan: Vec<Fault>,
+    injected: u64,
+    /// Ops at the front of the engine's queue that the inner backend has left there: judged.
+    judged: usize,
+    /// Ops that are done, to be reported as failed.
+    marked: Vec<(OpId, Errno)>,
+    /// Ops that failed without being done.
+    failed: Vec<Completion>,
+}
+
+impl<B> Faulty<B> {
+    /// `inner`, without faults as yet.
+    pub fn new(inner: B) -> Faulty<B> {
+        let (plan, marked, failed) = (Vec::new(), Vec::new(), Vec::new());
+        Faulty { inner, plan, injected: 0, judged: 0, marked, failed }
+    }
+
+    /// The faults. Of several that hit one op, the first counts. What is changed here holds for ops
+    /// that have not been taken or left waiting by a submission yet.
+    pub fn plan_mut(&mut self) -> &mut Vec<Fault> {
+        &mut self.plan
+    }
+
+    /// Ops that were made to fail.
+    pub fn injected(&self) -> u64 {
+        self.injected
+    }
+
+    /// The backend that does the ops.
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+
+    fn judge(&mut self, op: &Op) -> Option<Fault> {
+        let what = What::of(op.kind)?;
+        let fault = self.plan.iter_mut().find_map(|fault| {
+            let hit = fault.is_about(op, what) && fault.hits();
+            hit.then_some(*fault)
+        })?;
+        self.injected += 1;
+        Some(fault)
+    }
+}
+
+impl<B: Backend> Backend for Faulty<B> {
+    type File = B::File;
+
+    fn attach(&mut self, id: FileId, file: B::File) -> io::Result<FileInfo> {
+        self.inner.attach(id, file)
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<B::File> {
+        self.inner.detach(id)
+    }
+
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        let (mut kept, failed_before) = (submission.waiting().to_vec(), self.failed.len());
+        let fresh = kept.split_off(self.judged);
+        for id in fresh {
+            match self.judge(&submission.ops[id].op) {
+                Some(Fault { errno, done: false, .. }) => {
+                    self.failed.push(Completion::new(id, Err(errno)));
+                    continue;
+                }
+                Some(Fault { errno, .. }) => self.marked.push((id, errno)),
+                None => {}
+            }
+            kept.push(id);
+        }
+        if self.failed.len() > failed_before {
+            submission.take(submission.len());
+            kept.into_iter().for_each(|id| submission.queue.push(id));
+        }
+        if !submission.is_empty() {
+            self.inner.submit(submission);
+        }
+        self.judged = submission.len();
+    }
+
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        let before = harvest.done.len();
+        self.inner.harvest(harvest);
+        for completion in &mut harvest.done[before..] {
+            let Some(at) = self.marked.iter().position(|mark| mark.0 == completion.op) else {
+                continue;
+            };
+            let (op, errno) = self.marked.swap_remove(at);
+            if completion.result().is_ok() {
+                *completion = Completion::new(op, Err(errno));
+            }
+        }
+        harvest.done.append(&mut self.failed);
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
+    }
+
+    fn wants_retry(&self) -> bool {
+        !self.failed.is_empty() || self.inner.wants_retry()
+    }
+
+    fn clock(&self) -> Time {
+        self.inner.clock()
+    }
+}
+
+#[cfg(all(test, feature = "contract"))]
+mod tests {
+    use super::{Fault, Faulty, What};
+    use crate::backend::{Backend, FileInfo, Harvest, Submission};
+    use crate::contract::{BLOCK, Bench, FILE, Rig, pattern, pool, range, seg};
+    use crate::op::{Base, Op, OpKind, Target};
+    use crate::sys::disk::{DiskFile, DiskOptions};
+    use crate::sys::inline::Inline;
+    use crate::units::{BufId, Errno, FileId, Time};
+    use std::fs;
+    use std::os::fd::BorrowedFd;
+
+    /// Takes one op of each submission, and leaves the rest.
+    struct OneByOne(Inline, usize);
+
+    impl Backend for OneByOne {
+        type File = DiskFile;
+        fn attach(&mut self, id: FileId, file: DiskFile) -> std::io::Result<FileInfo> {
+            self.0.attach(id, file)
+        }
+        fn detach(&mut self, id: FileId) -> Option<DiskFile> {
+            self.0.detach(id)
+        }
+        fn submit(&mut self, submission: &mut Submission<'_>) {
+            let rest = submission.waiting()[1..].to_vec();
+            let first = submission.waiting()[0];
+            submission.take(submission.len());
+            submission.queue.push(first);
+            self.0.submit(submission);
+            self.1 = rest.len();
+            rest.into_iter().for_each(|id| submission.queue.push(id));
+        }
+        fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+            self.0.harvest(harvest);
+        }
+        fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+        fn wants_retry(&self) -> bool {
+            self.1 > 0
+        }
+        fn clock(&self) -> Time {
+            self.0.clock()
+        }
+    }
+
+    struct Disk(tempfile::TempDir);
+
+    impl Disk {
+        fn new() -> Disk {
+            Disk(tempfile::tempdir().expect("a folder"))
+        }
+    }
+
+    impl Rig for Disk {
+        type Backend = Faulty<OneByOne>;
+        fn make(&mut self, contents: &[u8]) -> (Self::Backend, FileInfo) {
+            let path = self.0.path().join("file");
+            fs::write(&path, contents).expect("a file");
+            let options = DiskOptions { write: true, ..DiskOptions::default() };
+            let file = DiskFile::open(path, &options).expect("it opens");
+            let mut backend = Faulty::new(OneByOne(Inline::new(), 0));
+            let info = backend.attach(FILE, file).expect("it attaches");
+            (backend, info)
+        }
+        fn contents(&mut self, _: &mut Self::Backend) -> Vec<u8> {
+            fs::read(self.0.path().join("file")).expect("a file")
+        }
+    }
+
+    fn write(block: u64) -> Op {
+        Op::write(FILE, block * BLOCK, pool(0, block, 1))
+    }
+
+    #[test]
+    fn keeps_the_contract_while_it_has_no_faults() {
+        crate::contract::run_all(&mut Disk::new());
+    }
+
+    #[test]
+    fn the_ops_of_the_plan_fail_and_no_others() {
+        let (mut disk, file) = (Disk::new(), pattern(8, 1));
+        let mut bench = Bench::new(&mut disk, &file);
+        let fault = Fault { what: Some(What::Write), after: 2, times: 3, ..Fault::default() };
+        bench.backend.plan_mut().push(Fault { errno: Errno::NO_SPACE, ..fault });
+        let flush = bench.push(Op::flush(FILE));
+        let writes: Vec<_> = (0..8).map(|block| bench.push(write(block))).collect();
+        // Those left in the queue are offered again and again, and judged once.
+        let back = bench.drain();
+        assert_eq!(back.len(), 9);
+        for (id, record, result) in back {
+            let expected = match writes.iter().position(|&write| write == id) {
+                Some(2..5) => Err(Errno::NO_SPACE),
+                Some(_) => Ok(BLOCK),
+                None => Ok(0),
+            };
+            assert_eq!(result, expected, "{record:?}");
+            assert!(id == flush || writes.contains(&id));
+        }
+        assert_eq!(bench.backend.injected(), 3);
+        let mut expected = vec![0; file.len()];
+        expected[range(2, 3)].copy_from_slice(&file[range(2, 3)]);
+        bench.assert_contents(&expected);
+    }
+
+    #[test]
+    fn an_op_may_be_done_and_reported_as_failed() {
+        let (mut disk, file) = (Disk::new(), pattern(2, 2));
+        let mut bench = Bench::new(&mut disk, &file);
+        bench.backend.plan_mut().push(Fault { done: true, times: 1, ..Fault::default() });
+        bench.push(write(0));
+        assert_eq!(bench.drain()[0].2, Err(Errno::IO));
+        bench.push(write(1));
+        assert_eq!(bench.drain()[0].2, Ok(BLOCK));
+        bench.assert_contents(&vec![0; file.len()]);
+    }
+
+    #[test]
+    fn a_fault_comes_back_from_harvest_and_wants_a_retry_until_then() {
+        let mut disk = Disk::new();
+        let mut bench = Bench::new(&mut disk, &pattern(2, 3));
+        bench.backend.plan_mut().push(Fault::default());
+        bench.push(write(0));
+        assert!(!bench.backend.wants_retry());
+        bench.submit();
+        assert!(bench.queue.is_empty() && bench.backend.wants_retry());
+        assert_eq!(bench.harvest().len(), 1);
+        assert!(!bench.backend.wants_retry());
+        // The plan may change at work.
+        bench.backend.plan_mut().clear();
+        bench.push(write(0));
+        assert_eq!(bench.drain()[0].2, Ok(BLOCK));
+    }
+
+    #[test]
+    fn files_can_be_told_apart_and_computations_never_fail() {
+        const COPY: crate::op::Compute = crate::op::Compute {
+            name: "copy",
+            run: |input, output| {
+                output.copy_from_slice(input);
+                Ok(())
+            },
+        };
+        let mut disk = Disk::new();
+        let mut bench = Bench::new(&mut disk, &pattern(2, 4));
+        let other = Fault { file: Some(FileId(7)), errno: Errno::NO_SPACE, ..Fault::default() };
+        bench.backend.plan_mut().push(other);
+        bench.push(write(0));
+        assert_eq!(bench.drain()[0].2, Ok(BLOCK));
+        bench.push(Op { target: Target::File(FileId(7)), ..write(0) });
+        assert_eq!(bench.drain()[0].2, Err(Errno::NO_SPACE));
+        bench.backend.plan_mut()[0] = Fault::default();
+        let base = |buf| seg(Base::Pool(BufId(buf)), 0, 1);
+        bench.push(Op::compute(COPY, base(0), base(1)));
+        bench.push(Op::bare(OpKind::Discard, FILE, 0, BLOCK));
+        let mut results: Vec<_> = bench.drain().into_iter().map(|back| back.2).collect();
+        results.sort_by_key(Result::is_err);
+        assert_eq!(results, [Ok(0), Err(Errno::IO)]);
+    }
+}
