@@ -435,7 +435,7 @@ impl Header {
     pub fn check_tables(&self) -> Result<(), Error> {
         self.check_l1()?;
         self.check_refcount_table()?;
-        self.check_snapshot_table()
+        self.check_snapshot_table(self.snapshot_count)
     }
 
     /// As [`check_tables`](Self::check_tables), for the active L1 table.
@@ -444,12 +444,15 @@ impl Header {
     ///
     /// [`Error::Corrupt`].
     pub fn check_l1(&self) -> Result<(), Error> {
-        if !self.can_be_at(self.l1_offset, u64::from(self.l1_size) * 8)
-            || self.l1_size > 0 && self.l1_offset == 0
-        {
+        if !self.l1_can_be_read() || self.l1_size > 0 && self.l1_offset == 0 {
             return corrupt("Active L1 table offset invalid", 40);
         }
         Ok(())
+    }
+
+    /// Can something be read where the active L1 table should be? A check asks no more.
+    pub fn l1_can_be_read(&self) -> bool {
+        self.can_be_at(self.l1_offset, u64::from(self.l1_size) * 8)
     }
 
     /// As [`check_tables`](Self::check_tables), for the refcount table.
@@ -464,27 +467,30 @@ impl Header {
         if self.refcount_table_bytes() > REFTABLE_BYTES_MAX {
             return corrupt("Reference count table too large", 56);
         }
-        if !self.can_be_at(self.refcount_table_offset, self.refcount_table_bytes())
-            || self.refcount_table_offset == 0
-        {
+        if !self.refcount_table_can_be_read() || self.refcount_table_offset == 0 {
             return corrupt("Reference count table offset invalid", 48);
         }
         Ok(())
     }
 
-    /// As [`check_tables`](Self::check_tables), for the snapshot table.
+    /// Can something be read where the refcount table should be? A check asks no more.
+    pub fn refcount_table_can_be_read(&self) -> bool {
+        let bytes = self.refcount_table_bytes();
+        bytes <= REFTABLE_BYTES_MAX && self.can_be_at(self.refcount_table_offset, bytes)
+    }
+
+    /// As [`check_tables`](Self::check_tables), for a snapshot table of `count` entries.
     ///
     /// # Errors
     ///
     /// [`Error::Corrupt`].
-    pub fn check_snapshot_table(&self) -> Result<(), Error> {
-        if self.snapshot_count > SNAPSHOTS_MAX {
+    pub fn check_snapshot_table(&self, count: u32) -> Result<(), Error> {
+        if count > SNAPSHOTS_MAX {
             return corrupt("Snapshot table too large", 60);
         }
         // 40 bytes are the least that an entry takes.
-        let least = u64::from(self.snapshot_count) * 40;
-        if !self.can_be_at(self.snapshots_offset, least)
-            || self.snapshot_count > 0 && self.snapshots_offset == 0
+        let least = u64::from(count) * 40;
+        if !self.can_be_at(self.snapshots_offset, least) || count > 0 && self.snapshots_offset == 0
         {
             return corrupt("Snapshot table offset invalid", 64);
         }
@@ -619,6 +625,24 @@ impl Header {
         let mut sector = *self.kept.first_chunk().expect("at least a sector is kept");
         self.put_fields(&mut sector);
         sector
+    }
+
+    /// The sector of the extension in which this header differs from `old`, and where in the file it
+    /// is; `None`: no other sector than that of the fields does. At most one word of an extension is
+    /// different, and no sector boundary cuts it.
+    pub fn extension_sector(&self, old: &Header) -> Option<(u64, &[u8])> {
+        let sectors = self.kept.chunks(SECTOR as usize).zip(old.kept.chunks(SECTOR as usize));
+        let mut changed = sectors.enumerate().skip(1).filter(|(_, (new, old))| new != old);
+        let (i, (sector, _)) = changed.next()?;
+        assert!(changed.next().is_none(), "one word is different");
+        Some((i as u64 * SECTOR, sector))
+    }
+
+    /// Moves the bitmap directory, which keeps its length.
+    pub fn set_bitmap_directory(&mut self, offset: u64) {
+        let last = self.extensions.iter().rev().find(|extension| extension.kind == EXT_BITMAPS);
+        let at = last.expect("it has bitmaps").data.start + 16;
+        put_u64(&mut self.kept, at, offset);
     }
 
     /// The first cluster: fields, extensions, name, zeros behind.

@@ -1,8 +1,9 @@
 //! Taking the space of what a disk has gained, in an image that nobody runs.
 //!
-//! It is one change of the image (`check/change.rs`): the tables that map the range are written anew
-//! at the file's end, with places behind them for all clusters that have none, and one write of
-//! the header's sector makes them the image's. What a guest reads stays what it was: zeros.
+//! It is one change of the image (`check/change.rs`): the tables that map the range are written anew,
+//! with places for all clusters that have none, and one write of the header's sector makes them the
+//! image's. What a guest reads stays what it was: zeros. Places are at the file's end, if it can
+//! grow; those on a device hold old bytes, so that their entries say zeros, or zeros are written.
 
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ use cowbell_engine::units::{GuestOffset, HostOffset};
 
 use crate::error::Error;
 use crate::preallocation::{Preallocation, preallocate};
-use crate::qcow2::check::change::{Room, change};
+use crate::qcow2::check::change::{Room, Run, change};
 use crate::qcow2::header::{AUTOCLEAR_RAW_DATA, Header};
 use crate::qcow2::layout::{Geometry, Invalid, L1Entry, L2Entry, Mapping};
 use crate::qcow2::open::{read_header, read_words};
@@ -40,13 +41,7 @@ pub fn preallocate_from<F: Store>(
         preallocate(data, from, range.end.saturating_sub(from), how)?;
         data.flush().map_err(Error::io("flush the data file"))?;
     }
-    let len = file.len().map_err(Error::io("find the image's length"))?;
-    let changed = change(file, |header, room| map(file, header, room, range, how));
-    if changed.is_err() {
-        // What there is no room for is not kept.
-        file.set_len(len).map_err(Error::io("cut the image"))?;
-    }
-    changed
+    change(file, |header, room| map(file, header, room, range, how))
 }
 
 fn map<F: Store>(
@@ -65,63 +60,77 @@ fn map<F: Store>(
     if tables.end > l1.len() as u64 {
         return Err(corrupt(header.l1_offset));
     }
-    let places = if header.has_data_file() { 0 } else { clusters.end - clusters.start };
-    let l1_clusters = (header.l1_size as u64 * 8).div_ceil(size);
-    let counts = l1_clusters + (tables.end - tables.start) + places;
-    let l1_offset = room.at_end(counts)?;
-    let mut table = l1_offset + l1_clusters * size;
-    let first_place = table + (tables.end - tables.start) * size;
-    let mut place = first_place;
     let mut bytes = vec![0; size as usize];
     for index in tables {
-        let old = L1Entry::decode(l1[index as usize], geometry).map_err(|_| corrupt(table))?;
-        match old {
+        let old = L1Entry::decode(l1[index as usize], geometry);
+        match old.map_err(|_| corrupt(header.l1_offset))? {
             Some(old) => file.read_at(old.table.0, &mut bytes).map_err(Error::io(DOING))?,
             None => bytes.fill(0),
         }
         let mapped = index * (span / size)..(index + 1) * (span / size);
-        for cluster in clusters.start.max(mapped.start)..clusters.end.min(mapped.end) {
-            let host = if geometry.has_data_file() { cluster * size } else { place };
-            let at = geometry.l2_index(GuestOffset(cluster * size)) as usize;
-            let entry = L2Entry::read(&bytes, at, geometry);
-            let placed = placed(entry, HostOffset(host), how, geometry);
-            if let Some(entry) = placed.map_err(|Invalid| corrupt(table))? {
-                entry.write(&mut bytes, at, geometry);
-                place += if geometry.has_data_file() { 0 } else { size };
-            }
-        }
-        file.write_at(table, &bytes).map_err(Error::io(DOING))?;
-        l1[index as usize] = L1Entry { table: HostOffset(table), copied: true }.encode();
-        table += size;
+        let range = clusters.start.max(mapped.start)..clusters.end.min(mapped.end);
+        place_table(file, room, &mut bytes, range, how, geometry)?;
+        l1[index as usize] =
+            L1Entry { table: HostOffset(room.put(&bytes)?), copied: true }.encode();
     }
-    preallocate(file, first_place, place - first_place, how)?;
-    // Some had their places.
-    file.set_len(place).map_err(Error::io("set the image's length"))?;
-    let l1: Vec<u8> = l1.into_iter().flat_map(u64::to_be_bytes).collect();
-    file.write_at(l1_offset, &l1).map_err(Error::io("write the L1 table"))?;
-    header.l1_offset = l1_offset;
+    header.l1_offset = room.put_l1(&l1)?;
     Ok(header)
 }
 
-/// The entry with a place; `None` if it has one.
-fn placed(
-    entry: L2Entry,
-    host: HostOffset,
+/// Gives each of these guest clusters, which one L2 table maps, a place.
+fn place_table<F: Store>(
+    file: &F,
+    room: &mut Room<'_, F>,
+    table: &mut [u8],
+    clusters: Range<u64>,
     how: Preallocation,
     geometry: Geometry,
-) -> Result<Option<L2Entry>, Invalid> {
-    if entry.place(geometry)?.is_some() {
-        return Ok(None);
+) -> Result<(), Error> {
+    let size = geometry.cluster_size();
+    let mut run = Run { at: 0, count: 0, is_zero: true };
+    for cluster in clusters.clone() {
+        let at = geometry.l2_index(GuestOffset(cluster * size)) as usize;
+        let entry = L2Entry::read(table, at, geometry);
+        if entry.place(geometry).map_err(|Invalid| corrupt(cluster * size))?.is_some() {
+            continue;
+        }
+        if geometry.has_data_file() {
+            run.at = cluster * size;
+        } else if run.count == 0 {
+            run = room.take_data(clusters.end - cluster)?;
+            let can_say_zero = run.is_zero || geometry.has_zero_clusters();
+            let how = if can_say_zero { how } else { Preallocation::Full };
+            preallocate(file, run.at, run.count * size, how)?;
+            run.is_zero |= how == Preallocation::Full;
+        }
+        let placed = placed(entry, run, how, geometry);
+        placed.map_err(|Invalid| corrupt(cluster * size))?.write(table, at, geometry);
+        run.at += size;
+        run.count = run.count.saturating_sub(1);
     }
+    // More than was needed: some had their places.
+    room.give_back(run);
+    Ok(())
+}
+
+/// The entry with a place.
+fn placed(
+    entry: L2Entry,
+    run: Run,
+    how: Preallocation,
+    geometry: Geometry,
+) -> Result<L2Entry, Invalid> {
+    let host = HostOffset(run.at);
     // Subclusters go on saying what they are.
     if geometry.has_subclusters() {
-        return Ok(Some(entry.with_place(host)));
+        return Ok(entry.with_place(host));
     }
     let is_zero = matches!(entry.mapping(0, geometry)?, Mapping::Zero(_));
-    Ok(Some(match how {
+    Ok(match how {
+        _ if !run.is_zero => L2Entry::zero(Some(host), geometry),
         Preallocation::Metadata if is_zero => L2Entry::zero(Some(host), geometry),
         _ => L2Entry::data(host, geometry),
-    }))
+    })
 }
 
 fn corrupt(at: u64) -> Error {

@@ -9,7 +9,7 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
-use crate::qcow2::header::{Header, L1_BYTES_MAX, u16_at, u32_at, u64_at};
+use crate::qcow2::header::{Header, L1_BYTES_MAX, SNAPSHOTS_MAX, u16_at, u32_at, u64_at};
 
 /// A snapshot table has at most this many bytes (QEMU's limit).
 pub const TABLE_BYTES_MAX: u64 = 64 << 20;
@@ -19,6 +19,8 @@ pub const EXTRA_MAX: u32 = 1024;
 const ENTRY_BYTES: usize = 40;
 /// What we know of the extra data, in bytes.
 const EXTRA_KNOWN: usize = 24;
+/// What version 3 wants of it, in bytes: the machine state's size and the disk's.
+const EXTRA_V3: u32 = 16;
 
 /// One snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -71,42 +73,93 @@ impl Snapshot {
     }
 }
 
+/// What a snapshot table holds, as far as it can be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// The snapshots.
+    pub list: Vec<Snapshot>,
+    /// Bytes that they take in the file.
+    pub bytes: u64,
+    /// Snapshots that the header counts, and that cannot be in a table.
+    pub dropped: u64,
+    /// Entries with more extra data than an entry may have; what we know of it is kept.
+    pub cut: Vec<u32>,
+    /// Entries that do not say what version 3 wants them to: how large the disk was.
+    pub incomplete: Vec<u32>,
+    /// What is wrong about where it is: behind the file's end, or where too much else is.
+    pub misplaced: u64,
+}
+
+impl Table {
+    /// How many errors a check finds in it. Written again, it has none.
+    pub fn errors(&self) -> u64 {
+        self.dropped + self.misplaced + (self.cut.len() + self.incomplete.len()) as u64
+    }
+}
+
 /// Reads the snapshot table.
 ///
 /// # Errors
 ///
 /// [`Error::Corrupt`] if it breaks a bound; [`Error::Io`].
 pub fn read<F: Store>(file: &F, header: &Header) -> Result<Vec<Snapshot>, Error> {
-    read_sized(file, header).map(|(list, _)| list)
+    read_table(file, header, false).map(|table| table.list)
 }
 
-/// As [`read`], and the table's length in bytes.
+/// As [`read`], with all there is to say about the table. To `salvage` is to read what breaks a bound
+/// as far as that goes.
 ///
 /// # Errors
 ///
 /// The same.
-pub fn read_sized<F: Store>(file: &F, header: &Header) -> Result<(Vec<Snapshot>, u64), Error> {
-    header.check_snapshot_table()?;
+pub fn read_table<F: Store>(file: &F, header: &Header, salvage: bool) -> Result<Table, Error> {
+    let count =
+        if salvage { header.snapshot_count.min(SNAPSHOTS_MAX) } else { header.snapshot_count };
+    header.check_snapshot_table(count)?;
     let mut cursor = Cursor::new(file, header.snapshots_offset, TABLE_BYTES_MAX);
-    let mut list = Vec::with_capacity(header.snapshot_count as usize);
-    for _ in 0..header.snapshot_count {
-        list.push(read_one(&mut cursor)?);
+    let mut table = Table {
+        list: Vec::with_capacity(count as usize),
+        dropped: (header.snapshot_count - count).into(),
+        ..Table::default()
+    };
+    for i in 0..count {
+        match read_one(&mut cursor, header, salvage, &mut table) {
+            Ok(one) => table.list.push(one),
+            Err(Error::Corrupt { .. }) if salvage => {
+                table.dropped += u64::from(count - i);
+                break;
+            }
+            Err(why) => return Err(why),
+        }
+        table.bytes = cursor.at - header.snapshots_offset;
     }
-    Ok((list, cursor.at - header.snapshots_offset))
+    Ok(table)
 }
 
-fn read_one<F: Store>(cursor: &mut Cursor<'_, F>) -> Result<Snapshot, Error> {
+fn read_one<F: Store>(
+    cursor: &mut Cursor<'_, F>,
+    header: &Header,
+    salvage: bool,
+    table: &mut Table,
+) -> Result<Snapshot, Error> {
     let at = cursor.at;
     let mut fixed = [0; ENTRY_BYTES];
     cursor.take(&mut fixed)?;
     let extra_len = u32_at(&fixed, 36);
-    if extra_len > EXTRA_MAX {
+    let is_cut = extra_len > EXTRA_MAX;
+    if is_cut && !salvage {
         return corrupt("Too much extra metadata in snapshot table", at);
     }
-    let mut extra = cursor.bytes(extra_len as usize)?;
+    let kept = if is_cut { EXTRA_KNOWN as u32 } else { extra_len };
+    let mut extra = cursor.bytes(kept as usize)?;
+    cursor.skip(u64::from(extra_len - kept))?;
     let id = cursor.bytes(u16_at(&fixed, 12).into())?;
     let name = cursor.bytes(u16_at(&fixed, 14).into())?;
     cursor.align();
+    let index = table.list.len() as u32;
+    table.cut.extend(is_cut.then_some(index));
+    let is_incomplete = header.version > 2 && extra_len < EXTRA_V3;
+    table.incomplete.extend(is_incomplete.then_some(index));
     let word = |at: usize| (extra.len() >= at + 8).then(|| u64_at(&extra, at));
     let (large_state, disk_size, icount) = (word(0), word(8), word(16));
     // -1: the machine does not count instructions.
@@ -126,12 +179,13 @@ fn read_one<F: Store>(cursor: &mut Cursor<'_, F>) -> Result<Snapshot, Error> {
     })
 }
 
-/// The bytes of a table of these snapshots.
+/// The bytes of a table of these snapshots. Where it is not recorded how large the disk was, old
+/// programs did not change it: it is as large as it is now.
 ///
 /// # Errors
 ///
 /// [`Error::Limit`] if it would break a bound.
-pub fn encode(list: &[Snapshot]) -> Result<Vec<u8>, Error> {
+pub fn encode(list: &[Snapshot], disk_size: u64) -> Result<Vec<u8>, Error> {
     let len: usize = list.iter().map(Snapshot::table_bytes).sum();
     if len as u64 > TABLE_BYTES_MAX {
         return Err(Error::Limit("the snapshot table would be too large".into()));
@@ -152,7 +206,7 @@ pub fn encode(list: &[Snapshot]) -> Result<Vec<u8>, Error> {
         table.extend(u32::try_from(one.vm_state_size).unwrap_or(0).to_be_bytes());
         table.extend(extra_len.to_be_bytes());
         table.extend(one.vm_state_size.to_be_bytes());
-        table.extend(one.disk_size.unwrap_or(0).to_be_bytes());
+        table.extend(one.disk_size.unwrap_or(disk_size).to_be_bytes());
         table.extend(one.icount.unwrap_or(u64::MAX).to_be_bytes());
         table.extend(&one.extra);
         table.extend(&one.id);
@@ -188,7 +242,7 @@ impl<'a, F: Store> Cursor<'a, F> {
         }
         let mut done = 0;
         while done < out.len() {
-            let inside = (self.at - self.buf_at) as usize;
+            let inside = usize::try_from(self.at - self.buf_at).unwrap_or(usize::MAX);
             if inside >= self.buf.len() {
                 let len = (self.end - self.at).min(Self::CHUNK as u64) as usize;
                 self.buf.resize(len, 0);
@@ -208,6 +262,15 @@ impl<'a, F: Store> Cursor<'a, F> {
         let mut bytes = vec![0; len];
         self.take(&mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Leaves out the next bytes.
+    fn skip(&mut self, len: u64) -> Result<(), Error> {
+        if len > self.end.saturating_sub(self.at) {
+            return corrupt("A table in the image is too large", self.start);
+        }
+        self.at += len;
+        Ok(())
     }
 
     /// Skips what pads to a multiple of 8, counted from the table's start.

@@ -2,19 +2,16 @@
 //!
 //! Each is one change of the image (`check/change.rs`): a table and perhaps a copy of an L1 table are
 //! written where nothing is, and one write of the header's sector makes them the image's. A crash
-//! leaves the image as it was or as it shall be, and leaks at worst.
+//! leaves the image as it was or as it shall be.
 
 use cowbell_engine::store::Store;
 
 use crate::error::{Error, Shown};
 use crate::qcow2::bitmap;
-use crate::qcow2::check::change::{Room, change};
+use crate::qcow2::check::change::{change, with_snapshots};
 use crate::qcow2::header::{Header, L1_BYTES_MAX, OFFSET_MAX, SNAPSHOTS_MAX};
 use crate::qcow2::open::{read_header, read_words};
 use crate::qcow2::snapshot::{self, Snapshot, encode};
-
-/// An L1 entry's flag; in a snapshot's table it means nothing.
-const COPIED: u64 = 1 << 63;
 
 /// A moment: seconds since 1970, and nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,11 +52,11 @@ pub fn create<F: Store>(file: &F, name: &[u8], now: Moment) -> Result<u64, Error
         icount: Some(0),
         extra: Vec::new(),
     });
-    encode(&list)?; // what cannot be written is found before anything is
+    encode(&list, header.disk_size())?; // what cannot be written is found before anything is
     change(file, |header, room| {
-        let l1_offset = room.put(&l1_bytes(l1))?;
+        let l1_offset = room.put_l1(&l1)?;
         list.last_mut().expect("it was just put there").l1_offset = l1_offset;
-        with_list(header, room, &list)
+        with_snapshots(header, room, &list)
     })?;
     Ok(id)
 }
@@ -88,7 +85,7 @@ pub fn apply<F: Store>(file: &F, which: &[u8]) -> Result<(), Error> {
     let mut l1 = read_words(file, one.l1_offset, one.l1_size as usize, "read an L1 table")?;
     l1.resize(entries as usize, 0);
     change(file, |mut header, room| {
-        let l1_offset = room.put(&l1_bytes(l1))?;
+        let l1_offset = room.put_l1(&l1)?;
         (header.size, header.l1_offset, header.l1_size) = (size, l1_offset, entries as u32);
         Ok(header)
     })
@@ -103,7 +100,7 @@ pub fn delete<F: Store>(file: &F, name: &[u8]) -> Result<(), Error> {
     let (_, mut list) = load(file)?;
     let index = list.iter().position(|one| one.name == name).ok_or_else(|| not_found(name))?;
     list.remove(index);
-    change(file, |header, room| with_list(header, room, &list))
+    change(file, |header, room| with_snapshots(header, room, &list))
 }
 
 fn load<F: Store>(file: &F) -> Result<(Header, Vec<Snapshot>), Error> {
@@ -124,19 +121,4 @@ fn load<F: Store>(file: &F) -> Result<(Header, Vec<Snapshot>), Error> {
 fn not_found(which: &[u8]) -> Error {
     let name = String::from_utf8_lossy(which);
     Error::Invalid(format!("there is no snapshot '{}'", Shown(name.as_ref().as_ref())))
-}
-
-fn l1_bytes(l1: Vec<u64>) -> Vec<u8> {
-    l1.into_iter().flat_map(|entry| (entry & !COPIED).to_be_bytes()).collect()
-}
-
-/// The header with these snapshots.
-fn with_list<F: Store>(
-    mut header: Header,
-    room: &mut Room<'_, F>,
-    list: &[Snapshot],
-) -> Result<Header, Error> {
-    let snapshots_offset = room.put(&encode(list)?)?;
-    (header.snapshots_offset, header.snapshot_count) = (snapshots_offset, list.len() as u32);
-    Ok(header)
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // every test file takes what it needs
 
+pub mod crash;
 pub mod drive;
 pub mod held;
 pub mod shadow;

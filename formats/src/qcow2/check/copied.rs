@@ -11,8 +11,8 @@ use super::{Checker, Repair, Watch};
 use crate::error::Error;
 use crate::qcow2::header::{SECTOR, u64_at};
 
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
 impl<F: Store, W: Watch> Checker<'_, F, W> {
@@ -25,23 +25,16 @@ impl<F: Store, W: Watch> Checker<'_, F, W> {
             Repair::All => true,
         };
         let old = self.report.corruptions_fixed;
+        self.before.sort_fixed();
         self.l1_flags(fix && self.l1_is_alone())?;
         for i in 0..self.before.active.len() {
             let (table, n) = self.before.active[i];
-            let fix = fix && self.before.is_only_a_table(table, self.geometry);
+            let fix = fix && self.before.is_a_table(table, self.geometry);
             self.l2_flags(table, n, fix)?;
         }
         if self.report.corruptions_fixed > old {
             self.file.flush().map_err(Error::io("flush the repaired flags"))?;
         }
-        Ok(())
-    }
-
-    /// Clears the flags where the refcount will not be 1, whatever it is now.
-    pub(super) fn clear_copied(&mut self) -> Result<(), Error> {
-        self.clears = true;
-        self.copied(Repair::All)?;
-        self.clears = false;
         Ok(())
     }
 
@@ -117,10 +110,6 @@ impl<F: Store, W: Watch> Checker<'_, F, W> {
     /// knows.
     fn flag(&mut self, entry: u64) -> Option<(bool, u64)> {
         let cluster = (entry & OFFSET) >> self.geometry.cluster_bits();
-        if self.clears {
-            let count = self.before.refs.get(cluster);
-            return (count != 1 && entry & COPIED != 0).then_some((false, count));
-        }
         let count = self.disk.get(cluster).ok().flatten()?;
         ((count == 1) != (entry & COPIED != 0)).then_some((count == 1, count))
     }
@@ -135,7 +124,7 @@ impl<F: Store, W: Watch> Checker<'_, F, W> {
     }
 }
 
-fn with_flag(entry: u64, on: bool) -> u64 {
+pub(super) fn with_flag(entry: u64, on: bool) -> u64 {
     if on { entry | COPIED } else { entry & !COPIED }
 }
 

@@ -1,6 +1,8 @@
 //! The refcounts that are on disk: table, blocks, and a small cache of pieces of them.
 
-use cowbell_engine::store::Store;
+use std::ops::Range;
+
+use cowbell_engine::store::{Extent, Store};
 
 use crate::error::Error;
 use crate::qcow2::header::{OFFSET_MAX, SECTOR};
@@ -71,6 +73,73 @@ impl<'a, F: Store> DiskRefs<'a, F> {
         let (piece, index) = self.place(at, cluster);
         let slot = self.load(piece)?;
         Ok(Some(geometry.refcount(&slot.bytes, index)))
+    }
+
+    /// The first cluster from `from` on, but below `end`, that is counted; the clusters are those of
+    /// one block, which is there. Holes of the file are left out.
+    ///
+    /// # Errors
+    ///
+    /// The clusters whose refcounts could not be read.
+    pub fn next(&mut self, from: u64, end: u64) -> Result<Option<u64>, Range<u64>> {
+        let geometry = self.geometry;
+        let Block::At(at) = self.block(from >> geometry.block_bits()) else { return Ok(None) };
+        let start = from & !((1 << geometry.block_bits()) - 1);
+        let piece_size = 1 << self.piece_bits();
+        let mut cluster = from;
+        while cluster < end {
+            let (piece, index) = self.place(at, cluster);
+            let first = cluster - index as u64;
+            let is_cached = self.cache[(piece % CACHED as u64) as usize]
+                .as_ref()
+                .is_some_and(|p| p.number == piece);
+            if !is_cached {
+                let hole = self.hole_from(piece * piece_size);
+                if hole >= piece_size {
+                    // Whole pieces of it, within this block.
+                    let refcounts =
+                        (hole / piece_size) * ((piece_size * 8) >> geometry.refcount_order());
+                    cluster =
+                        first.saturating_add(refcounts).min(start + (1 << geometry.block_bits()));
+                    continue;
+                }
+            }
+            let per_piece = (piece_size * 8) >> geometry.refcount_order();
+            let stop = (first + per_piece).min(end);
+            let Ok(slot) = self.load(piece) else { return Err(cluster..stop) };
+            // From the first word that is not 0.
+            let bits = 1 << geometry.refcount_order();
+            let per_word = (64 / bits) as u64;
+            let words = slot.bytes.as_chunks::<8>().0;
+            let skipped =
+                words[index / per_word as usize..].iter().position(|word| *word != [0; 8]);
+            let Some(skipped) = skipped else {
+                cluster = stop;
+                continue;
+            };
+            if skipped > 0 {
+                cluster = first + (index as u64 / per_word + skipped as u64) * per_word;
+            }
+            let word_end = (cluster / per_word + 1) * per_word;
+            while cluster < word_end.min(stop) {
+                if geometry.refcount(&slot.bytes, (cluster - first) as usize) != 0 {
+                    return Ok(Some(cluster));
+                }
+                cluster += 1;
+            }
+        }
+        Ok(None)
+    }
+
+    /// How many bytes of the file are a hole from `at` on.
+    fn hole_from(&self, at: u64) -> u64 {
+        match self.file.len() {
+            Ok(len) if at < len => match self.file.extent_at(at) {
+                Ok(Extent { data: false, end }) => end.saturating_sub(at),
+                _ => 0,
+            },
+            _ => 0,
+        }
     }
 
     /// Sets the refcount of a cluster whose block is there, in memory: see [`flush`](Self::flush).

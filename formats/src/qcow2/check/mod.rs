@@ -32,12 +32,13 @@ mod scan;
 
 use std::fmt;
 
-use cowbell_engine::store::{Extent, Store};
+use cowbell_engine::store::Store;
 
 use crate::error::Error;
 use crate::qcow2::header::{Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, SECTOR};
 use crate::qcow2::layout::Geometry;
 use crate::qcow2::open::{clear_unknown_autoclear, read_header, read_words, write_fields};
+use crate::qcow2::snapshot;
 use disk::{Block, DiskRefs};
 use refs::Refs;
 use scan::{Before, Scan};
@@ -46,6 +47,8 @@ pub use crate::qed::check::Repair;
 
 /// At most this many entries of a refcount table may lead to a block that another one leads to.
 const BLOCKS_TWICE_MAX: u64 = 1024;
+/// At most this many clusters may be counted by such blocks.
+const TWICE_MAX: u64 = 1 << 24;
 
 /// What a check found. Numbers are those of `qemu-img check`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -157,9 +160,8 @@ fn check_once<F: Store, W: Watch>(
     watch: &mut W,
 ) -> Result<(Report, bool), Error> {
     let mut header = read_header(file)?;
-    header.check_l1()?;
-    if header.refcount_table_clusters > 0 {
-        header.check_refcount_table()?;
+    if !header.l1_can_be_read() {
+        header.check_l1()?;
     }
     if repair != Repair::None {
         // Holes are believed to be zeros. Some file systems have told of holes where there was
@@ -167,9 +169,10 @@ fn check_once<F: Store, W: Watch>(
         file.flush().map_err(Error::io("flush the image"))?;
         clear_unknown_autoclear(file, &mut header)?;
     }
-    let (mut report, mut before, fixable) = scan(file, &header, None, watch)?;
+    let salvage = repair == Repair::All;
+    let (mut report, mut before, fixable) = scan(file, &header, None, salvage, watch)?;
     if repair == Repair::All && fixable > 0 {
-        let (again, now, _) = scan(file, &header, Some(before), watch)?;
+        let (again, now, _) = scan(file, &header, Some(before), salvage, watch)?;
         (report, before) = (again, now);
         file.flush().map_err(Error::io("flush the repaired tables"))?;
     }
@@ -180,7 +183,18 @@ fn check_once<F: Store, W: Watch>(
     checker.copied(repair)?;
     let moved = old_table != checker.header.refcount_table_offset;
     let again = moved && checker.before.refs.real(0) > 1;
-    let Checker { report, header, .. } = checker;
+    let Checker { mut report, header, before, .. } = checker;
+    let errors = before.snapshots.errors();
+    if salvage && errors > 0 && report.check_errors == 0 && report.corruptions == errors {
+        change::put_snapshots(file, before.snapshots.list)?;
+        watch.event(Event::Found(format_args!("Repairing the snapshot table")));
+        report.corruptions = 0;
+        report.corruptions_fixed += errors;
+        if repair != Repair::None && report.is_sound() {
+            unmark(file, read_header(file)?)?;
+        }
+        return Ok((report, again));
+    }
     if repair != Repair::None && report.is_sound() {
         unmark(file, header)?;
     }
@@ -192,6 +206,7 @@ fn scan<F: Store, W: Watch>(
     file: &F,
     header: &Header,
     fix: Option<Before>,
+    salvage: bool,
     watch: &mut W,
 ) -> Result<(Report, Before, u64), Error> {
     let geometry = header.geometry();
@@ -213,6 +228,10 @@ fn scan<F: Store, W: Watch>(
         fixable: 0,
         beyond: Vec::new(),
         fix,
+        salvage,
+        snapshots: snapshot::Table::default(),
+        fixed: Vec::new(),
+        again: 0,
     };
     scan.all()?;
     Ok(scan.before())
@@ -239,8 +258,8 @@ struct Checker<'a, F, W> {
     before: Before,
     disk: DiskRefs<'a, F>,
     report: Report,
-    /// COPIED flags follow what was counted, and are only cleared.
-    clears: bool,
+    /// Clusters that are counted by blocks that other entries of the refcount table name, too.
+    twice: u64,
     watch: &'a mut W,
 }
 
@@ -255,9 +274,13 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
         let geometry = header.geometry();
         let len = file.len().map_err(Error::io("find the image's length"))?;
         let clusters = len.div_ceil(geometry.cluster_size());
-        let table = read_table(file, &header)?;
+        let table = if header.refcount_table_can_be_read() {
+            read_table(file, &header)?
+        } else {
+            Vec::new()
+        };
         let disk = DiskRefs::new(file, geometry, table);
-        Ok(Checker { file, header, geometry, clusters, before, disk, report, clears: false, watch })
+        Ok(Checker { file, header, geometry, clusters, before, disk, report, twice: 0, watch })
     }
 
     fn wrong(&mut self, n: u64, what: fmt::Arguments<'_>) {
@@ -269,6 +292,11 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
     fn refcount_structure(&mut self) -> Result<(), Error> {
         let bits = self.geometry.cluster_bits();
         let table_at = self.header.refcount_table_offset;
+        if !self.header.refcount_table_can_be_read() {
+            self.wrong(1, format_args!("ERROR: no refcount table can be at {table_at:#x}"));
+            self.report.needs_rebuild = true;
+            return Ok(());
+        }
         let table_end = table_at + self.header.refcount_table_bytes();
         if self.header.refcount_table_clusters > 0
             && table_end.div_ceil(1 << bits) > self.clusters + 1
@@ -279,6 +307,7 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
             for cluster in table_at >> bits..table_end >> bits {
                 self.count(cluster)?;
             }
+            self.before.fix_in_place(table_at >> bits..table_end >> bits);
         }
         let mut twice = 0;
         for i in 0..self.disk.table.len() as u64 {
@@ -308,6 +337,7 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
                 continue;
             }
             self.count(at >> bits)?;
+            self.before.fix_in_place(at >> bits..(at >> bits) + 1);
             let count = self.before.refs.get(at >> bits);
             if count != 1 {
                 self.wrong(1, format_args!("ERROR refcount block {i} refcount={count}"));
@@ -371,36 +401,69 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
         while start < with_blocks {
             let stop = (start + per_block).min(with_blocks);
             match self.disk.block(start / per_block) {
-                Block::At(at) if !self.is_hole(at) => {
-                    for cluster in start..stop {
-                        match self.disk.get(cluster) {
-                            Ok(count) => self.cluster(pass, cluster, count.unwrap_or_default())?,
-                            Err(_) if pass == Pass::Count => self.lost(cluster, 1),
-                            Err(_) => {}
-                        }
-                    }
+                Block::At(at) => {
+                    let is_twice = self.before.refs.real(at >> self.geometry.cluster_bits()) > 1;
+                    self.visit_block(pass, start, stop, is_twice)?;
                 }
-                Block::At(_) => self.uncounted(pass, start, stop, true)?,
-                Block::None => self.uncounted(pass, start, stop, false)?,
+                Block::None => self.uncounted(pass, start, stop)?,
                 Block::Bad(_) if pass == Pass::Count => self.lost(start, stop - start),
                 Block::Bad(_) => {}
             }
             start = stop;
         }
-        self.uncounted(pass, start, end, false)
+        self.uncounted(pass, start, end)
     }
 
-    /// Clusters whose refcount on disk is 0.
-    fn uncounted(
+    /// Those from `start` to `stop`, which one block counts. What is neither counted nor referred to
+    /// is skipped.
+    fn visit_block(
         &mut self,
         pass: Pass,
         start: u64,
-        end: u64,
-        has_block: bool,
+        stop: u64,
+        is_twice: bool,
     ) -> Result<(), Error> {
         let mut at = start;
+        let mut referred = self.before.refs.next(at, stop);
+        while at < stop {
+            if referred.is_some_and(|cluster| cluster < at) {
+                referred = self.before.refs.next(at, stop);
+            }
+            let until = referred.unwrap_or(stop);
+            let (cluster, count) = match self.disk.next(at, until) {
+                Ok(None) if until == stop => return Ok(()),
+                Ok(next) => {
+                    let cluster = next.unwrap_or(until);
+                    (cluster, self.disk.get(cluster))
+                }
+                Err(lost) => {
+                    if pass == Pass::Count {
+                        self.lost(lost.start, lost.end - lost.start);
+                    }
+                    at = lost.end;
+                    continue;
+                }
+            };
+            self.twice += u64::from(is_twice);
+            if self.twice > TWICE_MAX {
+                let what = "too many clusters are counted by blocks that are not theirs alone";
+                return Err(Error::Limit(what.into()));
+            }
+            match count {
+                Ok(count) => self.cluster(pass, cluster, count.unwrap_or_default())?,
+                Err(_) if pass == Pass::Count => self.lost(cluster, 1),
+                Err(_) => {}
+            }
+            at = cluster + 1;
+        }
+        Ok(())
+    }
+
+    /// Clusters whose refcount has no block to be in, and is 0.
+    fn uncounted(&mut self, pass: Pass, start: u64, end: u64) -> Result<(), Error> {
+        let mut at = start;
         while let Some(cluster) = self.before.refs.next(at, end) {
-            self.report.needs_rebuild |= !has_block;
+            self.report.needs_rebuild = true;
             self.cluster(pass, cluster, 0)?;
             at = cluster + 1;
         }
@@ -447,13 +510,6 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
             "{says} cluster {cluster} refcount={count} reference={counted}"
         )));
         if pass == Pass::Count { Ok(()) } else { self.disk.set(cluster, counted) }
-    }
-
-    /// Is the cluster at `at` a hole in the file?
-    fn is_hole(&self, at: u64) -> bool {
-        let size = self.geometry.cluster_size();
-        let hole = |extent: Extent| !extent.data && extent.end.saturating_sub(at) >= size;
-        self.file.len().is_ok_and(|len| at < len) && self.file.extent_at(at).is_ok_and(hole)
     }
 }
 

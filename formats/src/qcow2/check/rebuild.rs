@@ -39,7 +39,7 @@ impl<F: Store, W: Watch> Checker<'_, F, W> {
     pub(super) fn rebuild(&mut self) -> Result<Report, Error> {
         // Behind all that is in use, and behind the old refcounts, which are in use until the end.
         let mut first = self.before.refs.end().max(1);
-        (_, self.before, _) = scan(self.file, &self.header, None, &mut Unwatched)?;
+        (_, self.before, _) = scan(self.file, &self.header, None, true, &mut Unwatched)?;
         for _ in 0..TRIES {
             let place = self.place(first)?;
             if let Some(next) = self.beyond(&place)? {
@@ -53,7 +53,7 @@ impl<F: Store, W: Watch> Checker<'_, F, W> {
             if len < end {
                 self.file.set_len(end).map_err(Error::io("make room for refcounts"))?;
             }
-            let (report, before, _) = scan(self.file, &self.header, None, &mut Unwatched)?;
+            let (report, before, _) = scan(self.file, &self.header, None, true, &mut Unwatched)?;
             self.before = before;
             let is_free = self.before.refs.next(place.table, place.end()).is_none();
             if is_free && self.place(first)? == place {

@@ -65,6 +65,15 @@ impl Refs {
         Ok(excess)
     }
 
+    /// Nothing refers to these clusters, which are counted once.
+    pub fn forget(&mut self, clusters: std::ops::Range<u64>) {
+        for cluster in clusters {
+            if let Some(slot) = self.slot(cluster / PAGE) {
+                self.store[slot][(cluster % PAGE) as usize] = 0;
+            }
+        }
+    }
+
     /// What the refcount of this cluster should be.
     pub fn get(&self, cluster: u64) -> u64 {
         self.real(cluster).min(self.max)

@@ -6,15 +6,18 @@
 //!
 //! What cannot be is counted and reported as `qemu-img check` does.
 
+use std::ffi::OsStr;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use cowbell_engine::store::Store;
 
 use super::refs::Refs;
 use super::{Event, Report, Watch};
-use crate::error::Error;
+use crate::error::{Error, Shown};
 use crate::qcow2::bitmap;
-use crate::qcow2::header::{Header, SECTOR, u64_at};
+use crate::qcow2::header::{Header, L1_BYTES_MAX, SECTOR, u64_at};
 use crate::qcow2::layout::{Geometry, L2Entry};
 use crate::qcow2::snapshot;
 
@@ -24,6 +27,9 @@ const CHUNK: u64 = 64 << 10;
 const TABLES_MAX: u64 = 16 << 30;
 /// At most this many different L2 tables are remembered at a time: 256 MiB.
 const L2_TABLES_MAX: usize = 1 << 24;
+
+/// Tables that lie over each other are read again: at most this many bytes, in all.
+const AGAIN_MAX: u64 = 256 << 20;
 
 /// How far behind the end of the file a repair may put something.
 pub const BEYOND: u64 = 16 << 30;
@@ -63,6 +69,14 @@ pub struct Scan<'a, F, W> {
     pub beyond: Vec<Range<u64>>,
     /// From a scan before: set them to zeros, in tables that are nothing but tables.
     pub fix: Option<Before>,
+    /// Read of a snapshot table that breaks bounds what can be read.
+    pub salvage: bool,
+    /// The snapshot table.
+    pub snapshots: snapshot::Table,
+    /// Where everything is that is neither an L2 table nor data: clusters.
+    pub fixed: Vec<Range<u64>>,
+    /// Bytes of tables that were read again, since other tables lie over them.
+    pub again: u64,
 }
 
 /// What a scan found: what is needed to know where it is safe to write.
@@ -71,20 +85,59 @@ pub struct Before {
     pub refs: Refs,
     pub(super) active: Vec<(u64, u64)>,
     pub(super) beyond: Vec<Range<u64>>,
+    /// The snapshot table, as far as it could be read.
+    pub(super) snapshots: snapshot::Table,
     inactive: Vec<(u64, u64)>,
+    fixed: Vec<Range<u64>>,
 }
 
 impl Before {
-    /// Is the cluster at `table` referred to as an L2 table, and as nothing else? Only then may it
-    /// be written: a hostile image may have a table where its header is.
+    /// Is the cluster at `table` referred to as an L2 table, and as nothing else? Only then may an
+    /// entry of it be given up.
     pub fn is_only_a_table(&self, table: u64, geometry: Geometry) -> bool {
-        let count = |list: &[(u64, u64)]| {
-            list.binary_search_by_key(&table, |&(table, _)| table).map_or(0, |i| list[i].1)
-        };
-        let as_table = count(&self.active) + count(&self.inactive);
+        let as_table = self.as_table(table);
         geometry.is_aligned(table)
             && as_table > 0
             && self.refs.real(table >> geometry.cluster_bits()) == as_table
+    }
+
+    /// Is there an L2 table, and nothing else but data of a guest? Only there may a flag be written:
+    /// a hostile image may have a table where its header is. Whoever has the data shares a cluster
+    /// with a table; the flags are what keeps him from writing over it.
+    pub fn is_a_table(&self, table: u64, geometry: Geometry) -> bool {
+        let cluster = table >> geometry.cluster_bits();
+        geometry.is_aligned(table) && self.as_table(table) > 0 && !self.is_fixed(cluster)
+    }
+
+    /// How often an L1 table refers to an L2 table here.
+    fn as_table(&self, table: u64) -> u64 {
+        let count = |list: &[(u64, u64)]| {
+            list.binary_search_by_key(&table, |&(table, _)| table).map_or(0, |i| list[i].1)
+        };
+        count(&self.active) + count(&self.inactive)
+    }
+
+    /// Is something in this cluster that is neither an L2 table nor data?
+    fn is_fixed(&self, cluster: u64) -> bool {
+        let i = self.fixed.partition_point(|range| range.start <= cluster);
+        i > 0 && self.fixed[i - 1].contains(&cluster)
+    }
+
+    /// Something that is neither an L2 table nor data is in these clusters.
+    pub(super) fn fix_in_place(&mut self, clusters: Range<u64>) {
+        self.fixed.push(clusters);
+    }
+
+    /// To be called when all of that is said.
+    pub(super) fn sort_fixed(&mut self) {
+        self.fixed.sort_unstable_by_key(|range| (range.start, range.end));
+        self.fixed.dedup_by(|next, kept| {
+            let joins = next.start <= kept.end;
+            if joins {
+                kept.end = kept.end.max(next.end);
+            }
+            joins
+        });
     }
 }
 
@@ -157,7 +210,7 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
     /// Counts everything but refcount table and blocks.
     pub fn all(&mut self) -> Result<(), Error> {
         let size = self.geometry.cluster_size();
-        self.area(0, size, 1)?;
+        self.fixed_area(0, size, 1)?;
         let mut tables = Vec::new();
         let l1_bytes = u64::from(self.header.l1_size) * 8;
         self.l1(self.header.l1_offset, l1_bytes, 1, &mut tables)?;
@@ -168,13 +221,37 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
 
     /// What is needed to write, after [`all`](Self::all).
     pub fn before(self) -> (Report, Before, u64) {
-        let Scan { refs, active, inactive, beyond, report, fixable, .. } = self;
-        (report, Before { refs, active, inactive, beyond }, fixable)
+        let Scan { refs, active, inactive, beyond, report, fixable, snapshots, fixed, .. } = self;
+        (report, Before { refs, active, inactive, beyond, snapshots, fixed }, fixable)
     }
 
     fn wrong(&mut self, n: u64, what: std::fmt::Arguments<'_>) {
         self.report.corruptions += n;
         self.watch.event(Event::Found(what));
+    }
+
+    /// Tables at these places are about to be read: sorted, each by its offset and length.
+    fn overlaps(&mut self, tables: impl Iterator<Item = (u64, u64)>) -> Result<(), Error> {
+        let mut end = 0;
+        for (at, len) in tables {
+            let next = at.saturating_add(len);
+            self.again += end.min(next).saturating_sub(at);
+            end = end.max(next);
+        }
+        if self.again > AGAIN_MAX {
+            return Err(Error::Limit("too many tables of the image lie over each other".into()));
+        }
+        Ok(())
+    }
+
+    /// Counts the clusters of an area of neither L2 tables nor data.
+    fn fixed_area(&mut self, offset: u64, len: u64, n: u64) -> Result<(), Error> {
+        self.area(offset, len, n)?;
+        let bits = self.geometry.cluster_bits();
+        if len > 0 {
+            self.fixed.push(offset >> bits..(offset.saturating_add(len - 1) >> bits) + 1);
+        }
+        Ok(())
     }
 
     /// Counts the clusters of an area `n` times.
@@ -211,7 +288,7 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
 
     /// An L1 table that is referred to `n` times: collects the L2 tables.
     fn l1(&mut self, at: u64, len: u64, n: u64, tables: &mut Vec<(u64, u64)>) -> Result<(), Error> {
-        self.area(at, len, n)?;
+        self.fixed_area(at, len, n)?;
         let mut pieces = Pieces::new(at, len);
         while let Some(read) = pieces.next(self.file) {
             if read.is_err() {
@@ -245,6 +322,8 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
     fn l2_tables(&mut self, mut tables: Vec<(u64, u64)>, active: bool) -> Result<(), Error> {
         join(&mut tables);
         let total = tables.len() as u64;
+        let size = self.geometry.cluster_size();
+        self.overlaps(tables.iter().map(|&(table, _)| (table, size)))?;
         for (done, &(table, n)) in tables.iter().enumerate() {
             self.watch.event(Event::Progress { done: done as u64, total });
             self.area(table, self.geometry.cluster_size(), n)?;
@@ -408,23 +487,41 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
     }
 
     fn snapshots(&mut self) -> Result<(), Error> {
-        let (list, len) = snapshot::read_sized(self.file, self.header)?;
+        self.snapshots = snapshot::read_table(self.file, self.header, self.salvage)?;
+        let table = std::mem::take(&mut self.snapshots);
+        let verb = if self.salvage { "Repairing" } else { "ERROR" };
+        if table.dropped > 0 {
+            let n = table.dropped;
+            self.wrong(n, format_args!("Discarding {n} overhanging snapshots"));
+        }
+        for i in &table.cut {
+            let what = format_args!("{verb} snapshot table entry {i} has too much extra data");
+            self.wrong(1, what);
+        }
+        for i in &table.incomplete {
+            self.wrong(1, format_args!("{verb} snapshot table entry {i} is incomplete"));
+        }
+        let list = &table.list;
         let mut l1_tables = Vec::new();
-        for one in &list {
+        for one in list {
             if one.check_l1(self.header).is_err() {
-                let name = String::from_utf8_lossy(&one.name);
-                self.wrong(
-                    1,
-                    format_args!(
-                        "ERROR snapshot {:?}: L1 table at {:#x} of {} entries cannot be",
-                        name, one.l1_offset, one.l1_size
-                    ),
-                );
+                let [id, name] =
+                    [&one.id, &one.name].map(|text| Path::new(OsStr::from_bytes(text)));
+                let (id, name) = (Shown(id), Shown(name));
+                let (at, n) = (one.l1_offset, one.l1_size);
+                let why = if u64::from(n) * 8 > L1_BYTES_MAX {
+                    format!("l1_size={n:#x}: L1 table is too large")
+                } else {
+                    format!("l1_offset={at:#x}: L1 table is not cluster aligned")
+                };
+                let what = "snapshot table entry corrupted";
+                self.wrong(1, format_args!("ERROR snapshot {id} ({name}) {why}; {what}"));
                 continue;
             }
             l1_tables.push((one.l1_offset, u64::from(one.l1_size) * 8));
         }
         l1_tables.sort_unstable();
+        self.overlaps(l1_tables.chunk_by(|a, b| a == b).map(|same| same[0]))?;
         let mut tables = Vec::new();
         let mut total = 0;
         for same in l1_tables.chunk_by(|a, b| a == b) {
@@ -436,20 +533,26 @@ impl<F: Store, W: Watch> Scan<'_, F, W> {
             self.l1(at, len, same.len() as u64, &mut tables)?;
         }
         self.l2_tables(tables, false)?;
-        self.area(self.header.snapshots_offset, len, 1)
+        let before = self.report.corruptions;
+        self.fixed_area(self.header.snapshots_offset, table.bytes, 1)?;
+        self.snapshots = table;
+        self.snapshots.misplaced = self.report.corruptions - before;
+        Ok(())
     }
 
     fn bitmaps(&mut self) -> Result<(), Error> {
         let Some(bitmaps) = self.header.bitmaps() else { return Ok(()) };
-        self.area(bitmaps.directory.offset, bitmaps.directory.len, 1)?;
-        let list = bitmap::read(self.file, self.header)?;
+        self.fixed_area(bitmaps.directory.offset, bitmaps.directory.len, 1)?;
+        let mut list = bitmap::read(self.file, self.header)?;
+        list.sort_unstable_by_key(|one| (one.table.offset, one.table.len));
+        self.overlaps(list.iter().map(|one| (one.table.offset, one.table.len)))?;
         let mut total = 0;
         for one in list {
             total += one.table.len;
             if total > TABLES_MAX {
                 return Err(Error::Limit("the bitmap tables are too large".into()));
             }
-            self.area(one.table.offset, one.table.len, 1)?;
+            self.fixed_area(one.table.offset, one.table.len, 1)?;
             let mut pieces = Pieces::new(one.table.offset, one.table.len);
             while let Some(read) = pieces.next(self.file) {
                 if read.is_err() {
