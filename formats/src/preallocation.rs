@@ -8,6 +8,8 @@ use crate::Format;
 use crate::chain::{Layer, LayerMeta};
 use crate::error::Error;
 use crate::qcow2;
+use crate::qcow2::bitmap::{self, Bitmap};
+use crate::qcow2::header::Header;
 
 /// How an image takes its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,23 +54,44 @@ impl Preallocation {
     }
 }
 
-/// What there was of an image before it grew.
-#[derive(Clone, Copy, Debug)]
+/// What there was of an image before it changed its size.
+#[derive(Clone, Debug)]
 pub struct Before {
     size: u64,
     /// The length of a data file.
     data: Option<u64>,
+    /// The bitmaps of a qcow2 image, and its header.
+    bitmaps: Option<(Vec<Bitmap>, Header)>,
 }
 
 impl Before {
-    /// As it is now.
+    /// As it is when it has been opened for writing.
     ///
     /// # Errors
     ///
     /// [`Error::Io`].
     pub fn of<F: Store>(layer: &Layer<F>) -> Result<Before, Error> {
         let len = |file: &F| file.len().map_err(Error::io("find the data file's length"));
-        Ok(Before { size: layer.size(), data: layer.more.first().map(len).transpose()? })
+        let bitmaps = match &layer.meta {
+            LayerMeta::Qcow2(image) => Some((image.bitmaps.clone(), image.header.clone())),
+            _ => None,
+        };
+        Ok(Before { size: layer.size(), data: layer.more.first().map(len).transpose()?, bitmaps })
+    }
+
+    /// Can the disk have `size` bytes?
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], [`Error::Corrupt`] or [`Error::Limit`] for a bitmap that cannot follow it.
+    pub fn check_resize(&self, size: u64) -> Result<(), Error> {
+        let Some((bitmaps, header)) = &self.bitmaps else { return Ok(()) };
+        bitmap::check_resize(bitmaps, header, self.size, size)
+    }
+
+    /// Has the image bitmaps that somebody may believe?
+    pub fn has_bitmaps(&self) -> bool {
+        self.bitmaps.as_ref().is_some_and(|(bitmaps, _)| !bitmaps.is_empty())
     }
 
     /// Takes the space that the disk in `layer`, which nobody runs, has gained since.
@@ -76,8 +99,8 @@ impl Before {
     /// # Errors
     ///
     /// [`Error::Io`]: there is no space. A raw image is then as it was before; another has its new
-    /// size, and takes its space when it is written.
-    pub fn preallocate<F: Store>(self, layer: &Layer<F>, how: Preallocation) -> Result<(), Error> {
+    /// size and no more space than before.
+    pub fn preallocate<F: Store>(&self, layer: &Layer<F>, how: Preallocation) -> Result<(), Error> {
         let file = &layer.file;
         match &layer.meta {
             LayerMeta::Raw { size } => {
@@ -92,6 +115,18 @@ impl Before {
                 qcow2::preallocate::preallocate_from(file, data, self.size, how)
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Bitmaps follow the size that the disk in `layer`, which nobody runs or has written, has now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]: those bitmaps are not to be believed.
+    pub fn resize_bitmaps<F: Store>(&self, layer: &Layer<F>) -> Result<(), Error> {
+        match &self.bitmaps {
+            Some((bitmaps, _)) => bitmap::resize(&layer.file, bitmaps, self.size),
+            None => Ok(()),
         }
     }
 }

@@ -12,7 +12,7 @@ use cowbell_engine::store::Store;
 use cowbell_engine::units::HostOffset;
 
 use crate::error::Error;
-use crate::qcow2::bitmap;
+use crate::qcow2::bitmap::{self, Bitmap};
 use crate::qcow2::check::{self, Repair};
 use crate::qcow2::header::{AUTOCLEAR_KNOWN, HEADER_BYTES_NEW, Header, SECTOR, u64_at};
 use crate::qcow2::layout::Geometry;
@@ -31,6 +31,8 @@ pub struct Opened {
     pub refcount_table: Vec<u64>,
     /// The snapshots; their tables are not looked at. Empty if opened for reading.
     pub snapshots: Vec<Snapshot>,
+    /// The bitmaps as they were before this open marked them. Empty if opened for reading.
+    pub bitmaps: Vec<Bitmap>,
     /// The file's length in bytes when it was opened, after any repair; any number.
     pub file_len: u64,
 }
@@ -91,6 +93,7 @@ pub fn open<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
         opened = load(file, access)?;
     }
     bitmap::mark_in_use(file, &bitmaps)?;
+    opened.bitmaps = bitmaps;
     Ok(opened)
 }
 
@@ -111,7 +114,7 @@ fn load<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
         refcount_table = read_words(file, at, entries, "read the refcount table")?;
         snapshots = snapshot::read(file, &header)?;
     }
-    Ok(Opened { header, l1, refcount_table, snapshots, file_len })
+    Ok(Opened { header, l1, refcount_table, snapshots, bitmaps: Vec::new(), file_len })
 }
 
 /// Reads and parses the header. Where the tables are is not looked at.

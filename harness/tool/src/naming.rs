@@ -46,6 +46,8 @@ pub struct Image {
     untrusted: bool,
     /// Others may write it meanwhile.
     force_share: bool,
+    /// Its locks are held already, by this command.
+    locked: bool,
 }
 
 impl Naming {
@@ -78,6 +80,7 @@ impl Naming {
             name: named,
             untrusted: self.untrusted,
             force_share: self.force_share,
+            locked: false,
         })
     }
 }
@@ -103,7 +106,14 @@ impl Image {
     /// A plain path.
     pub fn plain(path: &Path, format: Option<Format>) -> Image {
         let name = Name::plain(path, format);
-        Image { given: path.into(), name, format, untrusted: false, force_share: false }
+        Image {
+            given: path.into(),
+            name,
+            format,
+            untrusted: false,
+            force_share: false,
+            locked: false,
+        }
     }
 
     /// An empty image of the same size, backed by this one. Its file is gone when it is closed: who
@@ -127,6 +137,11 @@ impl Image {
         Ok((Image { format: name.format, name, ..self.clone() }, file))
     }
 
+    /// The same, beside a holder of its locks that is this command.
+    pub fn locked(self) -> Image {
+        Image { locked: true, ..self }
+    }
+
     /// The image's own file.
     pub fn path(&self) -> &Path {
         &self.name.path
@@ -137,7 +152,7 @@ impl Image {
         let options = OpenOptions {
             format: self.format,
             write,
-            locking: locking::chosen(),
+            locking: if self.locked { Locking::Off } else { locking::chosen() },
             force_share: self.force_share,
             ..OpenOptions::default()
         };

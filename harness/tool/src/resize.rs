@@ -5,15 +5,14 @@ use std::io::Write;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
-use cowbell_engine::sys::lock::Locking;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
-use cowbell_formats::preallocation::{Before, Preallocation};
-use cowbell_formats::{DiskHost, Error, Format, OpenOptions};
+use cowbell_formats::preallocation::Preallocation;
+use cowbell_formats::{DiskHost, Error, Format};
 
 use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
-use crate::naming::Naming;
+use crate::naming::{Image, Naming};
 use crate::out::Out;
 use crate::session::{Session, Setup, eprint_quietly};
 use crate::stop::Stop;
@@ -69,26 +68,38 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let mut session = Session::open(&image, &setup)?;
     let old = session.size();
     let new = new_size(&session, args, (sign, amount), how, program)?;
-    let host = StoppableHost { disk: DiskHost::default(), stop };
     let format = session.engine.node(session.node).format();
-    let layer = |write| {
-        // The session's locks are held until the end.
-        let locking = Locking::Off;
-        let options = OpenOptions { format: Some(format), locking, ..image.options(write) };
-        open_whole_layer(&host, image.path(), &options).map_err(|why| image.failed(why))
-    };
+    let before = session.before.take().expect("it is open for writing");
     let failed = |why: Error| Fail::at(&image.given, format!("Failed to resize: {why}"));
-    let takes = new > old && (how != Preallocation::Off || format == Format::Qcow2);
-    let before = takes.then(|| Before::of(&layer(false)?).map_err(failed)).transpose()?;
-    let result = resize(&mut session, (old, new));
+    let refused = before.check_resize(new).map_err(|why| match why {
+        Error::Invalid(what) if program == Program::QemuImg => Fail::other(format!(
+            "{what}\nTry block-dirty-bitmap-remove to delete this bitmap from disk"
+        )),
+        why => failed(why),
+    });
+    let mut result = refused.and_then(|()| resize(&mut session, (old, new)));
     let closed = session.drain();
-    result?;
-    closed?;
     let Session { engine, locks, .. } = session;
     drop(engine);
-    if let Some(before) = before {
-        before.preallocate(&layer(true)?, how).map_err(failed)?;
+    result = result.and(closed);
+    // The session's locks are held until the end.
+    let mut image = image.clone().locked();
+    image.format = Some(format);
+    let options = image.options(true);
+    if new > old && result.is_ok() && matches!(format, Format::Raw | Format::Qcow2) {
+        let host = StoppableHost { disk: DiskHost::default(), stop };
+        let layer = open_whole_layer(&host, image.path(), &options);
+        result = layer.and_then(|layer| before.preallocate(&layer, how)).map_err(failed);
+        if result.is_err() && format == Format::Qcow2 {
+            shrink(&image, old)?;
+        }
     }
+    if before.has_bitmaps() {
+        let layer = open_whole_layer(&DiskHost::default(), image.path(), &options);
+        let bitmaps = layer.and_then(|layer| before.resize_bitmaps(&layer));
+        result = result.and(bitmaps.map_err(failed));
+    }
+    result?;
     drop(locks);
     let mut out = Out::new(args.quiet);
     writeln!(out, "Image resized.")?;
@@ -146,6 +157,15 @@ fn new_size(
         }
         _ => Ok(new),
     }
+}
+
+/// What could not take its space gives back what it had gained.
+fn shrink(image: &Image, old: u64) -> Result<(), Fail> {
+    let setup = Setup { write: true, depth: 1, ..Setup::default() };
+    let mut session = Session::open(image, &setup)?;
+    let new = session.size();
+    resize(&mut session, (new, old))?;
+    session.drain()
 }
 
 fn resize(session: &mut Session, (old, new): (u64, u64)) -> Result<(), Fail> {

@@ -10,6 +10,7 @@ use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
+use cowbell_formats::preallocation::Before;
 use cowbell_formats::qed::Growth;
 use cowbell_formats::{DiskHost, Error, Format, Locks, Node, RunOptions, attach};
 
@@ -63,6 +64,8 @@ pub struct Session {
     /// The file of a temporary image, which has no name.
     #[expect(dead_code, reason = "it is only held open")]
     pub temporary: Option<fs::File>,
+    /// What it was when it was opened for writing.
+    pub before: Option<Before>,
     /// The locks of its files; they outlive the engine if this does.
     pub locks: Locks,
 }
@@ -96,10 +99,12 @@ impl Session {
             run.qed.growth = growth;
             run.vmdk.growth = growth;
         }
+        let top = chain.layers.first().filter(|_| setup.write);
+        let before = top.map(Before::of).transpose().map_err(|why| image.failed(why))?;
         let locks = chain.locks().map_err(opened)?;
         let node = attach(&mut engine, chain, &run).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
-        Ok(Session { engine, node, image: image.clone(), events, temporary: None, locks })
+        Ok(Session { engine, node, image: image.clone(), events, temporary: None, before, locks })
     }
 
     /// The disk's size in bytes.

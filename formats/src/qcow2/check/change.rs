@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 
 use cowbell_engine::mutant;
 use cowbell_engine::store::Store;
+use cowbell_engine::units::Errno;
 
 use super::copied::{COPIED, OFFSET, with_flag};
 use super::refs::Refs;
@@ -112,7 +113,7 @@ impl<'a, F: Store> Room<'a, F> {
             count = max.min(there);
         }
         if count == 0 {
-            return Err(Error::io("take space")(std::io::ErrorKind::StorageFull.into()));
+            return Err(Error::io("take space")(Errno::NO_SPACE.into()));
         }
         self.occupy(first + 1, count - 1)?;
         self.cursor = self.cursor.max(first + count);
