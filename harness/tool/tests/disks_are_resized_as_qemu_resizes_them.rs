@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, have_qemu};
+use common::{Place, have_qemu, read};
 
 const BACKED: &str = "backing_file=base.raw,backing_fmt=raw";
 
@@ -113,5 +113,72 @@ fn a_raw_image_takes_space() {
         assert_eq!(meta.len(), 4 << 20);
         let blocks = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
         assert!((allocated..allocated + (1 << 20)).contains(&blocks), "{mode}: {blocks}");
+    }
+}
+
+#[test]
+fn with_bitmaps() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu(
+        "qemu-img create -q -f qcow2 a.qcow2 1M && qemu-img bitmap --add -g 512 a.qcow2 one && \
+         qemu-img bitmap --add a.qcow2 two && qemu-io -f qcow2 -c 'write -q 0 70k' a.qcow2",
+    );
+    // Up, down, and with space taken ahead: both are to be used afterwards.
+    for how in ["--shrink a.qcow2 200G", "--shrink a.qcow2 300k", "--preallocation=full a.qcow2 4M"]
+    {
+        place.ok(&format!("qemu-img resize -q -f qcow2 {how}"));
+        place.qemu("qemu-img check -q -f qcow2 a.qcow2");
+        let info = place.qemu("qemu-img info -f qcow2 a.qcow2");
+        assert!(info.contains("name: one") && !info.contains("in-use"), "{how}: {info}");
+        place.qemu(
+            "qemu-img bitmap --add --merge one --merge two a.qcow2 all && \
+             qemu-img bitmap --remove a.qcow2 all && qemu-img check -q -f qcow2 a.qcow2",
+        );
+    }
+    // Not one that is not to be believed; then the other is as it was, too.
+    let mut bytes = read(&place.path("a.qcow2"));
+    // Older directories are still there, where nothing refers to them.
+    for at in 24..bytes.len() {
+        if bytes[at..].starts_with(b"two\0") {
+            bytes[at - 24 + 15] |= 1;
+        }
+    }
+    std::fs::write(place.path("a.qcow2"), &bytes).expect("written");
+    let out = place.ours("qemu-img resize -q -f qcow2 a.qcow2 5M");
+    assert_eq!(out.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&out.stderr),
+        "qemu-img: Bitmap 'two' is inconsistent and cannot be used\n\
+         Try block-dirty-bitmap-remove to delete this bitmap from disk\n"
+    );
+    assert!(read(&place.path("a.qcow2")) == bytes, "it was refused");
+}
+
+/// Where there is no space, an image has the size and the space that it had.
+#[test]
+fn without_space() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu(
+        "qemu-img create -q -f qcow2 a.qcow2 4M && qemu-img bitmap --add a.qcow2 one && \
+         qemu-io -f qcow2 -c 'write -q -P 5 1M 1M' a.qcow2",
+    );
+    let old = read(&place.path("a.qcow2")).len();
+    for mode in ["falloc", "full"] {
+        // No file may be longer than 8 MiB.
+        let line = format!("qemu-img resize -q -f qcow2 --preallocation={mode} a.qcow2 60M");
+        let out = place.ours(&format!("trap '' XFSZ; ulimit -f 16384; {line}"));
+        assert_eq!(out.status.code(), Some(1), "{mode}: {out:?}");
+        let info = place.qemu("qemu-img info -f qcow2 a.qcow2 && qemu-img check -f qcow2 a.qcow2");
+        assert!(info.contains("(4194304 bytes)") && info.contains("No errors"), "{mode}: {info}");
+        assert!(!info.contains("in-use"), "{mode}: {info}");
+        let len = read(&place.path("a.qcow2")).len();
+        assert!(len < old + (1 << 20), "{mode}: {len} bytes, {old} before");
+        place.qemu("qemu-io -f qcow2 -c 'read -q -P 5 1M 1M' -c 'read -q -P 0 2M 2M' a.qcow2");
     }
 }
