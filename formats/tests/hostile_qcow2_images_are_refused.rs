@@ -13,6 +13,7 @@ use cowbell_formats::qcow2::check::{Repair, check};
 use cowbell_formats::qcow2::create::Options;
 use cowbell_formats::qcow2::header::{Compression, EXT_BITMAPS, EXT_FEATURE_NAMES, Header};
 use cowbell_formats::qcow2::open::read_header;
+use cowbell_formats::qcow2::snapshots::{Moment, create};
 use cowbell_formats::{Chain, Error, Format, OpenOptions, Policy, open};
 
 const MB: Options<'_> = Options {
@@ -523,4 +524,63 @@ fn a_header_that_parses_survives_encoding() {
         let _ = header.check_tables();
     }
     assert!(parsed > 10_000, "{parsed}");
+}
+
+/// A header of version 3 without features: clusters of 2 MiB, tables at the clusters given.
+fn large_clusters(l1_entries: u32, refcount_order: u32) -> MemFile {
+    let file = MemFile::new(b"QFI\xfb\0\0\0\x03");
+    file.poke_be32(20, 21);
+    file.poke_be64(24, u64::from(l1_entries) << 39);
+    file.poke_be32(36, l1_entries);
+    file.poke_be64(40, 1 << 21);
+    file.poke_be64(48, 2 << 21);
+    file.poke_be32(56, 1);
+    file.poke_be32(96, refcount_order);
+    file.poke_be32(100, 104);
+    file.poke_be64(2 << 21, 3 << 21);
+    file
+}
+
+/// What is read, and what is said, follows what is in a file, not how long it is or how often it says
+/// the same.
+#[test]
+fn small_files_with_much_to_check() {
+    let read = |file: &MemFile| {
+        let before = file.inner().bytes_read;
+        for repair in [Repair::None, Repair::All] {
+            let _ = check(file, repair);
+        }
+        let _ = create(file, b"x", Moment::default());
+        file.inner().bytes_read - before
+    };
+    // Blocks of refcounts of one bit, with a byte in each, far behind everything.
+    let file = large_clusters(1, 0);
+    file.poke_be64(3 << 21, 0x0f00_0000_0000_0000);
+    for i in 1..300 {
+        file.poke_be64((2 << 21) + 8 * i, (1 << 40) + (i << 21));
+        file.write_at((1 << 40) + (i << 21), &[1]).expect("memory");
+    }
+    file.set_len(1 << 62).expect("memory");
+    assert!(read(&file) < 1 << 30, "sparse refcounts");
+    // One block, full, for a thousand runs of clusters.
+    let file = large_clusters(1, 0);
+    for i in 1..1000 {
+        file.poke_be64((2 << 21) + 8 * i, 3 << 21);
+    }
+    file.write_at(3 << 21, &vec![0xff; 1 << 21]).expect("memory");
+    file.set_len(1 << 62).expect("memory");
+    assert!(matches!(check(&file, Repair::None), Err(Error::Limit(_))));
+    // L2 tables that lie over each other.
+    let file = large_clusters(1 << 17, 4);
+    file.write_at(4 << 21, &vec![0x11; 4 << 21]).expect("memory");
+    for i in 0..1 << 12 {
+        file.poke_be64((1 << 21) + 8 * i, (4 << 21) + 512 * i);
+    }
+    assert!(matches!(check(&file, Repair::None), Err(Error::Limit(_))));
+    assert!(read(&file) < 1 << 28, "tables over each other");
+    // The same L2 table again and again.
+    for i in 0..1 << 17 {
+        file.poke_be64((1 << 21) + 8 * i, 4 << 21);
+    }
+    assert!(read(&file) < 1 << 30, "one table");
 }

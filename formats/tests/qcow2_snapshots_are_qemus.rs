@@ -134,6 +134,20 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     assert!(file.bytes() == before);
 }
 
+/// Each planted defect is found by the crashes of the test below.
+#[cfg(feature = "mutants")]
+#[test]
+fn crashes_find_planted_defects() {
+    for mutant in ["qcow2_change_not_fenced", "qcow2_flags_in_place", "qcow2_flags_stay"] {
+        let found = std::panic::catch_unwind(|| {
+            cowbell_engine::mutants::activate(Some(mutant));
+            a_crash_at_any_write_leaves_the_old_or_the_new();
+        });
+        cowbell_engine::mutants::activate(None);
+        assert!(found.is_err(), "{mutant} is not found");
+    }
+}
+
 #[test]
 fn a_crash_at_any_write_leaves_the_old_or_the_new() {
     if !have_qemu() {

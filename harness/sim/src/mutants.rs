@@ -187,8 +187,8 @@ pub const EQUIVALENT: &[(&str, &str)] = &[(
     "a matter of what a guest may write, not of crashes or order: a test of the raw driver finds it",
 )];
 
-/// Defects planted in changes of images that nobody runs. They are found by crashing those changes
-/// ([`crate::rest`]), not by workloads.
+/// Defects planted in changes of images that nobody runs. No workload makes such a change: a test of
+/// the formats crashes each, and finds these.
 pub const AT_REST: &[(&str, &str)] = &[
     ("qcow2_change_not_fenced", "the header names tables that are not stable"),
     ("qcow2_flags_in_place", "COPIED flags are written into tables that the image still uses"),

@@ -31,6 +31,9 @@ pub struct Args {
     /// human or json
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: String,
+    /// Say how far it is, also where nobody seems to look
+    #[arg(short, long)]
+    progress: bool,
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
@@ -165,7 +168,7 @@ fn check(
             return Err(Fail::at(&image.given, what).with_code(UNSUPPORTED));
         }
         Format::Qed => check_qed(store, repair),
-        Format::Qcow2 => check_qcow2(store, repair, args.quiet),
+        Format::Qcow2 => check_qcow2(store, repair, args),
         Format::Vmdk => check_vmdk(image, repair),
     };
     report.map_err(|why| image.failed(why))
@@ -186,8 +189,9 @@ fn check_qed(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
     })
 }
 
-fn check_qcow2(store: &DiskFile, repair: Repair, quiet: bool) -> Result<Report, Error> {
-    let mut teller = Teller { shows: !quiet && io::stderr().is_terminal(), shown: 0 };
+fn check_qcow2(store: &DiskFile, repair: Repair, args: &Args) -> Result<Report, Error> {
+    let shows = !args.quiet && (args.progress || io::stderr().is_terminal());
+    let mut teller = Teller { shows, shown: 0 };
     let report = check_watched(store, repair, &mut teller);
     teller.clear();
     report
@@ -237,7 +241,7 @@ impl Watch for Teller {
             }
             Event::Progress { done, total } => {
                 let percent = u128::from(done) * 100 / u128::from(total.max(1));
-                if self.shows && percent as u64 > self.shown {
+                if self.shows && percent as u64 != self.shown {
                     self.shown = percent as u64;
                     eprint_quietly(&format!("\r{percent}% of the tables"));
                 }

@@ -6,7 +6,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cowbell_engine::store::Store;
-use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::error::Shown;
 use cowbell_formats::locks::lock_image;
@@ -17,9 +16,9 @@ use cowbell_formats::{DiskHost, Error, Format, Host};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
 use crate::json::Json;
-use crate::locking;
 use crate::naming::Naming;
 use crate::number::human;
 use crate::out::Out;
@@ -79,9 +78,8 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let image = args.naming.image(&args.file, args.format.as_deref())?;
     let file = &image.given;
     let write = !matches!(action, Action::List);
-    // A change is over in a moment, or may be interrupted anywhere: a signal waits for it.
-    let _stop = Stop::on_signals()?;
-    let host = DiskHost::default();
+    // Before its last write a change has changed nothing: a signal ends it there.
+    let host = StoppableHost { disk: DiskHost::default(), stop: Stop::on_signals()? };
     if write {
         image.check_writable()?;
     }
@@ -94,9 +92,6 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let options = image.options(write);
     let locked = lock_image(&host, &mut store, path, format, &options);
     locked.map_err(|why| image.failed(why))?;
-    if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
-        locking::warn_of(path);
-    }
     if let (Format::Qcow2, Ok(header)) = (format, describe_header(&store)) {
         header.refuse_encryption().map_err(|why| image.failed(why))?;
     }

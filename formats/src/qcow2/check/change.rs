@@ -274,7 +274,9 @@ fn change_read<F: Store>(
     checker.refcount_structure()?;
     checker.visit(Pass::Count)?;
     checker.copied(Repair::None)?;
-    let known = if salvage { checker.before.snapshots.errors() } else { 0 };
+    // Entries that old programs wrote are no reason to refuse.
+    let snapshots = &checker.before.snapshots;
+    let known = if salvage { snapshots.errors() } else { snapshots.incomplete.len() as u64 };
     if checker.report.check_errors > 0 || checker.report.corruptions > known {
         return not_sound();
     }
@@ -327,7 +329,7 @@ fn make<'a, F: Store>(
 fn count<F: Store>(file: &F, next: &Header) -> Result<Before, Error> {
     file.flush().map_err(Error::io("flush the new tables"))?;
     let (report, after, _) = scan(file, next, None, false, &mut Unwatched)?;
-    if report.corruptions > 0 {
+    if report.corruptions > after.snapshots.incomplete.len() as u64 {
         let bits = 1 << next.refcount_order;
         return Err(Error::Limit(format!("refcounts of {bits} bits cannot count that high")));
     }

@@ -97,10 +97,10 @@ impl<'a, F: Store> DiskRefs<'a, F> {
                 let hole = self.hole_from(piece * piece_size);
                 if hole >= piece_size {
                     // Whole pieces of it, within this block.
-                    let refcounts =
-                        (hole / piece_size) * ((piece_size * 8) >> geometry.refcount_order());
-                    cluster =
-                        first.saturating_add(refcounts).min(start + (1 << geometry.block_bits()));
+                    let per_piece = (piece_size * 8) >> geometry.refcount_order();
+                    let skipped = (hole / piece_size).saturating_mul(per_piece);
+                    let stop = start + (1 << geometry.block_bits());
+                    cluster = first.saturating_add(skipped).min(stop);
                     continue;
                 }
             }

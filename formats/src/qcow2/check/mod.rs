@@ -48,7 +48,7 @@ pub use crate::qed::check::Repair;
 /// At most this many entries of a refcount table may lead to a block that another one leads to.
 const BLOCKS_TWICE_MAX: u64 = 1024;
 /// At most this many clusters may be counted by such blocks.
-const TWICE_MAX: u64 = 1 << 24;
+const TWICE_MAX: u64 = 1 << 20;
 
 /// What a check found. Numbers are those of `qemu-img check`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -400,6 +400,10 @@ impl<'a, F: Store, W: Watch> Checker<'a, F, W> {
         let mut start = 0;
         while start < with_blocks {
             let stop = (start + per_block).min(with_blocks);
+            if pass == Pass::Count {
+                let (done, total) = (start / per_block, with_blocks.div_ceil(per_block));
+                self.watch.event(Event::Progress { done, total });
+            }
             match self.disk.block(start / per_block) {
                 Block::At(at) => {
                     let is_twice = self.before.refs.real(at >> self.geometry.cluster_bits()) > 1;
