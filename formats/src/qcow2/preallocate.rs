@@ -69,9 +69,11 @@ fn map<F: Store>(
         }
         let mapped = index * (span / size)..(index + 1) * (span / size);
         let range = clusters.start.max(mapped.start)..clusters.end.min(mapped.end);
+        // In front of what it leads to.
+        let at = room.put(&bytes)?;
         place_table(file, room, &mut bytes, range, how, geometry)?;
-        l1[index as usize] =
-            L1Entry { table: HostOffset(room.put(&bytes)?), copied: true }.encode();
+        file.write_at(at, &bytes).map_err(Error::io(DOING))?;
+        l1[index as usize] = L1Entry { table: HostOffset(at), copied: true }.encode();
     }
     header.l1_offset = room.put_l1(&l1)?;
     Ok(header)
