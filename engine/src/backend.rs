@@ -4,8 +4,9 @@
 //! 1. Every op taken from [`Submission`] comes back exactly once from [`Backend::harvest`], never
 //!    from inside [`Backend::submit`], in any order. An op that could not even be started comes
 //!    back too, with its error: there is one error path.
-//! 2. `submit` takes ops from the front until the queue is empty or the device takes no more. What
-//!    it leaves is offered again at the next `run`; [`Backend::wants_retry`] tells whether that
+//! 2. `submit` takes ops from the front until none is offered or the device takes no more. The engine
+//!    offers a few at a time, to look at the clock between ([`Limits::turn`](crate::Limits::turn)). What
+//!    is left is offered again at the next `run`; [`Backend::wants_retry`] tells whether that
 //!    must happen without a completion to wake the loop.
 //! 3. A read or write answers the number of bytes it moved. Fewer than asked is legal (the engine
 //!    asks for the rest, or finds the end of the file); 0 from a read is the end of the file.
@@ -97,6 +98,8 @@ impl std::fmt::Debug for Completion {
 #[derive(Debug)]
 pub struct Submission<'a> {
     pub(crate) queue: &'a mut Queue<OpId>,
+    /// How many may be taken: the turn's next slice.
+    pub(crate) slice: usize,
     /// Every op that has not come back.
     pub ops: &'a Ops,
     /// The memory that ops name.
@@ -111,28 +114,35 @@ impl Submission<'_> {
         Some((id, &self.ops[id]))
     }
 
-    /// All ops waiting, oldest first.
+    /// All ops offered, oldest first.
     #[inline]
     pub fn waiting(&self) -> &[OpId] {
-        self.queue.as_slice()
+        &self.queue.as_slice()[..self.slice]
     }
 
-    /// Ops waiting.
+    /// Ops offered.
     #[inline]
     pub fn len(&self) -> usize {
-        self.queue.len()
+        self.slice
     }
 
-    /// Nothing waiting?
+    /// None offered?
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.slice == 0
     }
 
     /// Takes `n` ops off the front: they are the backend's now.
     #[inline]
     pub fn take(&mut self, n: usize) {
+        self.slice -= n;
         self.queue.drop_front(n);
+    }
+
+    /// Takes those of the ops offered that `takes` says, and leaves the others in their order.
+    pub fn take_if(&mut self, mut takes: impl FnMut(OpId, &OpRecord) -> bool) {
+        let Submission { queue, ops, slice, .. } = self;
+        *slice = queue.retain_of(*slice, |id| !takes(id, &ops[id]));
     }
 }
 

@@ -120,7 +120,7 @@ impl<'r, R: Rig> Bench<'r, R> {
 
     pub(crate) fn submit(&mut self) {
         let Bench { queue, ops, mem, .. } = self;
-        self.backend.submit(&mut Submission { queue, ops, mem });
+        self.backend.submit(&mut Submission { slice: queue.len(), queue, ops, mem });
     }
 
     /// Runs `f` with what a harvest sees.

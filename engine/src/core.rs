@@ -32,7 +32,7 @@ pub(crate) struct Core {
     /// Ops for the backend, oldest first.
     pub out: Queue<OpId>,
     /// Requests with an event to deliver, oldest first.
-    pub ready: Vec<ReqId>,
+    pub ready: Queue<ReqId>,
     pub files: Vec<FileState>,
     pub jobs: Slab<Job>,
     pub mem: Memory,
@@ -72,7 +72,7 @@ impl Core {
             now: Time(0),
             ops: Ops::new(slots, limits.ops),
             out: Queue::with_capacity(limits.ops),
-            ready: Vec::with_capacity(slots),
+            ready: Queue::with_capacity(slots),
             files: Vec::new(),
             jobs: Slab::with_capacity(limits.requests),
             mem: Memory::new(slots, buffers, limits.buffer_size),

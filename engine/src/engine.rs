@@ -16,7 +16,7 @@ use crate::mutant;
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
 use crate::slots::{Cause, Origin, Renamed, Waits, Work};
-use crate::stats::{STATES_MAX, Stats};
+use crate::stats::{Call, STATES_MAX, Stats};
 use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
@@ -96,8 +96,8 @@ pub struct Engine<D: Driver, B: Backend> {
     guests: usize,
     /// How many there may be: the limit, or none while it is being drained.
     open_to: usize,
-    /// Where requests that are ready stand while they are being stepped; otherwise empty.
-    stepping: Vec<ReqId>,
+    /// Ops that the backend takes in a quarter of a turn, about.
+    pace: usize,
     drain: Drain,
     /// What its nodes' ids carry.
     tag: u16,
@@ -140,7 +140,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             completions: Vec::with_capacity(limits.ops),
             guests: 0,
             open_to: limits.requests,
-            stepping: Vec::with_capacity(limits.requests * 4),
+            pace: PACE_FIRST,
             drain: Drain::Open,
             // It only tells engines apart. After 65 536 of them tags repeat.
             tag: TAGS.fetch_add(1, Ordering::Relaxed),
@@ -298,7 +298,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     fn end_at_once(&mut self, node: NodeId, io: Io, mem: Mem, tag: u64) {
         let fits = io.len == 0 && io.offset <= self.size(node) && mem_fits(&io, &mem);
         let id = self.record(node, io, mem, tag);
-        let unqueued = self.core.ready.pop();
+        let unqueued = self.core.ready.pop_back();
         assert_eq!(unqueued, Some(id), "it was queued just now");
         self.core.end(id, if fits { Ok(()) } else { Err(Errno::INVALID) });
     }
@@ -314,37 +314,53 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         io.len > 0 && end.is_some_and(|end| end <= size) && mem_fits(io, mem)
     }
 
-    /// Collects completions, steps every request that has an event, hands their ops to the
-    /// backend. Never waits. Calling it without need is harmless.
+    /// Collects completions, steps requests that have an event, hands their ops to the backend.
+    /// Never waits. Calling it without need is harmless.
+    ///
+    /// Ends when all that is ready is done, or after [`Limits::turn`], about; the rest is for the next
+    /// `run`, oldest first whatever node it is of, and [`Progress::again`] says that there is some.
     ///
     /// `now` decides which deadlines have come: it is of the clock that
     /// [`next_deadline`](Engine::next_deadline) is compared with, for real disks
     /// [`sys::clock`](crate::sys::clock). Time that stands still or goes back delays chores, no more.
     pub fn run(&mut self, now: Time) -> Progress {
         let began = self.backend.clock();
+        let mut turn = Turn { began, seen: began, is_over: false };
         self.core.now = now;
         let mut progress = Progress::default();
         self.harvest();
         self.begin_chores(now);
-        self.step_all(&mut progress);
-        self.send(&mut progress);
+        self.step_all(&mut turn, &mut progress);
+        self.send(&mut turn, &mut progress);
         // What a device without latency has done already is not left for another turn of the loop.
-        if progress.submitted > 0 && self.harvest() {
-            self.core.now = now.plus_ns(self.backend.clock().since(began));
-            self.step_all(&mut progress);
-            self.send(&mut progress);
+        if progress.submitted > 0 && !turn.is_over && self.harvest() {
+            self.core.now = now.plus_ns(turn.seen.since(began));
+            self.step_all(&mut turn, &mut progress);
+            self.send(&mut turn, &mut progress);
         }
-        progress.again = self.backend.wants_retry()
+        progress.again = turn.is_over
+            || self.backend.wants_retry()
             || !self.core.ready.is_empty()
             || (self.backend.event_fd().is_none() && !self.core.ops.is_empty());
         if self.core.limits.measure {
-            let spent = self.backend.clock().since(began);
+            let spent = self.look(&mut turn).since(began);
             self.core.stats.run.record(spent);
             if progress.submitted > 0 {
                 self.core.stats.run_per_op.record(spent / progress.submitted as u64);
             }
         }
         progress
+    }
+
+    /// The backend's clock, looked at.
+    fn look(&self, turn: &mut Turn) -> Time {
+        turn.seen = self.backend.clock();
+        turn.is_over |= turn.seen.since(turn.began) >= self.turn_ns() && !mutant!("turn_ignored");
+        turn.seen
+    }
+
+    fn turn_ns(&self) -> u64 {
+        self.core.limits.turn.as_nanos() as u64
     }
 
     /// Collects what has come back; was there anything?
@@ -364,19 +380,17 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         true
     }
 
+    /// Steps what is ready, for as long as the turn lasts; 32 at least.
     #[inline(always)]
-    fn step_all(&mut self, progress: &mut Progress) {
+    fn step_all(&mut self, turn: &mut Turn, progress: &mut Progress) {
         loop {
-            while !self.core.ready.is_empty() {
-                if progress.steps >= self.core.limits.steps {
+            while let Some(id) = self.core.ready.pop() {
+                self.step(id);
+                progress.steps += 1;
+                if progress.steps.is_multiple_of(STEPS_PER_LOOK) && self.is_to_stop(turn, progress)
+                {
                     return;
                 }
-                let mut ready = std::mem::take(&mut self.stepping);
-                std::mem::swap(&mut ready, &mut self.core.ready);
-                ready.iter().for_each(|&id| self.step(id));
-                progress.steps += ready.len();
-                ready.clear();
-                self.stepping = ready;
             }
             if !self.go_on_draining() {
                 return;
@@ -384,12 +398,45 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
     }
 
-    fn send(&mut self, progress: &mut Progress) {
-        let before = self.core.out.len();
-        if before > 0 {
+    #[inline(never)]
+    fn is_to_stop(&mut self, turn: &mut Turn, progress: &Progress) -> bool {
+        let before = turn.seen;
+        let spent = self.look(turn).since(before);
+        self.core.stats.held_by(spent, Call::Steps, STEPS_PER_LOOK, None);
+        turn.is_over && !self.core.ready.is_empty() || progress.steps >= self.core.limits.steps
+    }
+
+    /// Hands over what waits for the backend, a slice at a time, for as long as the turn lasts; one
+    /// slice at least.
+    fn send(&mut self, turn: &mut Turn, progress: &mut Progress) {
+        while !self.core.out.is_empty() {
+            let before = self.core.out.len();
+            let slice = before.min(self.pace);
+            let began = turn.seen;
             let Core { out, ops, mem, .. } = &mut self.core;
-            self.backend.submit(&mut Submission { queue: out, ops, mem });
-            progress.submitted += before - self.core.out.len();
+            let first = out.as_slice()[0];
+            self.backend.submit(&mut Submission { queue: out, slice, ops, mem });
+            let taken = before - self.core.out.len();
+            progress.submitted += taken;
+            let spent = self.look(turn).since(began);
+            self.core.stats.held_by(spent, Call::Submit, taken, Some(&self.core.ops[first].op));
+            self.set_pace(slice, spent);
+            if taken < slice || turn.is_over {
+                break;
+            }
+        }
+        turn.is_over &= !self.core.ready.is_empty() || !self.core.out.is_empty();
+    }
+
+    /// The next slices: as many ops as take a quarter of a turn, going by the last; twice as many as
+    /// those at most.
+    #[inline]
+    fn set_pace(&mut self, slice: usize, spent: u64) {
+        let quarter = self.turn_ns() / 4;
+        if spent > quarter {
+            self.pace = ((slice as u64 * quarter / spent) as usize).max(1);
+        } else if slice == self.pace && spent <= quarter / 2 {
+            self.pace = (self.pace * 2).min(PACE_MAX);
         }
     }
 
@@ -727,6 +774,22 @@ fn mem_fits(io: &Io, mem: &Mem) -> bool {
     }
 }
 
+/// How much of a turn is over.
+struct Turn {
+    began: Time,
+    /// When the clock was last looked at.
+    seen: Time,
+    /// It has lasted as long as it may. Then: and something is left for the next.
+    is_over: bool,
+}
+
+/// Events between two looks at the clock.
+const STEPS_PER_LOOK: usize = 32;
+
+/// Ops in the first slice, before anything is known of the backend.
+const PACE_FIRST: usize = 16;
+const PACE_MAX: usize = 1024;
+
 /// The largest read or write, in bytes.
 pub const REQUEST_MAX: u64 = 1 << 31;
 
@@ -744,7 +807,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
             completions: Vec::new(),
             guests: self.guests,
             open_to: self.open_to,
-            stepping: Vec::new(),
+            pace: self.pace,
             drain: self.drain,
             tag: self.tag,
             gone: self.gone.clone(),
@@ -759,7 +822,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
         self.backend.clone_from(&source.backend);
         self.completions.clear();
         (self.guests, self.open_to, self.drain) = (source.guests, source.open_to, source.drain);
-        self.tag = source.tag;
+        (self.tag, self.pace) = (source.tag, source.pace);
         self.gone.clone_from(&source.gone);
     }
 }
@@ -775,7 +838,7 @@ impl<D: Driver + Hash, B: Backend + Hash> Hash for Engine<D, B> {
         }
         self.core.hash_in_order(&names, h);
         self.backend.hash(h);
-        self.drain.hash(h);
+        (self.drain, self.pace).hash(h);
     }
 }
 

@@ -162,27 +162,29 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn submit(&mut self, submission: &mut Submission<'_>) {
-        let (mut kept, failed_before) = (submission.waiting().to_vec(), self.failed.len());
-        let fresh = kept.split_off(self.judged);
-        for id in fresh {
-            match self.judge(&submission.ops[id].op) {
+        let mut at = 0;
+        submission.take_if(|id, record| {
+            at += 1;
+            if at <= self.judged {
+                return false;
+            }
+            match self.judge(&record.op) {
                 Some(Fault { errno, done: false, .. }) => {
                     self.failed.push(Completion::new(id, Err(errno)));
-                    continue;
+                    return true;
                 }
                 Some(Fault { errno, .. }) => self.marked.push((id, errno)),
                 None => {}
             }
-            kept.push(id);
-        }
-        if self.failed.len() > failed_before {
-            submission.take(submission.len());
-            kept.into_iter().for_each(|id| submission.queue.push(id));
-        }
-        if !submission.is_empty() {
+            self.judged += 1;
+            at = self.judged;
+            false
+        });
+        let offered = submission.len();
+        if offered > 0 {
             self.inner.submit(submission);
         }
-        self.judged = submission.len();
+        self.judged -= offered - submission.len();
     }
 
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
@@ -237,13 +239,10 @@ mod tests {
             self.0.detach(id)
         }
         fn submit(&mut self, submission: &mut Submission<'_>) {
-            let rest = submission.waiting()[1..].to_vec();
-            let first = submission.waiting()[0];
-            submission.take(submission.len());
-            submission.queue.push(first);
+            self.1 = submission.len() - 1;
+            submission.slice = 1;
             self.0.submit(submission);
-            self.1 = rest.len();
-            rest.into_iter().for_each(|id| submission.queue.push(id));
+            submission.slice += self.1;
         }
         fn harvest(&mut self, harvest: &mut Harvest<'_>) {
             self.0.harvest(harvest);

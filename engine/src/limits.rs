@@ -1,5 +1,7 @@
 //! How much of everything an engine may have.
 
+use std::time::Duration;
+
 /// How much of everything the engine may have at once. All of it is reserved when the engine is
 /// made; every queue's bound follows from these. Each has a least value, given below; with those
 /// the engine is slow but does everything.
@@ -19,6 +21,11 @@ pub struct Limits {
     /// Events delivered in one `run`, about: what is ready then waits for the next, and
     /// [`Progress::again`](crate::Progress::again) says so. Whatever happens, `run` returns. At least 1.
     pub steps: usize,
+    /// How long one `run` may hold its caller, about: what is left then waits for the next, and
+    /// [`Progress::again`](crate::Progress::again) says so. Looked at after every 32 events and after every few
+    /// ops handed to the backend, as many as take a quarter of it; some of each are always done. By the
+    /// backend's clock.
+    pub turn: Duration,
     /// Keep [`Stats`](crate::stats::Stats). A simulation, which copies engines by the million, does without.
     pub measure: bool,
 }
@@ -32,6 +39,7 @@ impl Default for Limits {
             bounce_buffers: 16,
             buffer_size: 64 << 10,
             steps: 16 << 10,
+            turn: Duration::from_micros(500),
             measure: true,
         }
     }

@@ -49,6 +49,11 @@ impl<T: Copy> Queue<T> {
         Some(value)
     }
 
+    /// Takes back what was pushed last.
+    pub fn pop_back(&mut self) -> Option<T> {
+        if self.is_empty() { None } else { self.values.pop() }
+    }
+
     /// What waits, oldest first.
     #[inline(always)]
     pub fn as_slice(&self) -> &[T] {
@@ -64,6 +69,21 @@ impl<T: Copy> Queue<T> {
             self.values.clear();
             self.front = 0;
         }
+    }
+
+    /// Drops those of the first `n` values that `keeps` does not want; answers how many are left of
+    /// them.
+    pub fn retain_of(&mut self, n: usize, mut keeps: impl FnMut(T) -> bool) -> usize {
+        let (start, end) = (self.front, self.front + n);
+        let mut to = start;
+        for from in start..end {
+            if keeps(self.values[from]) {
+                self.values[to] = self.values[from];
+                to += 1;
+            }
+        }
+        self.values.drain(to..end);
+        to - start
     }
 
     #[inline(always)]

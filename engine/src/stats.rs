@@ -1,5 +1,6 @@
 //! Counters that stay on: where requests spend their time, and how long the loop is held.
 
+use crate::op::{Op, OpKind, Target};
 use crate::units::Time;
 
 /// Counts of values in logarithmic buckets, 16 to each power of two: 6 % wide at worst.
@@ -128,6 +129,28 @@ impl Ended {
     }
 }
 
+/// What a `run` was held by: one of its calls, or a batch of steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// For how long, in nanoseconds.
+    pub nanos: u64,
+    /// In what.
+    pub call: Call,
+    /// How many ops or events it was about.
+    pub count: usize,
+    /// The first op that was handed over: its kind, file, offset and length in bytes.
+    pub first: Option<(OpKind, Target, u64, u64)>,
+}
+
+/// Where a `run` spends its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Stepping requests.
+    Steps,
+    /// Handing ops over: inside the backend's `submit`, so with native AIO inside `io_submit`.
+    Submit,
+}
+
 /// States that can be told apart; a driver with more lumps the rest together.
 pub const STATES_MAX: usize = 96;
 
@@ -140,6 +163,8 @@ pub struct Stats {
     pub run: Histogram,
     /// Time inside one `run` call divided by the ops it submitted; calls that submitted some.
     pub run_per_op: Histogram,
+    /// What held a `run` for longest at a stretch.
+    pub longest: Option<Held>,
     /// Waiting, by the driver's state labels (the index into `Driver::STATES`).
     pub states: [StateStats; STATES_MAX],
     /// Flushes handed to the backend: far fewer than were asked for, when many ask at once.
@@ -154,6 +179,7 @@ impl Default for Stats {
             latency: Histogram::default(),
             run: Histogram::default(),
             run_per_op: Histogram::default(),
+            longest: None,
             states: std::array::from_fn(|_| StateStats::default()),
             flushes: 0,
             bounced: 0,
@@ -162,6 +188,15 @@ impl Default for Stats {
 }
 
 impl Stats {
+    /// The running `run` was held for `nanos` by `call`, about `count` ops or events.
+    #[inline]
+    pub(crate) fn held_by(&mut self, nanos: u64, call: Call, count: usize, first: Option<&Op>) {
+        if self.longest.is_none_or(|longest| longest.nanos < nanos) {
+            let first = first.map(|op| (op.kind, op.target, op.offset, op.len));
+            self.longest = Some(Held { nanos, call, count, first });
+        }
+    }
+
     /// They have ended, now. There are some.
     pub(crate) fn record(&mut self, ended: Ended, now: Time, measure: bool) {
         let Ended { label, submitted, requests } = ended;

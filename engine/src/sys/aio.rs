@@ -219,20 +219,21 @@ impl Aio {
         lists.clear();
         let mut count = 0;
         let room = self.depth - self.in_flight;
-        for (&op, iocb) in submission.queue.as_slice().iter().zip(&mut iocbs[..room]) {
-            let record = &submission.ops[op];
+        let Submission { queue, slice, ops, mem } = submission;
+        for (&op, iocb) in queue.as_slice()[..*slice].iter().zip(&mut iocbs[..room]) {
+            let record = &ops[op];
             let Some(file) = self.files.of(record) else { break };
             let Some((opcode, rw_flags)) = file.command(record.op.kind) else { break };
             (iocb.data, iocb.fd) = (u64::from(op.0), file.fd as u32);
             (iocb.opcode, iocb.rw_flags) = (opcode, rw_flags);
             // Beyond what is representable it becomes negative, which the kernel refuses.
             iocb.offset = record.offset() as i64;
-            match submission.mem.single(&record.op.segs, record.moved) {
+            match mem.single(&record.op.segs, record.moved) {
                 Some(piece) => {
                     iocb.buf = piece.base.expose_provenance() as u64;
                     iocb.count = piece.len as u64;
                 }
-                None => list(iocb, lists, submission.mem, record),
+                None => list(iocb, lists, mem, record),
             }
             count += 1;
         }

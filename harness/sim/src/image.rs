@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
+use std::time::Duration;
 
 use cowbell_engine::Limits;
 use cowbell_engine::step::Io;
@@ -294,6 +295,7 @@ impl Subject for Image {
             bounce_buffers: 1,
             buffer_size: CLUSTER as usize,
             steps: 4096,
+            turn: Duration::from_micros(500),
             measure: false,
         }
     }
