@@ -7,7 +7,7 @@
 //! leave behind is anybody's guess.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::Finished;
@@ -25,6 +25,7 @@ use crate::fail::Fail;
 use crate::naming::Image;
 use crate::number::{duration, human};
 use crate::out::Out;
+use crate::scratch::{Folder, Random};
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
 
@@ -48,56 +49,13 @@ const FRAGMENT_MS: u64 = 800;
 /// The largest request of the mix.
 const LEN_MAX: u64 = 192 << 10;
 
-/// A folder that is gone when this is.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> io::Result<Folder> {
-        let name = format!("cowbell-demo-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        // Fails if it is there: nobody has prepared a trap.
-        fs::create_dir(&path)?;
-        Ok(Folder(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// One of 0..n.
-    fn below(&mut self, n: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(n)) >> 64) as u64
-    }
-
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
-
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
-    let folder = Folder::new().map_err(|error| Fail::open_io(&std::env::temp_dir(), &error))?;
+    let folder = Folder::new_in(&std::env::temp_dir(), "demo")?;
     let stop = Stop::on_signals()?;
     let mut out = Out::new(false);
     let mut random = Random(args.seed);
-    let (overlay, shadow) = make(&folder.0, &mut random)?;
+    let (overlay, shadow) = make(folder.path(), &mut random)?;
     let direct = DiskHost { direct: true }.open(&overlay, true).is_ok();
     let (cache, how) = match direct {
         true => (Cache::NONE, How::Native),

@@ -22,6 +22,7 @@ mod naming;
 mod number;
 mod out;
 mod resize;
+mod scratch;
 mod session;
 mod sim;
 mod snapshot;
