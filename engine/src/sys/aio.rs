@@ -27,7 +27,7 @@ use crate::ops::OpRecord;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
 use crate::sys::job::Handle;
-use crate::sys::pool::{PoolOptions, Workers};
+use crate::sys::pool::{PoolOptions, PoolStats, Workers};
 use crate::sys::ram::RamPiece;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
 use crate::units::{Errno, FileId, OpId, Time};
@@ -153,6 +153,11 @@ impl Aio {
     /// What was done so far.
     pub fn stats(&self) -> AioStats {
         self.stats
+    }
+
+    /// What its pool got so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.workers.stats()
     }
 
     /// Sends the batch: the first ops of the queue. Takes what the kernel took, or what failed,

@@ -20,6 +20,7 @@ use std::thread::JoinHandle;
 
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::mem::Memory;
+use crate::op::OpKind;
 use crate::ops::OpRecord;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
@@ -42,6 +43,43 @@ impl Default for PoolOptions {
     }
 }
 
+/// Ops that a pool got so far, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Ranges to zero.
+    pub zeroes: u64,
+    /// Ranges to give up.
+    pub discards: u64,
+    /// Ranges to allocate.
+    pub allocates: u64,
+    /// Changes of length.
+    pub truncates: u64,
+    /// Computations.
+    pub computes: u64,
+}
+
+impl PoolStats {
+    fn count(&mut self, kind: OpKind) {
+        let counter = match kind {
+            OpKind::Read => &mut self.reads,
+            OpKind::Write { .. } => &mut self.writes,
+            OpKind::Flush => &mut self.flushes,
+            OpKind::Zero { .. } => &mut self.zeroes,
+            OpKind::Discard => &mut self.discards,
+            OpKind::Allocate => &mut self.allocates,
+            OpKind::Truncate => &mut self.truncates,
+            OpKind::Compute(_) => &mut self.computes,
+        };
+        *counter += 1;
+    }
+}
+
 /// Does ops on threads. See the module.
 #[derive(Debug)]
 pub struct Pool {
@@ -54,6 +92,11 @@ impl Pool {
     /// A backend without files. Starts its first thread.
     pub fn new(options: PoolOptions) -> io::Result<Pool> {
         Ok(Pool { workers: Workers::new(options, 0, perform)?, files: Files::new() })
+    }
+
+    /// What it got so far.
+    pub fn stats(&self) -> PoolStats {
+        self.workers.stats()
     }
 }
 
@@ -121,6 +164,7 @@ pub(crate) struct Workers {
     collected: Vec<Done>,
     /// Long piece lists to use again; short ones need no memory.
     spare: Vec<Pieces>,
+    stats: PoolStats,
 }
 
 #[derive(Debug)]
@@ -177,6 +221,7 @@ impl Workers {
             staged: Vec::with_capacity(room),
             collected: Vec::with_capacity(room),
             spare: Vec::with_capacity(room),
+            stats: PoolStats::default(),
         };
         // With one thread running, failing to start another costs speed, not progress.
         workers.start_thread()?;
@@ -186,6 +231,10 @@ impl Workers {
     /// As `new`, doing what ops say.
     pub(crate) fn for_files(options: PoolOptions, extra: usize) -> io::Result<Workers> {
         Workers::new(options, extra, perform)
+    }
+
+    pub(crate) fn stats(&self) -> PoolStats {
+        self.stats
     }
 
     #[inline]
@@ -208,6 +257,7 @@ impl Workers {
     pub(crate) fn stage(&mut self, op: OpId, record: &OpRecord, file: Handle, mem: &mut Memory) {
         let pieces = self.spare.pop().unwrap_or_default();
         self.staged.push(Job::new(op, record, file, mem, pieces));
+        self.stats.count(record.op.kind);
         self.in_flight += 1;
     }
 
@@ -375,7 +425,7 @@ mod tests {
 
     fn stage(workers: &mut Workers, op: u32, occasion: u64) {
         let owner = OpOwner { request: ReqId(0), ordinal: op };
-        let op_itself = Op::bare(crate::op::OpKind::Discard, FileId(0), occasion, 1);
+        let op_itself = Op::bare(OpKind::Discard, FileId(0), occasion, 1);
         let record = OpRecord { op: op_itself, moved: 0, owner, busy: true };
         workers.stage(OpId(op), &record, NO_FILE, &mut Memory::default());
     }

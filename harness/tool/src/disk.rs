@@ -9,7 +9,7 @@ use cowbell_engine::store::{Extent, Store};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::{Lock, LockError, LockState, Locking};
-use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use cowbell_engine::sys::pool::{Pool, PoolOptions, PoolStats};
 use cowbell_engine::units::{FileId, Time};
 use cowbell_formats::{DiskHost, Host};
 
@@ -139,6 +139,16 @@ impl Disk {
             // As many as QEMU starts.
             How::Threads => Disk::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),
         })
+    }
+}
+
+impl Disk {
+    /// What threads were given to do so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        match self {
+            Disk::Native(aio) => aio.pool_stats(),
+            Disk::Threads(pool) => pool.stats(),
+        }
     }
 }
 
