@@ -1,6 +1,8 @@
 //! Memory that belongs to the embedder, such as a guest's RAM, lent for the time of a request.
 
+use std::any::Any;
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -36,6 +38,8 @@ struct Pieces {
     len: usize,
     /// The bits set in any address or length.
     bits: u32,
+    /// What keeps the memory there, unless the embedder has promised to.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Ram {
@@ -59,8 +63,13 @@ impl Ram {
     /// # Safety
     /// As for [`Ram::new`].
     pub unsafe fn refill(&mut self, pieces: impl IntoIterator<Item = RamPiece>) {
+        self.0.owner = None;
         self.0.pieces.clear();
         self.0.pieces.extend(pieces.into_iter().filter(|p| p.len > 0));
+        self.measure();
+    }
+
+    fn measure(&mut self) {
         self.0.len = self.0.pieces.iter().map(|p| p.len).sum();
         self.0.bits = self.0.pieces.iter().fold(0, |bits, p| bits | (p.base.addr() | p.len) as u32);
     }
@@ -138,6 +147,88 @@ impl Ram {
     pub(crate) fn zero(&self, off: usize, len: usize) {
         // SAFETY: the piece is valid for writes (contract of `new`).
         self.pieces(off, len, |piece| unsafe { piece.base.write_bytes(0, piece.len) });
+    }
+}
+
+/// With the feature `vm-memory`: guest RAM as Rust's virtual machine monitors have it. Nothing has
+/// to be promised, for the list keeps the mappings that it leads into.
+#[cfg(feature = "vm-memory")]
+mod guest {
+    use std::sync::Arc;
+
+    use vm_memory::bitmap::Bitmap;
+    use vm_memory::{
+        Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+        GuestMemoryRegion,
+    };
+
+    use super::{Ram, RamPiece};
+
+    impl Ram {
+        /// Lends ranges of a guest's memory, each an address as the guest counts and a number of
+        /// bytes: the scatter list of a virtqueue. A range may go on from one region to the next.
+        ///
+        /// The memory stays mapped for as long as the list is there, also if the guest loses it.
+        /// What a request has read into it is not noted in a bitmap of dirty pages: the embedder
+        /// does that.
+        ///
+        /// # Errors
+        /// A range is not, or not wholly, in the guest's memory; or is in a region that is mapped
+        /// only while it is used (grants of Xen).
+        pub fn of_guest<B: Bitmap + Send + Sync + 'static>(
+            memory: &Arc<GuestMemoryMmap<B>>,
+            ranges: impl IntoIterator<Item = (GuestAddress, usize)>,
+        ) -> Result<Ram, GuestMemoryError> {
+            let mut ram = Ram(Box::default());
+            ram.refill_of_guest(memory, ranges)?;
+            Ok(ram)
+        }
+
+        /// As [`Ram::of_guest`], in the memory of this list. After an error it is empty.
+        ///
+        /// # Errors
+        /// As for [`Ram::of_guest`].
+        pub fn refill_of_guest<B: Bitmap + Send + Sync + 'static>(
+            &mut self,
+            memory: &Arc<GuestMemoryMmap<B>>,
+            ranges: impl IntoIterator<Item = (GuestAddress, usize)>,
+        ) -> Result<(), GuestMemoryError> {
+            self.0.pieces.clear();
+            let mut ranges = ranges.into_iter();
+            let added = ranges.try_for_each(|(at, len)| self.add_of_guest(memory, at, len));
+            if added.is_err() {
+                self.0.pieces.clear();
+            }
+            // Every piece leads into it, and it does not unmap anything before it is dropped; no
+            // reference to its bytes can be had from safe code.
+            self.0.owner = Some(Arc::<GuestMemoryMmap<B>>::clone(memory));
+            self.measure();
+            added
+        }
+
+        fn add_of_guest<B: Bitmap>(
+            &mut self,
+            memory: &GuestMemoryMmap<B>,
+            mut at: GuestAddress,
+            mut len: usize,
+        ) -> Result<(), GuestMemoryError> {
+            while len > 0 {
+                let (region, within) =
+                    memory.to_region_addr(at).ok_or(GuestMemoryError::InvalidGuestAddress(at))?;
+                if region.as_ptr().is_null() {
+                    return Err(GuestMemoryError::HostAddressNotAvailable);
+                }
+                let left = region.len() - within.raw_value();
+                let take = len.min(usize::try_from(left).unwrap_or(usize::MAX));
+                self.0.pieces.push(RamPiece { base: region.get_host_address(within)?, len: take });
+                len -= take;
+                if len > 0 {
+                    let next = at.checked_add(take as u64);
+                    at = next.ok_or(GuestMemoryError::InvalidGuestAddress(at))?;
+                }
+            }
+            Ok(())
+        }
     }
 }
 
@@ -347,5 +438,81 @@ mod tests {
         rig.run(Io::read(512, guest.len()), ram);
         assert!(guest.bytes() == bytes);
         assert!(rig.engine.ops().is_empty());
+    }
+
+    #[cfg(feature = "vm-memory")]
+    mod of_a_guest {
+        use std::sync::{Arc, Weak};
+
+        use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+        use super::{Io, Mem, Ram, Rig, pattern};
+
+        /// Two regions side by side, and one apart.
+        fn memory() -> Arc<GuestMemoryMmap<()>> {
+            let at = |at, len| (GuestAddress(at), len);
+            let ranges = [at(0x1000, 0x2000), at(0x3000, 0x1000), at(0x9000, 0x1000)];
+            Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("it is mapped"))
+        }
+
+        #[test]
+        fn lists_are_read_and_written_right_across_regions() {
+            let mut rig = Rig::new();
+            let memory = memory();
+            let bytes = pattern(0x1234 + 7, 5);
+            let ranges = [(GuestAddress(0x2345), 0x1234), (GuestAddress(0x9001), 7)];
+            memory.write_slice(&bytes[..0x1234], ranges[0].0).expect("it is there");
+            memory.write_slice(&bytes[0x1234..], ranges[1].0).expect("it is there");
+            let ram = Ram::of_guest(&memory, ranges).expect("it is there");
+            assert_eq!(ram.len(), bytes.len());
+            let mem = rig.run(Io::write(513, bytes.len() as u64), ram);
+
+            let Mem::Ram(mut ram) = mem else { panic!("{mem:?}") };
+            let back = [(GuestAddress(0x1001), bytes.len())];
+            ram.refill_of_guest(&memory, back).expect("it is there");
+            rig.run(Io::read(513, bytes.len() as u64), ram);
+            let mut got = vec![0; bytes.len() + 2];
+            memory.read_slice(&mut got, GuestAddress(0x1000)).expect("it is there");
+            assert!(got[1..=bytes.len()] == bytes && got[0] == 0 && got[bytes.len() + 1] == 0);
+        }
+
+        #[test]
+        fn what_is_not_in_it_is_refused_and_nothing_lent() {
+            let memory = memory();
+            let beyond = [
+                (GuestAddress(0), 1),
+                (GuestAddress(0x3fff), 2),
+                (GuestAddress(0x9000), 0x1001),
+                (GuestAddress(u64::MAX), 2),
+                (GuestAddress(0x1000), usize::MAX),
+            ];
+            for range in beyond {
+                let good = (GuestAddress(0x1000), 16);
+                let mut ram = Ram::of_guest(&memory, [good]).expect("it is there");
+                let refused = ram.refill_of_guest(&memory, [good, range]);
+                assert!(
+                    matches!(refused, Err(GuestMemoryError::InvalidGuestAddress(_))),
+                    "{range:?}: {refused:?}"
+                );
+                assert!(ram.is_empty() && Ram::of_guest(&memory, [range]).is_err());
+            }
+            let empty = Ram::of_guest(&memory, [(GuestAddress(0), 0)]).expect("no bytes of it");
+            assert!(empty.is_empty());
+        }
+
+        #[test]
+        fn memory_stays_for_as_long_as_a_list_leads_into_it() {
+            let memory = memory();
+            let there: Weak<GuestMemoryMmap<()>> = Arc::downgrade(&memory);
+            let ram = Ram::of_guest(&memory, [(GuestAddress(0x1000), 512)]).expect("it is there");
+            let mut clone = ram.clone();
+            drop((memory, ram));
+            let mut bytes = [1; 512];
+            clone.copy_to(0, &mut bytes);
+            assert_eq!(bytes, [0; 512]);
+            let other = self::memory();
+            clone.refill_of_guest(&other, []).expect("nothing is lent");
+            assert!(there.upgrade().is_none());
+        }
     }
 }
