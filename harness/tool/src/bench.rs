@@ -11,12 +11,13 @@ use std::path::Path;
 
 use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
-use cowbell_engine::stats::Stats;
+use cowbell_engine::stats::{Histogram, Stats};
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_formats::Node;
 use cowbell_formats::qed::{Grow, Growth};
 
 use crate::cache::{Cache, How};
+use crate::device;
 use crate::fail::Fail;
 use crate::json::Json;
 use crate::naming::Naming;
@@ -29,11 +30,15 @@ use crate::stop::Stop;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Requests to send
-    #[arg(short, long, default_value = "75000", allow_hyphen_values = true)]
-    count: String,
+    ///
+    /// By default 75000.
+    #[arg(short, long, allow_hyphen_values = true)]
+    count: Option<String>,
     /// Requests at a time
-    #[arg(short, long, default_value = "64", allow_hyphen_values = true)]
-    depth: String,
+    ///
+    /// By default 64.
+    #[arg(short, long, allow_hyphen_values = true)]
+    depth: Option<String>,
     /// The image's format; probed if not said
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -59,8 +64,10 @@ pub struct Args {
     #[arg(short = 'S', long, value_name = "SIZE", allow_hyphen_values = true)]
     step_size: Option<String>,
     /// Cache mode: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', long, default_value = "writeback")]
-    cache: String,
+    ///
+    /// By default writeback.
+    #[arg(short = 't', long)]
+    cache: Option<String>,
     /// Write
     #[arg(short, long)]
     write: bool,
@@ -92,9 +99,12 @@ pub struct Args {
     #[arg(long, value_name = "HOW", help_heading = "Beyond QEMU")]
     growth: Option<String>,
     #[command(flatten)]
+    device: device::Looped,
+    #[command(flatten)]
     naming: Naming,
     /// The image
-    file: OsString,
+    #[arg(required_unless_present = "is_asked")]
+    file: Option<OsString>,
 }
 
 /// What to send.
@@ -116,9 +126,14 @@ const INT_MAX: u64 = i32::MAX as u64;
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
-    let (plan, setup) = plan(args)?;
+    let (cache, how) = cache_and_how(args)?;
+    if args.device.is_asked {
+        return device::run(&args.device, &given(args, cache, how)?);
+    }
+    let Some(file) = &args.file else { return Err(Fail::other("Expecting one image file name")) };
+    let (plan, setup) = plan(args, cache, how)?;
     let stop = Stop::on_signals()?;
-    let image = args.naming.image(&args.file, args.format.as_deref())?;
+    let image = args.naming.image(file, args.format.as_deref())?;
     let mut session = Session::open(&image, &setup)?;
     let mut out = Out::new(args.quiet || args.json);
     writeln!(
@@ -171,9 +186,40 @@ fn failed(file: &Path, why: Stopped) -> Fail {
     }
 }
 
-fn plan(args: &Args) -> Result<(Plan, Setup), Fail> {
-    let total = count("request count", &args.count, 1, INT_MAX)?;
-    let depth = count("queue depth", &args.depth, 1, INT_MAX)?;
+/// What the options say about the cache, and who does the I/O.
+fn cache_and_how(args: &Args) -> Result<(Cache, Option<How>), Fail> {
+    let default = if args.device.is_asked { "none" } else { "writeback" };
+    let cache = Cache::named(args.cache.as_deref().unwrap_or(default));
+    let cache = cache.ok_or_else(|| Fail::other("Invalid cache mode"))?;
+    let how = match &args.aio {
+        Some(name) => {
+            let bad = || Fail::other(format!("Invalid aio option: {name}"));
+            Some(How::named(name).ok_or_else(bad)?)
+        }
+        None => None,
+    };
+    Ok((cache, if args.native { Some(How::Native) } else { how }))
+}
+
+/// What counts for `--loop` too.
+fn given(args: &Args, cache: Cache, how: Option<How>) -> Result<device::Given<'_>, Fail> {
+    let default = if cache.direct { How::Native } else { How::Threads };
+    Ok(device::Given {
+        folder: args.file.as_deref().map(Path::new),
+        count: args.count.as_deref(),
+        depth: args.depth.as_deref(),
+        cache,
+        how: how.unwrap_or(default),
+        strict: args.strict,
+        seed: args.random.unwrap_or(1),
+        quiet: args.quiet,
+        json: args.json,
+    })
+}
+
+fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fail> {
+    let total = count("request count", args.count.as_deref().unwrap_or("75000"), 1, INT_MAX)?;
+    let depth = count("queue depth", args.depth.as_deref().unwrap_or("64"), 1, INT_MAX)?;
     let offset = size("offset", &args.offset, 0, i64::MAX as u64)?;
     let len = size("buffer size", &args.buffer_size, 1, INT_MAX)?;
     let step = match &args.step_size {
@@ -182,17 +228,6 @@ fn plan(args: &Args) -> Result<(Plan, Setup), Fail> {
     };
     let pattern = count("pattern byte", &args.pattern, 0, 255)? as u8;
     let flush_interval = count("flush interval", &args.flush_interval, 0, INT_MAX)?;
-    let cache = Cache::named(&args.cache).ok_or_else(|| Fail::other("Invalid cache mode"))?;
-    let mut how = match &args.aio {
-        Some(name) => {
-            let bad = || Fail::other(format!("Invalid aio option: {name}"));
-            Some(How::named(name).ok_or_else(bad)?)
-        }
-        None => None,
-    };
-    if args.native {
-        how = Some(How::Native);
-    }
     if !args.write && flush_interval > 0 {
         return Err(Fail::other("--flush-interval is only available in write tests"));
     }
@@ -405,7 +440,7 @@ const LOOP_QUANTILES: [(u64, &str); 2] = [(500, "p50"), (999, "p99.9")];
 fn write_times(
     out: &mut Out,
     what: &str,
-    times: &cowbell_engine::stats::Histogram,
+    times: &Histogram,
     quantiles: &[(u64, &str)],
 ) -> Result<(), Fail> {
     write!(out, "{what}:")?;
@@ -439,16 +474,18 @@ fn bar(share: f64) -> String {
     bar
 }
 
+/// Quantiles, in nanoseconds.
+pub fn times_to_json(times: &Histogram) -> Json {
+    Json::Object(vec![
+        ("p50", Json::Int(times.quantile(500))),
+        ("p99", Json::Int(times.quantile(990))),
+        ("p99.9", Json::Int(times.quantile(999))),
+        ("max", Json::Int(times.max())),
+        ("count", Json::Int(times.count())),
+    ])
+}
+
 fn to_json(stats: &Stats, sent: u64, nanos: u64, plan: &Plan) -> Json {
-    let times = |h: &cowbell_engine::stats::Histogram| {
-        Json::Object(vec![
-            ("p50", Json::Int(h.quantile(500))),
-            ("p99", Json::Int(h.quantile(990))),
-            ("p99.9", Json::Int(h.quantile(999))),
-            ("max", Json::Int(h.max())),
-            ("count", Json::Int(h.count())),
-        ])
-    };
     let states = states(stats).into_iter().map(|(name, visits, nanos)| {
         Json::Object(vec![
             ("state", Json::text(name)),
@@ -461,9 +498,9 @@ fn to_json(stats: &Stats, sent: u64, nanos: u64, plan: &Plan) -> Json {
         ("bytes-each", Json::Int(plan.len)),
         ("depth", Json::Int(plan.depth)),
         ("seconds", Json::Float(nanos as f64 / 1e9)),
-        ("latency-ns", times(&stats.latency)),
-        ("run-ns", times(&stats.run)),
-        ("run-per-op-ns", times(&stats.run_per_op)),
+        ("latency-ns", times_to_json(&stats.latency)),
+        ("run-ns", times_to_json(&stats.run)),
+        ("run-per-op-ns", times_to_json(&stats.run_per_op)),
         ("states", Json::List(states.collect())),
         ("flushes", Json::Int(stats.flushes)),
         ("bounced", Json::Int(stats.bounced)),

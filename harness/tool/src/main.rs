@@ -11,6 +11,7 @@ mod check;
 mod compare;
 mod create;
 mod demo;
+mod device;
 mod disk;
 mod fail;
 mod info;
