@@ -69,7 +69,7 @@ enum Verb {
     /// List, make, apply and delete snapshots inside an image
     Snapshot(snapshot::Args),
     /// Measure requests on an image
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Show everything at work on a temporary image
     Demo(demo::Args),
     /// Read, write and look at an image by commands
