@@ -11,6 +11,7 @@ pub struct Histogram {
     /// Made when the first value is counted.
     buckets: Vec<u64>,
     max: u64,
+    sum: u64,
 }
 
 const SUB_BITS: u32 = 4;
@@ -31,6 +32,7 @@ impl Histogram {
         }
         self.buckets[bucket_of(value)] += times;
         self.max = self.max.max(value);
+        self.sum = self.sum.wrapping_add(value.wrapping_mul(times));
     }
 
     /// Values counted.
@@ -41,6 +43,11 @@ impl Histogram {
     /// The largest value, exactly.
     pub fn max(&self) -> u64 {
         self.max
+    }
+
+    /// All values together; of what does not fit in 64 bits, the rest.
+    pub fn sum(&self) -> u64 {
+        self.sum
     }
 
     /// The value that `per_mille` of 1000 values do not exceed, rounded up to its bucket's end
@@ -64,6 +71,7 @@ impl Histogram {
             *a += b;
         }
         self.max = self.max.max(other.max);
+        self.sum = self.sum.wrapping_add(other.sum);
     }
 }
 
@@ -232,6 +240,8 @@ mod tests {
         (1..=1000).for_each(|v| h.record(v));
         assert!((500..=532).contains(&h.quantile(500)), "{}", h.quantile(500));
         assert_eq!(h.quantile(1000), 1000);
-        assert_eq!(h.max(), 1000);
+        assert_eq!((h.max(), h.sum()), (1000, 500_500));
+        h.merge(&h.clone());
+        assert_eq!((h.count(), h.max(), h.sum()), (2000, 1000, 1_001_000));
     }
 }

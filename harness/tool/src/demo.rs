@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
-use cowbell_engine::stats::{Histogram, Stats};
+use cowbell_engine::stats::Stats;
 use cowbell_engine::step::{Io, IoKind};
 use cowbell_formats::qed::check::{Repair, check};
 use cowbell_formats::{CreateOptions, DiskHost, Format, Host, OpenOptions, Policy, create, map};
 
 use cowbell_sim::gate::{explore, scopes};
 
-use crate::bench::write_states;
+use crate::bench::{quantiles, write_states};
 use crate::cache::{Cache, How};
 use crate::fail::Fail;
 use crate::naming::Image;
@@ -364,13 +364,9 @@ fn write_counts(out: &mut Out, counts: &Counts, nanos: u64) -> Result<(), Fail> 
 }
 
 fn write_times(out: &mut Out, stats: &Stats) -> Result<(), Fail> {
-    let times = |h: &Histogram| {
-        let at = |per_mille| duration(h.quantile(per_mille));
-        format!("p50 {}, p99 {}, p99.9 {}, max {}", at(500), at(990), at(999), duration(h.max()))
-    };
-    writeln!(out, "{} {}", out.paint("1", "latency "), times(&stats.latency))?;
+    writeln!(out, "{} {}", out.paint("1", "latency "), quantiles(&stats.latency))?;
     let stall = &stats.run;
-    writeln!(out, "{} held for {}", out.paint("1", "the loop"), times(stall))?;
+    writeln!(out, "{} held for {}", out.paint("1", "the loop"), quantiles(stall))?;
     Ok(())
 }
 

@@ -131,7 +131,6 @@ struct Felt {
     nanos: u64,
     turns: Histogram,
     runs: Histogram,
-    run_nanos: u64,
     ticks: u64,
     /// Ticks that had not been served when the next was due.
     missed: u64,
@@ -395,7 +394,6 @@ impl Device {
             felt.turns.record(clock().since(began));
             felt.runs.record(ran);
         }
-        felt.run_nanos += ran;
         Ok(turn)
     }
 

@@ -6,7 +6,7 @@ use cowbell_engine::stats::Histogram;
 
 use super::guest::Kind;
 use super::{Felt, Given, Measured, Plan, TICK, Thin};
-use crate::bench::times_to_json;
+use crate::bench::{quantiles as times, times_to_json};
 use crate::cache::How;
 use crate::fail::Fail;
 use crate::json::Json;
@@ -99,8 +99,8 @@ fn write_text(
     writeln!(out, "Loop held per turn: {}, {} turns", times(&busy.turns), busy.turns.count())?;
     writeln!(
         out,
-        "Inside run: {} of {}: {}",
-        duration(busy.run_nanos),
+        "Inside run: {} of {}; {}",
+        duration(busy.runs.sum()),
         duration(busy.nanos),
         times(&busy.runs)
     )?;
@@ -160,11 +160,6 @@ fn write_ticks(out: &mut Out, what: &str, felt: &Felt) -> Result<(), Fail> {
     Ok(())
 }
 
-fn times(times: &Histogram) -> String {
-    let at = |per_mille| duration(times.quantile(per_mille));
-    format!("p50 {}, p99 {}, p99.9 {}, max {}", at(500), at(990), at(999), duration(times.max()))
-}
-
 fn to_json(plan: &Plan, disks: &[Thin], measured: &Measured) -> Json {
     let Measured { busy, quiet, pool, .. } = measured;
     let by_kind = |value: &dyn Fn(usize) -> Json| {
@@ -213,7 +208,6 @@ fn felt_to_json(felt: &Felt) -> Json {
         ("seconds", Json::Float(felt.nanos as f64 / 1e9)),
         ("turn-ns", times_to_json(&felt.turns)),
         ("run-ns", times_to_json(&felt.runs)),
-        ("run-total-ns", Json::Int(felt.run_nanos)),
         ("tick-ns", Json::Int(TICK.as_nanos() as u64)),
         ("ticks", Json::Int(felt.ticks)),
         ("ticks-missed", Json::Int(felt.missed)),
