@@ -11,6 +11,8 @@ use cowbell_formats::{DiskHost, OpenOptions, map, open};
 mod epoll;
 #[path = "../examples/mio.rs"]
 mod mio;
+#[path = "../examples/vm.rs"]
+mod vm;
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder")
@@ -46,4 +48,13 @@ fn a_loop_around_mio() {
     let mut bytes = vec![0; 32 << 20];
     map::read(&chain, 0, &mut bytes).expect("it reads");
     assert!(bytes == mio::contents(), "the copy differs");
+}
+
+#[test]
+fn a_virtual_machine_of_two_disks() {
+    let folder = folder();
+    // It looks at every byte that its guest reads.
+    let served = vm::serve(folder.path()).expect("it serves");
+    assert_eq!(served.requests, 2 * 2 * ((4 << 20) / 13_337));
+    assert!(served.ticks > 0, "the timer waited for the disks: {served:?}");
 }
