@@ -11,18 +11,27 @@
 //! of what is zeroed are written, a discard leaves them alone, and a change of length claims the
 //! block in which the file ends, or will.
 //!
+//! What zeroes, discards, cuts or grows a file does so under the file's lock, and waits under it for
+//! all that is in flight: whoever submitted another op would be held inside the kernel for as long.
+//! So such an op closes the file's *gate*: what comes later waits here, what is in flight is waited
+//! for, then it goes out alone. Others that want the same follow at once, for 2 ms or 16 ops; then
+//! those that waited have their turn. Space that was given up (`given_up.rs`) goes back so.
+//!
 //! Each such op is a small machine of its own, a child of the request that issued it:
 //!
 //! ```text
+//! under the lock: Gate ─> Quiet ─> Claim …, or GiveBack ─> GiveBack … ─> done
 //! Claim ─> Quiesce ─> Chunk ─> ReadEdges ─> WriteChunk ─> Chunk … ─> Trim ─> done
 //!   │         │         └─ zeroing whole blocks: ZeroWhole ─> Chunk
 //!   │         └─ a change of length: Direct ─> Settle ─> done
-//!   └─ only waited for a claim: Direct ─> done
-//! reads: Chunk ─> ReadChunk ─> Chunk …
+//!   └─ only waited for a claim or the gate: Direct ─> done
+//! reads: Claim ─> Chunk ─> ReadChunk ─> Chunk …
 //! ```
 //!
-//! No deadlock: a claim is taken only while no other overlaps it, its holder waits for a bounce
-//! buffer or the device, and whoever holds a bounce buffer waits for the device alone.
+//! No deadlock: the order is gate, claim, bounce buffer, device. Who waits for the gate holds
+//! nothing; who has closed it waits for claims that are held and ops in flight, neither of which waits
+//! for the gate. A claim is taken only while no other overlaps it, its holder waits for a bounce buffer
+//! or the device, and whoever holds a bounce buffer waits for the device alone.
 
 use crate::core::Core;
 use crate::file::Claim;
@@ -30,7 +39,7 @@ use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::slots::{Cause, Origin, Work};
 use crate::step::{Event, Io, IoKind, Step};
-use crate::units::{BufId, Errno, FileId, ReqId, align_down, align_up};
+use crate::units::{BufId, Errno, FileId, NodeId, ReqId, align_down, align_up};
 
 /// An op being taken apart.
 #[derive(Clone, Hash, Debug)]
@@ -46,7 +55,13 @@ pub(crate) struct Job {
 /// Named by what is awaited.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum State {
-    /// No other claim overlaps.
+    /// The gate, which others have closed.
+    Gate,
+    /// Nothing is in flight on the file.
+    Quiet,
+    /// A range, given back to the file system.
+    GiveBack,
+    /// No other claim overlaps, and the gate is open.
     Claim,
     /// The op itself, once nothing stood in its way.
     Direct,
@@ -81,11 +96,17 @@ pub(crate) fn is_direct(core: &Core, file: FileId, op: &Op) -> bool {
     let state = &core.files[file.index()];
     (op.offset | op.len) & u64::from(state.block_mask) == 0
         && core.mem.is_aligned(&op.segs, state.address_mask, state.block_mask)
+        && !is_closed(core, file)
         && (!op.kind.modifies() || !is_claimed(core, file, op.offset, op.end()))
 }
 
+/// Does a read or write wait for somebody who has, or wants, the file to himself?
+fn is_closed(core: &Core, file: FileId) -> bool {
+    core.files[file.index()].gate.closed_by.is_some() && !mutant!("gate_ignored")
+}
+
 /// Can the file take this zeroing, discard or change of length as it is, now?
-pub(crate) fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
+fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
     let state = &core.files[file.index()];
     let cut = (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
     let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || state.zero_unsupported);
@@ -133,15 +154,37 @@ fn is_claimed(core: &Core, file: FileId, start: u64, end: u64) -> bool {
 /// Begins the machine for an op of `request`.
 #[cold]
 pub(crate) fn spawn(core: &mut Core, request: ReqId, file: FileId, op: Op) {
-    let io = Io { kind: IoKind::Read, offset: op.offset, len: op.len };
-    let job = Job { op, file, at: 0, buf: None, state: State::Claim };
-    let key = core.jobs.insert(job) as u32;
     let node = core.ops.slot(request).node;
-    let id = core.begin(node, io, Origin::Child(request), 0, 0);
-    let slot = core.ops.slot_mut(id);
-    (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
+    let job = Job { op, file, at: 0, buf: None, state: State::Claim };
+    begin(core, job, node, Origin::Child(request));
     core.expect_result(request);
     core.stats.bounced += 1;
+}
+
+fn begin(core: &mut Core, job: Job, node: NodeId, origin: Origin) {
+    let io = Io { kind: IoKind::Read, offset: job.op.offset, len: job.op.len };
+    let key = core.jobs.insert(job) as u32;
+    let id = core.begin(node, io, origin, 0, 0);
+    let slot = core.ops.slot_mut(id);
+    (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
+}
+
+/// Begins to give back what was given up of a file.
+pub(crate) fn spawn_give_back(core: &mut Core, file: FileId) {
+    core.files[file.index()].given_up.is_going_on = true;
+    let op = Op::bare(OpKind::Discard, file, 0, 0);
+    let job = Job { op, file, at: 0, buf: None, state: State::Gate };
+    begin(core, job, NodeId::default(), Origin::Chore);
+}
+
+/// Something has ended: who has closed a gate looks again whether all has.
+#[cold]
+pub(crate) fn wake_closers(core: &mut Core) {
+    for at in 0..core.files.len() {
+        let mut list = core.files[at].gate.quiet_waiter;
+        core.wake_all(&mut list);
+        core.files[at].gate.quiet_waiter = list;
+    }
 }
 
 /// Delivers an event; answers the result when the op has ended.
@@ -185,9 +228,14 @@ impl Machine<'_> {
         match (self.job.state, event) {
             // The engine knows it now, and zeros are written.
             (state, Event::Io(Err(Errno::NOT_SUPPORTED))) if self.is_zeroed_by_file() => {
+                self.open();
                 Step::Go(if state == State::Direct { State::Claim } else { State::Chunk })
             }
+            // A hint, taken or not.
+            (State::GiveBack, Event::Io(_)) => self.give_back(),
             (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
+            (State::Gate, Event::Start | Event::Woken) => self.close(),
+            (State::Quiet, Event::Start | Event::Woken) => self.wait_for_quiet(),
             (State::Claim, Event::Start | Event::Woken) => self.claim(),
             (State::Direct, Event::Io(_)) if self.my_claim().is_some() => self.settle(),
             (State::Trim, Event::Io(_)) if self.cuts() => self.settle(),
@@ -219,24 +267,128 @@ impl Machine<'_> {
         (align_down(start, align), align_up(end, align).unwrap_or(u64::MAX))
     }
 
+    /// Closes the gate, or waits for the turn to do so.
+    fn close(&mut self) -> Step<State> {
+        let now = self.core.now;
+        let mut gate = self.core.files[self.job.file.index()].gate;
+        // It may have been handed over.
+        if gate.closed_by.is_some_and(|by| by != self.me) {
+            self.core.park(self.me, &mut gate.next);
+            self.core.files[self.job.file.index()].gate = gate;
+            return Step::Wait(State::Gate);
+        }
+        if gate.closed_by.is_none() {
+            (gate.closed_by, gate.since, gate.turns) = (Some(self.me), now, 0);
+            self.core.closed += 1;
+        }
+        self.core.files[self.job.file.index()].gate = gate;
+        Step::Go(State::Quiet)
+    }
+
+    fn wait_for_quiet(&mut self) -> Step<State> {
+        if !self.is_quiet() && !mutant!("lock_taken_over_ops_in_flight") {
+            let mut list = self.core.files[self.job.file.index()].gate.quiet_waiter;
+            self.core.park(self.me, &mut list);
+            self.core.files[self.job.file.index()].gate.quiet_waiter = list;
+            return Step::Wait(State::Quiet);
+        }
+        let gives_back = self.job.op.kind == OpKind::Discard && self.job.op.len == 0;
+        if gives_back { self.give_back() } else { Step::Go(State::Claim) }
+    }
+
+    /// Is nothing in flight on the file, nor anybody between two of his ops?
+    fn is_quiet(&self) -> bool {
+        let file = self.job.file;
+        let waits = |job: &Job| matches!(job.state, State::Gate | State::Quiet | State::Claim);
+        !self.core.jobs.iter().any(|(_, job)| job.file == file && !waits(job))
+            && !self.core.ops.iter().any(|(_, record)| {
+                record.op.target == Target::File(file) && record.op.kind != OpKind::Flush
+            })
+    }
+
+    /// Must the gate be closed for it?
+    fn wants_gate(&self) -> bool {
+        let (file, op) = (&self.core.files[self.job.file.index()], &self.job.op);
+        match op.kind {
+            OpKind::Zero { .. } => !file.zero_unsupported,
+            // The file's end is to be put back: see `trim`.
+            OpKind::Write { .. } => self.passes_end(),
+            kind => kind.locks_file(),
+        }
+    }
+
+    /// Does its last block reach past the end of a file that can be cut?
+    fn passes_end(&self) -> bool {
+        let (file, end) = (&self.core.files[self.job.file.index()], self.job.op.end());
+        let padded = align_up(end, u64::from(file.info.request_align));
+        file.info.can_grow && padded.is_some_and(|padded| padded > end && padded > file.len)
+    }
+
+    /// The next range that was given up; until there is none, or others have waited long enough.
+    fn give_back(&mut self) -> Step<State> {
+        let now = self.core.now;
+        let file = &mut self.core.files[self.job.file.index()];
+        let held = now.since(file.gate.since);
+        let goes_on = self.job.at < GATE_TURNS_MAX.into() && held < GATE_NS_MAX;
+        if goes_on && let Some((start, end)) = file.given_up.pop() {
+            self.job.at += 1;
+            let op = Op::bare(OpKind::Discard, self.job.file, start, end - start);
+            self.core.enqueue(self.me, op);
+            return Step::Wait(State::GiveBack);
+        }
+        file.given_up.is_going_on = false;
+        file.given_up.due = now.plus_ns(held * 8);
+        Step::Done(Ok(()))
+    }
+
+    /// Who had the gate closed is done: it is handed on, or opens.
+    fn open(&mut self) {
+        let now = self.core.now;
+        let file = self.job.file.index();
+        let mut gate = self.core.files[file].gate;
+        if gate.closed_by != Some(self.me) {
+            return;
+        }
+        gate.turns += 1;
+        let goes_on = gate.turns < GATE_TURNS_MAX && now.since(gate.since) < GATE_NS_MAX;
+        gate.closed_by = if goes_on { self.core.wake_first(&mut gate.next) } else { None };
+        if gate.closed_by.is_some() {
+            self.core.files[file].gate = gate;
+            return;
+        }
+        self.core.closed -= 1;
+        // Those first who waited for it to open, then whoever wants to close it again.
+        let mut waiting = std::mem::take(&mut self.core.files[file].claim_waiters);
+        self.core.wake_all(&mut waiting);
+        self.core.wake_first(&mut gate.next);
+        self.core.files[file].gate = gate;
+    }
+
     fn claim(&mut self) -> Step<State> {
         let (file, op) = (self.job.file, &self.job.op);
-        if !op.kind.modifies() {
-            return Step::Go(State::Chunk);
+        let has_gate = self.core.files[file.index()].gate.closed_by == Some(self.me);
+        if !has_gate && self.wants_gate() {
+            return Step::Go(State::Gate);
         }
         let (start, end) = claim_of(self.core, file, op);
-        if is_claimed(self.core, file, start, end) && !mutant!("rmw_without_claim") {
+        let is_claimed = op.kind.modifies() && is_claimed(self.core, file, start, end);
+        let waits =
+            is_closed(self.core, file) && !has_gate || is_claimed && !mutant!("rmw_without_claim");
+        if waits {
             let mut list = self.core.files[file.index()].claim_waiters;
             self.core.park(self.me, &mut list);
             self.core.files[file.index()].claim_waiters = list;
             return Step::Wait(State::Claim);
         }
         let direct = match op.kind {
-            OpKind::Write { .. } => is_direct(self.core, file, op),
+            OpKind::Read | OpKind::Write { .. } => is_direct(self.core, file, op),
             _ => is_whole(self.core, file, op),
         };
         if direct {
             return self.direct();
+        }
+        if op.kind == OpKind::Read {
+            return Step::Go(State::Chunk);
         }
         self.core.files[file.index()].claims.push(Claim { owner: self.me, start, end });
         Step::Go(State::Quiesce)
@@ -459,8 +611,16 @@ impl Machine<'_> {
         file.claims.retain(|c| c.owner != self.me);
         let mut list = std::mem::take(&mut file.claim_waiters);
         self.core.wake_all(&mut list);
+        self.open();
+        if self.core.closed > 0 {
+            wake_closers(self.core);
+        }
     }
 }
+
+/// For so long, or so many in a row, others wait at a closed gate.
+const GATE_NS_MAX: u64 = 2_000_000;
+const GATE_TURNS_MAX: u32 = 16;
 
 /// The most that one op writes in place, in bytes: a whole number of blocks that an op's 32-bit
 /// lengths hold with room to spare.

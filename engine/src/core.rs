@@ -45,6 +45,8 @@ pub(crate) struct Core {
     /// Chores that wait until nobody uses what was given up any more: they look again after each
     /// harvest.
     pub past_waiters: WaitList,
+    /// Gates that are closed.
+    pub closed: u32,
     /// For `Engine::poll_event`.
     pub events: Vec<NodeEvent>,
     /// Nodes whose images were found corrupt.
@@ -62,6 +64,12 @@ pub(crate) struct Core {
     /// Not in the statistics yet.
     pub ended: Ended,
 }
+
+/// Zeros are written as such up to this many bytes; for more the file is asked, under its lock.
+const ZERO_WRITTEN_MAX: u64 = 64 << 10;
+
+/// How long after it was given up space goes back to the file system, so that much goes at once.
+pub(crate) const GIVE_BACK_MS: u64 = 500;
 
 impl Core {
     pub fn new(limits: Limits) -> Core {
@@ -82,6 +90,7 @@ impl Core {
             bounce_waiters: WaitList::new(),
             write_waiters: WaitList::new(),
             past_waiters: WaitList::new(),
+            closed: 0,
             events: Vec::new(),
             corrupt: Vec::new(),
             asked: Vec::with_capacity(4),
@@ -129,16 +138,66 @@ impl Core {
 
     /// Everything but a read or write that the file takes as it is.
     fn issue_otherwise(&mut self, request: ReqId, file: FileId, op: Op) {
-        let op = match op.kind {
-            OpKind::Flush => return self.issue_flush(request, file),
-            OpKind::Discard => align::within_blocks(self, file, op),
-            _ => op,
-        };
-        if !op.kind.has_memory() && align::is_whole(self, file, &op) {
-            self.enqueue(request, op);
-        } else {
-            align::spawn(self, request, file, op);
+        match op.kind {
+            OpKind::Flush => self.issue_flush(request, file),
+            OpKind::Discard => {
+                let op = align::within_blocks(self, file, op);
+                if self.give_up(file, op.offset, op.end()) {
+                    self.ops.slot_mut(request).issued = true;
+                } else {
+                    align::spawn(self, request, file, op);
+                }
+            }
+            OpKind::Zero { unmap } if op.len <= ZERO_WRITTEN_MAX => {
+                self.write_zeros(request, file, op, unmap);
+            }
+            _ => align::spawn(self, request, file, op),
         }
+    }
+
+    /// Zeros a file's bytes by writing zeros: no lock is taken for that. If they may be unmapped,
+    /// that comes later.
+    fn write_zeros(&mut self, request: ReqId, file: FileId, op: Op, unmap: bool) {
+        let segs = Segs::one(Seg::zeros(op.len as u32));
+        self.issue_to_file(request, file, Op::write(file, op.offset, segs));
+        // A device may have other bytes after a discard.
+        if unmap && self.files[file.index()].info.can_grow {
+            let hole = align::within_blocks(self, file, op);
+            self.give_up(file, hole.offset, hole.end());
+        }
+    }
+
+    /// Nobody needs these bytes any more, whole blocks: the file gets to know it later. False: no, now.
+    fn give_up(&mut self, file: FileId, start: u64, end: u64) -> bool {
+        let due = self.now.plus_ms(GIVE_BACK_MS);
+        let given_up = &mut self.files[file.index()].given_up;
+        let was_empty = given_up.is_empty();
+        let noted = given_up.add(start, end);
+        if was_empty && !given_up.is_empty() && !given_up.is_going_on {
+            given_up.due = due;
+        }
+        noted
+    }
+
+    /// When space is to be given back next.
+    pub fn give_back_due(&self) -> Option<Time> {
+        let given_up = self.files.iter().map(|file| &file.given_up);
+        let waiting = given_up.filter(|given_up| !given_up.is_empty() && !given_up.is_going_on);
+        waiting.map(|given_up| given_up.due).min()
+    }
+
+    /// Begins to give back the space that is due; without a time all. Is there some?
+    pub fn give_back(&mut self, until: Option<Time>) -> bool {
+        let mut began = false;
+        for at in 0..self.files.len() {
+            let given_up = &self.files[at].given_up;
+            let is_due = until.is_none_or(|now| given_up.due <= now);
+            if !given_up.is_empty() && !given_up.is_going_on && is_due {
+                align::spawn_give_back(self, FileId(at as u32));
+                began = true;
+            }
+        }
+        began
     }
 
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
@@ -218,6 +277,8 @@ impl Core {
         if op.kind.modifies() {
             let Target::File(file) = op.target else { unreachable!("checked by issue") };
             self.files[file.index()].note_issued(&op, end);
+        } else if let (OpKind::Read, Target::File(file)) = (op.kind, op.target) {
+            self.files[file.index()].note_used(&op);
         }
         let record = self.queue_op(request);
         (record.op, record.moved) = (op, 0);
@@ -276,6 +337,9 @@ impl Core {
         }
         if !self.write_waiters.is_empty() {
             self.wake_write_waiters();
+        }
+        if self.closed > 0 {
+            align::wake_closers(self);
         }
         self.wake_past_waiters();
     }
@@ -337,11 +401,7 @@ impl Core {
             OpKind::Flush => return self.complete_flush(file, request, result),
             OpKind::Zero { .. } if result == Err(Errno::NOT_SUPPORTED) => {
                 self.files[file.index()].zero_unsupported = true;
-                if matches!(self.ops.slot(request).work, Work::Align(_)) {
-                    return self.op_done(request, result);
-                }
-                self.ops.slot_mut(request).pending -= 1;
-                return align::spawn(self, request, file, record.op);
+                result
             }
             OpKind::Discard if result == Err(Errno::NOT_SUPPORTED) => Ok(()),
             OpKind::Truncate if result.is_ok() => {
@@ -443,7 +503,8 @@ impl Core {
                 self.child_done(parent, result);
             }
             Origin::Chore => {
-                self.ops.free_slot(request);
+                let slot = self.ops.free_slot(request);
+                slot.work = Work::Node;
                 self.chore_failed = self.chore_failed.or(result.err());
             }
         }
@@ -563,6 +624,7 @@ impl Core {
             bounce_waiters: self.bounce_waiters,
             write_waiters: self.write_waiters,
             past_waiters: self.past_waiters,
+            closed: self.closed,
             events: self.events.clone(),
             corrupt: self.corrupt.clone(),
             asked: self.asked.clone(),

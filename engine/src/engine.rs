@@ -441,6 +441,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     fn begin_chores(&mut self, now: Time) {
+        if self.core.give_back_due().is_some_and(|due| due <= now) {
+            self.core.give_back(Some(now));
+        }
         for i in 0..self.nodes.len() {
             if self.nodes[i].deadline().is_some_and(|due| due <= now) && !self.is_gone(i) {
                 self.begin_chore(self.id_of(i), Chore::Deadline);
@@ -633,6 +636,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
         match self.drain {
             Drain::Open | Drain::Drained(_) => false,
+            // What nodes give up when they settle goes, too.
+            _ if self.core.give_back(None) => true,
             Drain::Finishing => {
                 self.drain = Drain::Settling;
                 self.core.chore_failed = None;
@@ -696,7 +701,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// When `run` must be called although nothing else happens; `None`: never. May change in every
     /// `run`. Being late leaves images marked as in use for longer, no more.
     pub fn next_deadline(&self) -> Option<Time> {
-        self.nodes.iter().filter_map(Driver::deadline).min()
+        let nodes = self.nodes.iter().filter_map(Driver::deadline);
+        nodes.chain(self.core.give_back_due()).min()
     }
 
     /// Readable when `run` has something to collect, until it has; never read it. The same one for

@@ -7,9 +7,10 @@ use std::hash::{Hash, Hasher};
 
 use crate::backend::FileInfo;
 use crate::core::Core;
+use crate::given_up::GivenUp;
 use crate::mutant;
 use crate::op::{Op, OpKind, Seg};
-use crate::units::{Errno, FileId, ReqId};
+use crate::units::{Errno, FileId, ReqId, Time};
 use crate::wait::WaitList;
 
 /// A range of a file that somebody reads, changes and writes back.
@@ -43,8 +44,27 @@ pub(crate) struct FileState {
     pub zero_unsupported: bool,
     /// Ranges being read, changed and written back.
     pub claims: Vec<Claim>,
-    /// Requests that wait for a claim to end.
+    /// Requests that wait for a claim to end, or for the gate to open.
     pub claim_waiters: WaitList,
+    pub gate: Gate,
+    pub given_up: GivenUp,
+}
+
+/// Through it goes everything on a file but what is done under the file's lock. That one closes it,
+/// waits until nothing is in flight, and opens it again when it is done: inside the kernel others
+/// would wait for it, and hold the loop.
+#[derive(Clone, Copy, Default, Hash, Debug)]
+pub(crate) struct Gate {
+    /// Who has closed it.
+    pub closed_by: Option<ReqId>,
+    /// He, while something is in flight.
+    pub quiet_waiter: WaitList,
+    /// Who wants to close it next.
+    pub next: WaitList,
+    /// Since when it has been closed.
+    pub since: Time,
+    /// By how many in turn.
+    pub turns: u32,
 }
 
 impl FileState {
@@ -64,6 +84,8 @@ impl FileState {
             zero_unsupported: false,
             claims: Vec::with_capacity(requests),
             claim_waiters: WaitList::new(),
+            gate: Gate::default(),
+            given_up: GivenUp::new(),
         }
     }
 
@@ -72,6 +94,7 @@ impl FileState {
     #[inline]
     pub fn note_issued(&mut self, op: &Op, end: u64) {
         self.changed = true;
+        self.note_used(op);
         match op.kind {
             OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => {
                 self.len = self.len.max(end);
@@ -82,13 +105,26 @@ impl FileState {
         }
     }
 
+    /// `op` is on its way. What it uses is given up no more: what somebody has read stays as it is, too.
+    #[inline]
+    pub fn note_used(&mut self, op: &Op) {
+        if self.given_up.is_empty() || mutant!("given_up_although_in_use") {
+            return;
+        }
+        let end = if op.kind == OpKind::Truncate { u64::MAX } else { op.end() };
+        self.given_up.remove(op.offset, end, self.hole_mask + 1);
+    }
+
     /// Can it take a read or write as it is, now, at `offset`, of `seg`, which is memory with
     /// `bits` set in its addresses and lengths?
     #[inline(always)]
     pub fn takes(&self, kind: OpKind, offset: u64, seg: Seg, bits: u32) -> bool {
         let block = (offset as u32 | seg.len | bits) & self.block_mask;
         let address = (seg.off | bits) & self.address_mask;
-        block | address == 0 && (matches!(kind, OpKind::Read) || self.claims.is_empty())
+        block | address == 0
+            && self.gate.closed_by.is_none()
+            && self.given_up.is_empty()
+            && (matches!(kind, OpKind::Read) || self.claims.is_empty())
     }
 
     /// A write that ends at `end` is on its way.
@@ -104,6 +140,8 @@ impl FileState {
         assert!(self.riders.is_empty() && self.next_riders.is_empty(), "a flush was forgotten");
         assert!(self.claims.is_empty(), "claims left: {:?}", self.claims);
         assert!(self.claim_waiters.is_empty());
+        assert!(self.gate.closed_by.is_none() && self.gate.next.is_empty(), "{:?}", self.gate);
+        assert!(!self.given_up.is_going_on);
     }
 }
 
@@ -111,7 +149,7 @@ impl Hash for FileState {
     fn hash<H: Hasher>(&self, h: &mut H) {
         (self.info, self.len, self.changed, self.poisoned).hash(h);
         (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
-        self.claim_waiters.hash(h);
+        (self.claim_waiters, &self.gate, &self.given_up).hash(h);
     }
 }
 

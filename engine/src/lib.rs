@@ -155,6 +155,7 @@ pub mod event_loop;
 pub mod events;
 pub mod faulty;
 mod file;
+mod given_up;
 mod limits;
 pub mod mem;
 pub mod mutants;

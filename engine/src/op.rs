@@ -41,6 +41,13 @@ impl OpKind {
         !matches!(self, OpKind::Read | OpKind::Flush | OpKind::Compute(_))
     }
 
+    /// Is it done under the file's lock, so that everything else on the file waits meanwhile, and it
+    /// for what is in flight? (The inode's rwsem, and `inode_dio_wait`, in Linux.)
+    #[inline]
+    pub fn locks_file(self) -> bool {
+        matches!(self, OpKind::Zero { .. } | OpKind::Discard | OpKind::Truncate | OpKind::Allocate)
+    }
+
     /// Does it move bytes between memory and a file?
     #[inline]
     pub fn has_memory(self) -> bool {

@@ -25,6 +25,7 @@ const TIGHT: Limits = Limits {
     bounce_buffers: 1,
     buffer_size: 4096,
     steps: 4096,
+    turn: std::time::Duration::from_micros(500),
     measure: true,
 };
 

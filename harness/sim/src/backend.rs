@@ -504,6 +504,9 @@ impl SimBackend {
             && (new.offset | new.len) & holes != 0;
         assert!(!is_cut, "the file's blocks are cut: {new:?}");
         for old in self.flying.iter().filter(|old| old.file == new.file) {
+            let locks = new.kind.locks_file() || old.kind.locks_file();
+            let waits = new.kind != OpKind::Flush && old.kind != OpKind::Flush;
+            assert!(!(locks && waits), "the loop is held: {new:?} waits for the lock of {old:?}");
             if new.kind.modifies() && old.kind.modifies() {
                 self.assert_apart(old, new);
             }
@@ -679,7 +682,9 @@ impl SimBackend {
                     Base::Pool(buf) => buf.0 >= self.device.bounce_from,
                     Base::Region(_) | Base::Zeros => false,
                 };
-                let own = !segs.iter().any(is_guests);
+                // Zeros and nothing else are what a guest's zeroing has become.
+                let zeroes = segs.iter().all(|seg| seg.base == Base::Zeros);
+                let own = !zeroes && !segs.iter().any(is_guests);
                 (Patch::cut(offset, &bytes), self.extended(record), own)
             }
             OpKind::Zero { .. } => (Patch::zeros(offset, len), self.extended(record), false),
