@@ -65,8 +65,8 @@ fn in_memory() -> Option<&'static Path> {
     None
 }
 
-fn aio(depth: u32, strict: bool) -> impl FnMut() -> io::Result<Aio> {
-    move || Aio::new(AioOptions { depth, strict, ..AioOptions::default() })
+fn aio(depth: u32, nowait: bool) -> impl FnMut() -> io::Result<Aio> {
+    move || Aio::new(AioOptions { depth, nowait, ..AioOptions::default() })
 }
 
 fn pool(threads: usize, depth: usize) -> impl FnMut() -> io::Result<Pool> {
@@ -102,6 +102,7 @@ fn aio_direct() {
 #[test]
 fn aio_of_small_depth() {
     run_all(&mut Disk::new(on_disk(), true, aio(5, false)));
+    run_all(&mut Disk::new(on_disk(), true, aio(5, true)));
 }
 
 #[test]
@@ -110,7 +111,7 @@ fn aio_buffered() {
 }
 
 #[test]
-fn aio_strict() {
+fn aio_that_may_not_wait() {
     run_all(&mut Disk::new(on_disk(), true, aio(128, true)));
 }
 

@@ -104,7 +104,7 @@ fn qed_over_native_aio() {
 }
 
 #[test]
-fn qed_over_native_aio_that_may_not_wait() {
-    let options = AioOptions { strict: true, ..AioOptions::default() };
+fn qed_over_native_aio_that_may_wait() {
+    let options = AioOptions { nowait: false, ..AioOptions::default() };
     drive(|| Aio::new(options).expect("native AIO"), true, 5);
 }

@@ -1,11 +1,13 @@
 //! A backend of Linux native AIO.
 //!
 //! The model: every op that the kernel can do without blocking goes to it in as few `io_submit`
-//! as possible; everything else goes to a small pool of threads inside: ops on buffered files
-//! (`io_submit` would do those itself, there and then), truncate, allocate, zero, discard, whatever
-//! is computed, what the kernel declares itself unable to do, and what it refuses to do without waiting. Kernel and
-//! pool signal the same eventfd. What the kernel has completed is read from its ring in our
-//! memory, without a system call.
+//! as possible. What it refuses to do without waiting (RWF_NOWAIT: writes into holes, most of all) goes
+//! to its file's *lane* ([`super::lane`]), a thread that submits it again and may wait; where a file has
+//! refused writes of late (`regions`), the next ones go there at once. Everything else goes to a small
+//! pool of threads inside: ops on buffered files (`io_submit` would do those itself, there and
+//! then), truncate, allocate, zero, discard, whatever is computed, and what the kernel declares
+//! itself unable to do. Kernel, lanes and pool signal the same eventfd. What the kernel has completed is
+//! read from its ring in our memory, without a system call.
 //!
 //! Ops go out in the order of the queue. What the kernel does not accept stays in the engine's
 //! queue; nothing is kept here between calls but what is in flight.
@@ -22,13 +24,15 @@ use std::{ptr, slice};
 
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::mem::{Buf, Memory};
-use crate::op::OpKind;
+use crate::op::{OpKind, Target};
 use crate::ops::OpRecord;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
-use crate::sys::job::Handle;
+use crate::sys::job::{Handle, Job, Pieces};
+use crate::sys::lane::Lane;
 use crate::sys::pool::{PoolOptions, PoolStats, Workers};
 use crate::sys::ram::RamPiece;
+use crate::sys::regions::Regions;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
 use crate::units::{Errno, FileId, OpId, Time};
 
@@ -38,17 +42,17 @@ pub struct AioOptions {
     /// The most ops that the kernel has at a time; more stay with the engine. Counts against the
     /// system's `fs.aio-max-nr`.
     pub depth: u32,
-    /// Never block in `io_submit`: ask the kernel to refuse what it could not do without waiting
-    /// (RWF_NOWAIT), and hand that to a thread. Where a file system does not know the flag, this
-    /// changes nothing.
-    pub strict: bool,
+    /// Never wait in `io_submit`: ask the kernel to refuse what it could not do without waiting
+    /// (RWF_NOWAIT), and let a thread of the file's submit that, in order. Where a file system does
+    /// not know the flag, this changes nothing. On by default.
+    pub nowait: bool,
     /// The pool, for what the kernel does not do.
     pub pool: PoolOptions,
 }
 
 impl Default for AioOptions {
     fn default() -> AioOptions {
-        AioOptions { depth: 128, strict: false, pool: PoolOptions::default() }
+        AioOptions { depth: 128, nowait: true, pool: PoolOptions::default() }
     }
 }
 
@@ -70,10 +74,18 @@ pub struct AioStats {
 pub struct Aio {
     // The order of the fields is the order in which they are dropped: first everything that uses
     // descriptors and memory, waiting for it to end.
+    /// By file: what would hold the loop is submitted there.
+    lanes: Files<Lane>,
+    /// What failed in a lane, while completions are looked at.
+    refused_twice: Vec<OpId>,
+    /// A write was refused, of any file.
+    refuses: bool,
+    /// Some of them have staged jobs.
+    is_staged: bool,
     context: Context,
     workers: Workers,
     files: Files<AioFile>,
-    strict: bool,
+    nowait: bool,
     /// Ops that the kernel has.
     in_flight: usize,
     depth: usize,
@@ -91,9 +103,10 @@ struct AioFile {
     /// In a box: what is looked at for each op is side by side.
     file: Box<DiskFile>,
     fd: RawFd,
-    /// RWF_NOWAIT in strict mode where the file system knows it, else 0.
+    /// RWF_NOWAIT where it is wanted and the file system knows it, else 0.
     nowait: i32,
     way: Way,
+    regions: Regions,
 }
 
 /// Who reads, writes and flushes a file.
@@ -140,8 +153,12 @@ impl Aio {
             context: Context::new(depth, calls)?,
             batch: Batch::new(depth as usize, workers.event().fd()),
             workers,
+            lanes: Files::new(),
+            refused_twice: Vec::new(),
+            refuses: false,
+            is_staged: false,
             files: Files::new(),
-            strict: options.strict,
+            nowait: options.nowait,
             in_flight: 0,
             depth: depth as usize,
             stalled: false,
@@ -272,16 +289,74 @@ impl Aio {
             let done = harvest.done[at];
             let undone = matches!(done.result(), Err(Errno::AGAIN | Errno::INTERRUPTED));
             let record = &harvest.ops[done.op];
-            if undone && let Some(file) = self.files.of(record) {
-                self.workers.stage(done.op, record, file.file.handle(), harvest.mem);
+            if undone && let Some(file) = self.files.get_mut(record.file()) {
+                if matches!(record.op.kind, OpKind::Write { .. }) {
+                    file.regions.refused(record.offset());
+                    self.refuses = true;
+                }
+                let (file, handle) = (record.file(), file.file.handle());
                 self.stats.handed_over += 1;
-                self.stats.pooled += 1;
+                let may_wait =
+                    record.op.kind.has_memory() && !self.refused_twice.contains(&done.op);
+                if may_wait
+                    && self.lane(file)
+                    && let Some(lane) = self.lanes.get_mut(file)
+                {
+                    lane.stage(Job::new(done.op, record, handle, harvest.mem, Pieces::new()));
+                    self.in_flight += 1;
+                    self.is_staged = true;
+                } else {
+                    self.workers.stage(done.op, record, handle, harvest.mem);
+                    self.stats.pooled += 1;
+                }
             } else {
                 harvest.done[kept] = done;
                 kept += 1;
             }
         }
         harvest.done.truncate(kept);
+        self.refused_twice.clear();
+    }
+
+    /// Stages what would be refused, as far as there is room.
+    fn stage_refused(&mut self, submission: &mut Submission<'_>) {
+        let Submission { queue, slice, ops, mem } = submission;
+        *slice = queue.retain_of(*slice, |op| {
+            let record = &ops[op];
+            let (OpKind::Write { .. }, Target::File(id)) = (record.op.kind, record.op.target)
+            else {
+                return true;
+            };
+            let (Some(file), Some(lane)) = (self.files.get_mut(id), self.lanes.get_mut(id)) else {
+                return true;
+            };
+            if self.in_flight >= self.depth || !file.regions.refuses(record.offset()) {
+                return true;
+            }
+            lane.stage(Job::new(op, record, file.file.handle(), mem, Pieces::new()));
+            self.in_flight += 1;
+            self.is_staged = true;
+            false
+        });
+    }
+
+    /// Is there a lane for `file`? It is made when it is first wanted.
+    fn lane(&mut self, file: FileId) -> bool {
+        if self.lanes.get(file).is_some() {
+            return true;
+        }
+        let (calls, id, event) = (self.context.calls, self.context.id, self.workers.event().fd());
+        // SAFETY: lanes are dropped before the context, and memory stays until ops have come back.
+        let lane =
+            unsafe { Lane::new(calls.submit, id, event, self.workers.outside(), self.depth) };
+        // Without a thread of its own an op goes to the pool.
+        lane.is_ok_and(|lane| self.lanes.attach(file, lane).is_ok())
+    }
+
+    #[cold]
+    fn start_lanes(&mut self) {
+        self.is_staged = false;
+        self.lanes.iter_mut().for_each(Lane::start);
     }
 
     /// Is the front op one for the kernel?
@@ -298,20 +373,27 @@ impl Backend for Aio {
     fn attach(&mut self, id: FileId, file: DiskFile) -> io::Result<FileInfo> {
         let info = file.info()?;
         let direct = file.is_direct();
-        let nowait = self.strict && direct && sys::takes_nowait(file.fd(), &mut Buf::zeroed(4096));
+        let nowait = self.nowait && direct && sys::takes_nowait(file.fd(), &mut Buf::zeroed(4096));
         let nowait = if nowait { libc::RWF_NOWAIT } else { 0 };
         let fd = file.fd();
         let way = if direct { Way::Kernel { fdsync: true, dsync: true } } else { Way::Threads };
-        self.files.attach(id, AioFile { file: Box::new(file), fd, nowait, way })?;
+        self.files.attach(
+            id,
+            AioFile { file: Box::new(file), fd, nowait, way, regions: Regions::default() },
+        )?;
         Ok(info)
     }
 
     fn detach(&mut self, id: FileId) -> Option<DiskFile> {
+        drop(self.lanes.detach(id));
         self.files.detach(id).map(|file| *file.file)
     }
 
     fn submit(&mut self, submission: &mut Submission<'_>) {
         self.stalled = false;
+        if self.refuses {
+            self.stage_refused(submission);
+        }
         while !submission.is_empty() {
             self.gather(submission);
             if !self.batch.is_empty() {
@@ -323,6 +405,9 @@ impl Backend for Aio {
             }
         }
         self.workers.start();
+        if self.is_staged {
+            self.start_lanes();
+        }
     }
 
     #[inline]
@@ -334,9 +419,13 @@ impl Backend for Aio {
         self.unread -= self.workers.event().clear() as i64;
         let from = harvest.done.len();
         let mut answers = 0;
+        let refused_twice = &mut self.refused_twice;
         self.context.take_events(self.in_flight, |events| {
             harvest.done.extend(events.iter().map(|event| {
                 answers |= event.res;
+                if event.res < 0 && event.data & FROM_LANE != 0 {
+                    refused_twice.push(OpId(event.data as u32));
+                }
                 Completion::raw(OpId(event.data as u32), event.res)
             }));
         });
@@ -347,7 +436,11 @@ impl Backend for Aio {
             self.hand_over(harvest, from);
         }
         self.unread += i64::from(self.workers.collect(harvest.done, false));
+        self.in_flight -= self.workers.take_outside();
         self.workers.start();
+        if self.is_staged {
+            self.start_lanes();
+        }
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -437,7 +530,7 @@ impl std::fmt::Debug for Batch {
 /// The kernel's control block (`struct iocb`).
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Iocb {
+pub(super) struct Iocb {
     data: u64,
     #[cfg(target_endian = "little")]
     key: u32,
@@ -456,7 +549,28 @@ struct Iocb {
 }
 
 impl Iocb {
-    const ZERO: Iocb = Iocb {
+    /// A read or write that may wait, signalled to `event`; its list is the job's.
+    pub(super) fn of(job: &Job, event: RawFd) -> Iocb {
+        let (opcode, rw_flags) = match job.kind {
+            OpKind::Write { fua: true } => (PWRITEV, libc::RWF_DSYNC),
+            OpKind::Write { fua: false } => (PWRITEV, 0),
+            _ => (PREADV, 0),
+        };
+        Iocb {
+            data: FROM_LANE | u64::from(job.op.0),
+            rw_flags,
+            opcode,
+            fd: job.file.fd as u32,
+            buf: job.pieces.as_ptr().expose_provenance() as u64,
+            count: job.pieces.len() as u64,
+            offset: job.offset as i64,
+            flags: FLAG_RESFD,
+            resfd: event as u32,
+            ..Iocb::ZERO
+        }
+    }
+
+    pub(super) const ZERO: Iocb = Iocb {
         data: 0,
         key: 0,
         rw_flags: 0,
@@ -471,6 +585,9 @@ impl Iocb {
         resfd: 0,
     };
 }
+
+/// Of the data of a control block, beside the op's id.
+const FROM_LANE: u64 = 1 << 32;
 
 const PREAD: u16 = 0;
 const PWRITE: u16 = 1;
@@ -517,13 +634,16 @@ const _: () = {
 /// What a test replaces.
 #[derive(Clone, Copy, Debug)]
 struct Calls {
-    submit: unsafe fn(ContextId, &[*mut Iocb]) -> Result<usize, Errno>,
+    submit: Submit,
     destroy: unsafe fn(ContextId),
     use_ring: bool,
 }
 
 /// A name that is also the address of the ring.
-type ContextId = libc::c_ulong;
+pub(super) type ContextId = libc::c_ulong;
+
+/// `io_submit`, or what a test has in its place.
+pub(super) type Submit = unsafe fn(ContextId, &[*mut Iocb]) -> Result<usize, Errno>;
 
 /// Hands control blocks to the kernel.
 ///
@@ -668,7 +788,7 @@ mod tests {
         BLOCK, Bench, FILE, Rig, bare, pattern, pool, range, read, run_all, write,
     };
     use crate::mem::Mem;
-    use crate::op::{Base, Op, Seg, Segs, Target};
+    use crate::op::{Base, Op, Seg, Segs};
     use crate::sys::disk::DiskOptions;
     use crate::sys::ram::Ram;
     use crate::sys::syscalls::wait_readable;
@@ -739,7 +859,7 @@ mod tests {
 
     struct Disk {
         dir: tempfile::TempDir,
-        strict: bool,
+        nowait: bool,
         calls: Calls,
     }
 
@@ -749,7 +869,7 @@ mod tests {
             let exe = std::env::current_exe().expect("the test's path");
             let dir = tempfile::tempdir_in(exe.parent().expect("it is in a directory"));
             let calls = Calls { submit, destroy: recorded_destroy, use_ring: true };
-            Disk { dir: dir.expect("a directory for scratch files"), strict: false, calls }
+            Disk { dir: dir.expect("a directory for scratch files"), nowait: false, calls }
         }
     }
 
@@ -762,7 +882,7 @@ mod tests {
             std::fs::write(&path, contents).expect("a scratch file");
             let options = DiskOptions { write: true, direct: true, ..DiskOptions::default() };
             let file = DiskFile::open(&path, &options).expect("the scratch file opens");
-            let options = AioOptions { strict: self.strict, ..AioOptions::default() };
+            let options = AioOptions { nowait: self.nowait, ..AioOptions::default() };
             let mut aio = Aio::with_calls(options, self.calls).expect("a backend");
             let info = aio.attach(FILE, file).expect("it attaches");
             (aio, info)
@@ -884,9 +1004,9 @@ mod tests {
     }
 
     #[test]
-    fn strict_gives_up_asking_where_the_file_system_does_not_know_it() {
+    fn it_gives_up_asking_where_the_file_system_does_not_know_it() {
         let mut disk = Disk::new(scripted);
-        disk.strict = true;
+        disk.nowait = true;
         let mut bench = Bench::new(&mut disk, &pattern(8, 7));
         bench.backend.files.get_mut(FILE).expect("attached").nowait = libc::RWF_NOWAIT;
         push_reads(&mut bench, 2);
@@ -901,9 +1021,24 @@ mod tests {
         assert_eq!(calls(), [(1, 0)]);
     }
 
+    /// As `scripted`, but a lane is refused everything.
+    unsafe fn not_in_a_lane(id: ContextId, iocbs: &[*mut Iocb]) -> Result<usize, Errno> {
+        if std::thread::current().name() == Some("cowbell-lane") {
+            return Err(Errno::INVALID);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { scripted(id, iocbs) }
+    }
+
     #[test]
-    fn what_the_kernel_gives_back_undone_a_thread_does() {
-        let mut disk = Disk::new(scripted);
+    fn what_the_kernel_gives_back_undone_a_thread_submits_again() {
+        for submit in [scripted, not_in_a_lane as Submit] {
+            handed_over(submit);
+        }
+    }
+
+    fn handed_over(submit: Submit) {
+        let mut disk = Disk::new(submit);
         let file = pattern(8, 8);
         let mut bench = Bench::new(&mut disk, &file);
         push_reads(&mut bench, 2);
@@ -919,7 +1054,30 @@ mod tests {
         assert!(back.iter().all(|back| back.2 == Ok(BLOCK)));
         assert_eq!(bench.mem.pool(BufId(0))[range(0, 2)], file[range(0, 2)]);
         let stats = bench.backend.stats();
-        assert_eq!((stats.handed_over, stats.pooled), (2, 2));
+        assert_eq!((stats.handed_over, stats.pooled), (2, 0));
+        assert_eq!((bench.backend.in_flight, bench.backend.unread), (0, 0));
+    }
+
+    #[test]
+    fn where_writes_were_refused_the_next_are_not_tried() {
+        let mut disk = Disk::new(scripted);
+        let mut bench = Bench::new(&mut disk, &pattern(8, 8));
+        let tried = |bench: &mut Bench<'_, Disk>| {
+            calls();
+            bench.push(write(0, pool(1, 0, 1)));
+            bench.submit();
+            assert_eq!(bench.drain().len(), 1);
+            !calls().is_empty()
+        };
+        assert!(tried(&mut bench));
+        let op = bench.push(write(0, pool(1, 0, 1)));
+        script(&[Act::Lose]);
+        bench.submit();
+        bench.inject(op, -i64::from(libc::EAGAIN));
+        assert_eq!(bench.drain().len(), 1);
+        assert!(!tried(&mut bench), "it goes to the lane at once");
+        let untried = (0..100).take_while(|_| !tried(&mut bench)).count();
+        assert!((1..100).contains(&untried), "one is tried again: it may be filled by now");
     }
 
     impl Bench<'_, Disk> {
@@ -928,8 +1086,9 @@ mod tests {
             self.with_harvest(|aio, harvest| {
                 let from = harvest.done.len();
                 harvest.done.push(Completion::raw(op, res));
-                aio.hand_over(harvest, from);
                 aio.in_flight -= 1;
+                aio.hand_over(harvest, from);
+                aio.start_lanes();
             });
         }
     }

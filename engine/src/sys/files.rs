@@ -33,6 +33,11 @@ impl<T> Files<T> {
         self.0.get_mut(id.index())?.take()
     }
 
+    /// All of them.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.0.iter_mut().flatten()
+    }
+
     #[inline]
     pub(crate) fn get(&self, id: FileId) -> Option<&T> {
         self.0.get(id.index())?.as_ref()

@@ -15,10 +15,12 @@ pub mod disk;
 mod files;
 pub mod inline;
 mod job;
+mod lane;
 pub mod lock;
 pub mod null;
 pub mod pool;
 pub mod ram;
+mod regions;
 pub(crate) mod syscalls;
 
 use std::hash::{BuildHasher, RandomState};

@@ -158,6 +158,8 @@ pub(crate) struct Workers {
     depth: usize,
     /// Jobs staged, queued, running or done, but not collected.
     in_flight: usize,
+    /// Collected of what was not the pool's, and not counted by [`Workers::take_outside`] yet.
+    outside: usize,
     /// Jobs on their way into the queue, to take the lock once for all of them.
     staged: Vec<Job>,
     /// Takes the place of the list of what is done when that is emptied.
@@ -192,6 +194,19 @@ struct Done {
     op: OpId,
     result: Result<u64, Errno>,
     pieces: Pieces,
+    /// It is not one of the pool's jobs.
+    outside: bool,
+}
+
+/// Completes ops that are not the pool's as if they were.
+#[derive(Clone, Debug)]
+pub(crate) struct Outside(Arc<Shared>);
+
+impl Outside {
+    pub(crate) fn finish(&self, op: OpId, result: Result<u64, Errno>) {
+        let done = Done { op, result, pieces: Pieces::new(), outside: true };
+        self.0.finish(&mut self.0.lock(), done);
+    }
 }
 
 impl Workers {
@@ -218,6 +233,7 @@ impl Workers {
             limit: options.threads.max(1),
             depth,
             in_flight: 0,
+            outside: 0,
             staged: Vec::with_capacity(room),
             collected: Vec::with_capacity(room),
             spare: Vec::with_capacity(room),
@@ -250,7 +266,7 @@ impl Workers {
     /// Is there something to collect?
     #[inline]
     pub(crate) fn is_ready(&self) -> bool {
-        self.in_flight > 0 && self.shared.ready.load(Ordering::Acquire)
+        self.shared.ready.load(Ordering::Acquire)
     }
 
     /// Accepts an op; [`Workers::start`] starts it.
@@ -264,8 +280,18 @@ impl Workers {
     /// Completes an op that cannot be done.
     pub(crate) fn fail(&mut self, op: OpId, error: Errno) {
         self.in_flight += 1;
-        let done = Done { op, result: Err(error), pieces: Pieces::new() };
+        let done = Done { op, result: Err(error), pieces: Pieces::new(), outside: false };
         self.shared.finish(&mut self.shared.lock(), done);
+    }
+
+    /// For somebody else to complete ops with.
+    pub(crate) fn outside(&self) -> Outside {
+        Outside(Arc::clone(&self.shared))
+    }
+
+    /// How many ops were collected that others completed, since it was last asked.
+    pub(crate) fn take_outside(&mut self) -> usize {
+        std::mem::take(&mut self.outside)
     }
 
     /// Starts what was staged.
@@ -311,8 +337,12 @@ impl Workers {
             self.shared.event.clear();
         }
         drop(state);
-        self.in_flight -= self.collected.len();
-        for Done { op, result, pieces } in self.collected.drain(..) {
+        for Done { op, result, pieces, outside } in self.collected.drain(..) {
+            if outside {
+                self.outside += 1;
+            } else {
+                self.in_flight -= 1;
+            }
             if pieces.spilled() {
                 self.spare.push(pieces);
             }
@@ -383,7 +413,10 @@ impl Shared {
             state = self.lock();
             state.panicked |= result.is_err();
             let result = result.unwrap_or(Err(Errno::IO));
-            self.finish(&mut state, Done { op: job.op, result, pieces: job.pieces });
+            self.finish(
+                &mut state,
+                Done { op: job.op, result, pieces: job.pieces, outside: false },
+            );
         }
     }
 }

@@ -92,9 +92,9 @@ pub struct Args {
     /// The result as JSON
     #[arg(long, help_heading = "Beyond QEMU")]
     json: bool,
-    /// Native AIO that never blocks in a submission
+    /// Native AIO that may block in a submission: without RWF_NOWAIT
     #[arg(long, help_heading = "Beyond QEMU")]
-    strict: bool,
+    may_block: bool,
     /// How a QED file grows: truncate, allocate or write
     #[arg(long, value_name = "HOW", help_heading = "Beyond QEMU")]
     growth: Option<String>,
@@ -210,7 +210,7 @@ fn given(args: &Args, cache: Cache, how: Option<How>) -> Result<device::Given<'_
         depth: args.depth.as_deref(),
         cache,
         how: how.unwrap_or(default),
-        strict: args.strict,
+        may_block: args.may_block,
         seed: args.random.unwrap_or(1),
         quiet: args.quiet,
         json: args.json,
@@ -266,7 +266,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         write: args.write,
         cache,
         how,
-        strict: args.strict,
+        may_block: args.may_block,
         depth: depth as usize + 1,
         growth,
     };

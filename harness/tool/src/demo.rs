@@ -66,7 +66,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         cache,
         how: Some(how),
         // The loop is not to wait for the disk, whatever the file system has to do.
-        strict: true,
+        may_block: false,
         depth: DEPTH,
         ..Setup::default()
     };

@@ -127,14 +127,14 @@ pub enum Disk {
 }
 
 impl Disk {
-    /// A backend for up to `depth` ops at a time. `strict`: see [`AioOptions`].
-    pub fn new(how: How, depth: usize, strict: bool) -> io::Result<Disk> {
+    /// A backend for up to `depth` ops at a time. `may_block`: in `io_submit`; see [`AioOptions`].
+    pub fn new(how: How, depth: usize, may_block: bool) -> io::Result<Disk> {
         let pool = PoolOptions { depth: depth.max(64), ..PoolOptions::default() };
         Ok(match how {
             How::Native => {
                 // The system has a bound on all programs' contexts together (fs.aio-max-nr).
                 let depth = depth.clamp(16, 4096) as u32;
-                Disk::Native(Aio::new(AioOptions { depth, strict, pool })?)
+                Disk::Native(Aio::new(AioOptions { depth, nowait: !may_block, pool })?)
             }
             // As many as QEMU starts.
             How::Threads => Disk::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),

@@ -30,7 +30,7 @@ pub struct Setup {
     /// Who does the I/O; `None`: threads, as QEMU does.
     pub how: Option<How>,
     /// Native AIO that never blocks.
-    pub strict: bool,
+    pub may_block: bool,
     /// The most requests at a time.
     pub depth: usize,
     /// How QED files grow.
@@ -43,7 +43,7 @@ impl Default for Setup {
             write: false,
             cache: Cache::WRITEBACK,
             how: None,
-            strict: false,
+            may_block: false,
             depth: 64,
             growth: None,
         }
@@ -92,7 +92,7 @@ impl Session {
         let limits = Limits { requests: depth, ops: (depth * 4).max(1024), ..Limits::default() };
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
-        let backend = Disk::new(how, depth * 2, setup.strict).map_err(opened)?;
+        let backend = Disk::new(how, depth * 2, setup.may_block).map_err(opened)?;
         let mut engine = Engine::new(backend, limits);
         let mut run = RunOptions::default();
         if let Some(growth) = setup.growth {

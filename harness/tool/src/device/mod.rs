@@ -49,7 +49,7 @@ pub struct Looped {
     /// 8 % discards, 4 % flushes, of 4 to 64 KiB each, at multiples of 4 KiB, no two that are in
     /// flight on the same block. By default 4000 requests, 128 at a time, past the page cache, by
     /// native AIO. FILE is a folder on the file system to try; that for temporary files if not said.
-    /// Of the other options -c, -d, -t, -i, -q, --random, --strict and --json count.
+    /// Of the other options -c, -d, -t, -i, -q, --random, --may-block and --json count.
     #[arg(long = "loop", help_heading = "With --loop")]
     pub is_asked: bool,
     /// Go on for so many seconds, whatever the count
@@ -82,7 +82,7 @@ pub struct Given<'a> {
     pub depth: Option<&'a str>,
     pub cache: Cache,
     pub how: How,
-    pub strict: bool,
+    pub may_block: bool,
     pub seed: u64,
     pub quiet: bool,
     pub json: bool,
@@ -170,7 +170,7 @@ pub fn run(args: &Looped, given: &Given<'_>) -> Result<u8, Fail> {
     let temporary = std::env::temp_dir();
     let folder = Folder::new_in(given.folder.unwrap_or(&temporary), "loop")?;
     let depth = plan.depth;
-    let backend = Disk::new(given.how, depth.max(128), given.strict)?;
+    let backend = Disk::new(given.how, depth.max(128), given.may_block)?;
     let defaults = Limits::default();
     let limits = Limits {
         requests: depth.max(defaults.requests),

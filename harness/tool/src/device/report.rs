@@ -79,7 +79,7 @@ fn write_text(
     let kinds: Vec<&str> = disks.iter().map(|disk| disk.kind.as_str()).collect();
     let cache = if given.cache.direct { "O_DIRECT" } else { "page cache" };
     let how = match given.how {
-        How::Native if given.strict => "native AIO, strict",
+        How::Native if given.may_block => "native AIO that may block",
         How::Native => "native AIO",
         How::Threads => "threads",
     };
