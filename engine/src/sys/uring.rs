@@ -46,7 +46,7 @@ use crate::ops::{OpRecord, Ops};
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
 use crate::sys::job::Handle;
-use crate::sys::pool::{PoolOptions, Workers};
+use crate::sys::pool::{PoolOptions, PoolStats, Workers};
 use crate::sys::ram::RamPiece;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
 use crate::units::{Errno, FileId, OpId, Time};
@@ -262,6 +262,11 @@ impl Uring {
     /// What was done so far.
     pub fn stats(&self) -> UringStats {
         self.stats
+    }
+
+    /// What its pool got so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.workers.stats()
     }
 
     /// Moves ops from the front of the queue into the ring, up to the first that is not for it.
