@@ -11,6 +11,7 @@ use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use cowbell_engine::sys::uring::{Uring, UringOptions};
 use tempfile::TempDir;
 
 /// Files in a directory of their own, opened one way, under backends made one way.
@@ -73,6 +74,16 @@ fn pool(threads: usize, depth: usize) -> impl FnMut() -> io::Result<Pool> {
     move || Pool::new(PoolOptions { threads, depth })
 }
 
+/// `None`: there is no io_uring here, as is said.
+fn uring(depth: u32) -> Option<impl FnMut() -> io::Result<Uring>> {
+    let make = move || Uring::new(UringOptions { depth, ..UringOptions::default() });
+    let tried = make();
+    if let Err(why) = &tried {
+        let _ = writeln!(io::stderr(), "SKIPPED: {why}");
+    }
+    tried.is_ok().then_some(make)
+}
+
 #[test]
 fn inline() {
     run_all(&mut Disk::new(on_disk(), false, || Ok(Inline::new())));
@@ -120,6 +131,30 @@ fn aio_in_memory() {
     let Some(dir) = in_memory() else { return };
     run_all(&mut Disk::new(dir, true, aio(128, false)));
     run_all(&mut Disk::new(dir, true, aio(128, true)));
+}
+
+#[test]
+fn uring_direct() {
+    let Some(uring) = uring(128) else { return };
+    run_all(&mut Disk::new(on_disk(), true, uring));
+}
+
+#[test]
+fn uring_of_small_depth() {
+    let Some(uring) = uring(5) else { return };
+    run_all(&mut Disk::new(on_disk(), true, uring));
+}
+
+#[test]
+fn uring_buffered() {
+    let Some(uring) = uring(128) else { return };
+    run_all(&mut Disk::new(on_disk(), false, uring));
+}
+
+#[test]
+fn uring_in_memory() {
+    let (Some(dir), Some(uring)) = (in_memory(), uring(128)) else { return };
+    run_all(&mut Disk::new(dir, true, uring));
 }
 
 #[test]

@@ -48,6 +48,13 @@ fn over_native_aio() {
 }
 
 #[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drop_at_work(&uring, true);
+    drop_at_work(&uring, false);
+}
+
+#[test]
 fn over_threads() {
     let options = PoolOptions { threads: 3, depth: 20 };
     drop_at_work(|| Pool::new(options).expect("a pool"), false);

@@ -256,6 +256,13 @@ fn over_native_aio() {
 }
 
 #[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    run(&uring, true, 5);
+    run(&uring, false, 6);
+}
+
+#[test]
 fn over_native_aio_one_op_at_a_time() {
     let options = AioOptions { depth: 1, ..AioOptions::default() };
     run(|| Aio::new(options).expect("native AIO"), true, 2);

@@ -447,3 +447,9 @@ fn over_the_inline_backend() {
 fn over_native_aio() {
     drive(|| Aio::new(AioOptions::default()).expect("native AIO"), true, 6);
 }
+
+#[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drive(uring, true, 7);
+}

@@ -165,6 +165,12 @@ fn over_native_aio() {
     drive(|| Aio::new(AioOptions::default()).expect("native AIO"), true, 7);
 }
 
+#[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drive(uring, true, 8);
+}
+
 /// Of 512-byte clusters, where the L1 table of a disk of 512 MiB needs a run of more clusters than
 /// one piece of a refcount block counts.
 #[test]

@@ -122,3 +122,10 @@ fn over_a_pool() {
 fn over_native_aio() {
     drive(|| Aio::new(AioOptions::default()).expect("native AIO"), true, 4);
 }
+
+#[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drive(&uring, true, 5);
+    drive(&uring, false, 6);
+}

@@ -104,6 +104,13 @@ fn qed_over_native_aio() {
 }
 
 #[test]
+fn qed_over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drive(&uring, true, 7);
+    drive(&uring, false, 8);
+}
+
+#[test]
 fn qed_over_native_aio_that_may_wait() {
     let options = AioOptions { nowait: false, ..AioOptions::default() };
     drive(|| Aio::new(options).expect("native AIO"), true, 5);

@@ -2,10 +2,14 @@
 
 mod common;
 
+use cowbell_engine::backend::Backend;
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::step::{Io, IoKind};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::clock;
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::pool::PoolOptions;
+use cowbell_engine::sys::uring::{Uring, UringOptions};
 use cowbell_engine::units::NodeId;
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::{
@@ -18,14 +22,14 @@ const CLUSTER: u64 = 64 << 10;
 const DEPTH: usize = 32;
 const BLOCK: u64 = 4096;
 
-struct Load {
-    engine: Engine<Node, Aio>,
+struct Load<B: Backend> {
+    engine: Engine<Node, B>,
     disks: [NodeId; FORMATS.len()],
     spare: Vec<Mem>,
     random: u64,
 }
 
-impl Load {
+impl<B: Backend<File = DiskFile>> Load<B> {
     fn run(&mut self, requests: u64) {
         let mut submitted = 0;
         let mut finished = 0;
@@ -67,17 +71,30 @@ impl Load {
     }
 }
 
+/// One thread, so that no second one is started late.
+const ONE_THREAD: PoolOptions = PoolOptions { threads: 1, depth: 256 };
+
 #[test]
 fn a_million_mixed_requests_allocate_nothing() {
+    let options = AioOptions { pool: ONE_THREAD, ..AioOptions::default() };
+    allocates_nothing(Aio::new(options).expect("native AIO"));
+}
+
+#[test]
+fn nor_over_io_uring() {
+    if common::uring().is_some() {
+        let options = UringOptions { pool: ONE_THREAD, ..UringOptions::default() };
+        allocates_nothing(Uring::new(options).expect("io_uring"));
+    }
+}
+
+fn allocates_nothing(backend: impl Backend<File = DiskFile>) {
     let folder = match tempfile::tempdir_in("/dev/shm") {
         Ok(folder) => folder,
         Err(_) => tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder"),
     };
-    // One thread, so that no second one is started late.
-    let mut options = AioOptions::default();
-    options.pool.threads = 1;
     let limits = Limits { requests: DEPTH, ..Limits::default() };
-    let mut engine = Engine::new(Aio::new(options).expect("native AIO"), limits);
+    let mut engine = Engine::new(backend, limits);
     let disks = FORMATS.map(|format| {
         let path = folder.path().join(format.name());
         let options = CreateOptions { size: Some(SIZE), ..CreateOptions::default() };

@@ -61,6 +61,13 @@ fn of_native_aio() {
 }
 
 #[test]
+fn of_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    look(&uring, true);
+    look(&uring, false);
+}
+
+#[test]
 fn of_threads() {
     look(|| Pool::new(PoolOptions::default()).expect("a pool"), false);
 }

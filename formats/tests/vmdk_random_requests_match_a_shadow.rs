@@ -136,3 +136,10 @@ fn over_the_inline_backend_past_the_page_cache() {
 fn over_native_aio() {
     drive(|| Aio::new(AioOptions::default()).expect("native AIO"), true, 14);
 }
+
+#[test]
+fn over_io_uring() {
+    let Some(uring) = common::uring() else { return };
+    drive(&uring, true, 15);
+    drive(&uring, false, 16);
+}

@@ -1,7 +1,8 @@
 //! What touches the operating system, and all unsafe code of the workspace.
 //!
-//! [`disk`] opens files. The backends over them: [`aio`] for files opened with O_DIRECT, [`pool`]
-//! for everything that may block, [`inline`] for programs that may wait, [`null`] for measuring.
+//! [`disk`] opens files. The backends over them: [`aio`] for files opened with O_DIRECT, `uring` (a
+//! feature, `io_uring`) for all, [`pool`] for everything that may block, [`inline`] for programs that
+//! may wait, [`null`] for measuring.
 //!
 //! The kernel and the pool's threads write into memory by address while an op is in flight. What
 //! makes that sound is the contract of [`crate::backend`]: that memory stays until the op has come
@@ -22,6 +23,8 @@ pub mod pool;
 pub mod ram;
 mod regions;
 pub(crate) mod syscalls;
+#[cfg(feature = "io_uring")]
+pub mod uring;
 
 use std::hash::{BuildHasher, RandomState};
 

@@ -191,8 +191,7 @@ impl Qed {
         // From here on nobody knows whether the mark is set, until the write has succeeded.
         self.header.mark = Mark::Clear;
         self.header.on_disk.set_needs_check(false);
-        let header = self.header.on_disk.clone();
-        self.write_header(&header, buf, cx);
+        self.write_header(&self.header.on_disk, buf, cx);
         Step::Wait(State::ClearMark { buf })
     }
 

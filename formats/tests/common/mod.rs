@@ -15,9 +15,20 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use cowbell_engine::store::{Extent, Store};
+use cowbell_engine::sys::uring::{Uring, UringOptions};
 use cowbell_formats::{DiskHost, Host};
 
 const PAGE: u64 = 4096;
+
+/// Makes backends of io_uring. `None`: there is none here, as is said.
+pub fn uring() -> Option<impl Fn() -> Uring> {
+    let make = || Uring::new(UringOptions::default());
+    if let Err(why) = make() {
+        let _ = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {why}\n").as_bytes());
+        return None;
+    }
+    Some(move || make().expect("io_uring"))
+}
 
 /// A sparse file in memory. Clones share the bytes.
 #[derive(Clone, Debug, Default)]

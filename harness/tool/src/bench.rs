@@ -45,7 +45,7 @@ pub struct Args {
     /// Native AIO, if the cache mode allows it
     #[arg(short, long)]
     native: bool,
-    /// Who does the I/O: native or threads
+    /// Who does the I/O: threads, native or io_uring
     #[arg(short = 'i', long, value_name = "AIO")]
     aio: Option<String>,
     /// Where the first request starts

@@ -50,14 +50,19 @@ pub fn check_source_cache(name: Option<&str>) -> Result<(), Fail> {
 pub enum How {
     /// The kernel's native AIO.
     Native,
+    /// The kernel's io_uring; where there is none, a pool of threads.
+    #[cfg(feature = "io_uring")]
+    IoUring,
     /// A pool of threads.
     Threads,
 }
 
 impl How {
-    /// By this name.
+    /// By this name, as QEMU has them. A build without io_uring does not know that one.
     pub fn named(name: &str) -> Option<How> {
         match name {
+            #[cfg(feature = "io_uring")]
+            "io_uring" => Some(How::IoUring),
             "native" => Some(How::Native),
             "threads" => Some(How::Threads),
             _ => None,

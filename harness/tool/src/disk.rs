@@ -10,11 +10,17 @@ use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::{Lock, LockError, LockState, Locking};
 use cowbell_engine::sys::pool::{Pool, PoolOptions, PoolStats};
+#[cfg(feature = "io_uring")]
+use cowbell_engine::sys::uring::{Uring, UringOptions};
 use cowbell_engine::units::{FileId, Time};
 use cowbell_formats::{DiskHost, Host};
 
 use crate::cache::How;
+#[cfg(feature = "io_uring")]
+use crate::fail::Program;
 use crate::locking;
+#[cfg(feature = "io_uring")]
+use crate::session::eprint_quietly;
 use crate::stop::Stop;
 
 /// The real disk, for long work that Ctrl-C shall end: every write asks first.
@@ -122,6 +128,9 @@ impl Host for StoppableHost {
 pub enum Disk {
     /// The kernel's AIO, with a pool for what it cannot do.
     Native(Aio),
+    /// The kernel's io_uring, with a pool for what it cannot do.
+    #[cfg(feature = "io_uring")]
+    Uring(Uring),
     /// A pool of threads.
     Threads(Pool),
 }
@@ -136,6 +145,18 @@ impl Disk {
                 let depth = depth.clamp(16, 4096) as u32;
                 Disk::Native(Aio::new(AioOptions { depth, nowait: !may_block, pool })?)
             }
+            #[cfg(feature = "io_uring")]
+            How::IoUring => {
+                let most = depth.clamp(16, 4096) as u32;
+                let options = UringOptions { depth: most, pool, ..UringOptions::default() };
+                match Uring::new(options) {
+                    Ok(uring) => Disk::Uring(uring),
+                    Err(why) => {
+                        warn_of_threads(&why);
+                        Disk::new(How::Threads, depth, strict)?
+                    }
+                }
+            }
             // As many as QEMU starts.
             How::Threads => Disk::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),
         })
@@ -147,6 +168,8 @@ impl Disk {
     pub fn pool_stats(&self) -> PoolStats {
         match self {
             Disk::Native(aio) => aio.pool_stats(),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.pool_stats(),
             Disk::Threads(pool) => pool.stats(),
         }
     }
@@ -158,6 +181,8 @@ impl Backend for Disk {
     fn attach(&mut self, id: FileId, file: DiskFile) -> io::Result<FileInfo> {
         match self {
             Disk::Native(aio) => aio.attach(id, file),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.attach(id, file),
             Disk::Threads(pool) => pool.attach(id, file),
         }
     }
@@ -165,6 +190,8 @@ impl Backend for Disk {
     fn detach(&mut self, id: FileId) -> Option<DiskFile> {
         match self {
             Disk::Native(aio) => aio.detach(id),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.detach(id),
             Disk::Threads(pool) => pool.detach(id),
         }
     }
@@ -173,6 +200,8 @@ impl Backend for Disk {
     fn submit(&mut self, submission: &mut Submission<'_>) {
         match self {
             Disk::Native(aio) => aio.submit(submission),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.submit(submission),
             Disk::Threads(pool) => pool.submit(submission),
         }
     }
@@ -181,6 +210,8 @@ impl Backend for Disk {
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
         match self {
             Disk::Native(aio) => aio.harvest(harvest),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.harvest(harvest),
             Disk::Threads(pool) => pool.harvest(harvest),
         }
     }
@@ -189,6 +220,8 @@ impl Backend for Disk {
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Disk::Native(aio) => aio.event_fd(),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.event_fd(),
             Disk::Threads(pool) => pool.event_fd(),
         }
     }
@@ -197,6 +230,8 @@ impl Backend for Disk {
     fn wants_retry(&self) -> bool {
         match self {
             Disk::Native(aio) => aio.wants_retry(),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.wants_retry(),
             Disk::Threads(pool) => pool.wants_retry(),
         }
     }
@@ -205,7 +240,19 @@ impl Backend for Disk {
     fn clock(&self) -> Time {
         match self {
             Disk::Native(aio) => aio.clock(),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.clock(),
             Disk::Threads(pool) => pool.clock(),
         }
     }
+}
+
+/// There is no io_uring here: QEMU's warning, and our reason.
+#[cfg(feature = "io_uring")]
+fn warn_of_threads(why: &io::Error) {
+    let program = Program::called_as(std::env::args_os().next().as_deref().map(Path::new));
+    let program = program.name();
+    eprint_quietly(&format!(
+        "{program}: Unable to use linux io_uring, falling back to thread pool: {why}\n"
+    ));
 }

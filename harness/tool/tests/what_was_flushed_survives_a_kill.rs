@@ -6,6 +6,8 @@
 
 mod common;
 
+#[cfg(feature = "io_uring")]
+use std::io::Write;
 use std::time::Duration;
 
 use common::lives::{SIZE, live, look};
@@ -78,6 +80,24 @@ fn in_qcow2_images_past_the_page_cache() {
 #[test]
 fn in_qcow2_images_through_the_page_cache() {
     lives("qcow2", false, &["-t", "writeback"], 20, 6);
+}
+
+#[test]
+#[cfg(feature = "io_uring")]
+fn in_images_of_all_formats_over_io_uring() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw image 1M");
+    let tried = place.ours("cowbell bench -q -c 1 -f raw -i io_uring image");
+    let said = String::from_utf8_lossy(&tried.stderr);
+    assert!(tried.status.success(), "{said}");
+    if said.contains("Unable to use linux io_uring") {
+        let _ = std::io::stderr().write_all(format!("SKIPPED: {said}").as_bytes());
+        return;
+    }
+    for (at, format) in ["raw", "qed", "qcow2", "vmdk"].into_iter().enumerate() {
+        lives(format, false, &["-n", "-i", "io_uring"], 15, 8 + at as u64);
+        lives(format, false, &["-t", "writeback", "-i", "io_uring"], 10, 18 + at as u64);
+    }
 }
 
 #[test]

@@ -81,6 +81,8 @@ fn write_text(
     let how = match given.how {
         How::Native if given.may_block => "native AIO that may block",
         How::Native => "native AIO",
+        #[cfg(feature = "io_uring")]
+        How::IoUring => "io_uring",
         How::Threads => "threads",
     };
     let kinds = kinds.join(", ");

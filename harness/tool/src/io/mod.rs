@@ -44,7 +44,7 @@ pub struct Args {
     /// Native AIO, as -i native
     #[arg(short = 'k', long)]
     native_aio: bool,
-    /// Who does the I/O: native or threads
+    /// Who does the I/O: threads, native or io_uring
     #[arg(short = 'i', long, value_name = "AIO")]
     aio: Option<String>,
     /// Cache mode: none, writeback, writethrough, directsync or unsafe
