@@ -194,7 +194,11 @@ impl Core {
         let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
         if let Err(errno) = result {
             (state.poisoned, state.changed) = (Some(errno), true);
+            if mutant!("failed_flush_poisons_others") {
+                self.files.iter_mut().for_each(|other| other.poisoned = Some(errno));
+            }
         }
+        let state = &mut self.files[file.index()];
         let mut riders = std::mem::take(&mut state.riders);
         let waiting = std::mem::take(&mut state.next_riders);
         for &rider in &riders {

@@ -1,6 +1,7 @@
 //! Numbers attempts at something that several requests wait for, so that whoever waited for one that
 //! failed learns why, and nobody who came later does.
 
+use cowbell_engine::mutant;
 use cowbell_engine::units::Errno;
 
 /// See the module.
@@ -29,7 +30,9 @@ impl Attempts {
     /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
         // Wrapping: those that somebody waits for are close together.
-        let since = |failed: u32| failed.wrapping_sub(attempt) < u32::MAX / 2;
+        let since = |failed: u32| {
+            failed.wrapping_sub(attempt) < u32::MAX / 2 || mutant!("failed_attempt_told_for_ever")
+        };
         self.failed.and_then(|(failed, errno)| since(failed).then_some(errno))
     }
 }

@@ -11,6 +11,7 @@
 //! than half of the last step is left, so that requests rarely wait for it; a write that extended
 //! the file would be done synchronously inside the kernel's `io_submit`.
 
+use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::units::{Errno, FileId, align_up};
 use cowbell_engine::wait::WaitList;
@@ -150,7 +151,9 @@ impl Space {
 
     /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
-        let since = |failed: u32| failed.wrapping_sub(attempt) < u32::MAX / 2;
+        let since = |failed: u32| {
+            failed.wrapping_sub(attempt) < u32::MAX / 2 || mutant!("failed_growth_told_for_ever")
+        };
         self.failed.and_then(|(failed, errno)| since(failed).then_some(errno))
     }
 
@@ -183,7 +186,8 @@ impl Space {
 
     /// The growth has ended. Wake [`Space::waiters`].
     pub fn grown(&mut self, to: u64, result: Result<(), Errno>) {
-        self.growing = false;
+        self.growing = result.is_err() && mutant!("failed_growth_never_ends");
+        let result = if mutant!("failed_growth_is_done") { Ok(()) } else { result };
         match result {
             Ok(()) => self.ready = self.ready.max(to),
             Err(errno) => self.failed = Some((self.attempt, errno)),

@@ -227,9 +227,12 @@ impl Stock {
         self.used.push(Run { first, count });
     }
 
-    /// Zeros first: they owe no fence, and need not be overwritten with zeros.
+    /// Used ones first: they lie within the file, which then stays as short as it can be.
     fn take(&mut self, count: u64) -> Option<Taken> {
-        let is_zeros = !self.fresh.is_empty();
+        let is_zeros = match mutant!("qcow2_fresh_before_used") {
+            true => !self.fresh.is_empty(),
+            false => self.used.is_empty(),
+        };
         let runs = if is_zeros { &mut self.fresh } else { &mut self.used };
         let run = runs.last_mut()?;
         let taken = Taken { first: run.first, count: run.count.min(count), is_zeros };
@@ -325,7 +328,7 @@ impl Qcow2 {
             return Err(Step::Done(Err(Errno::IO)));
         }
         let stock = &mut self.stock;
-        for runs in [&mut stock.fresh, &mut stock.used] {
+        for runs in [&mut stock.used, &mut stock.fresh] {
             if let Some(run) = runs.iter_mut().find(|run| run.count > count) {
                 run.count -= count;
                 stock.total -= count;
@@ -381,6 +384,9 @@ impl Qcow2 {
             (State::Stock, Event::Start | Event::Woken)
             | (State::StockPast | State::StockSwept, Event::Woken) => self.begin_stock(cx),
             (State::StockDiscard, Event::Io(_)) => self.discarded(cx),
+            (State::StockGrow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
+                self.grown(cx)
+            }
             (state, Event::Io(Err(errno))) => self.stock_op_failed(state, errno, cx),
             (State::StockLoad, Event::Io(_)) => self.piece_loaded(cx),
             (State::StockGrow { .. }, Event::Io(_)) => self.grown(cx),
@@ -562,7 +568,9 @@ impl Qcow2 {
                 if count > 1 {
                     continue;
                 }
-                self.stock.holes = self.stock.holes.min(cluster);
+                if !mutant!("qcow2_counted_down_is_no_hole") {
+                    self.stock.holes = self.stock.holes.min(cluster);
+                }
                 if self.stock.settling && cluster + 1 == self.stock.rest {
                     self.stock.rest = cluster;
                 }
@@ -729,7 +737,8 @@ impl Qcow2 {
             }
             self.stock.end = next;
         } else {
-            self.stock.holes = next;
+            let stops = mutant!("qcow2_search_for_holes_stops_early");
+            self.stock.holes = if stops { self.stock.end } else { next };
         }
         if let Some(cluster) = uncounted {
             self.counts_are_wrong("table has refcount 0", cluster << geometry.cluster_bits(), cx);
@@ -945,6 +954,7 @@ impl Qcow2 {
             state => {
                 if matches!(state, State::StockGrow { .. }) {
                     self.stock.grown = self.stock.durable;
+                    self.stock.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
                     return self.out_of_space(errno, cx);
                 }
                 if let (Phase::Blocks(area), true) = (self.stock.phase, names_table(state)) {

@@ -164,7 +164,9 @@ impl Qed {
 
     pub(super) fn end_cut(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
         // Also when it failed: it may have happened, and what may be gone is not handed out.
-        self.space.cut();
+        if result.is_ok() || !mutant!("spare_end_kept_after_failed_cut") {
+            self.space.cut();
+        }
         if let Err(errno) = result {
             return self.tidied(Err(errno), cx);
         }

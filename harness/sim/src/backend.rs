@@ -116,7 +116,8 @@ pub enum Mode {
     Fifo,
 }
 
-/// What a device may cease to do, for good: every such op that ends from then on ends with EIO.
+/// What a device may cease to do: every such op that ends from then on, until it is mended, ends with
+/// EIO.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Breakage {
     /// Reads.
@@ -282,6 +283,8 @@ pub struct SimBackend {
     is_metadata: Option<IsMetadata>,
     stalled: bool,
     broken: Option<Breakage>,
+    /// Files from this on are another disk's: nothing happens to them.
+    beside_from: usize,
     left_behind: bool,
 }
 
@@ -298,6 +301,7 @@ impl SimBackend {
             is_metadata: None,
             stalled: false,
             broken: None,
+            beside_from: NO_FILE,
             left_behind: false,
         }
     }
@@ -305,6 +309,12 @@ impl SimBackend {
     /// Makes the device panic on reads that overlap a write in flight to what `is_metadata` says.
     pub fn watch_metadata(&mut self, is_metadata: IsMetadata) {
         self.is_metadata = Some(is_metadata);
+    }
+
+    /// Files that are attached from now on are another disk's: they do not fail, and nobody looks at
+    /// what a crash would leave of them.
+    pub fn begin_beside(&mut self) {
+        self.beside_from = self.files.len();
     }
 
     /// Changes who decides.
@@ -332,9 +342,19 @@ impl SimBackend {
         self.stalled
     }
 
-    /// From now on, and for good, the device fails at this.
+    /// From now on the device fails at this.
     pub fn break_down(&mut self, breakage: Breakage) {
         self.broken = Some(breakage);
+    }
+
+    /// It fails at nothing any more.
+    pub fn mend(&mut self) {
+        self.broken = None;
+    }
+
+    /// Is this op in flight a flush?
+    pub fn is_flush(&self, name: OpName) -> bool {
+        self.flying.iter().any(|flying| flying.name == name && flying.kind == OpKind::Flush)
     }
 
     /// What it fails at.
@@ -382,14 +402,16 @@ impl SimBackend {
             let mine = self.flying.iter().filter(|flying| flying.file == i);
             file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
         };
-        self.files.iter().enumerate().map(of).collect()
+        self.files.iter().enumerate().take(self.beside_from).map(of).collect()
     }
 
     /// A hash of all that [`SimBackend::crash_sites`] follows from.
     pub fn crash_hash(&self) -> u64 {
-        let files = self.files.iter().fold(0, |hash, file| splitmix(hash ^ file.crash_hash()));
+        let files = self.files.iter().take(self.beside_from);
+        let files = files.fold(0, |hash, file| splitmix(hash ^ file.crash_hash()));
         // In whatever order they were submitted: a crash knows none.
-        let changes = self.flying.iter().filter_map(|flying| {
+        let mine = self.flying.iter().filter(|flying| flying.file < self.beside_from);
+        let changes = mine.filter_map(|flying| {
             flying.change.as_ref().map(|change| fixed_hash((flying.file, change)))
         });
         changes.fold(files, |sum, change| sum.wrapping_add(splitmix(change)))
@@ -399,14 +421,15 @@ impl SimBackend {
     pub fn outcomes(&self, name: OpName, faults: bool, out: &mut Vec<Outcome>) {
         let flying = self.flying.iter().find(|flying| flying.name == name);
         let flying = flying.expect("only ops in flight end");
-        if self.broken.is_some_and(|breakage| breakage.concerns(flying.kind)) {
+        let mine = flying.file < self.beside_from || flying.file == NO_FILE;
+        if mine && self.broken.is_some_and(|breakage| breakage.concerns(flying.kind)) {
             return out.push(Outcome::Fail);
         }
         out.push(Outcome::Done);
         if flying.early.is_some() {
             out.push(Outcome::Early);
         }
-        if !faults {
+        if !faults || !mine {
             return;
         }
         let sectors = flying.change.as_ref().map_or(0, |change| change.patches.len());
@@ -517,6 +540,7 @@ impl SimBackend {
             };
             if let Some(is_metadata) = self.is_metadata
                 && read.overlaps(write)
+                && read.file < self.beside_from
             {
                 let now = self.files[read.file].now();
                 let (start, end) = (read.offset.max(write.offset), read.end().min(write.end()));

@@ -14,6 +14,8 @@ use crate::disk::splitmix;
 pub enum Choice {
     /// The guest submits its next request.
     Submit(u32),
+    /// The guest of the disk beside submits its next request.
+    Beside,
     /// An op in flight ends.
     End(OpName, Outcome),
     /// Time passes, until the next deadline.
@@ -22,8 +24,10 @@ pub enum Choice {
     Stall,
     /// It takes ops again.
     Resume,
-    /// The device ceases to do something, for good.
+    /// The device ceases to do something.
     Break(Breakage),
+    /// It does it again.
+    Mend,
     /// All requests have ended that were submitted: the image is to be left clean.
     Drain,
     /// The machine stops, and starts again with what that leaves: 0 nothing that was not stable,
@@ -47,10 +51,12 @@ impl fmt::Display for Choice {
         match self {
             Choice::Submit(which) => write!(f, "submit {which}"),
             Choice::End(name, outcome) => write!(f, "end {name} {}", outcome.name()),
+            Choice::Beside => f.write_str("beside"),
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
             Choice::Resume => f.write_str("resume"),
             Choice::Break(breakage) => write!(f, "break {}", breakage.name()),
+            Choice::Mend => f.write_str("mend"),
             Choice::Drain => f.write_str("drain"),
             Choice::Crash(pick) => write!(f, "crash {pick}"),
         }
@@ -72,10 +78,12 @@ impl FromStr for Choice {
                 let outcome = Outcome::from_name(outcome).ok_or_else(wrong)?;
                 Ok(Choice::End(OpName { request, ordinal }, outcome))
             }
+            ["beside"] => Ok(Choice::Beside),
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),
             ["resume"] => Ok(Choice::Resume),
             ["break", what] => Ok(Choice::Break(Breakage::from_name(what).ok_or_else(wrong)?)),
+            ["mend"] => Ok(Choice::Mend),
             ["drain"] => Ok(Choice::Drain),
             ["crash", pick] => Ok(Choice::Crash(pick.parse().map_err(|_| wrong())?)),
             _ => Err(wrong()),
@@ -93,7 +101,7 @@ pub trait Chooser {
 fn calm(among: &[Choice], newest: bool) -> usize {
     let rank = |choice: &Choice| match choice {
         Choice::Resume => 0,
-        Choice::Submit(_) => 1,
+        Choice::Submit(_) | Choice::Beside => 1,
         Choice::End(_, Outcome::Done) => 2,
         // All that a broken device does.
         Choice::End(_, Outcome::Fail) => 3,

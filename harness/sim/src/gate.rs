@@ -345,7 +345,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
             scopes_on(small(), fault, count(2)),
         ],
     };
-    let more = [device_scopes(format), lasting_scopes(format)];
+    let more = [device_scopes(format), lasting_scopes(format), scopes_beside(format)];
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 
@@ -390,13 +390,15 @@ fn device_scopes(format: Format) -> Vec<Scope> {
     }
 }
 
-/// Use after a drain that may have failed, and devices that break for good: single requests, and of
-/// two images the most telling pairs.
+/// Use after a drain that may have failed, devices that break for good or are mended, and one
+/// session after the other: single requests, and of two images the most telling pairs.
 fn lasting_scopes(format: Format) -> Vec<Scope> {
     let plain = Image { ahead: 2, frees: 1, ..Image::new(format) };
     let warm = Image { state: State::Warm, ..plain };
     let drains = Budget { faults: 1, drains: 1, ..QUIET };
     let breaks = Budget { faults: 1, breaks: true, ..QUIET };
+    let mends = Budget { mends: true, ..breaks };
+    let sessions = Budget { drains: 2, reopens: true, ..QUIET };
     let single = |image: &Image| workloads(image, &Shape::ALL, 1);
     let again = |image: &Image| {
         let at = |table, cluster| image.place(table, cluster);
@@ -409,13 +411,47 @@ fn lasting_scopes(format: Format) -> Vec<Scope> {
             Workload::new([write, Request::read(at(0, 0), image.cluster())]),
         ]
     };
+    // What one session gives up is what the next needs.
+    let turns = |image: &Image| {
+        let at = |table, cluster| image.place(table, cluster);
+        let discard = Request::discard(at(0, 0), 2 * image.cluster());
+        let writes = [2, 3].map(|cluster| Request::write(at(0, cluster), 1024));
+        vec![Workload::new([discard, writes[0], writes[1]]), Workload::new(writes)]
+    };
     let images = if format == Format::Raw { vec![plain] } else { vec![plain, warm] };
+    // What is given up keeps its bytes; there are holes, and fewer or more clusters counted ahead.
+    let kept = match format {
+        Format::Qcow2 => vec![
+            Image { pass_discards: false, ..warm },
+            Image { state: State::Holes, ..plain },
+            Image { state: State::Holes, ahead: 8, ..plain },
+        ],
+        _ => Vec::new(),
+    };
     [
         scopes_on(images.iter().copied(), breaks, single),
-        scopes_on(images.iter().copied(), breaks, again),
+        scopes_on(images.iter().copied(), mends, again),
         scopes_on(images.iter().copied(), drains, again),
+        scopes_on(kept.iter().copied(), drains, again),
+        scopes_on(images.iter().chain(&kept).copied(), sessions, turns),
     ]
     .concat()
+}
+
+/// Two disks in one engine: what happens to one does not happen to the other.
+fn scopes_beside(format: Format) -> Vec<Scope> {
+    let beside = match format {
+        Format::Raw => Format::Qed,
+        Format::Qed => Format::Vmdk,
+        _ => Format::Qcow2,
+    };
+    let image = Image { beside: Some(beside), ahead: 2, ..Image::new(format) };
+    let breaks = Budget { faults: 1, breaks: true, ..QUIET };
+    let few = |image: &Image| {
+        let write = Request::write(image.place(0, 0), 1024);
+        vec![Workload::new([write]), Workload::new([Request::write_fua(image.place(0, 0), 1024)])]
+    };
+    scopes_on([image], breaks, few)
 }
 
 /// Runs the gate.
@@ -595,11 +631,12 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
     per_scope.iter().for_each(|(scope, _)| counts += *scope);
     let done = scopes.iter().zip(per_scope).map(|(scope, (counts, seconds))| {
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
-        let Budget { faults, ticks, crashes, drains, breaks, .. } = scope.budget;
+        let Budget { faults, ticks, crashes, drains, breaks, mends, reopens, .. } = scope.budget;
         let drains = if drains > 0 { format!(", {drains} drains") } else { String::new() };
-        let breaks = if breaks { ", breaks" } else { "" };
+        let words = [(", opened again", reopens), (", breaks", breaks), (", is mended", mends)];
+        let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();
         let name = format!(
-            "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes{drains}{breaks}: {}",
+            "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes{drains}{more}: {}",
             scope.image
         );
         Done { name, counts, seconds }

@@ -78,6 +78,8 @@ pub struct Image {
     pub medium: Medium,
     /// Runs of clusters that were given up and may wait for qcow2's tables to be written.
     pub frees: usize,
+    /// Are discards passed on? If not, what was in a cluster stays there when it is given up.
+    pub pass_discards: bool,
     /// How a VMDK image is laid out.
     pub layout: Layout,
     /// Bytes in a cluster. Of less than 4096 only qcow2 makes any; its refcounts are then as
@@ -99,6 +101,8 @@ pub struct Image {
     pub can_zero: bool,
     /// Was the format guessed?
     pub probed: bool,
+    /// Another disk of the engine, of this format.
+    pub beside: Option<Format>,
     /// See [`Lie`].
     pub lie: Option<Lie>,
 }
@@ -115,6 +119,7 @@ impl Image {
             cluster: CLUSTER,
             medium: Medium::File,
             frees: FREES,
+            pass_discards: true,
             layout: Layout::Plain,
             cache: 2,
             buffers: 4,
@@ -124,6 +129,7 @@ impl Image {
             ahead: 4,
             can_zero: true,
             probed: false,
+            beside: None,
             lie: None,
         }
     }
@@ -167,7 +173,7 @@ impl Image {
             stock_min: self.ahead,
             frees_max: self.frees,
             // What was in a hole is there still.
-            pass_discards: self.state != State::Holes,
+            pass_discards: self.pass_discards && self.state != State::Holes,
             sweep_depth: self.buffers,
         };
         RunOptions { trust_probed: false, qed, qcow2, vmdk }
@@ -346,11 +352,13 @@ impl Subject for Image {
         self.backing.into()
     }
 
-    fn holes(&self) -> u64 {
-        match (self.format, self.state) {
-            // More that is counted ahead comes from the file's end, and is used first.
-            (Format::Qcow2, State::Holes) if self.ahead <= 2 => HOLES.len() as u64,
-            _ => 0,
+    fn holes(&self, file: &Contents) -> Option<u64> {
+        match self.format {
+            // Their refcounts want clusters of their own.
+            Format::Qcow2 if self.cluster < CLUSTER => None,
+            Format::Qcow2 => Some(qcow2_holes(file)),
+            Format::Qed | Format::Vmdk => Some(0),
+            _ => None,
         }
     }
 
@@ -386,6 +394,10 @@ impl Subject for Image {
 
     fn writes_back(&self) -> bool {
         matches!(self.format, Format::Qcow2 | Format::Vmdk)
+    }
+
+    fn beside(&self) -> Option<Image> {
+        self.beside.map(Image::new)
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
@@ -501,6 +513,28 @@ fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
     all.any(|table| table < end && start < table.saturating_add(size))
 }
 
+/// Whole clusters of a qcow2 image with refcounts of 16 bits that have a refcount of 0, as far as
+/// refcount blocks count them.
+fn qcow2_holes(contents: &Contents) -> u64 {
+    use cowbell_formats::qcow2::open::{Access, open, read_words};
+    let file = SimFile::new(contents.clone(), false);
+    let Ok(image) = open(&file, Access::Read) else { return 0 };
+    let cluster = image.header.cluster_size();
+    let per_block = cluster / 2;
+    let clusters = contents.len() / cluster;
+    let blocks = clusters.div_ceil(per_block) as usize;
+    let table = read_words(&file, image.header.refcount_table_offset, blocks, "read the table");
+    let mut holes = 0;
+    let mut counts = vec![0; cluster as usize];
+    for (i, block) in table.unwrap_or_default().into_iter().enumerate().filter(|(_, b)| *b != 0) {
+        contents.read(block, &mut counts);
+        let there = (clusters - i as u64 * per_block).min(per_block) as usize;
+        let counts = counts.as_chunks::<2>().0;
+        holes += counts[..there].iter().filter(|count| **count == [0, 0]).count() as u64;
+    }
+    holes
+}
+
 impl fmt::Display for Image {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match self.state {
@@ -544,6 +578,12 @@ impl fmt::Display for Image {
         if self.frees != FREES {
             write!(f, "frees={} ", self.frees)?;
         }
+        if !self.pass_discards {
+            write!(f, "pass-discards=false ")?;
+        }
+        if let Some(beside) = self.beside {
+            write!(f, "beside={beside} ")?;
+        }
         write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
         write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
     }
@@ -582,6 +622,8 @@ impl FromStr for Image {
                     };
                 }
                 "device" => image.medium = Medium::Device(number(value)?),
+                "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
+                "pass-discards" => image.pass_discards = flag()?,
                 "frees" => image.frees = number(value)? as usize,
                 "cluster" => image.cluster = number(value)?,
                 "cache" => image.cache = number(value)? as usize,

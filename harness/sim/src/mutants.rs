@@ -69,6 +69,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
     raw("drain_error_forgotten", "a drain that could not make all stable says that it did"),
     raw("failed_flush_tried_again", "the flush after a failed one counts for what that lost"),
+    raw("failed_flush_poisons_others", "a failed flush of one disk fails those of another"),
     qed("no_fence_before_link", "an entry may be stable before the copied data is"),
     qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
     qed("never_marked", "the need-check mark is never set"),
@@ -79,6 +80,10 @@ pub const MUTANTS: &[Mutant] = &[
     qed("link_error_ignored", "an entry is used although its write failed"),
     qed("failed_link_not_doubted", "a failed table write is taken for one that did not happen"),
     qed("root_error_ignored", "a table is used although it is not linked"),
+    qed("failed_growth_is_done", "space is handed out that a failed growth did not bring"),
+    qed("failed_growth_never_ends", "after a growth that failed the file is growing for ever"),
+    qed("failed_growth_told_for_ever", "who wants space is told of a failure before his time"),
+    qed("spare_end_kept_after_failed_cut", "what a failed cut may have taken is handed out"),
     qed("no_claims", "two requests allocate one cluster at once"),
     qed("claim_one_cluster_short", "a claim does not cover its last cluster"),
     qed("claim_never_wakes", "who waits for a claim waits for ever"),
@@ -171,6 +176,13 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_grows_beside_holes", "the file grows although it has holes"),
     qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
     qcow2("qcow2_no_space_wakes_nobody", "who waits for clusters waits for ever if there are none"),
+    qcow2("qcow2_failed_cut_is_done", "a spare end that is there still is taken for zeros"),
+    qcow2("qcow2_failed_growth_is_done", "a file that could not grow is taken for longer"),
+    qcow2("qcow2_fresh_before_used", "the file's end is used before holes that are in stock"),
+    qcow2("qcow2_search_for_holes_stops_early", "holes behind the first that are found stay holes"),
+    qcow2("qcow2_counted_down_is_no_hole", "what was given up is not found again"),
+    qcow2("qcow2_never_grows_after_a_failure", "a file that could not grow once never grows again"),
+    qcow2("failed_attempt_told_for_ever", "who waits is told of a failure before his time"),
     lie("device-zero-does-nothing", "the device's zeroing zeroes nothing", Lie::ZeroDoesNothing),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
@@ -355,6 +367,7 @@ pub fn special(format: Format) -> Vec<Scope> {
             scope(image, 0, 0, &[head(0, 0), flush, head(0, 1), flush]),
             scope(image, 1, 0, &[head(0, 0), flush, flush]),
             scope(image, 0, 0, &[Request::zero(0, 8192)]),
+            scope(Image { beside: Some(Format::Raw), ..image }, 1, 0, &[head(0, 0), flush]),
         ];
     }
     let overlay = Image { backing: true, ..image };
@@ -381,6 +394,12 @@ pub fn special(format: Format) -> Vec<Scope> {
         scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
         scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
         scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
+        // No space, and then space; what a drain could not cut off.
+        scope(Image { ahead: 1, ..image }, 1, 0, &[head(0, 0), head(0, 1)]),
+        Scope {
+            budget: Budget { faults: 1, drains: 1, ..QUIET },
+            ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
+        },
     ]
 }
 
@@ -401,12 +420,16 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
     let device = Image { medium: Medium::Device(8), ..warm };
     // What fills the image fills the device.
     let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
+    let kept = Image { pass_discards: false, ..warm };
+    // More is counted ahead than there are holes.
+    let many_holes = Image { ahead: 8, ..holes };
     let few = Image { frees: 1, ..warm };
     let at = |table, cluster| image.place(table, cluster);
     let head = |table, cluster| Request::write(at(table, cluster), 1024);
     let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
     let whole = |table, cluster| Request::write(at(table, cluster), 4096);
     let discard = |table, cluster| Request::discard(at(table, cluster), 4096);
+    let discards = |table, cluster| Request::discard(at(table, cluster), 8192);
     let flush = Request::flush();
     let scope = |image: Image, faults: u8, requests: &[Request]| Scope {
         image,
@@ -444,6 +467,26 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         Scope {
             budget: Budget { faults: 1, drains: 1, ..QUIET },
             ..scope(image, 0, &[whole(0, 0), discard(0, 0), head(0, 1)])
+        },
+        // What a drain could not cut off.
+        Scope {
+            budget: Budget { faults: 1, drains: 1, ..QUIET },
+            ..scope(kept, 0, &[whole(0, 2), discard(0, 2), head(0, 3)])
+        },
+        // Sessions: what one gives up the next uses.
+        Scope {
+            budget: Budget { drains: 3, reopens: true, ..QUIET },
+            ..scope(many_holes, 0, &[head(0, 2), head(0, 3)])
+        },
+        Scope {
+            budget: Budget { drains: 1, ..QUIET },
+            ..scope(Image { ahead: 2, ..kept }, 0, &[discards(0, 0), head(0, 2)])
+        },
+        scope(Image { ahead: 1, ..holes }, 0, &[head(0, 2), head(0, 3)]),
+        // No space, and then space.
+        Scope {
+            budget: Budget { faults: 1, breaks: true, mends: true, ..QUIET },
+            ..scope(tight, 0, &[head(0, 2), head(0, 3)])
         },
         // A rewrite in place, a discard of the cluster, an allocation: whose is it?
         scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),

@@ -9,6 +9,7 @@ use cowbell_engine::units::NodeId;
 use cowbell_formats::map::Extent;
 
 use crate::backend::{Device, IsMetadata, SimBackend};
+use crate::disk::Contents;
 use crate::host::SimHost;
 
 /// An engine on a simulated device.
@@ -39,9 +40,10 @@ pub trait Subject: Clone + Debug {
         0
     }
 
-    /// Clusters in the last of its files that nobody uses at first.
-    fn holes(&self) -> u64 {
-        0
+    /// Clusters in the last of its files, which holds `file`, that nobody uses; `None` if nobody
+    /// knows, or the file grows by more than is asked for.
+    fn holes(&self, _file: &Contents) -> Option<u64> {
+        None
     }
 
     /// Opens it for writing in `engine`.
@@ -74,6 +76,11 @@ pub trait Subject: Clone + Debug {
     /// Is a write done before the tables on disk say so?
     fn writes_back(&self) -> bool {
         false
+    }
+
+    /// Another disk that the engine has, to be used meanwhile.
+    fn beside(&self) -> Option<Self> {
+        None
     }
 
     /// See [`SimBackend::watch_metadata`].

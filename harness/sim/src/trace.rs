@@ -104,9 +104,11 @@ impl Trace {
     }
 
     fn head(&self) -> Vec<String> {
-        let Budget { faults, ticks, crashes, drains, stalls, breaks } = self.budget;
-        let drains = if drains > 0 { format!(" drains={drains}") } else { String::new() };
-        let more = if breaks { drains + " breaks=true" } else { drains };
+        let Budget { faults, ticks, crashes, drains, stalls, reopens, breaks, mends } = self.budget;
+        let mut more = if drains > 0 { format!(" drains={drains}") } else { String::new() };
+        for (key, set) in [("reopens", reopens), ("breaks", breaks), ("mends", mends)] {
+            more += &if set { format!(" {key}=true") } else { String::new() };
+        }
         let mut lines = vec![
             MAGIC.to_string(),
             format!("image {}", self.image.text()),
@@ -207,6 +209,8 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             "crashes" => budget.crashes = small()?,
             "drains" => budget.drains = small()?,
             "breaks" => budget.breaks = value == "true",
+            "mends" => budget.mends = value == "true",
+            "reopens" => budget.reopens = value == "true",
             "stalls" => budget.stalls = value == "true",
             _ => return Err(format!("'{key}' is no part of a budget")),
         }

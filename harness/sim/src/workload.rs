@@ -27,7 +27,7 @@ impl Request {
     }
 
     /// Writes.
-    pub fn write(offset: u64, len: u64) -> Request {
+    pub const fn write(offset: u64, len: u64) -> Request {
         Request { kind: IoKind::Write { fua: false }, offset, len }
     }
 
@@ -52,7 +52,7 @@ impl Request {
     }
 
     /// Flushes.
-    pub fn flush() -> Request {
+    pub const fn flush() -> Request {
         Request { kind: IoKind::Flush, offset: 0, len: 0 }
     }
 

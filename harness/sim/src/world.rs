@@ -22,7 +22,7 @@ use crate::shadow::{Cut, Found, Shadow};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
 use crate::verdicts::Verdicts;
-use crate::workload::{Request, Workload};
+use crate::workload::{Request, Workload, pattern};
 
 /// An image that was made and opened, for any number of worlds to begin with.
 #[derive(Debug)]
@@ -31,6 +31,7 @@ pub struct Base<S: Subject> {
     host: SimHost,
     engine: SimEngine<S::Driver>,
     node: NodeId,
+    beside: Option<NodeId>,
     verdicts: Verdicts,
 }
 
@@ -58,13 +59,25 @@ pub struct Budget {
     pub drains: u8,
     /// Is a device that takes no ops for a while among the faults?
     pub stalls: bool,
-    /// Is a device that [breaks](Breakage) for good among the faults?
+    /// Do those drains close the image, and is it opened again?
+    pub reopens: bool,
+    /// Is a device that [breaks](Breakage) among the faults?
     pub breaks: bool,
+    /// May it be mended?
+    pub mends: bool,
 }
 
 /// Nothing goes wrong, and nothing happens but requests.
-pub const QUIET: Budget =
-    Budget { faults: 0, ticks: 0, crashes: 0, drains: 0, stalls: false, breaks: false };
+pub const QUIET: Budget = Budget {
+    faults: 0,
+    ticks: 0,
+    crashes: 0,
+    drains: 0,
+    stalls: false,
+    reopens: false,
+    breaks: false,
+    mends: false,
+};
 
 impl Default for Budget {
     fn default() -> Self {
@@ -81,13 +94,22 @@ impl<S: Subject> Base<S> {
     pub fn new(subject: S, requests: usize) -> Result<Base<S>, String> {
         let host = SimHost::new();
         subject.make(&host)?;
-        let (engine, node) = open(&subject, &host, requests)?;
-        Ok(Base { subject, host, engine, node, verdicts: Verdicts::default() })
+        let (mut engine, node) = open(&subject, &host, requests)?;
+        let beside = match subject.beside() {
+            Some(other) => {
+                let host = SimHost::new();
+                other.make(&host)?;
+                engine.backend_mut().begin_beside();
+                Some(other.open(&host, &mut engine)?)
+            }
+            None => None,
+        };
+        Ok(Base { subject, host, engine, node, beside, verdicts: Verdicts::default() })
     }
 
     /// A world in which nothing has happened yet.
     pub fn world(&self, workload: &Workload, budget: Budget) -> World<S> {
-        let Base { subject, host, engine, node, verdicts } = self;
+        let Base { subject, host, engine, node, beside, verdicts } = self;
         let before = |offset: u64, bytes: &mut [u8]| {
             subject.read(host, offset, bytes).expect("the image was just made");
         };
@@ -95,13 +117,16 @@ impl<S: Subject> Base<S> {
             Cut::new(workload, subject.cluster(), (subject.size(), subject.size_unit()), before);
         let cut = Shared::new(cut);
         let shadow = Shadow::new(cut.clone(), subject.discard_unit());
-        let holes_end = holes_end(subject, host, workload);
         let (subject, workload) = (subject.clone(), workload.clone());
-        let plan = Plan { subject, workload, cut, holes_end, verdicts: verdicts.clone() };
+        let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
+        let plan = Plan { subject, workload, cut, verdicts: verdicts.clone() };
         World {
             plan: Shared::new(plan),
             engine: engine.clone(),
             node: *node,
+            beside: *beside,
+            beside_next: 0,
+            beside_ended: 0,
             shadow,
             next: 0,
             ended: 0,
@@ -110,8 +135,13 @@ impl<S: Subject> Base<S> {
             crashes: budget.crashes,
             drains: budget.drains,
             stalls: budget.stalls,
+            reopens: budget.reopens,
             breaks: budget.breaks,
+            mends: budget.mends,
+            room,
             faulted: false,
+            flush_failed: false,
+            sure: 0,
             crashed: false,
             beyond: 0,
             stage: Stage::Running,
@@ -129,7 +159,8 @@ fn open<S: Subject>(
 ) -> Result<(SimEngine<S::Driver>, NodeId), String> {
     let backend = SimBackend::new(subject.device(), Mode::Chosen);
     // What an engine has room for is copied with it.
-    let limits = Limits { requests: requests.max(1), ..subject.limits() };
+    let beside = usize::from(subject.beside().is_some());
+    let limits = Limits { requests: requests.max(1) + beside, ..subject.limits() };
     let mut engine = SimEngine::new(backend, limits);
     if let Some(is_metadata) = subject.metadata() {
         engine.backend_mut().watch_metadata(is_metadata);
@@ -138,23 +169,47 @@ fn open<S: Subject>(
     Ok((engine, node))
 }
 
-/// If all that the workload may allocate fits half of the holes that there are: the length that the
-/// file keeps.
-fn holes_end<S: Subject>(subject: &S, host: &SimHost, workload: &Workload) -> Option<u64> {
-    let cluster = subject.cluster();
-    let needs = |request: &Request| match request.kind {
-        IoKind::Read | IoKind::Flush => Some(0),
-        // Its clusters, and a table.
-        IoKind::Write { .. } => {
-            Some(request.end().div_ceil(cluster) - request.offset / cluster + 1)
+/// What the last of an image's files had room for when a session began: between two drains, or from
+/// one opening to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Room {
+    /// The session's first request.
+    from: u32,
+    /// The file's length in bytes.
+    len: u64,
+    /// Clusters in it that nobody used, if that is known.
+    holes: Option<u64>,
+}
+
+impl Room {
+    fn of<S: Subject>(subject: &S, files: &[Contents]) -> Room {
+        let last = files.last().expect("an image has a file");
+        Room { from: 0, len: last.len(), holes: subject.holes(last) }
+    }
+
+    /// A file grows by what was asked for and does not fit its holes, no more.
+    fn judge(&self, cluster: u64, requests: &[Request], files: &[Contents]) -> Result<(), String> {
+        let needed = requests.iter().try_fold(0, |sum, request| {
+            let clusters = request.end().div_ceil(cluster) - request.offset / cluster;
+            match request.kind {
+                IoKind::Read | IoKind::Flush => Some(sum),
+                // Whatever there is of tables.
+                IoKind::Truncate => None,
+                // Its clusters, and a table; where they lie on a border of tables, two.
+                _ => Some(sum + clusters + clusters.min(2)),
+            }
+        });
+        let (len, Some(holes)) = (self.len, self.holes) else { return Ok(()) };
+        let now = files.last().expect("an image has a file").len();
+        // The cluster that the file ends in is somebody's.
+        let len = len.next_multiple_of(cluster);
+        match needed.map(|needed: u64| len + needed.saturating_sub(holes) * cluster) {
+            Some(most) if now > most => Err(format!(
+                "the file grew from {len} to {now} bytes, although it had {holes} holes"
+            )),
+            _ => Ok(()),
         }
-        _ => None,
-    };
-    let needed =
-        workload.requests.iter().try_fold(0, |sum, request| Some(sum + needs(request)?))?;
-    let file = subject.files().into_iter().next_back()?;
-    (needed > 0 && 2 * needed <= subject.holes())
-        .then(|| host.contents(file).map(|file| file.len()))?
+    }
 }
 
 /// What does not change in a world.
@@ -163,8 +218,6 @@ struct Plan<S> {
     subject: S,
     workload: Workload,
     cut: Shared<Cut>,
-    /// See [`holes_end`].
-    holes_end: Option<u64>,
     verdicts: Verdicts,
 }
 
@@ -181,6 +234,10 @@ pub struct World<S: Subject> {
     plan: Shared<Plan<S>>,
     engine: SimEngine<S::Driver>,
     node: NodeId,
+    beside: Option<NodeId>,
+    /// Requests to the disk beside that were submitted, and that have ended.
+    beside_next: u8,
+    beside_ended: u8,
     shadow: Shadow,
     next: u32,
     ended: u32,
@@ -189,9 +246,16 @@ pub struct World<S: Subject> {
     crashes: u8,
     drains: u8,
     stalls: bool,
+    reopens: bool,
     breaks: bool,
+    mends: bool,
+    room: Room,
     /// Has an op failed?
     faulted: bool,
+    /// Has a flush failed? What comes after it, and needs one, fails: for good.
+    flush_failed: bool,
+    /// Requests that began when nothing was wrong any more: bits of a word.
+    sure: u64,
     /// Was there a crash?
     crashed: bool,
     /// Requests that began behind the disk's end: bits of a word.
@@ -215,13 +279,17 @@ impl<S: Subject> Clone for World<S> {
         self.engine.clone_from(&source.engine);
         let World { node, next, ended, faults, ticks, stalls, faulted, beyond, .. } = *source;
         let World { stage, now, steps, crashes, crashed, drains, breaks, .. } = *source;
+        let World { beside, beside_next, beside_ended, .. } = *source;
+        (self.beside, self.beside_next, self.beside_ended) = (beside, beside_next, beside_ended);
+        let World { reopens, mends, room, flush_failed, sure, .. } = *source;
         self.plan.clone_from(&source.plan);
         self.shadow.clone_from(&source.shadow);
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
         (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
         (self.stage, self.now, self.steps) = (stage, now, steps);
         (self.crashes, self.crashed) = (crashes, crashed);
-        (self.drains, self.breaks) = (drains, breaks);
+        (self.drains, self.breaks, self.reopens, self.mends) = (drains, breaks, reopens, mends);
+        (self.room, self.flush_failed, self.sure) = (room, flush_failed, sure);
     }
 }
 
@@ -231,6 +299,8 @@ impl<S: Subject> Hash for World<S> {
         self.shadow.hash(h);
         (self.next, self.faults, self.ticks, self.faulted, self.beyond, self.stage).hash(h);
         (self.crashes, self.crashed, self.drains).hash(h);
+        (self.room, self.flush_failed, self.sure).hash(h);
+        (self.beside_next, self.beside_ended).hash(h);
     }
 }
 
@@ -271,8 +341,15 @@ impl<S: Subject> World<S> {
         if self.breaks && self.faults > 0 && backend.broken().is_none() {
             out.extend(Breakage::ALL.map(Choice::Break));
         }
+        if self.mends && backend.broken().is_some() {
+            out.push(Choice::Mend);
+        }
+        let beside = self.beside_next == self.beside_ended;
+        if running && beside && self.beside.is_some() && self.beside_next < BESIDE.len() as u8 {
+            out.push(Choice::Beside);
+        }
         let early = self.drains > 0 && 0 < self.next && self.ended == self.next;
-        if running && (self.ended == all || early) {
+        if running && beside && (self.ended == all || early) {
             out.push(Choice::Drain);
         }
         // Before the first request and after the last nothing would follow.
@@ -326,12 +403,14 @@ impl<S: Subject> World<S> {
         }
         match choice {
             Choice::Submit(which) => self.submit(which as usize),
+            Choice::Beside => self.submit_beside(),
             Choice::End(name, outcome) => {
                 let is_broken = self.engine.backend().broken().is_some();
                 if outcome.is_fault() && !(is_broken && self.faults == 0) {
                     self.faults -= 1;
                 }
                 self.faulted |= outcome.is_error();
+                self.flush_failed |= outcome.is_error() && self.engine.backend().is_flush(name);
                 self.engine.backend_mut().choose(name, outcome);
             }
             Choice::Tick => {
@@ -347,6 +426,7 @@ impl<S: Subject> World<S> {
                 self.faults -= 1;
                 self.engine.backend_mut().break_down(breakage);
             }
+            Choice::Mend => self.engine.backend_mut().mend(),
             Choice::Crash(pick) => self.crash(pick)?,
             Choice::Drain => {
                 self.drains -= u8::from(self.next < self.plan.workload.requests.len() as u32);
@@ -365,6 +445,9 @@ impl<S: Subject> World<S> {
 
     fn submit(&mut self, which: usize) {
         let request = self.plan.workload.requests[which];
+        if self.must_succeed(&request) {
+            self.sure |= 1 << which;
+        }
         if request.len > 0 && request.end() > self.disk_size() {
             self.beyond |= 1 << which;
         } else {
@@ -374,6 +457,44 @@ impl<S: Subject> World<S> {
         let taken = self.engine.submit(self.node, request.io(), mem, which as u64);
         taken.expect("the base was made for as many requests");
         self.next += 1;
+    }
+
+    fn submit_beside(&mut self) {
+        let node = self.beside.expect("chosen because there is one");
+        let request = BESIDE[self.beside_next as usize];
+        let mem = request.memory(BESIDE_TAG as usize).map_or(Mem::None, Mem::Owned);
+        let taken = self.engine.submit(node, request.io(), mem, BESIDE_TAG);
+        taken.expect("there is room for one more");
+        self.beside_next += 1;
+    }
+
+    /// What was asked of the disk beside was done, whatever happened to this one.
+    fn inspect_beside(&self, other: &S, files: &[Contents]) -> Result<(), String> {
+        let host = host_of(other, files);
+        let checked = other.check(&host)?;
+        if checked.marked || checked.corruptions > 0 || checked.leaks > 0 {
+            return Err(format!("it was not left clean: {checked:?}"));
+        }
+        let write = BESIDE[0];
+        let mut expected = vec![0; write.len as usize];
+        if self.beside_next > 0 {
+            pattern(BESIDE_TAG as usize, write.offset, &mut expected);
+            let mut found = vec![0; write.len as usize];
+            other.read(&host, write.offset, &mut found)?;
+            if found != expected {
+                return Err("what was written is not there".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Faults are over, and nothing is left of them: whoever asks now gets what he asks for. After a
+    /// flush that failed nobody knows what is stable: only reads succeed then.
+    fn must_succeed(&self, request: &Request) -> bool {
+        let backend = self.engine.backend();
+        let is_over = self.faults == 0 && backend.broken().is_none() && !backend.is_stalled();
+        let is_quiet = self.ended == self.next && backend.in_flight_count() == 0;
+        is_over && is_quiet && (!self.flush_failed || request.kind == IoKind::Read)
     }
 
     /// The machine stops and starts again: of what it left, one image is opened. Requests that
@@ -404,6 +525,7 @@ impl<S: Subject> World<S> {
         (self.engine, self.node) = opened.map_err(|why| format!("opened after a crash: {why}"))?;
         self.shadow.crashed(&image.found);
         self.ended = self.next;
+        self.room = Room::of(subject, &files);
         self.crashed = true;
         self.stage = Stage::Running;
         Ok(())
@@ -411,10 +533,21 @@ impl<S: Subject> World<S> {
 
     fn take_finished(&mut self) -> Result<(), String> {
         while let Some(finished) = self.engine.poll() {
+            if finished.tag == BESIDE_TAG {
+                self.beside_ended += 1;
+                let told = |errno| format!("the disk beside has nothing wrong, and says: {errno}");
+                finished.result.map_err(told)?;
+                continue;
+            }
             let which = finished.tag as usize;
             self.ended += 1;
             let beyond = self.beyond >> which & 1 == 1;
             match finished.result {
+                Err(errno) if self.sure >> which & 1 == 1 && !beyond => {
+                    return Err(format!(
+                        "request {which} failed although all is well again: {errno}"
+                    ));
+                }
                 Err(errno) if !self.faulted && !beyond => {
                     return Err(format!("request {which} failed although nothing did: {errno}"));
                 }
@@ -436,7 +569,10 @@ impl<S: Subject> World<S> {
                 let over = self.next == self.plan.workload.requests.len() as u32;
                 self.stage = if over { Stage::Over } else { Stage::Running };
                 match result {
-                    Ok(()) => self.shadow.settle(),
+                    Ok(()) => {
+                        self.shadow.settle();
+                        self.end_session(over)?;
+                    }
                     Err(errno) if !self.faulted => {
                         return Err(format!("draining failed although nothing did: {errno}"));
                     }
@@ -446,6 +582,28 @@ impl<S: Subject> World<S> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// All is written and nothing is counted ahead: is the file as short as it can be? Then perhaps
+    /// the image is opened again.
+    fn end_session(&mut self, over: bool) -> Result<(), String> {
+        let Plan { subject, workload, .. } = &*self.plan;
+        let files = files_of(&self.engine);
+        let files = &files[..subject.files().len()];
+        let done = &workload.requests[self.room.from as usize..self.next as usize];
+        if !self.faulted && !self.crashed {
+            self.room.judge(subject.cluster(), done, files)?;
+        }
+        if over {
+            return Ok(());
+        }
+        self.room = Room { from: self.next, ..Room::of(subject, files) };
+        if self.reopens {
+            self.engine.assert_idle();
+            let opened = open(subject, &host_of(subject, files), workload.requests.len());
+            (self.engine, self.node) = opened.map_err(|why| format!("opened again: {why}"))?;
+        }
+        Ok(())
     }
 
     /// Nothing can happen any more: is everything as it should be?
@@ -459,14 +617,11 @@ impl<S: Subject> World<S> {
         }
         self.engine.assert_idle();
         self.plan.subject.assert_idle(self.engine.node(self.node));
-        let files: Vec<Contents> = (0..self.engine.backend().file_count())
-            .map(|i| self.engine.backend().file(file_id(i)).now().clone())
-            .collect();
-        let len = files.last().map_or(0, Contents::len);
-        if let Some(end) = self.plan.holes_end.filter(|_| !self.faulted && !self.crashed)
-            && len > end
-        {
-            return Err(format!("the file grew from {end} to {len} bytes although it has holes"));
+        let mut files = files_of(&self.engine);
+        let beside = files.split_off(self.plan.subject.files().len());
+        if let Some(other) = self.plan.subject.beside() {
+            let found = self.inspect_beside(&other, &beside);
+            found.map_err(|why| format!("the disk beside: {why}"))?;
         }
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
         self.read_again(&files, &image)?;
@@ -586,9 +741,21 @@ fn host_of<S: Subject>(subject: &S, files: &[Contents]) -> SimHost {
     host
 }
 
+/// What an engine's files hold now.
+fn files_of<D: Driver>(engine: &SimEngine<D>) -> Vec<Contents> {
+    let backend = engine.backend();
+    (0..backend.file_count()).map(|i| backend.file(file_id(i)).now().clone()).collect()
+}
+
 fn file_id(index: usize) -> cowbell_engine::units::FileId {
     cowbell_engine::units::FileId(index as u32)
 }
+
+/// What is asked of the disk beside, one after the other.
+const BESIDE: [Request; 2] = [Request::write(0, 1024), Request::flush()];
+
+/// How its requests are known; and whose pattern it is written with.
+const BESIDE_TAG: u64 = 2000;
 
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
