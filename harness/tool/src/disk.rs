@@ -153,7 +153,7 @@ impl Disk {
                     Ok(uring) => Disk::Uring(uring),
                     Err(why) => {
                         warn_of_threads(&why);
-                        Disk::new(How::Threads, depth, strict)?
+                        Disk::new(How::Threads, depth, may_block)?
                     }
                 }
             }
