@@ -61,6 +61,12 @@ const WRITERS: [&str; 6] = [
     "qemu-img snapshot -c one -f F a",
 ];
 
+const SHARING_WRITERS: [&str; 3] = [
+    "qemu-img check -U -r all -f F a",
+    "qemu-img check -U -r leaks -f F a",
+    "qemu-img snapshot -U -c one -f F a",
+];
+
 const READERS: [&str; 12] = [
     "qemu-img info -f F a",
     "qemu-img info -U -f F a",
@@ -135,6 +141,26 @@ fn readers_are_refused_and_let_in_as_qemus_are() {
                     assert_eq!(verdict(&ours), verdict(&theirs), "{line} beside {holder} {mode}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn who_shares_an_image_may_not_change_it() {
+    if !have_qemu() {
+        return;
+    }
+    for format in FORMATS {
+        let place = Place::new();
+        place.qemu(&format!("qemu-img create -q -f {format} a 1M"));
+        let before = read(&place.path("a"));
+        for line in SHARING_WRITERS {
+            let line = line.replace('F', format);
+            let (theirs, ours) = (place.theirs(&line), place.ours(&line));
+            let text = String::from_utf8_lossy(&ours.stderr);
+            assert_eq!(ours.status.code(), theirs.status.code(), "{line}: {text}");
+            assert_eq!(text, String::from_utf8_lossy(&theirs.stderr), "{line}");
+            assert!(read(&place.path("a")) == before, "{line}");
         }
     }
 }
