@@ -88,10 +88,14 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
         locking::warn_of(image.path());
     }
-    // A VMDK image is locked whole, when it is opened whole.
+    // A VMDK image is locked whole, until all is done.
+    let mut held = None;
     if format == Format::Vmdk {
         store.unlock();
+        let layer = open_whole_layer(&host, image.path(), &options);
+        held = Some(layer.map_err(|why| image.failed(why))?);
     }
+    let image = &if held.is_some() { image.clone().locked() } else { image.clone() };
     let mut report = check(args, image, &store, format, repair)?;
     let mut out = Out::new(args.quiet);
     if report.corruptions_fixed + report.leaks_fixed > 0 {
