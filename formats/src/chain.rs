@@ -354,7 +354,7 @@ pub fn open_named<H: Host>(
     let top = layer_in(file, &name.path, &as_known)?;
     let top = Layer { probed: options.format.is_none(), ..top };
     let mut seen = vec![identity(host, &top)?];
-    let mut layers = vec![with_files(host, top, options, &mut seen)?];
+    let mut layers = vec![with_files(host, top, options, Role::Part, &mut seen)?];
     let mut said = &name.backing;
     while let Some(top) = layers.last() {
         let backing = match said {
@@ -401,7 +401,30 @@ pub fn open_whole_layer<H: Host>(
 ) -> Result<Layer<H::File>, Error> {
     let layer = open_layer(host, path, options)?;
     let mut seen = vec![identity(host, &layer)?];
-    with_files(host, layer, options, &mut seen)
+    with_files(host, layer, options, Role::Part, &mut seen)
+}
+
+/// Opens the other files of the image whose own `file` is open, and locks them, without looking at
+/// its tables: they may be what is to be repaired. Where not even the header can be read there are
+/// none. Only for formats whose header names them: a VMDK image is for [`open_whole_layer`].
+///
+/// # Errors
+///
+/// As [`open_files`].
+pub fn open_named_in_header<H: Host>(
+    host: &H,
+    path: &Path,
+    file: &H::File,
+    format: Format,
+    options: &OpenOptions,
+) -> Result<Vec<H::File>, Error> {
+    if format != Format::Qcow2 {
+        return Ok(Vec::new());
+    }
+    let Ok(header) = qcow2::open::describe_header(file) else { return Ok(Vec::new()) };
+    let names: Vec<&Path> = header.data_file_name().map(path_of).into_iter().collect();
+    let mut seen = vec![host.identity(file).map_err(Error::open(path))?];
+    open_files(host, path, &names, options, &mut seen)
 }
 
 /// Opens one image's own file and no other, whatever the policies say.
@@ -483,9 +506,11 @@ fn with_files<H: Host>(
     host: &H,
     mut layer: Layer<H::File>,
     options: &OpenOptions,
+    role: Role,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Layer<H::File>, Error> {
-    layer.more = open_files(host, &layer.path, &layer.meta.files(), options, seen)?;
+    let names = layer.meta.files();
+    layer.more = open_files_as(host, &layer.path, &names, options, role, seen)?;
     layer.complete(&OpenOptions { write: false, ..options.clone() })?;
     Ok(layer)
 }
@@ -505,6 +530,19 @@ pub fn open_files<H: Host>(
     options: &OpenOptions,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Vec<H::File>, Error> {
+    open_files_as(host, path, names, options, Role::Part, seen)
+}
+
+/// The same, for an image that may be one that the top image is backed by.
+fn open_files_as<H: Host>(
+    host: &H,
+    path: &Path,
+    names: &[&Path],
+    options: &OpenOptions,
+    role: Role,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Vec<H::File>, Error> {
+    let write = options.write && role == Role::Part;
     if names.len() > FILES_MAX.saturating_sub(seen.len()) {
         return Err(Error::Limit(format!("the image has more than {FILES_MAX} files")));
     }
@@ -517,13 +555,13 @@ pub fn open_files<H: Host>(
             return named.refused("its name is more than a name");
         }
         let real = allowed_path(host, &named, &options.files)?;
-        let mut file = host.open(&real, options.write).map_err(Error::open(&named.path))?;
+        let mut file = host.open(&real, write).map_err(Error::open(&named.path))?;
         let id = host.identity(&file).map_err(Error::open(&named.path))?;
         if seen.contains(&id) {
             let name = Shown(&named.path);
             return Err(Error::Invalid(format!("file '{name}' has two parts in the image")));
         }
-        let lock = locks::lock_for(Role::Part, Format::Raw, options);
+        let lock = locks::lock_for(role, Format::Raw, options);
         locks::take(host, &mut file, &named.path, lock, options.locking)?;
         seen.push(id);
         files.push(file);
@@ -681,10 +719,10 @@ fn open_backing<H: Host>(
     };
     let lock = locks::lock_for(Role::Backing, format, options);
     locks::take(host, &mut file, path, lock, options.locking)?;
-    let options = OpenOptions { format: Some(format), write: false, ..options.clone() };
-    let layer = layer_in(file, path, &options)?;
+    let as_known = OpenOptions { format: Some(format), write: false, ..options.clone() };
+    let layer = layer_in(file, path, &as_known)?;
     let layer = Layer { probed: backing.format.is_none(), ..layer };
-    with_files(host, layer, &options, seen)
+    with_files(host, layer, options, Role::BackingPart, seen)
 }
 
 /// The path to open, if the policy allows it.

@@ -483,26 +483,42 @@ impl Plan {
         line
     }
 
-    /// Fills the image, after making the data file that it shall have, if it shall.
-    fn make_qcow2<H: Host>(
-        &self,
-        host: &H,
-        image: &H::File,
-        plan: &qcow2::create::Plan,
-    ) -> Result<(), Error> {
-        let Some(name) = &self.options.data_file else { return plan.write(image) };
-        let path = self.path.with_file_name("").join(name);
-        if let Ok(data) = host.open(&path, false) {
-            let id = |file: &H::File| host.identity(file).map_err(Error::open(&path));
-            if id(&data)? == id(image)? {
-                return Err(Error::Invalid("the image cannot be its own data file".into()));
+    /// Fills the other file of this number.
+    fn write_part<F: Store>(&self, file: &F, number: usize) -> Result<(), Error> {
+        match &self.made {
+            Made::Vmdk(vmdk) => vmdk::create::write_file(file, vmdk, number),
+            _ => {
+                let how = self.options.preallocation.unwrap_or(Preallocation::Off);
+                write_raw(file, self.size(), how)
             }
         }
-        make_file(host, &path, &self.options, |data| {
-            let how = self.options.preallocation.unwrap_or(Preallocation::Off);
-            write_raw(data, plan.disk_size(), how)?;
-            plan.write(image)
-        })
+    }
+
+    /// Fills the image's own file, which makes all of them an image.
+    fn write_own<F: Store>(&self, file: &F, parts: usize) -> Result<(), Error> {
+        match &self.made {
+            Made::Raw { size, preallocation } => write_raw(file, *size, *preallocation),
+            Made::Qed { header } => qed::create::write(file, header),
+            Made::Qcow2(plan) => plan.write(file),
+            Made::Vmdk(vmdk) => vmdk::create::write_file(file, vmdk, parts),
+        }
+    }
+
+    /// The other files that the image will consist of, in order.
+    fn parts(&self) -> Vec<PathBuf> {
+        match &self.made {
+            Made::Qcow2(_) => {
+                let name = self.options.data_file.as_ref();
+                name.map(|name| self.path.with_file_name("").join(name)).into_iter().collect()
+            }
+            Made::Vmdk(vmdk) => {
+                let mut names = vmdk.files();
+                names.pop(); // the image's own
+                let path = |name: &Vec<u8>| self.path.with_file_name(OsStr::from_bytes(name));
+                names.iter().map(path).collect()
+            }
+            Made::Raw { .. } | Made::Qed { .. } => Vec::new(),
+        }
     }
 
     /// What a qcow2 image will be, for [`formatting`](Self::formatting).
@@ -543,18 +559,31 @@ impl Plan {
     /// empty.
     pub fn run<H: Host>(&self, host: &H) -> Result<(), Error> {
         let options = &self.options;
-        // Its lock comes before anything is written, to this file or another.
-        let target = Target::open(host, &self.path, options)?;
-        let result = match &self.made {
-            Made::Raw { size, preallocation } => {
-                target.fill(host, |file| write_raw(file, *size, *preallocation))
-            }
-            Made::Qed { header } => target.fill(host, |file| qed::create::write(file, header)),
-            Made::Qcow2(plan) => target.fill(host, |file| self.make_qcow2(host, file, plan)),
-            Made::Vmdk(vmdk) => {
-                target.fill(host, |file| make_vmdk(host, &self.path, file, vmdk, options))
+        // Its lock comes before anything is written, and so do those of the other files that are
+        // there.
+        let own = Target::open(host, &self.path, options)?;
+        let paths = self.parts();
+        let there: Result<Vec<_>, _> =
+            paths.iter().map(|path| Target::existing(host, path, &own, options)).collect();
+        let there = match there {
+            Ok(there) => there,
+            Err(error) => {
+                own.forget(host);
+                return Err(error);
             }
         };
+        let mut made = Vec::new();
+        let result = own.fill(host, |file| {
+            for (i, (path, there)) in paths.iter().zip(there).enumerate() {
+                let part = there.map_or_else(|| Target::open(host, path, options), Ok)?;
+                part.fill(host, |file| self.write_part(file, i))?;
+                made.push(part);
+            }
+            self.write_own(file, paths.len())
+        });
+        if result.is_err() {
+            made.iter().for_each(|part| part.forget(host));
+        }
         match result {
             Err(Error::Io { errno: Errno::TOO_BIG, .. }) => Err(too_large(self.format)),
             result => result,
@@ -577,20 +606,52 @@ impl<'a, F: Store> Target<'a, F> {
         path: &'a Path,
         options: &'a CreateOptions,
     ) -> Result<Target<'a, F>, Error> {
-        let (mut file, is_new) = match host.create_new(path) {
+        let (file, is_new) = match host.create_new(path) {
             Ok(file) => (file, true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 (host.open(path, true).map_err(Error::open(path))?, false)
             }
             Err(error) => return Err(Error::open(path)(error)),
         };
-        if let Err(error) = locks::take(host, &mut file, path, Lock::WRITER, options.locking) {
-            if is_new {
-                let _ = host.remove(path);
-            }
+        let mut target = Target { path, file, is_new, options };
+        if let Err(error) = target.lock(host) {
+            target.forget(host);
             return Err(error);
         }
-        Ok(Target { path, file, is_new, options })
+        Ok(target)
+    }
+
+    /// The same, for another file of the image than its `own`, if it is there.
+    fn existing<H: Host<File = F>>(
+        host: &H,
+        path: &'a Path,
+        own: &Target<'_, F>,
+        options: &'a CreateOptions,
+    ) -> Result<Option<Target<'a, F>>, Error> {
+        let file = match host.open(path, true) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::open(path)(error)),
+        };
+        let id = |file: &F| host.identity(file).map_err(Error::open(path));
+        if id(&file)? == id(&own.file)? {
+            return Err(Error::Invalid("the image cannot be its own data file".into()));
+        }
+        let mut target = Target { path, file, is_new: false, options };
+        target.lock(host)?;
+        Ok(Some(target))
+    }
+
+    fn lock<H: Host<File = F>>(&mut self, host: &H) -> Result<(), Error> {
+        locks::take(host, &mut self.file, self.path, Lock::WRITER, self.options.locking)
+    }
+
+    /// Removes it, if it is new.
+    fn forget<H: Host<File = F>>(&self, host: &H) {
+        if self.is_new {
+            // The first error is the one to report, not that of the tidying up.
+            let _ = host.remove(self.path);
+        }
     }
 
     /// Has `write` fill it. A new one that cannot be filled is removed again; one that was there
@@ -616,42 +677,6 @@ impl<'a, F: Store> Target<'a, F> {
         };
         result
     }
-}
-
-/// Makes one file, over one that is there already, and has `write` fill it: see [`Target`].
-fn make_file<H: Host>(
-    host: &H,
-    path: &Path,
-    options: &CreateOptions,
-    write: impl FnOnce(&H::File) -> Result<(), Error>,
-) -> Result<(), Error> {
-    Target::open(host, path, options)?.fill(host, write)
-}
-
-/// Makes the files of a VMDK image; `own`, the one that makes it an image, last. Extents that were
-/// made before something failed are removed.
-fn make_vmdk<H: Host>(
-    host: &H,
-    path: &Path,
-    own: &H::File,
-    options: &vmdk::create::Options,
-    wanted: &CreateOptions,
-) -> Result<(), Error> {
-    let files = options.files();
-    let paths: Vec<PathBuf> =
-        files.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect();
-    for (i, part) in paths.iter().enumerate() {
-        let write = |file: &H::File| vmdk::create::write_file(file, options, i);
-        let made =
-            if i + 1 == paths.len() { write(own) } else { make_file(host, part, wanted, write) };
-        if let Err(error) = made {
-            for part in &paths[..i] {
-                let _ = host.remove(part);
-            }
-            return Err(error);
-        }
-    }
-    Ok(())
 }
 
 /// A name as an option's value: its commas doubled.

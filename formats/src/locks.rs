@@ -24,17 +24,19 @@ pub enum Role {
     Part,
     /// The own file of an image that it is backed by.
     Backing,
+    /// One of the other files of such an image.
+    BackingPart,
 }
 
 /// The lock for a file of an image that is opened with these options. For [`Role::Part`], `write` in
-/// the options says whether the part is written; for [`Role::Backing`], whether the top image is.
+/// the options says whether the part is written; for the backing ones, whether the top image is.
 pub fn lock_for(role: Role, format: Format, options: &OpenOptions) -> Lock {
     match (role, format) {
         _ if options.force_share => Lock::SHARED_READER,
         (Role::Image | Role::Part, _) if options.write => Lock::WRITER,
-        (Role::Part, _) => Lock::PART_READER,
         // Whoever writes the overlay relies on what is below it.
-        (Role::Backing, Format::Raw) if options.write => Lock::READER,
+        (Role::Backing, Format::Raw) | (Role::BackingPart, _) if options.write => Lock::READER,
+        (Role::Part | Role::BackingPart, _) => Lock::PART_READER,
         (Role::Image | Role::Backing, Format::Raw) => Lock::SHARED_READER,
         (Role::Image | Role::Backing, _) => Lock::READER,
     }

@@ -176,6 +176,68 @@ fn backing_files_are_shared_among_overlays_and_kept_from_writers() {
 }
 
 #[test]
+fn parts_of_a_backing_image_are_kept_from_writers_while_an_overlay_is_written() {
+    let dir = TempDir::new().expect("a folder");
+    let overlay = |base: &Path, format| {
+        let path = base.with_extension(format!("over-{format}"));
+        let wanted = CreateOptions {
+            backing_file: Some(base.file_name().expect("a name").into()),
+            backing_format: Some(format),
+            ..CreateOptions::default()
+        };
+        create(&DiskHost::default(), &path, Format::Qcow2, &wanted).expect("it is made");
+        path
+    };
+    let wanted = CreateOptions { data_file: Some("data".into()), ..CreateOptions::default() };
+    let base = made(&dir, Format::Qcow2, wanted);
+    let mut wanted = CreateOptions::default();
+    wanted.set(Format::Vmdk, "subformat", "monolithicFlat").expect("it is an option");
+    let flat = made(&dir, Format::Vmdk, wanted);
+    let cases = [
+        (overlay(&base, Format::Qcow2), dir.path().join("data")),
+        (overlay(&flat, Format::Vmdk), dir.path().join("disk-flat.vmdk")),
+    ];
+    for (top, part) in cases {
+        let first = try_open(&top, &options(Format::Qcow2, true)).expect("it is free");
+        assert_eq!(refused(try_open(&part, &options(Format::Raw, true))).0, part);
+        drop(first);
+        let writer = try_open(&part, &options(Format::Raw, true)).expect("it is free");
+        for write in [false, true] {
+            refused(try_open(&top, &options(Format::Qcow2, write)));
+        }
+        drop(writer);
+    }
+}
+
+#[test]
+fn create_writes_no_file_while_another_of_the_image_is_open() {
+    // Two extents, of which somebody has the second; and a data file.
+    let sizes = 3 << 30;
+    for nocow in [None, Some(true)] {
+        let dir = TempDir::new().expect("a folder");
+        let mut wanted = CreateOptions { size: Some(sizes), nocow, ..CreateOptions::default() };
+        wanted.set(Format::Vmdk, "subformat", "twoGbMaxExtentSparse").expect("it is an option");
+        let again = |wanted: &CreateOptions, format: Format| {
+            create(&DiskHost::default(), &dir.path().join("d.x"), format, wanted)
+        };
+        again(&wanted, Format::Vmdk).expect("it is made");
+        let names = ["d.x", "d-s001.x", "d-s002.x"].map(|name| dir.path().join(name));
+        let before = names.each_ref().map(|name| fs::read(name).expect("it is there"));
+        let held = try_open(&names[2], &options(Format::Raw, true)).expect("it is free");
+        let error = again(&wanted, Format::Vmdk).expect_err("somebody has an extent");
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        let data_file = Some("d-s002.x".into());
+        let wanted =
+            CreateOptions { size: Some(1 << 20), nocow, data_file, ..CreateOptions::default() };
+        let error = again(&wanted, Format::Qcow2).expect_err("somebody has the data file");
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        let after = names.each_ref().map(|name| fs::read(name).expect("it is there"));
+        assert!(before == after);
+        drop(held);
+    }
+}
+
+#[test]
 fn nothing_is_held_after_a_refusal() {
     let dir = TempDir::new().expect("a folder");
     let wanted = CreateOptions { data_file: Some("data".into()), ..CreateOptions::default() };

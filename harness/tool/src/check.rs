@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::LockState;
-use cowbell_formats::chain::{open_whole_layer, probe_file};
+use cowbell_formats::chain::{open_named_in_header, open_whole_layer, probe_file};
 use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
@@ -95,6 +95,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         let layer = open_whole_layer(&host, image.path(), &options);
         held = Some(layer.map_err(|why| image.failed(why))?);
     }
+    let parts = open_named_in_header(&host, image.path(), &store, format, &options);
+    let _parts = parts.map_err(|why| image.failed(why))?;
     let image = &if held.is_some() { image.clone().locked() } else { image.clone() };
     let mut report = check(args, image, &store, format, repair)?;
     let mut out = Out::new(args.quiet);

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cowbell_engine::store::Store;
-use cowbell_formats::chain::probe_file;
+use cowbell_formats::chain::{open_named_in_header, probe_file};
 use cowbell_formats::error::Shown;
 use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::open::{describe_header, read_header};
@@ -95,6 +95,8 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     if let (Format::Qcow2, Ok(header)) = (format, describe_header(&store)) {
         header.refuse_encryption().map_err(|why| image.failed(why))?;
     }
+    let parts = open_named_in_header(&host, path, &store, format, &options);
+    let _parts = parts.map_err(|why| image.failed(why))?;
     match action {
         Action::List if format == Format::Qcow2 => list(file, &store, args.quiet)?,
         Action::List => {}

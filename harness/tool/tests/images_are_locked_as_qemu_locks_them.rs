@@ -166,6 +166,78 @@ fn who_shares_an_image_may_not_change_it() {
 }
 
 #[test]
+fn who_works_on_tables_locks_the_data_file_as_well() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu("qemu-img create -q -f qcow2 -o data_file=data a 1M");
+    let lines = [
+        "qemu-img check a",
+        "qemu-img check -U a",
+        "qemu-img check -r all a",
+        "qemu-img check -r leaks a",
+        "qemu-img snapshot -c one a",
+        "qemu-img snapshot -a one a",
+        "qemu-img snapshot -d one a",
+        "qemu-img snapshot -l a",
+    ];
+    // Ours holds it as a virtual machine does.
+    let holder = ours(&place);
+    for mode in ["", "-r "] {
+        let _held = Holder::new(&place, &holder, &format!("{mode}-f raw data"));
+        for line in lines {
+            let (theirs, ours) = (place.theirs(line), place.ours(line));
+            let (theirs, ours) = (verdict(&theirs), verdict(&ours));
+            assert_eq!(ours.0, theirs.0, "{line} beside {holder} {mode}: {ours:?}");
+            assert_eq!(ours.1.is_empty(), theirs.1.is_empty(), "{line} beside {holder} {mode}");
+        }
+    }
+}
+
+#[test]
+fn names_and_options_say_how_to_lock() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu("qemu-img create -q -f qcow2 a 1M && qemu-img create -q -f raw b 1M");
+    let image = "driver=qcow2,file.filename=a";
+    let mut lines: Vec<String> = Vec::new();
+    let words = ["", ",file.locking=off", ",file.locking=on", ",file.locking=auto"];
+    let sharing = [",force-share=on", ",force-share=off", ",file.force-share=on"];
+    for more in words.iter().chain(&sharing) {
+        for verb in ["info", "map", "check", "check -r all", "snapshot -l", "snapshot -c s"] {
+            lines.push(format!("qemu-img {verb} --image-opts {image}{more}"));
+        }
+        lines.push(format!("qemu-io --image-opts -c length {image}{more}"));
+        lines.push(format!("qemu-io --image-opts -r -c length {image}{more}"));
+        for mode in ["", "-r "] {
+            lines.push(format!("qemu-io -c 'open {mode}-o driver=qcow2{more} a'"));
+            lines.push(format!("qemu-io -c 'open {mode}-o {image}{more}'"));
+        }
+    }
+    let json = |inner: &str| format!("qemu-img info 'json:{{\"driver\":\"qcow2\",{inner}}}'");
+    lines.push(json(r#""force-share":true,"file":{"driver":"file","filename":"a"}"#));
+    lines.push(json(r#""file":{"driver":"file","locking":"off","filename":"a"}"#));
+    lines.push(json(r#""file":{"driver":"file","locking":"on","filename":"a"}"#));
+    for holder in ["qemu-io".to_string(), ours(&place)] {
+        let _held = Holder::new(&place, &holder, "-f qcow2 a");
+        for line in &lines {
+            let (theirs, ours) = (place.theirs(line), place.ours(line));
+            assert_eq!(verdict(&ours), verdict(&theirs), "{line} beside {holder}");
+        }
+    }
+    let _held = Holder::new(&place, &ours(&place), "-f raw b");
+    for locking in ["on", "off"] {
+        let line =
+            format!("qemu-io --image-opts -c length driver=file,filename=b,locking={locking}");
+        let (theirs, ours) = (place.theirs(&line), place.ours(&line));
+        assert_eq!(verdict(&ours), verdict(&theirs), "{line}");
+    }
+}
+
+#[test]
 fn the_process_that_holds_the_lock_is_named() {
     let place = Place::new();
     place.ok("qemu-img create -q -f qcow2 a 1M");
