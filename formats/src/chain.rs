@@ -347,7 +347,7 @@ pub fn open_named<H: Host>(
         return Err(Error::Invalid("Block node is read-only".into()));
     }
     let format = options.format.or(name.format);
-    let options = &OpenOptions { format, ..options.clone() };
+    let options = &OpenOptions { format, ..name.locking(options) };
     let mut file = host.open(&name.path, options.write).map_err(Error::open(&name.path))?;
     let known = lock_own(host, &mut file, &name.path, options)?;
     let as_known = OpenOptions { write: false, format: known, ..options.clone() };
@@ -620,22 +620,25 @@ impl Named {
 }
 
 /// A backing file to open.
-struct Backing {
+struct Backing<'a> {
     named: Named,
     format: Option<Format>,
-    /// Named by the caller, not by an image.
-    is_said: bool,
+    /// As it is named by the caller; `None`: by an image.
+    said: Option<&'a Name>,
 }
 
-impl Backing {
-    fn said(name: &Name) -> Backing {
+impl Backing<'_> {
+    fn said(name: &Name) -> Backing<'_> {
         let folder = folder_of(&name.path);
         let named = Named { what: "backing file", path: name.path.clone(), folder };
-        Backing { named, format: name.format, is_said: true }
+        Backing { named, format: name.format, said: Some(name) }
     }
 }
 
-fn backing_of<F>(layer: &Layer<F>, options: &OpenOptions) -> Result<Option<Backing>, Error> {
+fn backing_of<F>(
+    layer: &Layer<F>,
+    options: &OpenOptions,
+) -> Result<Option<Backing<'static>>, Error> {
     let Some(name) = layer.backing_name() else { return Ok(None) };
     if options.backing != Policy::Any && name::protocol(name.as_os_str()).is_some() {
         return Err(Error::Policy(format!(
@@ -651,7 +654,7 @@ fn backing_of<F>(layer: &Layer<F>, options: &OpenOptions) -> Result<Option<Backi
         // Not to be guessed: somebody said what it is.
         driver_named(&name)?;
     }
-    Ok(Some(Backing { named, format: recorded.or(said), is_said: false }))
+    Ok(Some(Backing { named, format: recorded.or(said), said: None }))
 }
 
 /// Where the backing file `name` of the image at `overlay` is: relative to the image's folder; but
@@ -690,18 +693,23 @@ fn folder_of(path: &Path) -> PathBuf {
 
 fn open_backing<H: Host>(
     host: &H,
-    backing: &Backing,
+    backing: &Backing<'_>,
     depth: usize,
     options: &OpenOptions,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Layer<H::File>, Error> {
     let path = &backing.named.path;
-    let policy = if backing.is_said { &Policy::Any } else { &options.backing };
+    let options = &match backing.said {
+        Some(name) => name.locking(options),
+        None => options.clone(),
+    };
+    let is_said = backing.said.is_some();
+    let policy = if is_said { &Policy::Any } else { &options.backing };
     let real = allowed_path(host, &backing.named, policy)?;
     if depth >= DEPTH_MAX {
         return Err(Error::Limit(format!("the backing chain has more than {DEPTH_MAX} images")));
     }
-    if backing.format.is_none() && !backing.is_said && !options.probe_backing {
+    if backing.format.is_none() && !is_said && !options.probe_backing {
         return Err(Error::Policy(format!(
             "the format of backing file '{}' is not recorded, and must not be guessed",
             Shown(path)

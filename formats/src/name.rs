@@ -12,7 +12,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use crate::chain::{DEPTH_MAX, driver_named};
+use cowbell_engine::sys::lock::Locking;
+
+use crate::chain::{DEPTH_MAX, OpenOptions, driver_named};
 use crate::error::{Error, Shown};
 use crate::probe::Format;
 
@@ -30,6 +32,10 @@ pub struct Name {
     pub backing: Backing,
     /// It may not be written.
     pub read_only: bool,
+    /// Others may write it meanwhile.
+    pub force_share: bool,
+    /// Whether to lock its file; `None`: nobody said.
+    pub locking: Option<Locking>,
 }
 
 /// What a named image is backed by.
@@ -46,7 +52,24 @@ pub enum Backing {
 impl Name {
     /// A plain path.
     pub fn plain(path: impl Into<PathBuf>, format: Option<Format>) -> Name {
-        Name { path: path.into(), format, backing: Backing::AsImageSays, read_only: false }
+        Name {
+            path: path.into(),
+            format,
+            backing: Backing::AsImageSays,
+            read_only: false,
+            force_share: false,
+            locking: None,
+        }
+    }
+
+    /// The options with what the name says of locks. Who asked for none gets none.
+    pub fn locking(&self, options: &OpenOptions) -> OpenOptions {
+        let locking = self.locking.filter(|_| options.locking != Locking::Off);
+        OpenOptions {
+            locking: locking.unwrap_or(options.locking),
+            force_share: options.force_share || self.force_share,
+            ..options.clone()
+        }
     }
 
     /// A path, `file:PATH` or `json:{...}`. What has a colon before its first slash is no path:
@@ -175,10 +198,11 @@ impl Options {
         let key = |key: &str| format!("{prefix}{key}");
         let driver = self.take_text(&key("driver"))?;
         let driver = driver.map(|driver| driver.to_string_lossy().into_owned());
-        let read_only = self.common(prefix)?;
+        let Common { read_only, force_share } = self.common(prefix)?;
         if let Some(driver @ ("file" | "host_device")) = driver.as_deref() {
-            let path = self.file(prefix, driver)?;
-            return Ok(Name { read_only, ..Name::plain(path, Some(Format::Raw)) });
+            let (path, locking) = self.file(prefix, driver)?;
+            let name = Name::plain(path, Some(Format::Raw));
+            return Ok(Name { read_only, force_share, locking, ..name });
         }
         let format = driver.as_deref().map(driver_named).transpose()?;
         if let Some(node) = self.take_text(&key("file"))? {
@@ -196,8 +220,10 @@ impl Options {
         if protocol != "file" && protocol != "host_device" {
             return Err(unknown_protocol(&protocol));
         }
-        let read_only = self.common(&below)? || read_only;
-        let path = self.file(&below, &protocol.to_string_lossy())?;
+        let file = self.common(&below)?;
+        let read_only = file.read_only || read_only;
+        let force_share = file.force_share || force_share;
+        let (path, locking) = self.file(&below, &protocol.to_string_lossy())?;
         let backing = match self.take(&key("backing")) {
             Some(Some(node)) if !node.is_empty() => return Err(no_such_node(&node)),
             Some(_) => Backing::Nothing,
@@ -215,17 +241,22 @@ impl Options {
                 None => format!("Block format is not said, and has no option '{option}'"),
             }));
         }
-        Ok(Name { path, format, backing, read_only })
+        Ok(Name { path, format, backing, read_only, force_share, locking })
     }
 
-    /// The file whose options start with `prefix`, with nothing left of them.
-    fn file(&mut self, prefix: &str, driver: &str) -> Result<PathBuf, Error> {
+    /// The file whose options start with `prefix`, with nothing left of them; and whether to lock it.
+    fn file(&mut self, prefix: &str, driver: &str) -> Result<(PathBuf, Option<Locking>), Error> {
         let name = self.take_text(&format!("{prefix}filename"))?.unwrap_or_default();
         let path = checked(&name)?;
-        self.take_one_of(&format!("{prefix}locking"), &["auto"])?;
+        let locking = self.take_one_of(&format!("{prefix}locking"), &["auto", "on", "off"])?;
+        let locking = locking.map(|how| match &*how {
+            "on" => Locking::On,
+            "off" => Locking::Off,
+            _ => Locking::Auto,
+        });
         self.take_one_of(&format!("{prefix}aio"), &["threads"])?;
         match self.0.iter().find(|(option, _)| option.starts_with(prefix)) {
-            None => Ok(path),
+            None => Ok((path, locking)),
             Some((option, _)) => {
                 let option = Shown(Path::new(&option[prefix.len()..])).to_string();
                 let what =
@@ -235,20 +266,31 @@ impl Options {
         }
     }
 
-    /// What every node has: names that nothing refers to, hints, and values that change nothing. Is
-    /// it for reading only?
-    fn common(&mut self, prefix: &str) -> Result<bool, Error> {
+    /// What every node has: names that nothing refers to, hints, values that change nothing; and who
+    /// may write it.
+    fn common(&mut self, prefix: &str) -> Result<Common, Error> {
         const SWITCH: &[&str] = &["on", "off"];
         let key = |key: &str| format!("{prefix}{key}");
         self.take_text(&key("node-name"))?;
         self.take_one_of(&key("auto-read-only"), SWITCH)?;
         self.take_one_of(&key("discard"), &["unmap", "on", "ignore", "off"])?;
-        for key in ["cache.direct", "cache.no-flush", "force-share", "detect-zeroes"].map(key) {
+        for key in ["cache.direct", "cache.no-flush", "detect-zeroes"].map(key) {
             self.take_one_of(&key, &["off"])?;
         }
-        let read_only = self.take_one_of(&key("read-only"), SWITCH)?;
-        Ok(read_only.as_deref() == Some("on"))
+        let mut is_on = |option: &str| {
+            let value = self.take_one_of(&key(option), SWITCH)?;
+            Ok::<_, Error>(value.as_deref() == Some("on"))
+        };
+        Ok(Common { read_only: is_on("read-only")?, force_share: is_on("force-share")? })
     }
+}
+
+/// Who may write a node.
+struct Common {
+    /// We may not.
+    read_only: bool,
+    /// Others may, meanwhile.
+    force_share: bool,
 }
 
 fn invalid_value(key: &str, value: &str) -> Error {

@@ -3,7 +3,9 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::slice;
 
 use cowbell_formats::chain::{driver_named, open_named};
 use cowbell_formats::name::Backing;
@@ -31,6 +33,9 @@ pub struct Naming {
     /// Follow no name in the image to another folder, and to no backing file
     #[arg(long, help_heading = "Beyond QEMU")]
     untrusted: bool,
+    /// Options that belong to the image beside its name, as driver=qcow2.
+    #[arg(skip)]
+    more: OsString,
 }
 
 /// An image on the command line.
@@ -61,6 +66,11 @@ impl Naming {
         Naming { force_share, ..self.clone() }
     }
 
+    /// The same, for an image that has more options than its name says.
+    pub fn with_options(&self, more: &str) -> Naming {
+        Naming { more: more.into(), ..self.clone() }
+    }
+
     /// The image `given`, with the value of `-f`.
     pub fn image(&self, given: &OsStr, format: Option<&str>) -> Result<Image, Fail> {
         refuse_objects(&self.objects)?;
@@ -71,7 +81,24 @@ impl Naming {
             }
             Name::from_options(given).map_err(open)?
         } else {
-            Name::parse(given).map_err(open)?
+            let name = Name::parse(given).map_err(open)?;
+            if self.more.is_empty() {
+                name
+            } else if given.as_encoded_bytes().starts_with(b"json:") {
+                let what = "options beside a name in JSON";
+                return Err(open(Error::Unsupported(what.into())));
+            } else {
+                let mut options = self.more.clone().into_vec();
+                options.extend_from_slice(b",file.filename=");
+                for &byte in name.path.as_os_str().as_bytes() {
+                    options.extend_from_slice(if byte == b',' {
+                        b",,"
+                    } else {
+                        slice::from_ref(&byte)
+                    });
+                }
+                Name::from_options(&OsString::from_vec(options)).map_err(open)?
+            }
         };
         let said = format.map(driver_named).transpose().map_err(open)?;
         Ok(Image {
@@ -156,6 +183,7 @@ impl Image {
             force_share: self.force_share,
             ..OpenOptions::default()
         };
+        let options = self.name.locking(&options);
         if self.untrusted {
             return options;
         }

@@ -46,8 +46,8 @@ fn ours(place: &Place) -> String {
 /// The exit code and the line about a lock, without the program's name.
 fn verdict(out: &std::process::Output) -> (Option<i32>, String) {
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    let line = text.lines().find(|line| line.contains("lock")).unwrap_or_default();
-    let asks = text.contains("Is another process using the image [a]?");
+    let line = text.lines().find(|line| line.ends_with("\" lock")).unwrap_or_default();
+    let asks = text.contains("Is another process using the image [");
     assert_eq!(asks, !line.is_empty(), "{text}");
     (out.status.code(), line.rsplit(": ").next().unwrap_or_default().to_string())
 }

@@ -812,12 +812,10 @@ impl Runner {
         if let Some(name) = options.get('d') {
             opening.discard = discard_named(name)?;
         }
-        let items = more.split(',').filter(|item| !item.is_empty());
-        for (key, value) in items.map(|item| item.split_once('=').unwrap_or((item, ""))) {
-            match key {
-                "driver" => opening.format = Some(value.into()),
-                _ => return Err(Bad::Err(format!("{}no option '{key}'\n", self.prefix()))),
-            }
+        opening.naming = opening.naming.with_options(more);
+        if !more.is_empty() {
+            // What the command line says of formats is not meant for this one either.
+            opening.format = None;
         }
         let (program, failed) = (self.program, self.open_as(file.as_ref(), opening));
         failed.map_err(|fail| Bad::Err(fail.line(program, "io").unwrap_or_default()))
