@@ -94,6 +94,22 @@ impl Before {
         self.bitmaps.as_ref().is_some_and(|(bitmaps, _)| !bitmaps.is_empty())
     }
 
+    /// Can the disk in `layer`, which is to grow and which nobody has written, take its space then?
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Corrupt`] for an image that has errors; [`Error::Io`].
+    pub fn check_preallocation<F: Store>(
+        &self,
+        layer: &Layer<F>,
+        how: Preallocation,
+    ) -> Result<(), Error> {
+        match &layer.meta {
+            LayerMeta::Qcow2(_) => qcow2::preallocate::check_preallocation(&layer.file, how),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes the space that the disk in `layer`, which nobody runs, has gained since.
     ///
     /// # Errors

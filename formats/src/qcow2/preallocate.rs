@@ -12,7 +12,7 @@ use cowbell_engine::units::{GuestOffset, HostOffset};
 
 use crate::error::Error;
 use crate::preallocation::{Preallocation, preallocate};
-use crate::qcow2::check::change::{Room, Run, change};
+use crate::qcow2::check::change::{Room, Run, change, check_sound};
 use crate::qcow2::header::{AUTOCLEAR_RAW_DATA, Header};
 use crate::qcow2::layout::{Geometry, Invalid, L1Entry, L2Entry, Mapping};
 use crate::qcow2::open::{read_header, read_words};
@@ -31,8 +31,7 @@ pub fn preallocate_from<F: Store>(
 ) -> Result<(), Error> {
     let header = read_header(file)?;
     let range = old..header.disk_size();
-    let is_raw = header.has_data_file() && header.autoclear & AUTOCLEAR_RAW_DATA != 0;
-    let how = if is_raw && how == Preallocation::Off { Preallocation::Metadata } else { how };
+    let how = effective(&header, how);
     if range.is_empty() || how == Preallocation::Off {
         return Ok(());
     }
@@ -42,6 +41,25 @@ pub fn preallocate_from<F: Store>(
         data.flush().map_err(Error::io("flush the data file"))?;
     }
     change(file, |header, room| map(file, header, room, range, how))
+}
+
+/// What `how` means for this image.
+fn effective(header: &Header, how: Preallocation) -> Preallocation {
+    let is_raw = header.has_data_file() && header.autoclear & AUTOCLEAR_RAW_DATA != 0;
+    if is_raw && how == Preallocation::Off { Preallocation::Metadata } else { how }
+}
+
+/// Can the image's disk take space once it has grown? To be asked before it grows.
+///
+/// # Errors
+///
+/// As [`preallocate_from`].
+pub fn check_preallocation<F: Store>(file: &F, how: Preallocation) -> Result<(), Error> {
+    let header = read_header(file)?;
+    if effective(&header, how) == Preallocation::Off {
+        return Ok(());
+    }
+    check_sound(file)
 }
 
 fn map<F: Store>(

@@ -5,6 +5,7 @@ use std::io::Write;
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::units::Errno;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
 use cowbell_formats::preallocation::Preallocation;
@@ -63,7 +64,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     };
     let image = args.naming.image(&args.file, args.format.as_deref())?;
     let setup = Setup { write: true, depth: 1, ..Setup::default() };
-    // A resize is over in a moment: a signal waits for it. Taking much space is not.
+    // Before its last write a change has changed nothing: a signal ends it there.
     let stop = Stop::on_signals()?;
     let mut session = Session::open(&image, &setup)?;
     let old = session.size();
@@ -77,17 +78,33 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         )),
         why => failed(why),
     });
-    let mut result = refused.and_then(|()| resize(&mut session, (old, new)));
-    let closed = session.drain();
-    let Session { engine, locks, .. } = session;
-    drop(engine);
-    result = result.and(closed);
     // The session's locks are held until the end.
     let mut image = image.clone().locked();
     image.format = Some(format);
     let options = image.options(true);
-    if new > old && result.is_ok() && matches!(format, Format::Raw | Format::Qcow2) {
-        let host = StoppableHost { disk: DiskHost::default(), stop };
+    let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
+    let takes_space = new > old && matches!(format, Format::Raw | Format::Qcow2);
+    let mut result = refused.and_then(|()| {
+        if takes_space {
+            // What cannot take space does not grow first.
+            let layer = open_whole_layer(&host, image.path(), &image.options(false));
+            let can = layer.and_then(|layer| before.check_preallocation(&layer, how));
+            can.map_err(failed)?;
+        }
+        Ok(())
+    });
+    if result.is_ok() {
+        result = resize(&mut session, (old, new), || stop.is_asked());
+        if result.is_err() && stop.is_asked() {
+            // The image is what a kill leaves: the old one or the new, leaks at worst.
+            return result.map(|()| 0);
+        }
+    }
+    let closed = session.drain();
+    let Session { engine, locks, .. } = session;
+    drop(engine);
+    result = result.and(closed);
+    if takes_space && result.is_ok() {
         let layer = open_whole_layer(&host, image.path(), &options);
         result = layer.and_then(|layer| before.preallocate(&layer, how)).map_err(failed);
         if result.is_err() && format == Format::Qcow2 {
@@ -164,12 +181,19 @@ fn shrink(image: &Image, old: u64) -> Result<(), Fail> {
     let setup = Setup { write: true, depth: 1, ..Setup::default() };
     let mut session = Session::open(image, &setup)?;
     let new = session.size();
-    resize(&mut session, (new, old))?;
+    resize(&mut session, (new, old), || false)?;
     session.drain()
 }
 
-fn resize(session: &mut Session, (old, new): (u64, u64)) -> Result<(), Fail> {
+/// Resizes the disk. What is behind a smaller disk's end is cleared, which may take long: a signal
+/// ends it.
+fn resize(
+    session: &mut Session,
+    (old, new): (u64, u64),
+    is_asked: impl Fn() -> bool,
+) -> Result<(), Fail> {
     let file = session.image.given.clone();
+    let failed = |errno: Errno| Fail::at(&file, format!("Failed to resize: {errno}"));
     if new == old {
         return Ok(());
     }
@@ -177,8 +201,9 @@ fn resize(session: &mut Session, (old, new): (u64, u64)) -> Result<(), Fail> {
     let node = session.node;
     let sent = session.engine.submit(node, io, Mem::None, 0);
     assert!(sent.is_ok(), "it is the only request");
-    match session.next()?.map(|finished| finished.result) {
-        Some(Err(errno)) => Err(Fail::at(&file, format!("Failed to resize: {errno}"))),
-        _ => Ok(()),
+    let finished = session.next_unless(is_asked)?;
+    match finished.map(|finished| finished.result) {
+        Some(result) => result.map(|_| ()).map_err(failed),
+        None => Err(failed(Errno::INTERRUPTED)),
     }
 }

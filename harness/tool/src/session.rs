@@ -141,12 +141,17 @@ impl Session {
 
     /// The next request to finish; `None` when none is in flight.
     pub fn next(&mut self) -> Result<Option<Finished>, Fail> {
+        self.next_unless(|| false)
+    }
+
+    /// The same; `None` also when somebody asks to stop.
+    pub fn next_unless(&mut self, is_asked: impl Fn() -> bool) -> Result<Option<Finished>, Fail> {
         let mut again = true;
         loop {
             if let Some(finished) = self.engine.poll() {
                 return Ok(Some(finished));
             }
-            if self.engine.in_flight() == 0 {
+            if self.engine.in_flight() == 0 || is_asked() {
                 return Ok(None);
             }
             if !again {

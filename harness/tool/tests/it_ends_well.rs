@@ -150,6 +150,52 @@ fn of_a_benchmark_that_is_stopped() {
     assert!(!place.ok("cowbell info a").contains("cleanly shut down: no"));
 }
 
+/// A qcow2 image of 2 EiB less a cluster, all of whose L1 entries name one L2 table.
+fn image_of_one_table(place: &Place) {
+    use std::os::unix::fs::FileExt;
+    let size = (2_u64 << 60) - (2 << 20);
+    place.ok(&format!("qemu-img create -q -f qcow2 -o cluster_size=2M a {size}"));
+    place.ok("qemu-io -f qcow2 -c 'write 0 512' a");
+    let file = std::fs::File::options().read(true).write(true).open(place.path("a"));
+    let file = file.expect("it is there");
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, 40).expect("a header");
+    let l1 = u64::from_be_bytes(word);
+    file.read_exact_at(&mut word, l1).expect("an L1 table");
+    file.write_all_at(&word.repeat(4 << 20), l1).expect("it is written");
+}
+
+#[test]
+fn of_a_preallocation_that_cannot_be() {
+    let place = Place::new();
+    image_of_one_table(&place);
+    let out = place.ours("timeout -s KILL 120 qemu-img resize --preallocation=metadata a +1M");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("the image has errors"), "{said}");
+    assert!(place.ok("qemu-img info a").contains("2305843009211596800 bytes"));
+}
+
+#[test]
+fn of_a_shrinking_that_is_stopped() {
+    let place = Place::new();
+    image_of_one_table(&place);
+    let child = Command::new(COWBELL)
+        .args(["resize", "-q", "--shrink", "-f", "qcow2", "a", "1G"])
+        .current_dir(place.dir.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    while !place.ok("qemu-img info -U a").contains("(1073741824 bytes)") {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    place.ok(&format!("kill -TERM {} || true", child.id()));
+    let out = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("Interrupted"), "{said}");
+}
+
 #[test]
 fn of_a_creation_that_is_stopped() {
     let place = Place::new();

@@ -232,7 +232,7 @@ pub(crate) fn change<F: Store>(
     build: impl FnOnce(Header, &mut Room<'_, F>) -> Result<Header, Error>,
 ) -> Result<(), Error> {
     if read_header(file)?.is_dirty() && !check(file, Repair::All)?.is_sound() {
-        return not_sound();
+        return Err(not_sound());
     }
     change_read(file, false, build)
 }
@@ -253,8 +253,8 @@ pub(crate) fn with_snapshots<F: Store>(
     Ok(header)
 }
 
-fn not_sound() -> Result<(), Error> {
-    Err(Error::Corrupt { what: "the image has errors: repair it first", at: 0 })
+fn not_sound() -> Error {
+    Error::Corrupt { what: "the image has errors: repair it first", at: 0 }
 }
 
 fn change_read<F: Store>(
@@ -263,23 +263,8 @@ fn change_read<F: Store>(
     build: impl FnOnce(Header, &mut Room<'_, F>) -> Result<Header, Error>,
 ) -> Result<(), Error> {
     let mut header = read_header(file)?;
-    if !salvage {
-        header.check_tables()?;
-    }
-    // Holes are believed to be zeros: what was written has to be there.
-    file.flush().map_err(Error::io("flush the image"))?;
-    let (report, before, _) = scan(file, &header, None, salvage, &mut Unwatched)?;
     let mut watch = Unwatched;
-    let mut checker = Checker::new(file, header.clone(), before, report, &mut watch)?;
-    checker.refcount_structure()?;
-    checker.visit(Pass::Count)?;
-    checker.copied(Repair::None)?;
-    // Entries that old programs wrote are no reason to refuse.
-    let snapshots = &checker.before.snapshots;
-    let known = if salvage { snapshots.errors() } else { snapshots.incomplete.len() as u64 };
-    if checker.report.check_errors > 0 || checker.report.corruptions > known {
-        return not_sound();
-    }
+    let checker = sound(file, &header, salvage, &mut watch)?;
     clear_unknown_autoclear(file, &mut header)?;
     let len = file.len().map_err(Error::io("find the image's length"))?;
     let (taken, l1_tables) = Default::default();
@@ -292,6 +277,41 @@ fn change_read<F: Store>(
             Err(why)
         }
     }
+}
+
+/// Would [`change`] take the image as it is?
+///
+/// # Errors
+///
+/// As [`change`].
+pub(crate) fn check_sound<F: Store>(file: &F) -> Result<(), Error> {
+    sound(file, &read_header(file)?, false, &mut Unwatched).map(|_| ())
+}
+
+/// What a check knows of the image, which is sound.
+fn sound<'a, F: Store>(
+    file: &'a F,
+    header: &Header,
+    salvage: bool,
+    watch: &'a mut Unwatched,
+) -> Result<Checker<'a, F, Unwatched>, Error> {
+    if !salvage {
+        header.check_tables()?;
+    }
+    // Holes are believed to be zeros: what was written has to be there.
+    file.flush().map_err(Error::io("flush the image"))?;
+    let (report, before, _) = scan(file, header, None, salvage, &mut Unwatched)?;
+    let mut checker = Checker::new(file, header.clone(), before, report, watch)?;
+    checker.refcount_structure()?;
+    checker.visit(Pass::Count)?;
+    checker.copied(Repair::None)?;
+    // Entries that old programs wrote are no reason to refuse.
+    let snapshots = &checker.before.snapshots;
+    let known = if salvage { snapshots.errors() } else { snapshots.incomplete.len() as u64 };
+    if checker.report.check_errors > 0 || checker.report.corruptions > known {
+        return Err(not_sound());
+    }
+    Ok(checker)
 }
 
 /// The one write that changes the image. An extension may be in another sector than the fields: then
