@@ -489,12 +489,14 @@ impl<S: Subject> World<S> {
     }
 
     /// Faults are over, and nothing is left of them: whoever asks now gets what he asks for. After a
-    /// flush that failed nobody knows what is stable: only reads succeed then.
+    /// flush that failed nobody knows what is stable: only reads are sure to succeed then, and those
+    /// only where no table waits in memory to be written, and keeps others out.
     fn must_succeed(&self, request: &Request) -> bool {
         let backend = self.engine.backend();
         let is_over = self.faults == 0 && backend.broken().is_none() && !backend.is_stalled();
         let is_quiet = self.ended == self.next && backend.in_flight_count() == 0;
-        is_over && is_quiet && (!self.flush_failed || request.kind == IoKind::Read)
+        let is_read = request.kind == IoKind::Read && !self.plan.subject.writes_back();
+        is_over && is_quiet && (!self.flush_failed || is_read)
     }
 
     /// The machine stops and starts again: of what it left, one image is opened. Requests that
