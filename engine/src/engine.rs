@@ -64,6 +64,8 @@ pub struct Progress {
     pub submitted: usize,
     /// `run` again before waiting for anything: nothing will wake the loop for what is left.
     pub again: bool,
+    /// Something is left because the turn is over: [`Limits::turn`].
+    pub is_over: bool,
 }
 
 /// Owns images and a slab of requests, and drives them over a [`Backend`].
@@ -338,7 +340,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.step_all(&mut turn, &mut progress);
             self.send(&mut turn, &mut progress);
         }
-        progress.again = turn.is_over
+        progress.is_over = turn.is_over && !mutant!("end_of_turn_not_said");
+        progress.again = progress.is_over
             || self.backend.wants_retry()
             || !self.core.ready.is_empty()
             || (self.backend.event_fd().is_none() && !self.core.ops.is_empty());
@@ -412,6 +415,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         while !self.core.out.is_empty() {
             let before = self.core.out.len();
             let slice = before.min(self.pace);
+            if mutant!("newest_first") {
+                self.core.out.turn_around();
+            }
             let began = turn.seen;
             let Core { out, ops, mem, .. } = &mut self.core;
             let first = out.as_slice()[0];
@@ -792,8 +798,8 @@ struct Turn {
 /// Events between two looks at the clock.
 const STEPS_PER_LOOK: usize = 32;
 
-/// Ops in the first slice, before anything is known of the backend.
-const PACE_FIRST: usize = 16;
+/// Ops in the first slice, before anything is known of the backend: twice as many in the next.
+const PACE_FIRST: usize = 1;
 const PACE_MAX: usize = 1024;
 
 /// The largest read or write, in bytes.
@@ -844,7 +850,7 @@ impl<D: Driver + Hash, B: Backend + Hash> Hash for Engine<D, B> {
         }
         self.core.hash_in_order(&names, h);
         self.backend.hash(h);
-        (self.drain, self.pace).hash(h);
+        self.drain.hash(h);
     }
 }
 

@@ -54,6 +54,11 @@ impl<T: Copy> Queue<T> {
         if self.is_empty() { None } else { self.values.pop() }
     }
 
+    /// Brings what was pushed last to the front, and what was first to the end.
+    pub fn turn_around(&mut self) {
+        self.values[self.front..].reverse();
+    }
+
     /// What waits, oldest first.
     #[inline(always)]
     pub fn as_slice(&self) -> &[T] {

@@ -110,8 +110,7 @@ fn however_slow_the_backend_is() {
         while ended.len() < 2048 {
             let (spent, some, again) = turn(&mut engine);
             assert!(again || ended.len() + some.len() == 2048);
-            // The very first slice is a guess.
-            let slice = if turns == 0 { 16 * nanos_per_op } else { TURN.as_nanos() as u64 / 4 };
+            let slice = TURN.as_nanos() as u64 / 4;
             let longest = TURN.as_nanos() as u64 + slice.max(nanos_per_op);
             assert!(spent <= longest, "{spent} ns, {nanos_per_op} for an op");
             ended.extend(some);
@@ -158,6 +157,19 @@ fn steps_take_time_too() {
 
 #[test]
 fn one_disk_does_not_keep_the_loop_from_another() {
+    share_the_loop();
+}
+
+#[cfg(feature = "mutants")]
+#[test]
+fn a_disk_that_starves_is_found() {
+    cowbell_engine::mutants::activate(Some("newest_first"));
+    let found = std::panic::catch_unwind(share_the_loop);
+    cowbell_engine::mutants::activate(None);
+    assert!(found.is_err(), "it starves, and nobody sees it");
+}
+
+fn share_the_loop() {
     let (mut engine, [busy, other]) = engine(Slow::new(50_000, 0), 256);
     let mut tag = 0;
     (0..200).for_each(|_| {

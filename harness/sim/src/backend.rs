@@ -187,6 +187,8 @@ pub struct Device {
     pub depth: usize,
     /// Can files grow?
     pub can_grow: bool,
+    /// Handing an op over holds the loop for so long, in nanoseconds.
+    pub nanos_per_op: u64,
     /// Can it zero a range by itself?
     pub can_zero: bool,
     /// Pool buffers from this number on are for unaligned requests: what is written from them is
@@ -204,6 +206,7 @@ impl Default for Device {
             hole_align: 4096,
             depth: 64,
             can_grow: true,
+            nanos_per_op: 0,
             can_zero: true,
             bounce_from: u32::MAX,
             lie: None,
@@ -286,6 +289,8 @@ pub struct SimBackend {
     /// Files from this on are another disk's: nothing happens to them.
     beside_from: usize,
     left_behind: bool,
+    /// See [`SimBackend::take_held`].
+    held: u64,
 }
 
 impl SimBackend {
@@ -303,6 +308,7 @@ impl SimBackend {
             broken: None,
             beside_from: NO_FILE,
             left_behind: false,
+            held: 0,
         }
     }
 
@@ -330,6 +336,11 @@ impl SimBackend {
     /// Makes the device lie, from now on.
     pub fn set_lie(&mut self, lie: Option<Lie>) {
         self.device.lie = lie;
+    }
+
+    /// How long handing ops over has held the loop since this was last asked, in nanoseconds.
+    pub fn take_held(&mut self) -> u64 {
+        std::mem::take(&mut self.held)
     }
 
     /// While stalled, the device takes no ops.
@@ -829,6 +840,7 @@ impl Backend for SimBackend {
         while !self.stalled && self.flying.len() < self.device.depth {
             let Some((id, record)) = submission.peek() else { break };
             self.start(id, record, submission.ops, submission.mem);
+            self.held += self.device.nanos_per_op;
             submission.take(1);
         }
         self.left_behind = !submission.is_empty();
@@ -855,7 +867,8 @@ impl Backend for SimBackend {
         self.left_behind && self.flying.is_empty()
     }
 
+    /// Time stands still but while ops are handed over.
     fn clock(&self) -> Time {
-        Time(0)
+        Time(self.held)
     }
 }

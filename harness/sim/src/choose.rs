@@ -18,6 +18,8 @@ pub enum Choice {
     Beside,
     /// An op in flight ends.
     End(OpName, Outcome),
+    /// The loop goes on with what the last turn left.
+    Turn,
     /// Time passes, until the next deadline.
     Tick,
     /// The device takes no more ops.
@@ -52,6 +54,7 @@ impl fmt::Display for Choice {
             Choice::Submit(which) => write!(f, "submit {which}"),
             Choice::End(name, outcome) => write!(f, "end {name} {}", outcome.name()),
             Choice::Beside => f.write_str("beside"),
+            Choice::Turn => f.write_str("turn"),
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
             Choice::Resume => f.write_str("resume"),
@@ -79,6 +82,7 @@ impl FromStr for Choice {
                 Ok(Choice::End(OpName { request, ordinal }, outcome))
             }
             ["beside"] => Ok(Choice::Beside),
+            ["turn"] => Ok(Choice::Turn),
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),
             ["resume"] => Ok(Choice::Resume),
@@ -100,7 +104,7 @@ pub trait Chooser {
 /// What a run without surprises does: everything is submitted, then the oldest op ends well.
 fn calm(among: &[Choice], newest: bool) -> usize {
     let rank = |choice: &Choice| match choice {
-        Choice::Resume => 0,
+        Choice::Resume | Choice::Turn => 0,
         Choice::Submit(_) | Choice::Beside => 1,
         Choice::End(_, Outcome::Done) => 2,
         // All that a broken device does.

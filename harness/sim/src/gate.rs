@@ -334,6 +334,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         Format::Qcow2 => vec![
             scopes_on(small().filter(is_quick), fault, count(2)),
             scopes_on(small().filter(|image| !is_quick(image)), fault, core),
+            scopes_on(small().filter(is_quick), ticks, core),
             scopes_on(small().filter(|image| !is_quick(image)), QUIET, count(2)),
             scopes_on(small().chain(long()), fault, |image| table_resizes(image, 1)),
             scopes_on(small().chain(long()), QUIET, |image| table_resizes(image, 2)),
@@ -345,7 +346,9 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
             scopes_on(small(), fault, count(2)),
         ],
     };
-    let more = [device_scopes(format), lasting_scopes(format), scopes_beside(format)];
+    let slow = |image: &Image| Image { slow: true, ..*image };
+    let turns = scopes_on(small().take(2).map(|image| slow(&image)), QUIET, core);
+    let more = [turns, device_scopes(format), lasting_scopes(format), scopes_beside(format)];
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 

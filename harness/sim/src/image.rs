@@ -97,6 +97,8 @@ pub struct Image {
     pub grow: Grow,
     /// Clusters by which it grows ahead.
     pub ahead: u64,
+    /// Handing an op over takes a while.
+    pub slow: bool,
     /// Can the device zero a range?
     pub can_zero: bool,
     /// Was the format guessed?
@@ -106,6 +108,8 @@ pub struct Image {
     /// See [`Lie`].
     pub lie: Option<Lie>,
 }
+
+const TURN: Duration = Duration::from_micros(500);
 
 impl Image {
     /// An ordinary image of this format.
@@ -127,6 +131,7 @@ impl Image {
             depth: 64,
             grow: Grow::Truncate,
             ahead: 4,
+            slow: false,
             can_zero: true,
             probed: false,
             beside: None,
@@ -287,6 +292,8 @@ impl Subject for Image {
             hole_align: if self.align == 1 { 1 } else { 4096 },
             depth: self.depth,
             can_grow: self.medium == Medium::File,
+            // Two of them fit a turn, and a third goes beyond it.
+            nanos_per_op: if self.slow { TURN.as_nanos() as u64 * 2 / 5 } else { 0 },
             can_zero: self.can_zero,
             bounce_from: self.buffers as u32,
             lie: self.lie,
@@ -301,7 +308,7 @@ impl Subject for Image {
             bounce_buffers: 1,
             buffer_size: CLUSTER as usize,
             steps: 4096,
-            turn: Duration::from_micros(500),
+            turn: TURN,
             measure: false,
         }
     }
@@ -581,6 +588,9 @@ impl fmt::Display for Image {
         if !self.pass_discards {
             write!(f, "pass-discards=false ")?;
         }
+        if self.slow {
+            write!(f, "slow=true ")?;
+        }
         if let Some(beside) = self.beside {
             write!(f, "beside={beside} ")?;
         }
@@ -622,6 +632,7 @@ impl FromStr for Image {
                     };
                 }
                 "device" => image.medium = Medium::Device(number(value)?),
+                "slow" => image.slow = flag()?,
                 "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
                 "pass-discards" => image.pass_discards = flag()?,
                 "frees" => image.frees = number(value)? as usize,

@@ -64,6 +64,17 @@ pub const MUTANTS: &[Mutant] = &[
     raw("rmw_without_claim", "two unaligned writes rewrite one block at once"),
     raw("rmw_ignores_writes_in_flight", "an unaligned write puts a newer write's bytes back"),
     raw("discard_ignores_claims", "an unaligned write puts back what a discard took away"),
+    raw(
+        "gate_ignored",
+        "a read or write is submitted while a truncation or hole has the file's lock",
+    ),
+    raw(
+        "lock_taken_over_ops_in_flight",
+        "a zero write takes the file's lock while reads are in flight",
+    ),
+    raw("given_up_although_in_use", "space is given back although it was written again meanwhile"),
+    raw("turn_ignored", "a run goes on for as long as there is something to do"),
+    raw("end_of_turn_not_said", "what a turn left is forgotten until something else happens"),
     raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
     raw("file_end_cuts_unclaimed", "a file is cut off inside a block that is being written"),
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
@@ -206,6 +217,10 @@ pub const AT_REST: &[(&str, &str)] = &[
     ("qcow2_flags_in_place", "COPIED flags are written into tables that the image still uses"),
     ("qcow2_flags_stay", "COPIED flags stay although refcounts change"),
 ];
+
+/// A defect that only shows where there is always more to do: a test of turns finds it.
+pub const AT_LENGTH: &[(&str, &str)] =
+    &[("newest_first", "what came last goes out first, and the oldest may wait for ever")];
 
 /// What became of one mutant.
 #[derive(Clone, Debug)]

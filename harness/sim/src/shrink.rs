@@ -156,6 +156,7 @@ fn plain_images(image: Image) -> Vec<Image> {
         Image { grow: plain.grow, ..image },
         Image { ahead: 16, ..image },
         Image { can_zero: true, ..image },
+        Image { slow: false, ..image },
         Image { probed: false, ..image },
     ];
     candidates.into_iter().filter(|candidate| *candidate != image).collect()

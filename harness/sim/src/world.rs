@@ -9,10 +9,10 @@
 
 use std::hash::{Hash, Hasher};
 
-use cowbell_engine::Limits;
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, IoKind};
 use cowbell_engine::units::{NodeId, Time};
+use cowbell_engine::{Limits, Progress};
 
 use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
@@ -146,6 +146,7 @@ impl<S: Subject> Base<S> {
             beyond: 0,
             stage: Stage::Running,
             now: Time(0),
+            is_behind: false,
             steps: 0,
         }
     }
@@ -262,6 +263,8 @@ pub struct World<S: Subject> {
     beyond: u64,
     stage: Stage,
     now: Time,
+    /// Did the last turn leave something?
+    is_behind: bool,
     steps: u32,
 }
 
@@ -278,7 +281,7 @@ impl<S: Subject> Clone for World<S> {
     fn clone_from(&mut self, source: &Self) {
         self.engine.clone_from(&source.engine);
         let World { node, next, ended, faults, ticks, stalls, faulted, beyond, .. } = *source;
-        let World { stage, now, steps, crashes, crashed, drains, breaks, .. } = *source;
+        let World { stage, now, is_behind, steps, crashes, crashed, drains, breaks, .. } = *source;
         let World { beside, beside_next, beside_ended, .. } = *source;
         (self.beside, self.beside_next, self.beside_ended) = (beside, beside_next, beside_ended);
         let World { reopens, mends, room, flush_failed, sure, .. } = *source;
@@ -286,7 +289,7 @@ impl<S: Subject> Clone for World<S> {
         self.shadow.clone_from(&source.shadow);
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
         (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
-        (self.stage, self.now, self.steps) = (stage, now, steps);
+        (self.stage, self.now, self.is_behind, self.steps) = (stage, now, is_behind, steps);
         (self.crashes, self.crashed) = (crashes, crashed);
         (self.drains, self.breaks, self.reopens, self.mends) = (drains, breaks, reopens, mends);
         (self.room, self.flush_failed, self.sure) = (room, flush_failed, sure);
@@ -297,7 +300,8 @@ impl<S: Subject> Hash for World<S> {
     fn hash<H: Hasher>(&self, h: &mut H) {
         self.engine.hash(h);
         self.shadow.hash(h);
-        (self.next, self.faults, self.ticks, self.faulted, self.beyond, self.stage).hash(h);
+        (self.next, self.faults, self.ticks, self.faulted, self.beyond, self.stage, self.is_behind)
+            .hash(h);
         (self.crashes, self.crashed, self.drains).hash(h);
         (self.room, self.flush_failed, self.sure).hash(h);
         (self.beside_next, self.beside_ended).hash(h);
@@ -329,6 +333,9 @@ impl<S: Subject> World<S> {
         for name in names {
             backend.outcomes(name, self.faults > 0, &mut outcomes);
             out.extend(outcomes.drain(..).map(|outcome| Choice::End(name, outcome)));
+        }
+        if self.is_behind {
+            out.push(Choice::Turn);
         }
         if self.deadline().is_some() && self.ticks > 0 {
             out.push(Choice::Tick);
@@ -413,6 +420,7 @@ impl<S: Subject> World<S> {
                 self.flush_failed |= outcome.is_error() && self.engine.backend().is_flush(name);
                 self.engine.backend_mut().choose(name, outcome);
             }
+            Choice::Turn => {}
             Choice::Tick => {
                 self.ticks -= 1;
                 self.now = self.deadline().expect("chosen because there is one").max(self.now);
@@ -434,13 +442,26 @@ impl<S: Subject> World<S> {
                 self.engine.drain();
             }
         }
-        let steps = self.engine.run(self.now).steps;
+        let Progress { steps, is_over, .. } = self.engine.run(self.now);
+        self.is_behind = is_over;
+        self.assert_in_time()?;
         let limit = STEPS_PER_RUN * (self.plan.workload.requests.len() + 1);
         if steps > limit {
             return Err(format!("it does not come to rest: {steps} steps in one run"));
         }
         self.take_finished()?;
         self.see_drained()
+    }
+
+    /// A run takes a turn, and what one op takes besides: it cannot be known before.
+    fn assert_in_time(&mut self) -> Result<(), String> {
+        let held = self.engine.backend_mut().take_held();
+        let turn = self.plan.subject.limits().turn.as_nanos() as u64;
+        let longest = turn + self.engine.backend().device().nanos_per_op;
+        if held > longest {
+            return Err(format!("the loop is held for {held} ns, {longest} at most"));
+        }
+        Ok(())
     }
 
     fn submit(&mut self, which: usize) {

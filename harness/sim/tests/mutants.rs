@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use cowbell_sim::mutants::{AT_REST, EQUIVALENT, MUTANTS};
+use cowbell_sim::mutants::{AT_LENGTH, AT_REST, EQUIVALENT, MUTANTS};
 
 #[test]
 fn every_planted_defect_is_on_the_list_and_every_listed_one_is_planted() {
@@ -15,7 +15,7 @@ fn every_planted_defect_is_on_the_list_and_every_listed_one_is_planted() {
     }
     let code = MUTANTS.iter().filter(|mutant| mutant.lie.is_none()).map(|mutant| mutant.name);
     let listed: BTreeSet<String> = code
-        .chain(EQUIVALENT.iter().chain(AT_REST).map(|(name, _)| *name))
+        .chain(EQUIVALENT.iter().chain(AT_REST).chain(AT_LENGTH).map(|(name, _)| *name))
         .map(str::to_string)
         .collect();
     assert_eq!(planted, listed);
