@@ -111,8 +111,7 @@ fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
     let cut = (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
     let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || state.zero_unsupported);
     let (start, end) = claim_of(core, file, op);
-    let claimed = is_claimed(core, file, start, end)
-        && !(mutant!("discard_ignores_claims") && op.kind == OpKind::Discard);
+    let claimed = is_claimed(core, file, start, end);
     !written && moved_end(core, file, op).is_none() && !claimed
 }
 

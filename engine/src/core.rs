@@ -65,9 +65,6 @@ pub(crate) struct Core {
     pub ended: Ended,
 }
 
-/// Zeros are written as such up to this many bytes; for more the file is asked, under its lock.
-const ZERO_WRITTEN_MAX: u64 = 64 << 10;
-
 /// How long after it was given up space goes back to the file system, so that much goes at once.
 pub(crate) const GIVE_BACK_MS: u64 = 500;
 
@@ -148,7 +145,7 @@ impl Core {
                     align::spawn(self, request, file, op);
                 }
             }
-            OpKind::Zero { unmap } if op.len <= ZERO_WRITTEN_MAX => {
+            OpKind::Zero { unmap } if op.len <= self.limits.zeros_written => {
                 self.write_zeros(request, file, op, unmap);
             }
             _ => align::spawn(self, request, file, op),

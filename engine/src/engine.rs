@@ -165,7 +165,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
         assert!(info.hole_align.is_power_of_two());
         assert!(info.request_align as usize <= self.core.limits.buffer_size);
-        self.core.files.push(FileState::new(info, self.core.limits.requests));
+        self.core.files.push(FileState::new(info, &self.core.limits));
         Ok((id, info))
     }
 

@@ -8,6 +8,7 @@ use std::hash::{Hash, Hasher};
 use crate::backend::FileInfo;
 use crate::core::Core;
 use crate::given_up::GivenUp;
+use crate::limits::Limits;
 use crate::mutant;
 use crate::op::{Op, OpKind, Seg};
 use crate::units::{Errno, FileId, ReqId, Time};
@@ -68,8 +69,9 @@ pub(crate) struct Gate {
 }
 
 impl FileState {
-    /// A file that up to `requests` requests may want something of at once.
-    pub fn new(info: FileInfo, requests: usize) -> FileState {
+    /// A file of an engine of these limits.
+    pub fn new(info: FileInfo, limits: &Limits) -> FileState {
+        let requests = limits.requests;
         FileState {
             info,
             block_mask: info.request_align - 1,
@@ -85,7 +87,7 @@ impl FileState {
             claims: Vec::with_capacity(requests),
             claim_waiters: WaitList::new(),
             gate: Gate::default(),
-            given_up: GivenUp::new(),
+            given_up: GivenUp::new(limits.discards_kept),
         }
     }
 

@@ -12,18 +12,18 @@ use crate::units::{Time, align_down, align_up};
 #[derive(Clone, Hash, Debug)]
 pub(crate) struct GivenUp {
     ranges: Vec<(u64, u64)>,
+    ranges_max: usize,
     /// When the next of it is given back; of an empty list nothing.
     pub due: Time,
     /// Somebody is giving it back.
     pub is_going_on: bool,
 }
 
-/// So many ranges are kept of a file.
-const RANGES_MAX: usize = 1024;
-
 impl GivenUp {
-    pub fn new() -> GivenUp {
-        GivenUp { ranges: Vec::with_capacity(RANGES_MAX), due: Time(0), is_going_on: false }
+    /// With room for so many ranges.
+    pub fn new(ranges_max: usize) -> GivenUp {
+        let ranges = Vec::with_capacity(ranges_max);
+        GivenUp { ranges, ranges_max, due: Time(0), is_going_on: false }
     }
 
     #[inline(always)]
@@ -39,7 +39,7 @@ impl GivenUp {
         // Those that it touches become one with it.
         let from = self.ranges.partition_point(|range| range.1 < start);
         let to = self.ranges.partition_point(|range| range.0 <= end);
-        if from == to && self.ranges.len() >= RANGES_MAX {
+        if from == to && self.ranges.len() >= self.ranges_max {
             return false;
         }
         let start = self.ranges[from..to].first().map_or(start, |range| range.0.min(start));
@@ -59,7 +59,7 @@ impl GivenUp {
         let (first, last) = (self.ranges[from], self.ranges[to - 1]);
         let left = [(first.0, start), (end, last.1)].into_iter().filter(|(from, to)| from < to);
         let mut kept: smallvec::SmallVec<[(u64, u64); 2]> = left.collect();
-        if kept.len() > to - from && self.ranges.len() >= RANGES_MAX {
+        if kept.len() > to - from && self.ranges.len() >= self.ranges_max {
             // A hint is forgotten.
             kept.pop();
         }
@@ -76,6 +76,8 @@ impl GivenUp {
 mod tests {
     use super::*;
 
+    const RANGES_MAX: usize = 1024;
+
     /// Against a set of blocks, one byte each.
     #[test]
     fn it_has_what_was_added_and_not_removed() {
@@ -84,7 +86,7 @@ mod tests {
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
             (state >> 33) % below
         };
-        let (mut given_up, mut model) = (GivenUp::new(), [false; 64]);
+        let (mut given_up, mut model) = (GivenUp::new(RANGES_MAX), [false; 64]);
         for _ in 0..20_000 {
             let (start, len) = (random(64), random(12));
             let end = (start + len).min(64);
@@ -110,7 +112,7 @@ mod tests {
 
     #[test]
     fn it_is_bounded() {
-        let mut given_up = GivenUp::new();
+        let mut given_up = GivenUp::new(RANGES_MAX);
         let count = RANGES_MAX as u64;
         assert!((0..count).all(|at| given_up.add(at * 30, at * 30 + 20)));
         assert!(!given_up.add(count * 30, count * 30 + 20), "it is full");

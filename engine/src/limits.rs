@@ -18,6 +18,11 @@ pub struct Limits {
     pub bounce_buffers: usize,
     /// Bytes in each buffer: a power of two, at least 4096.
     pub buffer_size: usize,
+    /// Zeros are written as such up to this many bytes; for more the file is asked, under its lock.
+    pub zeros_written: u64,
+    /// Discarded ranges of each file that are kept to be given back later, together; with 0 each is at
+    /// once.
+    pub discards_kept: usize,
     /// Events delivered in one `run`, about: what is ready then waits for the next, and
     /// [`Progress::again`](crate::Progress::again) says so. Whatever happens, `run` returns. At least 1.
     pub steps: usize,
@@ -38,6 +43,8 @@ impl Default for Limits {
             buffers: 64,
             bounce_buffers: 16,
             buffer_size: 64 << 10,
+            zeros_written: 64 << 10,
+            discards_kept: 1024,
             steps: 16 << 10,
             turn: Duration::from_micros(500),
             measure: true,

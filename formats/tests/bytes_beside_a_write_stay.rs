@@ -24,6 +24,8 @@ const TIGHT: Limits = Limits {
     buffers: 2,
     bounce_buffers: 1,
     buffer_size: 4096,
+    zeros_written: 4096,
+    discards_kept: 1,
     steps: 4096,
     turn: std::time::Duration::from_micros(500),
     measure: true,

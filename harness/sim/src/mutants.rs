@@ -63,7 +63,6 @@ pub const MUTANTS: &[Mutant] = &[
     raw("short_write_counts_as_whole", "the rest of a short write is forgotten"),
     raw("rmw_without_claim", "two unaligned writes rewrite one block at once"),
     raw("rmw_ignores_writes_in_flight", "an unaligned write puts a newer write's bytes back"),
-    raw("discard_ignores_claims", "an unaligned write puts back what a discard took away"),
     raw(
         "gate_ignored",
         "a read or write is submitted while a truncation or hole has the file's lock",
