@@ -416,7 +416,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             let before = self.core.out.len();
             let slice = before.min(self.pace);
             if mutant!("newest_first") {
-                self.core.out.turn_around();
+                self.core.out.bring_forward(slice);
             }
             let began = turn.seen;
             let Core { out, ops, mem, .. } = &mut self.core;

@@ -54,9 +54,9 @@ impl<T: Copy> Queue<T> {
         if self.is_empty() { None } else { self.values.pop() }
     }
 
-    /// Brings what was pushed last to the front, and what was first to the end.
-    pub fn turn_around(&mut self) {
-        self.values[self.front..].reverse();
+    /// Brings the last `n` values to the front.
+    pub fn bring_forward(&mut self, n: usize) {
+        self.values[self.front..].rotate_right(n);
     }
 
     /// What waits, oldest first.

@@ -2,6 +2,7 @@
 //! turn, whatever node it is of.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -98,18 +99,22 @@ fn turn(engine: &mut Engine<Raw, Slow>) -> (u64, Vec<u64>, bool) {
         assert_eq!(done.result, Ok(()));
         ended.push(done.tag);
     }
-    (spent, ended, progress.again)
+    (spent, ended, progress.is_over)
 }
 
 #[test]
 fn however_slow_the_backend_is() {
+    take_turns();
+}
+
+fn take_turns() {
     for nanos_per_op in [100, 6_000, 20_000, 90_000] {
         let (mut engine, [node, _]) = engine(Slow::new(nanos_per_op, 0), 2048);
         (0..2048).for_each(|tag| read(&mut engine, node, tag));
         let (mut ended, mut turns) = (Vec::new(), 0);
         while ended.len() < 2048 {
-            let (spent, some, again) = turn(&mut engine);
-            assert!(again || ended.len() + some.len() == 2048);
+            let (spent, some, is_over) = turn(&mut engine);
+            assert!(is_over || ended.len() + some.len() == 2048);
             let slice = TURN.as_nanos() as u64 / 4;
             let longest = TURN.as_nanos() as u64 + slice.max(nanos_per_op);
             assert!(spent <= longest, "{spent} ns, {nanos_per_op} for an op");
@@ -146,8 +151,8 @@ fn steps_take_time_too() {
     // 32 events are between two looks.
     let (mut engine, [node, _]) = engine(Slow::new(0, 200_000), 1024);
     (0..1024).for_each(|tag| read(&mut engine, node, tag));
-    let (_, ended, again) = turn(&mut engine);
-    assert!(again && ended.is_empty());
+    let (_, ended, is_over) = turn(&mut engine);
+    assert!(is_over && ended.is_empty());
     assert!(engine.backend().most_at_once <= 128, "not all are begun in one turn");
     let mut ended = 0;
     while ended < 1024 {
@@ -162,38 +167,37 @@ fn one_disk_does_not_keep_the_loop_from_another() {
 
 #[cfg(feature = "mutants")]
 #[test]
-fn a_disk_that_starves_is_found() {
-    cowbell_engine::mutants::activate(Some("newest_first"));
-    let found = std::panic::catch_unwind(share_the_loop);
-    cowbell_engine::mutants::activate(None);
-    assert!(found.is_err(), "it starves, and nobody sees it");
+fn planted_defects_are_found() {
+    let found_by = |mutant, test: fn()| {
+        cowbell_engine::mutants::activate(Some(mutant));
+        let found = std::panic::catch_unwind(test);
+        cowbell_engine::mutants::activate(None);
+        assert!(found.is_err(), "{mutant}, and nobody sees it");
+    };
+    found_by("newest_first", share_the_loop);
+    found_by("end_of_turn_not_said", take_turns);
+    found_by("turn_ignored", take_turns);
 }
 
+/// 200 ops of 50 us are 20 turns: so long does one wait for those before it, and never for what comes
+/// after it.
 fn share_the_loop() {
-    let (mut engine, [busy, other]) = engine(Slow::new(50_000, 0), 256);
-    let mut tag = 0;
-    (0..200).for_each(|_| {
-        read(&mut engine, busy, tag);
-        tag += 1;
-    });
-    for _ in 0..20 {
-        read(&mut engine, other, 1 << 20);
-        let mut turns = 0;
-        'one: loop {
-            turns += 1;
-            // 200 ops of 50 us are 20 turns: it is behind those, and ahead of what comes after it.
-            assert!(turns <= 24, "the other disk waits for ever");
-            for ended in turn(&mut engine).1 {
-                if ended == 1 << 20 {
-                    break 'one;
-                }
-                read(&mut engine, busy, tag);
-                tag += 1;
-            }
-        }
-        while engine.in_flight() < 200 {
-            read(&mut engine, busy, tag);
+    const BUSY: u64 = 200;
+    const LONGEST: u64 = 24;
+    let (mut engine, [busy, other]) = engine(Slow::new(50_000, 0), BUSY as usize + 1);
+    // Since which turn each waits, by tag; of the other disk one at a time.
+    let (mut waiting, mut tag) = (BTreeMap::new(), 0);
+    for now in 0..400 {
+        while waiting.len() < BUSY as usize + 1 {
+            let is_others = !waiting.values().any(|&(_, is_others)| is_others);
+            read(&mut engine, if is_others { other } else { busy }, tag);
+            waiting.insert(tag, (now, is_others));
             tag += 1;
         }
+        for ended in turn(&mut engine).1 {
+            waiting.remove(&ended).expect("it was waiting");
+        }
+        let longest = waiting.values().map(|&(since, _)| now - since).max();
+        assert!(longest <= Some(LONGEST), "something waits for {longest:?} turns");
     }
 }

@@ -292,8 +292,8 @@ impl Subject for Image {
             hole_align: if self.align == 1 { 1 } else { 4096 },
             depth: self.depth,
             can_grow: self.medium == Medium::File,
-            // Two of them fit a turn, and a third goes beyond it.
-            nanos_per_op: if self.slow { TURN.as_nanos() as u64 * 2 / 5 } else { 0 },
+            // One is as much as a turn.
+            nanos_per_op: if self.slow { TURN.as_nanos() as u64 } else { 0 },
             can_zero: self.can_zero,
             bounce_from: self.buffers as u32,
             lie: self.lie,

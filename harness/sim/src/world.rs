@@ -453,11 +453,12 @@ impl<S: Subject> World<S> {
         self.see_drained()
     }
 
-    /// A run takes a turn, and what one op takes besides: it cannot be known before.
+    /// A run ends when the turn does, or with the op that is being handed over then.
     fn assert_in_time(&mut self) -> Result<(), String> {
         let held = self.engine.backend_mut().take_held();
         let turn = self.plan.subject.limits().turn.as_nanos() as u64;
-        let longest = turn + self.engine.backend().device().nanos_per_op;
+        let per_op = self.engine.backend().device().nanos_per_op.max(1);
+        let longest = turn.next_multiple_of(per_op);
         if held > longest {
             return Err(format!("the loop is held for {held} ns, {longest} at most"));
         }
