@@ -61,6 +61,8 @@ enum State {
     Quiet,
     /// A range, given back to the file system.
     GiveBack,
+    /// The same, of what the op would meet.
+    GiveBackFirst,
     /// No other claim overlaps, and the gate is open.
     Claim,
     /// The op itself, once nothing stood in its way.
@@ -97,6 +99,7 @@ pub(crate) fn is_direct(core: &Core, file: FileId, op: &Op) -> bool {
     (op.offset | op.len) & u64::from(state.block_mask) == 0
         && core.mem.is_aligned(&op.segs, state.address_mask, state.block_mask)
         && !is_closed(core, file)
+        && state.to_give_back(op).is_none()
         && (!op.kind.modifies() || !is_claimed(core, file, op.offset, op.end()))
 }
 
@@ -232,6 +235,7 @@ impl Machine<'_> {
             }
             // A hint, taken or not.
             (State::GiveBack, Event::Io(_)) => self.give_back(),
+            (State::GiveBackFirst, Event::Io(_)) => Step::Go(State::Claim),
             (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::Gate, Event::Start | Event::Woken) => self.close(),
             (State::Quiet, Event::Start | Event::Woken) => self.wait_for_quiet(),
@@ -323,6 +327,15 @@ impl Machine<'_> {
         file.info.can_grow && padded.is_some_and(|padded| padded > end && padded > file.len)
     }
 
+    /// What was given up of `start..end` is given back, and the op is looked at again.
+    fn give_back_first(&mut self, start: u64, end: u64) -> Step<State> {
+        let file = &mut self.core.files[self.job.file.index()];
+        let (start, end) = file.given_up.take(start, end).expect("there is some");
+        let op = Op::bare(OpKind::Discard, self.job.file, start, end - start);
+        self.core.enqueue(self.me, op);
+        Step::Wait(State::GiveBackFirst)
+    }
+
     /// The next range that was given up; until there is none, or others have waited long enough.
     fn give_back(&mut self) -> Step<State> {
         let now = self.core.now;
@@ -365,10 +378,19 @@ impl Machine<'_> {
 
     fn claim(&mut self) -> Step<State> {
         let (file, op) = (self.job.file, &self.job.op);
-        let has_gate = self.core.files[file.index()].gate.closed_by == Some(self.me);
-        if !has_gate && self.wants_gate() {
+        let mut has_gate = self.core.files[file.index()].gate.closed_by == Some(self.me);
+        let to_give_back = self.core.files[file.index()].to_give_back(op);
+        if !has_gate && (to_give_back.is_some() || self.wants_gate()) {
             return Step::Go(State::Gate);
         }
+        if let Some((start, end)) = to_give_back {
+            return self.give_back_first(start, end);
+        }
+        if has_gate && !self.wants_gate() {
+            self.open();
+            has_gate = false;
+        }
+        let op = &self.job.op;
         let (start, end) = claim_of(self.core, file, op);
         let is_claimed = op.kind.modifies() && is_claimed(self.core, file, start, end);
         let waits =

@@ -274,8 +274,6 @@ impl Core {
         if op.kind.modifies() {
             let Target::File(file) = op.target else { unreachable!("checked by issue") };
             self.files[file.index()].note_issued(&op, end);
-        } else if let (OpKind::Read, Target::File(file)) = (op.kind, op.target) {
-            self.files[file.index()].note_used(&op);
         }
         let record = self.queue_op(request);
         (record.op, record.moved) = (op, 0);

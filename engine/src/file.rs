@@ -11,7 +11,7 @@ use crate::given_up::GivenUp;
 use crate::limits::Limits;
 use crate::mutant;
 use crate::op::{Op, OpKind, Seg};
-use crate::units::{Errno, FileId, ReqId, Time};
+use crate::units::{Errno, FileId, ReqId, Time, align_down, align_up};
 use crate::wait::WaitList;
 
 /// A range of a file that somebody reads, changes and writes back.
@@ -107,14 +107,35 @@ impl FileState {
         }
     }
 
-    /// `op` is on its way. What it uses is given up no more: what somebody has read stays as it is, too.
+    /// `op`, which modifies, is on its way. What it writes is given up no more.
     #[inline]
-    pub fn note_used(&mut self, op: &Op) {
+    fn note_used(&mut self, op: &Op) {
         if self.given_up.is_empty() || mutant!("given_up_although_in_use") {
             return;
         }
         let end = if op.kind == OpKind::Truncate { u64::MAX } else { op.end() };
         self.given_up.remove(op.offset, end, self.hole_mask + 1);
+    }
+
+    /// Where there is something that was given up, and is to be given back before `op` can be done:
+    /// what it reads, and the rest of blocks of which it changes a part.
+    pub fn to_give_back(&self, op: &Op) -> Option<(u64, u64)> {
+        if self.given_up.is_empty() {
+            return None;
+        }
+        let (start, end) = (op.offset, op.end());
+        let parts = match op.kind {
+            OpKind::Read if mutant!("given_up_is_read_as_it_was") => return None,
+            OpKind::Read => [(start, end); 2],
+            OpKind::Discard | OpKind::Flush | OpKind::Compute(_) => return None,
+            _ => {
+                let block = self.hole_mask + 1;
+                let last = if op.kind == OpKind::Truncate { start } else { end };
+                let rest = align_up(last, block).unwrap_or(u64::MAX);
+                [(align_down(start, block), start), (last, rest)]
+            }
+        };
+        parts.into_iter().find(|&(start, end)| self.given_up.overlaps(start, end))
     }
 
     /// Can it take a read or write as it is, now, at `offset`, of `seg`, which is memory with

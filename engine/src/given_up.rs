@@ -3,8 +3,9 @@
 //!
 //! A discard is a hint, so it is done as far as its request is concerned when its range is noted here.
 //! The file gets it later, together with others and in pieces as large as they have become: a hole
-//! is made under the file's lock, for which everything else on the file waits (`align.rs`). What is
-//! written again meanwhile is taken out; so is what is read, since two reads shall agree.
+//! is made under the file's lock, for which everything else on the file waits (`align.rs`). Blocks that
+//! are written again meanwhile are taken out. Who would read some of it, or change part of a block, has
+//! it given back first: nobody sees that it came late.
 
 use crate::units::{Time, align_down, align_up};
 
@@ -66,6 +67,18 @@ impl GivenUp {
         self.ranges.splice(from..to, kept);
     }
 
+    /// Is some of `start..end` among it?
+    pub fn overlaps(&self, start: u64, end: u64) -> bool {
+        let from = self.ranges.partition_point(|range| range.1 <= start);
+        start < end && self.ranges.get(from).is_some_and(|range| range.0 < end)
+    }
+
+    /// The first range that has some of `start..end`, taken out.
+    pub fn take(&mut self, start: u64, end: u64) -> Option<(u64, u64)> {
+        let at = self.ranges.partition_point(|range| range.1 <= start);
+        self.overlaps(start, end).then(|| self.ranges.remove(at))
+    }
+
     /// The next range to be given back.
     pub fn pop(&mut self) -> Option<(u64, u64)> {
         self.ranges.pop()
@@ -107,6 +120,10 @@ mod tests {
                 found[start as usize..end as usize].fill(true);
             }
             assert_eq!(found, model);
+            let (start, end) = (random(64), random(65));
+            let has = (start..end).any(|at| model[at as usize]);
+            assert_eq!(given_up.overlaps(start, end), has);
+            assert_eq!(given_up.clone().take(start, end).is_some(), has);
         }
     }
 

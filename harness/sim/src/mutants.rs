@@ -72,6 +72,7 @@ pub const MUTANTS: &[Mutant] = &[
         "a zero write takes the file's lock while reads are in flight",
     ),
     raw("given_up_although_in_use", "space is given back although it was written again meanwhile"),
+    raw("given_up_is_read_as_it_was", "a discarded block is read before its discard is done"),
     raw("turn_ignored", "a run goes on for as long as there is something to do"),
     raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
     raw("file_end_cuts_unclaimed", "a file is cut off inside a block that is being written"),
