@@ -6,7 +6,6 @@
 //! what happened; and shows the simulator for a second. Requests in flight do not overlap, unless both read: what overlapping ones
 //! leave behind is anybody's guess.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -86,8 +85,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     mix.fragment()?;
     mix.send_for(args.time)?;
     let asked = mix.stop.is_asked();
-    let mut ended = mix.end(&mut out)?;
-    let verified = look_again(&overlay, &mut ended, &mut out)?;
+    let ended = mix.end(&mut out)?;
+    let verified = look_again(&overlay, &ended, &mut out)?;
     let held = simulate(&mut out)?;
     let good = verified && held && ended.mismatches == 0;
     let verdict = match (good, asked) {
@@ -107,7 +106,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
 }
 
 /// The two files, and what the disk holds.
-fn make(folder: &Path, random: &mut Random) -> Result<(PathBuf, Shadow), Fail> {
+fn make(folder: &Path, random: &mut Random) -> Result<(PathBuf, Vec<u8>), Fail> {
     let backing = folder.join("base.raw");
     let mut shadow = vec![0; DISK as usize];
     random.fill(&mut shadow[..BACKING as usize]);
@@ -129,61 +128,7 @@ fn make(folder: &Path, random: &mut Random) -> Result<(PathBuf, Shadow), Fail> {
     };
     create(&DiskHost::default(), &overlay, Format::Qed, &options)
         .map_err(|why| Fail::file(&overlay, why))?;
-    Ok((overlay, Shadow { bytes: shadow, discarded: BTreeMap::new() }))
-}
-
-/// What the disk holds.
-struct Shadow {
-    bytes: Vec<u8>,
-    /// What discarded clusters held before. A discard is a hint: each of their bytes is zero or
-    /// this one, until somebody has seen which.
-    discarded: BTreeMap<usize, Box<[u8]>>,
-}
-
-impl Shadow {
-    /// `len` bytes at `at` are now what `fill` makes them.
-    fn set(&mut self, at: usize, len: usize, fill: impl FnOnce(&mut [u8])) -> &[u8] {
-        fill(&mut self.bytes[at..at + len]);
-        self.settle(at, len);
-        &self.bytes[at..at + len]
-    }
-
-    /// These bytes are known.
-    fn settle(&mut self, at: usize, len: usize) {
-        let size = CLUSTER as usize;
-        for (&cluster, old) in self.discarded.range_mut(at / size..(at + len).div_ceil(size)) {
-            let start = cluster * size;
-            let (from, to) = (at.max(start), (at + len).min(start + old.len()));
-            old[from - start..to - start].copy_from_slice(&self.bytes[from..to]);
-        }
-    }
-
-    /// Whole clusters are discarded.
-    fn discard(&mut self, from: usize, to: usize) {
-        let size = CLUSTER as usize;
-        for start in (from..to).step_by(size) {
-            let bytes = &mut self.bytes[start..to.min(start + size)];
-            self.discarded.entry(start / size).or_insert_with(|| (&*bytes).into());
-            bytes.fill(0);
-        }
-    }
-
-    /// Can the disk hold `found` at `at`? Then it does, from now on.
-    fn agrees(&mut self, at: usize, found: &[u8]) -> bool {
-        let size = CLUSTER as usize;
-        let old = |i: usize| self.discarded.get(&(i / size)).map(|old| old[i % size]);
-        let range = at..at + found.len();
-        let agrees = self.bytes[range.clone()] == *found
-            || range
-                .clone()
-                .zip(found)
-                .all(|(i, byte)| [Some(self.bytes[i]), old(i)].contains(&Some(*byte)));
-        if agrees {
-            self.bytes[range].copy_from_slice(found);
-            self.settle(at, found.len());
-        }
-        agrees
-    }
+    Ok((overlay, shadow))
 }
 
 /// A request in flight.
@@ -210,7 +155,7 @@ struct Counts {
 /// The random mix of requests.
 struct Mix {
     session: Session,
-    shadow: Shadow,
+    shadow: Vec<u8>,
     random: Random,
     stop: Stop,
     sent: Vec<Option<Sent>>,
@@ -221,12 +166,12 @@ struct Mix {
 
 /// What is left of a [`Mix`].
 struct Ended {
-    shadow: Shadow,
+    shadow: Vec<u8>,
     mismatches: u64,
 }
 
 impl Mix {
-    fn new(session: Session, shadow: Shadow, random: Random, stop: Stop) -> Mix {
+    fn new(session: Session, shadow: Vec<u8>, random: Random, stop: Stop) -> Mix {
         let sent = vec![None; DEPTH];
         let counts = Counts::default();
         Mix { session, shadow, random, stop, sent, counts, mismatches: 0, nanos: 0 }
@@ -304,7 +249,7 @@ impl Mix {
                 _ => self.collect()?,
             }
         };
-        let (at, len) = (io.offset as usize, io.len as usize);
+        let range = io.offset as usize..io.end() as usize;
         let mem = match io.kind {
             IoKind::Read => {
                 self.counts.reads += 1;
@@ -314,20 +259,22 @@ impl Mix {
             IoKind::Write { .. } => {
                 self.counts.writes += 1;
                 self.counts.written_bytes += io.len;
-                let random = &mut self.random;
-                Mem::Owned(Buf::copied(self.shadow.set(at, len, |bytes| random.fill(bytes))))
+                self.random.fill(&mut self.shadow[range.clone()]);
+                Mem::Owned(Buf::copied(&self.shadow[range]))
             }
             IoKind::Zero { .. } => {
                 self.counts.zeroes += 1;
-                self.shadow.set(at, len, |bytes| bytes.fill(0));
+                self.shadow[range].fill(0);
                 Mem::None
             }
             IoKind::Discard => {
                 self.counts.discards += 1;
-                // Whole clusters may read as zeros afterwards; other bytes keep their contents.
+                // Whole clusters read as zeros afterwards; other bytes keep their contents.
                 let first = io.offset.next_multiple_of(CLUSTER);
                 let last = if io.end() == DISK { DISK } else { io.end() - io.end() % CLUSTER };
-                self.shadow.discard(first as usize, last as usize);
+                if first < last {
+                    self.shadow[first as usize..last as usize].fill(0);
+                }
                 Mem::None
             }
             IoKind::Flush | IoKind::Truncate => {
@@ -361,7 +308,8 @@ impl Mix {
             Fail::at(path, format!("request of {} bytes at {}: {errno}", sent.len, sent.offset))
         })?;
         if let (Mem::Owned(buf), true) = (&finished.mem, sent.reads) {
-            self.mismatches += u64::from(!self.shadow.agrees(sent.offset as usize, &buf[..]));
+            let range = sent.offset as usize..(sent.offset + sent.len) as usize;
+            self.mismatches += u64::from(buf[..] != self.shadow[range]);
         }
         Ok(())
     }
@@ -440,7 +388,7 @@ fn simulate(out: &mut Out) -> Result<bool, Fail> {
 }
 
 /// Checks the closed image, and reads all of it without the engine.
-fn look_again(overlay: &Path, ended: &mut Ended, out: &mut Out) -> Result<bool, Fail> {
+fn look_again(overlay: &Path, ended: &Ended, out: &mut Out) -> Result<bool, Fail> {
     let host = DiskHost::default();
     let open = |why| Fail::open(overlay, why);
     let file = host.open(overlay, false).map_err(|error| Fail::open_io(overlay, &error))?;
@@ -460,7 +408,7 @@ fn look_again(overlay: &Path, ended: &mut Ended, out: &mut Out) -> Result<bool, 
     let chain = cowbell_formats::open(&host, overlay, &options).map_err(open)?;
     let mut bytes = vec![0; DISK as usize];
     map::read(&chain, 0, &mut bytes).map_err(open)?;
-    let same = ended.shadow.agrees(0, &bytes);
+    let same = bytes == ended.shadow;
     writeln!(
         out,
         "{} {} reads went wrong; the whole disk, read from the files: {}",
