@@ -75,7 +75,6 @@ pub const MUTANTS: &[Mutant] = &[
     raw("given_up_is_read_as_it_was", "a discarded block is read before its discard is done"),
     raw("turn_ignored", "a run goes on for as long as there is something to do"),
     raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
-    raw("file_end_cuts_unclaimed", "a file is cut off inside a block that is being written"),
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),
     raw("drain_error_forgotten", "a drain that could not make all stable says that it did"),
     raw("failed_flush_tried_again", "the flush after a failed one counts for what that lost"),
@@ -207,6 +206,11 @@ pub const EQUIVALENT: &[(&str, &str)] = &[
     (
         "probed_raw_unguarded",
         "a matter of what a guest may write, not of crashes or order: a test of the raw driver finds it",
+    ),
+    (
+        "file_end_cuts_unclaimed",
+        "whatever changes a file's length has the file to itself; the flush behind it is owed to page caches, \
+         which the device has none of",
     ),
     (
         "qcow2_stocked_before_discarded",
