@@ -79,7 +79,7 @@ impl Core {
             out: Queue::with_capacity(limits.ops),
             ready: Queue::with_capacity(slots),
             files: Vec::new(),
-            jobs: Slab::with_capacity(limits.requests),
+            jobs: Slab::with_capacity(slots),
             mem: Memory::new(slots, buffers, limits.buffer_size),
             bufs_free: ids(0, limits.buffers),
             buf_waiters: WaitList::new(),
