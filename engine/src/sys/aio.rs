@@ -2,7 +2,7 @@
 //!
 //! The model: every op that the kernel can do without blocking goes to it in as few `io_submit`
 //! as possible. What it refuses to do without waiting (RWF_NOWAIT: writes into holes, most of all) goes
-//! to its file's *lane* ([`super::lane`]), a thread that submits it again and may wait; where a file has
+//! to its file's *lane* (`lane.rs`), a thread that submits it again and may wait; where a file has
 //! refused writes of late (`regions`), the next ones go there at once. Everything else goes to a small
 //! pool of threads inside: ops on buffered files (`io_submit` would do those itself, there and
 //! then), truncate, allocate, zero, discard, whatever is computed, and what the kernel declares

@@ -6,7 +6,7 @@
 //! pool of our threads is left for what it has no op for: zeroing and discarding on block devices,
 //! zeroing that gives space up (two calls, one depending on the other), whatever is computed, and
 //! what it refuses, for it lacks an op (truncation before Linux 6.9) or the file system does.
-//! An op is asked of the kernel only if its success means what it means in [`super::job`]; what
+//! An op is asked of the kernel only if its success means what it means in `job.rs`; what
 //! it refuses goes there whole. Success is the kernel's to tell, failure that function's.
 //!
 //! *One descriptor.* Ring and pool signal the same eventfd. The ring's own descriptor would save
