@@ -160,7 +160,6 @@ pub(crate) fn spawn(core: &mut Core, request: ReqId, file: FileId, op: Op) {
     let job = Job { op, file, at: 0, buf: None, state: State::Claim };
     begin(core, job, node, Origin::Child(request));
     core.expect_result(request);
-    core.stats.bounced += 1;
 }
 
 fn begin(core: &mut Core, job: Job, node: NodeId, origin: Origin) {
@@ -408,7 +407,8 @@ impl Machine<'_> {
         if direct {
             return self.direct();
         }
-        if op.kind == OpKind::Read {
+        self.core.stats.bounced += 1;
+        if self.job.op.kind == OpKind::Read {
             return Step::Go(State::Chunk);
         }
         self.core.files[file.index()].claims.push(Claim { owner: self.me, start, end });
