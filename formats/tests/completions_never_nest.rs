@@ -83,7 +83,9 @@ fn all_of_them_behind_one_flush() {
     let folder = folder();
     let path = folder.path().join("disk");
     make(&path, Format::Raw, SIZE);
-    let limits = Limits { requests: REQUESTS as usize, ..Limits::default() };
+    // All of them in one turn.
+    let turn = std::time::Duration::from_secs(60);
+    let limits = Limits { requests: REQUESTS as usize, turn, ..Limits::default() };
     let mut engine = Engine::new(aio(), limits);
     let disk = add(&mut engine, &path, Format::Raw, true);
     on_a_small_stack(move || {
