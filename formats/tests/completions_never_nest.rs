@@ -85,7 +85,8 @@ fn all_of_them_behind_one_flush() {
     make(&path, Format::Raw, SIZE);
     // All of them in one turn.
     let turn = std::time::Duration::from_secs(60);
-    let limits = Limits { requests: REQUESTS as usize, turn, ..Limits::default() };
+    let (requests, steps) = (REQUESTS as usize, usize::MAX);
+    let limits = Limits { requests, steps, turn, ..Limits::default() };
     let mut engine = Engine::new(aio(), limits);
     let disk = add(&mut engine, &path, Format::Raw, true);
     on_a_small_stack(move || {
