@@ -114,15 +114,8 @@ impl Backend for Pool {
     }
 
     fn submit(&mut self, submission: &mut Submission<'_>) {
-        while self.workers.has_room() {
-            let Some(&op) = submission.waiting().first() else { break };
-            let record = &submission.ops[op];
-            match Handle::of(record, |id| self.files.get(id).map(DiskFile::handle)) {
-                Some(file) => self.workers.stage(op, record, file, submission.mem),
-                None => self.workers.fail(op, NOT_ATTACHED),
-            }
-            submission.take(1);
-        }
+        let handle = |id| self.files.get(id).map(DiskFile::handle);
+        while self.workers.take_front(submission, handle).is_some() {}
         self.workers.start();
     }
 
@@ -275,6 +268,27 @@ impl Workers {
         self.staged.push(Job::new(op, record, file, mem, pieces));
         self.stats.count(record.op.kind);
         self.in_flight += 1;
+    }
+
+    /// Takes the front op, which is on a file that `handle` knows, or fails it. None: there is no op,
+    /// or no room; otherwise whether it was staged.
+    pub(crate) fn take_front(
+        &mut self,
+        submission: &mut Submission<'_>,
+        handle: impl FnOnce(FileId) -> Option<Handle>,
+    ) -> Option<bool> {
+        if !self.has_room() {
+            return None;
+        }
+        let &op = submission.waiting().first()?;
+        let record = &submission.ops[op];
+        let file = Handle::of(record, handle);
+        match file {
+            Some(file) => self.stage(op, record, file, submission.mem),
+            None => self.fail(op, NOT_ATTACHED),
+        }
+        submission.take(1);
+        Some(file.is_some())
     }
 
     /// Completes an op that cannot be done.

@@ -44,7 +44,7 @@ use crate::mem::Memory;
 use crate::op::OpKind;
 use crate::ops::{OpRecord, Ops};
 use crate::sys::disk::DiskFile;
-use crate::sys::files::{Files, NOT_ATTACHED};
+use crate::sys::files::Files;
 use crate::sys::job::Handle;
 use crate::sys::pool::{PoolOptions, PoolStats, Workers};
 use crate::sys::ram::RamPiece;
@@ -387,20 +387,10 @@ impl Uring {
 
     /// Gives the front op to the pool. False: it has no room.
     fn front_to_pool(&mut self, submission: &mut Submission<'_>) -> bool {
-        if !self.workers.has_room() {
-            return false;
-        }
-        let Some(&op) = submission.waiting().first() else { return false };
-        let record = &submission.ops[op];
-        match Handle::of(record, |id| self.files.get(id).map(|file| file.file.handle())) {
-            Some(file) => {
-                self.workers.stage(op, record, file, submission.mem);
-                self.stats.pooled += 1;
-            }
-            None => self.workers.fail(op, NOT_ATTACHED),
-        }
-        submission.take(1);
-        true
+        let handle = |id| self.files.get(id).map(|file| file.file.handle());
+        let taken = self.workers.take_front(submission, handle);
+        self.stats.pooled += u64::from(taken == Some(true));
+        taken.is_some()
     }
 
     /// There are errors among the kernel's answers from `from` on. What it did not do at all, or does
