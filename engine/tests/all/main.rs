@@ -1,0 +1,5 @@
+//! One program with all tests of this crate: it is linked once.
+
+mod contract;
+mod cpu_work_is_an_op;
+mod disk;

@@ -1,0 +1,12 @@
+//! One program with all tests of this crate: it is linked once.
+
+mod canary;
+mod contract;
+mod cpu_work_completes_when_chosen;
+mod gate;
+mod mutants;
+mod orders_left_out_lead_nowhere_else;
+mod random;
+mod regressions;
+mod traces_survive_being_text;
+mod where_a_request_stands_makes_no_difference;

@@ -1,0 +1,16 @@
+//! One program with all tests of this crate: it is linked once.
+
+mod benchmarks_say_how_long_the_loop_is_held;
+mod common;
+mod defects_of_qemu_do_not_occur;
+mod disks_are_resized_as_qemu_resizes_them;
+mod images_are_locked_as_qemu_locks_them;
+mod images_interoperate_with_qemu;
+mod it_ends_well;
+mod other_peoples_images_are_left_alone;
+mod output_is_that_of_qemu;
+mod the_seeds_scripts_run_unchanged;
+mod the_simulator_answers;
+mod vmdk_images_interoperate_with_qemu;
+mod what_was_flushed_survives_a_kill;
+mod what_was_flushed_survives_a_power_cut;
