@@ -67,6 +67,7 @@ pub mod locks;
 pub mod map;
 pub mod name;
 pub mod node;
+mod past_end;
 pub mod preallocation;
 pub mod probe;
 pub mod qcow2;

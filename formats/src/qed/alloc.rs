@@ -58,6 +58,8 @@ enum Link {
 pub(super) struct SliceLink {
     /// A write is in flight.
     pub busy: bool,
+    /// The slice on disk has entries that led past the file's end when the image was opened.
+    pub past_end: bool,
     /// Claims waiting for it, or for the next.
     pub waiters: WaitList,
 }
@@ -395,10 +397,21 @@ impl Qed {
             }
         }
         let (from, to) = (from & !(unit - 1), to.next_multiple_of(unit));
+        if !self.links[slot].past_end {
+            self.slice_is_ours(any);
+        }
         let table = self.table_of(any);
         let offset = self.slice_offset(table, any) + from as u64;
         let seg = Seg { base: Base::Pool(buf), off: from as u32, len: (to - from) as u32 };
         cx.issue(Op::write(self.file, offset, Segs::one(seg)));
+    }
+
+    /// What is on disk of the slice that maps `cluster` was written by this session, or may have
+    /// been. If the write fails and there were bad entries, that is not so: which of the two is
+    /// there, nobody knows, and a new cluster that cannot be read is better than a wrong one.
+    fn slice_is_ours(&mut self, cluster: u64) {
+        let slice = cluster >> SLICE_BITS;
+        self.past_end.changed(slice..slice + 1);
     }
 
     /// The L2 table that maps guest cluster `cluster`, which has one.
@@ -422,6 +435,10 @@ impl Qed {
     ) -> Step<State> {
         cx.give_buf(buf);
         let slot = self.claims[key].slot;
+        if result.is_ok() && self.links[slot].past_end {
+            self.slice_is_ours(self.claims[key].cluster);
+            self.links[slot].past_end = false;
+        }
         let latecomers = mutant!("latecomers_count_as_linked");
         let bytes = self.tables.bytes_mut(slot, cx.mem());
         let size = self.geometry.cluster_size();

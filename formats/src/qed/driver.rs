@@ -45,12 +45,18 @@ use super::house::Header;
 use super::layout::{Bounds, Geometry};
 use super::open::Opened;
 use crate::claims::Claims;
+use crate::past_end::PastEnd;
 use crate::space::{FILE_MAX, Growth, Space};
 
 /// Bytes of a table that are cached as one.
 pub(super) const SLICE_BYTES: usize = 4096;
 /// log2 of the entries in a slice.
 pub(super) const SLICE_BITS: u32 = 9;
+
+/// How many slices map a disk of `image_size` bytes.
+pub(super) fn slices_of(geometry: Geometry, image_size: u64) -> u64 {
+    image_size.div_ceil(geometry.cluster_size()).div_ceil(1 << SLICE_BITS)
+}
 
 /// How a QED image is run.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -88,6 +94,7 @@ pub struct Qed {
     pub(super) backing: Option<Backing>,
     pub(super) l1: Vec<u64>,
     pub(super) tables: TableCache,
+    pub(super) past_end: PastEnd,
     pub(super) links: Vec<SliceLink>,
     pub(super) claims: Claims<Claim>,
     pub(super) allocs: Vec<TableAlloc>,
@@ -178,7 +185,8 @@ impl Qed {
     ) -> Qed {
         let geometry = opened.geometry();
         let slots = tables.len();
-        Qed {
+        let slices = slices_of(geometry, opened.header.image_size);
+        let mut image = Qed {
             file,
             geometry,
             size: opened.header.image_size,
@@ -186,6 +194,7 @@ impl Qed {
             backing,
             l1: opened.l1,
             tables,
+            past_end: PastEnd::new(opened.file_len, slices),
             links: vec![SliceLink::default(); slots],
             claims: Claims::new(),
             allocs: Vec::with_capacity(4),
@@ -194,6 +203,22 @@ impl Qed {
             space: Space::new(opened.file_len, geometry.cluster_size(), FILE_MAX, options.growth),
             header: Header::new(opened.header),
             options,
+        };
+        image.disarm_root(0);
+        image
+    }
+
+    /// What an entry could point at when the image was opened.
+    pub(super) fn bounds_at_open(&self) -> Bounds {
+        Bounds { file_len: self.past_end.end(), ..self.bounds() }
+    }
+
+    /// L1 entries from `from` on have been loaded: see [`PastEnd`].
+    pub(super) fn disarm_root(&mut self, from: usize) {
+        let (bounds, bytes) = (self.bounds_at_open(), self.geometry.table_bytes());
+        if self.writable {
+            let loaded = self.l1[from..].iter_mut();
+            loaded.filter(|raw| bounds.is_past_end(**raw, bytes)).for_each(|raw| *raw = u64::MAX);
         }
     }
 

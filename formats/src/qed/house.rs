@@ -9,7 +9,7 @@ use cowbell_engine::step::{Cx, Step};
 use cowbell_engine::units::{BufId, Errno, HostOffset, Time};
 use cowbell_engine::wait::WaitList;
 
-use super::driver::{Qed, State};
+use super::driver::{Qed, State, slices_of};
 use super::layout;
 
 /// The need-check mark, as far as this process knows.
@@ -274,6 +274,7 @@ impl Qed {
         let bytes = ((self.geometry.table_entries() - from as u64) * 8).min(cx.buf_size());
         let (entries, _) = cx.mem().pool(buf)[..bytes as usize].as_chunks::<8>();
         self.l1.extend(entries.iter().map(|entry| u64::from_le_bytes(*entry)));
+        self.disarm_root(from as usize);
         self.load_root_or_write_size(buf, cx)
     }
 
@@ -285,6 +286,7 @@ impl Qed {
         if result.is_ok() {
             self.size = cx.io().offset;
             self.header.on_disk.image_size = self.size;
+            self.past_end.extend(slices_of(self.geometry, self.size));
         }
         self.tidied(result, cx)
     }

@@ -465,6 +465,11 @@ impl Bounds {
         if raw == 0 { Some(None) } else { self.table(raw).map(Some) }
     }
 
+    /// Does an L1 or L2 entry name `bytes` bytes that are not all in the file?
+    pub(super) fn is_past_end(self, raw: u64, bytes: u64) -> bool {
+        matches!(Entry::decode(raw), Entry::Data(at) if at.0 > self.file_len.saturating_sub(bytes))
+    }
+
     /// What an L2 entry means; `None` if it is invalid.
     #[inline]
     pub fn l2_entry(self, raw: u64) -> Option<Entry> {

@@ -314,6 +314,13 @@ impl Qed {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
+        if result.is_ok() && self.writable {
+            let slice = at >> self.geometry.cluster_bits() >> SLICE_BITS;
+            let (bounds, size) = (self.bounds_at_open(), self.geometry.cluster_size());
+            let bytes = self.tables.bytes_mut(slot, cx.mem());
+            let past = |entry| bounds.is_past_end(u64::from_le_bytes(entry), size);
+            self.links[slot].past_end = self.past_end.disarm(slice, SLICE_BYTES, bytes, past);
+        }
         self.tables.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk(at, Event::Start, cx),

@@ -21,6 +21,7 @@ use super::driver::{
 };
 use super::layout::{Header, NOWHERE, SECTOR, SECTOR_BITS};
 use super::open::{SECTOR_ENTRIES, Sparse};
+use crate::past_end::PastEnd;
 
 /// What a slot of the cache is for, and what of it is to be written.
 #[derive(Clone, Copy, Hash, Debug, Default)]
@@ -51,11 +52,8 @@ pub(super) struct Root {
     /// Sectors that have changed, and copies of those that the sweep under way writes.
     dirty: Vec<u32>,
     sealed: Vec<(u32, Copies)>,
-    /// Where what was there when the extent was opened ends. An entry from then that leads behind it
-    /// is bad, and must stay so when the file is longer.
-    opened_end: u64,
-    /// A bit for each sector of each table: set, if this session has changed it.
-    changed: Vec<u64>,
+    /// Tables change by sectors.
+    past_end: PastEnd,
     /// The length that the file has after any crash.
     stable_len: u64,
     /// That, once the fence under way has ended.
@@ -82,8 +80,7 @@ impl Root {
         }
         let sectors = count * sectors_of_table(header);
         Root {
-            opened_end,
-            changed: vec![0; sectors.div_ceil(64)],
+            past_end: PastEnd::new(opened_end, sectors as u64),
             directory_at: sparse.header.directory_at << SECTOR_BITS,
             redundant_at: sparse.header.redundant_at << SECTOR_BITS,
             has_footer: sparse.has_footer,
@@ -98,28 +95,16 @@ impl Root {
 
     /// Bytes `from..to` of a table are about to be changed.
     fn note_changed(&mut self, header: &Header, table: u32, from: usize, to: usize) {
-        let first = table as usize * sectors_of_table(header);
-        for bit in first + from / SECTOR as usize..first + to.div_ceil(SECTOR as usize) {
-            self.changed[bit / 64] |= 1 << (bit % 64);
-        }
+        let first = u64::from(table) * sectors_of_table(header) as u64;
+        self.past_end.changed(first + from as u64 / SECTOR..first + (to as u64).div_ceil(SECTOR));
     }
 
-    /// Makes the bad entries of a table that has been loaded lead nowhere: those that lead behind
-    /// the end that the file had, in sectors that are as they were then.
+    /// A table has been loaded: see [`PastEnd`].
     pub fn disarm(&self, header: &Header, table: u32, bytes: &mut [u8]) {
-        let end = header.bounds(self.opened_end).end;
-        let first = table as usize * sectors_of_table(header);
-        for (i, sector) in bytes.chunks_mut(SECTOR as usize).enumerate() {
-            let bit = first + i;
-            if self.changed[bit / 64] >> (bit % 64) & 1 != 0 {
-                continue;
-            }
-            for entry in sector.as_chunks_mut::<4>().0 {
-                if u64::from(u32::from_le_bytes(*entry)) >= end {
-                    *entry = NOWHERE.to_le_bytes();
-                }
-            }
-        }
+        let end = header.bounds(self.past_end.end()).end;
+        let first = u64::from(table) * sectors_of_table(header) as u64;
+        let past = |entry| u64::from(u32::from_le_bytes(entry)) >= end;
+        self.past_end.disarm(first, SECTOR as usize, bytes, past);
     }
 
     /// There is a table now, and a redundant one if there is such a directory.
