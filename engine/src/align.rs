@@ -340,7 +340,9 @@ impl Machine<'_> {
         let now = self.core.now;
         let file = &mut self.core.files[self.job.file.index()];
         let held = now.since(file.gate.since);
-        let goes_on = self.job.at < GATE_TURNS_MAX.into() && held < GATE_NS_MAX;
+        let others_wait = !file.claim_waiters.is_empty() || !file.gate.next.is_empty();
+        let is_short = self.job.at < GATE_TURNS_MAX.into() && held < GATE_NS_MAX;
+        let goes_on = is_short || !others_wait;
         if goes_on && let Some((start, end)) = file.given_up.pop() {
             self.job.at += 1;
             let op = Op::bare(OpKind::Discard, self.job.file, start, end - start);
@@ -348,7 +350,7 @@ impl Machine<'_> {
             return Step::Wait(State::GiveBack);
         }
         file.given_up.is_going_on = false;
-        file.given_up.due = now.plus_ns(held * 8);
+        file.given_up.due = now.plus_ns(held.min(GATE_NS_MAX) * 8);
         Step::Done(Ok(()))
     }
 

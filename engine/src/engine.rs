@@ -358,8 +358,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// The backend's clock, looked at.
     fn look(&self, turn: &mut Turn) -> Time {
         turn.seen = self.backend.clock();
-        turn.is_over |= turn.seen.since(turn.began) >= self.turn_ns() && !mutant!("turn_ignored");
+        turn.is_over |= self.is_over_after(turn, 0);
         turn.seen
+    }
+
+    /// Will the turn have lasted long enough when another `nanos` have passed?
+    #[inline(always)]
+    fn is_over_after(&self, turn: &Turn, nanos: u64) -> bool {
+        turn.seen.since(turn.began) + nanos >= self.turn_ns() && !mutant!("turn_ignored")
     }
 
     fn turn_ns(&self) -> u64 {
@@ -427,6 +433,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             let spent = self.look(turn).since(began);
             self.core.stats.held_by(spent, Call::Submit, taken, Some(&self.core.ops[first].op));
             self.set_pace(slice, spent);
+            // The next slice may take as long as this one.
+            turn.is_over |= self.is_over_after(turn, spent.min(self.turn_ns() / 4));
             if taken < slice || turn.is_over {
                 break;
             }

@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use crate::sys::aio::{ContextId, Iocb, Submit};
 use crate::sys::job::Job;
 use crate::sys::pool::Outside;
-use crate::sys::syscalls::SignalsBlocked;
+use crate::sys::syscalls;
 use crate::units::Errno;
 
 /// See the module.
@@ -66,12 +66,7 @@ impl Lane {
         let work = Condvar::new();
         let shared = Arc::new(Shared { state, work, submit, context, event, outside });
         let theirs = Arc::clone(&shared);
-        // Signals are for the threads of the embedder, not for ours.
-        let _blocked = SignalsBlocked::new();
-        let thread = std::thread::Builder::new()
-            .name("cowbell-lane".to_owned())
-            .stack_size(256 << 10)
-            .spawn(move || theirs.work(depth))?;
+        let thread = syscalls::start_thread("cowbell-lane", move || theirs.work(depth))?;
         Ok(Lane { shared, thread: Some(thread), staged: Vec::with_capacity(depth) })
     }
 

@@ -25,7 +25,7 @@ use crate::ops::OpRecord;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
 use crate::sys::job::{Handle, Job, Pieces};
-use crate::sys::syscalls::{EventFd, SignalsBlocked};
+use crate::sys::syscalls::{self, EventFd};
 use crate::units::{Errno, FileId, OpId, Time};
 
 /// Limits of a [`Pool`].
@@ -367,13 +367,7 @@ impl Workers {
 
     fn start_thread(&mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        // Signals are for the threads of the embedder, not for ours.
-        let _blocked = SignalsBlocked::new();
-        let thread = std::thread::Builder::new()
-            .name("cowbell-pool".to_owned())
-            .stack_size(256 << 10)
-            .spawn(move || shared.work())?;
-        self.threads.push(thread);
+        self.threads.push(syscalls::start_thread("cowbell-pool", move || shared.work())?);
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::thread::JoinHandle;
 
 use crate::sys::ram::RamPiece;
 use crate::units::Errno;
@@ -347,12 +348,30 @@ impl EventFd {
     }
 }
 
+/// How much nicer than the thread that starts them the engine's own threads are (nice(2)): where
+/// there are fewer processors than threads, they do not push the loop aside.
+const NICER: i32 = 5;
+
+/// Starts a thread of the engine's own. It gets no signals: they are for those of the embedder.
+pub(crate) fn start_thread(
+    name: &str,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let _blocked = SignalsBlocked::new();
+    std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(|| {
+        // SAFETY: it has no preconditions; on Linux it is about this thread alone. Where it is not
+        // allowed, all goes on as it was.
+        let _ = unsafe { libc::nice(NICER) };
+        work();
+    })
+}
+
 /// No signal is delivered to this thread, nor to threads it starts, while this lives.
 #[derive(Debug)]
-pub(crate) struct SignalsBlocked(libc::sigset_t);
+struct SignalsBlocked(libc::sigset_t);
 
 impl SignalsBlocked {
-    pub(crate) fn new() -> SignalsBlocked {
+    fn new() -> SignalsBlocked {
         // SAFETY: all zeros is a value of this plain struct, and both calls fill one.
         unsafe {
             let mut all: libc::sigset_t = std::mem::zeroed();

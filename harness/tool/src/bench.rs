@@ -11,7 +11,8 @@ use std::path::Path;
 
 use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
-use cowbell_engine::stats::{Histogram, Stats};
+use cowbell_engine::op::Target;
+use cowbell_engine::stats::{Call, Held, Histogram, Stats};
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_formats::Node;
 use cowbell_formats::qed::{Grow, Growth};
@@ -21,7 +22,7 @@ use crate::device;
 use crate::fail::Fail;
 use crate::json::Json;
 use crate::naming::Naming;
-use crate::number::{count, duration, size};
+use crate::number::{count, duration, human, size};
 use crate::out::Out;
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
@@ -439,6 +440,7 @@ fn report(out: &mut Out, stats: &Stats, sent: u64, nanos: u64, len: u64) -> Resu
         stats.run.count()
     )?;
     write_times(out, "Turn by ops submitted", &stats.run_per_op)?;
+    write_longest(out, stats.longest.as_ref())?;
     write_states(out, stats)
 }
 
@@ -451,6 +453,25 @@ fn write_times(out: &mut Out, what: &str, times: &Histogram) -> Result<(), Fail>
 pub fn quantiles(times: &Histogram) -> String {
     let at = |per_mille| duration(times.quantile(per_mille));
     format!("p50 {}, p99 {}, p99.9 {}, max {}", at(500), at(990), at(999), duration(times.max()))
+}
+
+/// What held one turn for longest.
+pub fn write_longest(out: &mut Out, longest: Option<&Held>) -> Result<(), Fail> {
+    let Some(Held { nanos, call, count, first }) = longest else { return Ok(()) };
+    let nanos = duration(*nanos);
+    match (call, first) {
+        (Call::Submit, Some((kind, Target::File(file), offset, len))) => writeln!(
+            out,
+            "Held for longest: {nanos}, handing over {count} ops; the first is a {} of {} at {offset} \
+             of file {}",
+            format!("{kind:?}").split(' ').next().unwrap_or_default().to_lowercase(),
+            human(*len),
+            file.index(),
+        )?,
+        (Call::Submit, _) => writeln!(out, "Held for longest: {nanos}, handing over {count} ops")?,
+        (Call::Steps, _) => writeln!(out, "Held for longest: {nanos}, by steps of requests")?,
+    }
+    Ok(())
 }
 
 /// Time by state, as a chart of bars.

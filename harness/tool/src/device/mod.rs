@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use cowbell_engine::stats::Histogram;
+use cowbell_engine::stats::{Held, Histogram};
 use cowbell_engine::sys::clock;
 use cowbell_engine::sys::pool::PoolStats;
 use cowbell_engine::units::{NodeId, Time};
@@ -146,6 +146,8 @@ struct Measured {
     /// Bytes of zero writes and discards.
     given_up: u64,
     busy: Felt,
+    /// What held one `run` for longest meanwhile.
+    longest: Option<Held>,
     quiet: Felt,
     pool: PoolStats,
     /// From the last request's end until space was last given back.
@@ -338,6 +340,7 @@ impl Device {
         }
         felt.nanos = clock().since(began);
         self.measured.busy = felt;
+        self.measured.longest = self.engine.stats().longest;
         Ok(())
     }
 

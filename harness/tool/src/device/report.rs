@@ -6,7 +6,7 @@ use cowbell_engine::stats::Histogram;
 
 use super::guest::Kind;
 use super::{Felt, Given, Measured, Plan, TICK, Thin};
-use crate::bench::{quantiles as times, times_to_json};
+use crate::bench::{quantiles as times, times_to_json, write_longest};
 use crate::cache::How;
 use crate::fail::Fail;
 use crate::json::Json;
@@ -106,6 +106,7 @@ fn write_text(
         duration(busy.nanos),
         times(&busy.runs)
     )?;
+    write_longest(out, measured.longest.as_ref())?;
     write_ticks(out, "Timer", busy)?;
     writeln!(out, "Latency: {}", times(&measured.latency_of_all()))?;
     for kind in Kind::ALL {
