@@ -29,7 +29,7 @@ use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
 use crate::qcow2;
 use crate::qed;
 use crate::vmdk;
-use crate::vmdk::descriptor::FILES_MAX;
+use crate::vmdk::disk::descriptor::FILES_MAX;
 
 /// A chain has at most this many layers.
 pub const DEPTH_MAX: usize = 200;
@@ -421,7 +421,7 @@ pub fn open_named_in_header<H: Host>(
     if format != Format::Qcow2 {
         return Ok(Vec::new());
     }
-    let Ok(header) = qcow2::open::describe_header(file) else { return Ok(Vec::new()) };
+    let Ok(header) = qcow2::rest::open::describe_header(file) else { return Ok(Vec::new()) };
     let names: Vec<&Path> = header.data_file_name().map(path_of).into_iter().collect();
     let mut seen = vec![host.identity(file).map_err(Error::open(path))?];
     open_files(host, path, &names, options, &mut seen)
@@ -577,7 +577,7 @@ fn open_meta<F: Store>(
     Ok(match format {
         Format::Raw => {
             let len = file.len().map_err(Error::io("find the image's length"))?;
-            let size = len.checked_next_multiple_of(qed::layout::SECTOR);
+            let size = len.checked_next_multiple_of(qed::disk::layout::SECTOR);
             let size = size.filter(|&size| size <= i64::MAX as u64);
             LayerMeta::Raw {
                 size: size.ok_or_else(|| Error::Limit(format!("{len} bytes are too many")))?,
@@ -585,20 +585,20 @@ fn open_meta<F: Store>(
         }
         Format::Qed => {
             let access = match (options.write, options.ignore_need_check) {
-                (false, _) => qed::open::Access::Read,
-                (true, false) => qed::open::Access::Write,
-                (true, true) => qed::open::Access::WriteUnchecked,
+                (false, _) => qed::rest::open::Access::Read,
+                (true, false) => qed::rest::open::Access::Write,
+                (true, true) => qed::rest::open::Access::WriteUnchecked,
             };
-            LayerMeta::Qed(qed::open::open(file, access)?)
+            LayerMeta::Qed(qed::rest::open::open(file, access)?)
         }
-        Format::Vmdk => LayerMeta::Vmdk(vmdk::open::open(file)?),
+        Format::Vmdk => LayerMeta::Vmdk(vmdk::rest::open::open(file)?),
         Format::Qcow2 => {
             let access = match (options.write, options.ignore_need_check) {
-                (false, _) => qcow2::open::Access::Read,
-                (true, false) => qcow2::open::Access::Write,
-                (true, true) => qcow2::open::Access::WriteUnchecked,
+                (false, _) => qcow2::rest::open::Access::Read,
+                (true, false) => qcow2::rest::open::Access::Write,
+                (true, true) => qcow2::rest::open::Access::WriteUnchecked,
             };
-            LayerMeta::Qcow2(qcow2::open::open(file, access)?)
+            LayerMeta::Qcow2(qcow2::rest::open::open(file, access)?)
         }
     })
 }

@@ -23,9 +23,9 @@ use crate::locks;
 use crate::preallocation::{Preallocation, preallocate};
 use crate::probe::{Foreign, Format};
 use crate::qcow2;
-use crate::qcow2::header::Compression;
+use crate::qcow2::disk::header::Compression;
 use crate::qed;
-use crate::qed::layout::{Header, OFFSET_MAX, SECTOR};
+use crate::qed::disk::layout::{Header, OFFSET_MAX, SECTOR};
 use crate::vmdk;
 
 /// What a new image shall be.
@@ -68,7 +68,7 @@ pub struct CreateOptions {
     /// else has open for writing, or as an image, is left as it is.
     pub locking: Locking,
     /// What only VMDK images have.
-    pub vmdk: vmdk::create::Wanted,
+    pub vmdk: vmdk::rest::create::Wanted,
 }
 
 impl CreateOptions {
@@ -331,8 +331,8 @@ pub struct Plan {
 enum Made {
     Raw { size: u64, preallocation: Preallocation },
     Qed { header: Header },
-    Qcow2(Box<qcow2::create::Plan>),
-    Vmdk(Box<vmdk::create::Options>),
+    Qcow2(Box<qcow2::rest::create::Plan>),
+    Vmdk(Box<vmdk::rest::create::Options>),
 }
 
 /// Finds out what image `options` ask for. Reads the backing file's size, and nothing else;
@@ -486,7 +486,7 @@ impl Plan {
     /// Fills the other file of this number.
     fn write_part<F: Store>(&self, file: &F, number: usize) -> Result<(), Error> {
         match &self.made {
-            Made::Vmdk(vmdk) => vmdk::create::write_file(file, vmdk, number),
+            Made::Vmdk(vmdk) => vmdk::rest::create::write_file(file, vmdk, number),
             _ => {
                 let how = self.options.preallocation.unwrap_or(Preallocation::Off);
                 write_raw(file, self.size(), how)
@@ -498,9 +498,9 @@ impl Plan {
     fn write_own<F: Store>(&self, file: &F, parts: usize) -> Result<(), Error> {
         match &self.made {
             Made::Raw { size, preallocation } => write_raw(file, *size, *preallocation),
-            Made::Qed { header } => qed::create::write(file, header),
+            Made::Qed { header } => qed::rest::create::write(file, header),
             Made::Qcow2(plan) => plan.write(file),
-            Made::Vmdk(vmdk) => vmdk::create::write_file(file, vmdk, parts),
+            Made::Vmdk(vmdk) => vmdk::rest::create::write_file(file, vmdk, parts),
         }
     }
 
@@ -526,8 +526,10 @@ impl Plan {
         let options = &self.options;
         let on_off = |on: bool| if on { "on" } else { "off" }.to_string();
         let path = |path: &PathBuf| value_of(path);
-        let cluster_size = options.cluster_size.unwrap_or(qcow2::create::DEFAULT_CLUSTER_SIZE);
-        let refcount_bits = options.refcount_bits.unwrap_or(qcow2::create::DEFAULT_REFCOUNT_BITS);
+        let cluster_size =
+            options.cluster_size.unwrap_or(qcow2::rest::create::DEFAULT_CLUSTER_SIZE);
+        let refcount_bits =
+            options.refcount_bits.unwrap_or(qcow2::rest::create::DEFAULT_REFCOUNT_BITS);
         let pairs = [
             ("cluster_size", Some(cluster_size.to_string())),
             ("extended_l2", Some(on_off(options.extended_l2 == Some(true)))),
@@ -714,14 +716,14 @@ fn foreign_option(format: Format, options: &CreateOptions) -> Option<&'static st
     .next()
 }
 
-fn qcow2_plan(size: u64, options: &CreateOptions) -> Result<qcow2::create::Plan, Error> {
+fn qcow2_plan(size: u64, options: &CreateOptions) -> Result<qcow2::rest::create::Plan, Error> {
     let compat = options.compat.as_deref();
     let bytes = |path: &PathBuf| path.as_os_str().as_bytes().to_vec();
     let backing = options.backing_file.as_ref().map(bytes);
     let format = options.backing_format.map_or("", Format::name);
     let data_file = options.data_file.as_ref().map(bytes);
-    let defaults = qcow2::create::Options::default();
-    qcow2::create::Options {
+    let defaults = qcow2::rest::create::Options::default();
+    qcow2::rest::create::Options {
         size,
         version: if matches!(compat, Some("v2" | "0.10")) { 2 } else { 3 },
         cluster_size: options.cluster_size.unwrap_or(defaults.cluster_size),
@@ -738,10 +740,10 @@ fn qcow2_plan(size: u64, options: &CreateOptions) -> Result<qcow2::create::Plan,
 }
 
 fn qed_header(size: u64, options: &CreateOptions) -> Result<Header, Error> {
-    qed::create::Options {
+    qed::rest::create::Options {
         size,
-        cluster_size: options.cluster_size.unwrap_or(qed::create::DEFAULT_CLUSTER_SIZE),
-        table_clusters: options.table_size.unwrap_or(qed::create::DEFAULT_TABLE_CLUSTERS),
+        cluster_size: options.cluster_size.unwrap_or(qed::rest::create::DEFAULT_CLUSTER_SIZE),
+        table_clusters: options.table_size.unwrap_or(qed::rest::create::DEFAULT_TABLE_CLUSTERS),
         backing_name: options.backing_file.as_deref().map(|name| name.as_os_str().as_bytes()),
         backing_is_raw: options.backing_format == Some(Format::Raw),
     }

@@ -8,10 +8,12 @@ use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_name, open_layer
 use crate::error::Error;
 use crate::name::protocol;
 use crate::probe::Format;
-use crate::qcow2::bitmap::Bitmap;
-use crate::qcow2::crypt::{self, Luks};
-use crate::qcow2::snapshot::Snapshot;
-use crate::qcow2::{self, bitmap, snapshot};
+use crate::qcow2::disk::crypt::{self, Luks};
+use crate::qcow2::disk::snapshot_table;
+use crate::qcow2::disk::snapshot_table::Snapshot;
+use crate::qcow2::rest::bitmap;
+use crate::qcow2::rest::bitmap::Bitmap;
+use crate::qcow2::{self};
 use crate::vmdk;
 
 /// What `info` says about an image. What the file takes on its disk, the host has to say.
@@ -43,14 +45,14 @@ pub struct Info {
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
     /// What only VMDK images have.
-    pub vmdk: Option<vmdk::info::VmdkInfo>,
+    pub vmdk: Option<vmdk::rest::info::VmdkInfo>,
 }
 
 /// What `info` says about qcow2 images alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Info {
     /// The header.
-    pub header: qcow2::header::Header,
+    pub header: qcow2::disk::header::Header,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,
     /// The persistent bitmaps.
@@ -80,7 +82,7 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
             (Some(image.geometry().cluster_size()), image.header.needs_check())
         }
         LayerMeta::Qcow2(image) => (Some(image.geometry().cluster_size()), image.header.is_dirty()),
-        LayerMeta::Vmdk(image) => (vmdk::info::grain_size(image), false),
+        LayerMeta::Vmdk(image) => (vmdk::rest::info::grain_size(image), false),
     };
     let name = layer.backing_name();
     Ok(Info {
@@ -99,7 +101,7 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
             _ => false,
         },
         qcow2: qcow2_info(layer)?,
-        vmdk: vmdk::info::of(layer),
+        vmdk: vmdk::rest::info::of(layer),
     })
 }
 
@@ -114,7 +116,7 @@ fn qcow2_info<F: Store>(layer: &Layer<F>) -> Result<Option<Qcow2Info>, Error> {
     let LayerMeta::Qcow2(image) = &layer.meta else { return Ok(None) };
     Ok(Some(Qcow2Info {
         header: image.header.clone(),
-        snapshots: snapshot::read(&layer.file, &image.header)?,
+        snapshots: snapshot_table::read(&layer.file, &image.header)?,
         bitmaps: bitmap::read(&layer.file, &image.header)?,
         luks: crypt::luks(&layer.file, &image.header)?,
     }))

@@ -3,7 +3,7 @@
 //! Two halves. The *online* half are the drivers: state machines on the engine of
 //! `cowbell-engine`, which serve requests. The *offline* half is everything that may wait: telling
 //! formats apart ([`probe`]), opening an image and its backing files ([`chain`]), making one
-//! ([`mod@create`]), checking and repairing it ([`qed::check`]), saying what is where in it ([`map`])
+//! ([`mod@create`]), checking and repairing it ([`qed::rest::check`]), saying what is where in it ([`map`])
 //! and what it is ([`info`]). It sees files through the blocking `Store` and a [`chain::Host`], so
 //! that it runs on the real disk ([`disk_host`]) and on a simulated one.
 //!
@@ -55,25 +55,21 @@
 //! The rule for both: an image is untrusted. No byte of it leads to a panic, to memory without a
 //! bound, to a file that the caller's policy does not allow, or to a loop without an end.
 
-mod attempts;
 pub mod chain;
-mod claims;
 pub mod create;
 pub mod disk_host;
-mod edges;
 pub mod error;
 pub mod info;
 pub mod locks;
 pub mod map;
 pub mod name;
 pub mod node;
-mod past_end;
+pub mod parts;
 pub mod preallocation;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
-pub mod space;
 pub mod vmdk;
 
 pub use chain::{Chain, Host, Layer, LayerMeta, OpenOptions, Policy, open};

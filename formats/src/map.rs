@@ -13,7 +13,7 @@ use crate::chain::{Chain, Layer, LayerMeta};
 use crate::error::Error;
 use crate::qcow2;
 use crate::qed;
-use crate::qed::layout::Entry;
+use crate::qed::disk::layout::Entry;
 use crate::vmdk;
 
 /// A stretch of the disk that is all of one kind.
@@ -202,8 +202,8 @@ pub fn read<F: Store>(chain: &Chain<F>, offset: u64, buf: &mut [u8]) -> Result<(
 
 fn read_compressed<F: Store>(layer: &Layer<F>, at: u64, part: &mut [u8]) -> Result<(), Error> {
     match &layer.meta {
-        LayerMeta::Vmdk(image) => vmdk::grain::read(image, layer, at, part),
-        LayerMeta::Qcow2(image) => qcow2::read::read_compressed(&layer.file, image, at, part),
+        LayerMeta::Vmdk(image) => vmdk::disk::grain::read(image, layer, at, part),
+        LayerMeta::Qcow2(image) => qcow2::rest::map::read_compressed(&layer.file, image, at, part),
         _ => unreachable!("only qcow2 and VMDK images have compressed clusters"),
     }
 }
@@ -228,11 +228,11 @@ fn piece<F: Store>(chain: &Chain<F>, offset: u64, len: u64, holes: Holes) -> Res
             LayerMeta::Vmdk(image) => {
                 let extent = image.extent_at(offset);
                 number = extent.file;
-                vmdk::map::piece(layer.numbered(number), extent, offset, len, holes)?
+                vmdk::rest::map::piece(layer.numbered(number), extent, offset, len, holes)?
             }
             LayerMeta::Qcow2(image) => {
                 number = usize::from(image.header.has_data_file());
-                qcow2::read::lookup(&layer.file, image, offset, len)?
+                qcow2::rest::map::lookup(&layer.file, image, offset, len)?
             }
         };
         assert!((1..=len).contains(&n), "a lookup answers for 1 to {len} bytes, not {n}");

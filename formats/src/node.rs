@@ -12,10 +12,10 @@ use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::chain::{Chain, LayerMeta};
 use crate::probe::Format;
-use crate::qcow2::driver::{self as qcow2, Qcow2, Qcow2Options};
-use crate::qed::driver::{self as qed, Backing, Qed, QedOptions};
+use crate::qcow2::run::{self as qcow2, Qcow2, Qcow2Options};
+use crate::qed::run::{self as qed, Backing, Qed, QedOptions};
 use crate::raw::{self, Raw};
-use crate::vmdk::driver::{self as vmdk, Vmdk, VmdkOptions};
+use crate::vmdk::run::{self as vmdk, Vmdk, VmdkOptions};
 
 /// An opened layer of any format.
 // Twice for each request somebody asks which: a tag of its own is read faster than one in a niche.

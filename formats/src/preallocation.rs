@@ -8,8 +8,8 @@ use crate::Format;
 use crate::chain::{Layer, LayerMeta};
 use crate::error::Error;
 use crate::qcow2;
-use crate::qcow2::bitmap::{self, Bitmap};
-use crate::qcow2::header::Header;
+use crate::qcow2::disk::header::Header;
+use crate::qcow2::rest::bitmap::{self, Bitmap};
 
 /// How an image takes its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl Before {
         how: Preallocation,
     ) -> Result<(), Error> {
         match &layer.meta {
-            LayerMeta::Qcow2(_) => qcow2::preallocate::check_preallocation(&layer.file, how),
+            LayerMeta::Qcow2(_) => qcow2::rest::preallocate::check_preallocation(&layer.file, how),
             _ => Ok(()),
         }
     }
@@ -128,7 +128,7 @@ impl Before {
             }
             LayerMeta::Qcow2(_) => {
                 let data = layer.more.first().zip(self.data);
-                qcow2::preallocate::preallocate_from(file, data, self.size, how)
+                qcow2::rest::preallocate::preallocate_from(file, data, self.size, how)
             }
             _ => Ok(()),
         }

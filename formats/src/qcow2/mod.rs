@@ -1,27 +1,14 @@
-//! qcow2: layout, opening, making, checking, running.
+//! qcow2.
+//!
+//! | room | what |
+//! |---|---|
+//! | [`disk`] | the bytes of an image and what they mean; does no I/O |
+//! | [`run`] | an open image as a state machine |
+//! | [`rest`] | what may wait for the disk: opening, making, checking, snapshots |
 
-mod alloc;
-pub mod bitmap;
-pub mod check;
-mod clear;
-pub mod compress;
-mod corrupt;
-pub mod create;
-pub mod crypt;
-pub mod driver;
-pub mod header;
-mod inflate;
-pub mod layout;
-pub mod open;
-pub mod preallocate;
-pub mod read;
-mod resize;
-pub mod snapshot;
-pub mod snapshots;
-mod stock;
-mod sweep;
-mod table;
-mod walk;
+pub mod disk;
+pub mod rest;
+pub mod run;
 
-pub use driver::{Qcow2, Qcow2Options};
-pub use open::Opened;
+pub use rest::open::Opened;
+pub use run::{Qcow2, Qcow2Options};

@@ -1,15 +1,14 @@
-//! QED, the QEMU enhanced disk: layout, opening, making, checking.
+//! QED, the QEMU enhanced disk.
+//!
+//! | room | what |
+//! |---|---|
+//! | [`disk`] | the bytes of an image and what they mean; does no I/O |
+//! | [`run`] | an open image as a state machine |
+//! | [`rest`] | what may wait for the disk: opening, making, checking |
 
-mod alloc;
-pub mod check;
-pub mod create;
-pub mod driver;
-mod house;
-pub mod layout;
-pub mod open;
-mod space;
-mod walk;
+pub mod disk;
+pub mod rest;
+pub mod run;
 
-pub use crate::space::{Grow, Growth};
-pub use driver::{Qed, QedOptions};
-pub use open::Opened;
+pub use rest::open::Opened;
+pub use run::{Qed, QedOptions};

@@ -1,25 +1,19 @@
 //! VMDK (Virtual Disk Format 1.1 and 5.0): images of one or many extents, each a file of its own.
 //!
-//! `layout` and `descriptor` know the bytes, `open`, `create` and `check` work on files that may be
-//! waited for, `driver` and its parts are the image as a state machine.
+//! | room | what |
+//! |---|---|
+//! | [`disk`] | the bytes of an image and what they mean; does no I/O |
+//! | [`run`] | an open image as a state machine |
+//! | [`rest`] | what may wait for the disk: opening, making, checking |
 
-mod alloc;
-pub mod check;
-pub mod create;
-pub mod descriptor;
-pub mod driver;
-pub mod grain;
-pub mod info;
-pub mod layout;
-pub(crate) mod map;
-pub mod open;
-mod packed;
-mod stream;
-mod sweep;
-mod walk;
+pub mod disk;
+pub mod rest;
+pub mod run;
 
-pub use driver::{Vmdk, VmdkOptions};
-pub use open::Opened;
+use disk::descriptor;
+
+pub use rest::open::Opened;
+pub use run::{Vmdk, VmdkOptions};
 
 /// A content id made of random bits: none of those that mean something else.
 pub fn cid(entropy: u32) -> u32 {

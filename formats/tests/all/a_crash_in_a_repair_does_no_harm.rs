@@ -9,10 +9,10 @@ use crate::common::{MemFile, add_data, add_l2, have_qemu, ok, small_qed};
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::preallocation::Preallocation;
-use cowbell_formats::qcow2::check::Repair;
-use cowbell_formats::qcow2::open::read_header;
-use cowbell_formats::qcow2::preallocate::preallocate_from;
-use cowbell_formats::vmdk::layout::{Header, SECTOR};
+use cowbell_formats::qcow2::rest::check::Repair;
+use cowbell_formats::qcow2::rest::open::read_header;
+use cowbell_formats::qcow2::rest::preallocate::preallocate_from;
+use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
 use cowbell_formats::{Format, Host, OpenOptions, map, open, qcow2, qed, vmdk};
 
 /// A host of one file, whatever its name.
@@ -55,13 +55,15 @@ fn contents<F: Store + Clone>(file: &F, format: Format) -> Vec<Option<u8>> {
 /// Repairs all; the errors that are left.
 fn repair<F: Store + Clone>(file: &F, format: Format) -> u64 {
     match format {
-        Format::Qed => qed::check::check(file, Repair::All).expect("checked").corruptions,
-        Format::Qcow2 => qcow2::check::check(file, Repair::All).expect("checked").corruptions,
+        Format::Qed => qed::rest::check::check(file, Repair::All).expect("checked").corruptions,
+        Format::Qcow2 => qcow2::rest::check::check(file, Repair::All).expect("checked").corruptions,
         Format::Vmdk => {
             let options =
                 OpenOptions { format: Some(format), write: true, ..OpenOptions::default() };
             let layer = open_whole_layer(&One(file.clone()), Path::new("/a"), &options);
-            vmdk::check::check(&layer.expect("it opens"), Repair::All).expect("checked").corruptions
+            vmdk::rest::check::check(&layer.expect("it opens"), Repair::All)
+                .expect("checked")
+                .corruptions
         }
         Format::Raw => 0,
     }
@@ -181,7 +183,7 @@ fn nor_does_one_while_space_is_taken() {
             whole.crashes(&template, |left, what| {
                 let what = format!("{options}, {how}, {what}");
                 assert!(contents(left, Format::Qcow2) == old, "{what}");
-                let report = qcow2::check::check(left, Repair::None).expect("checked");
+                let report = qcow2::rest::check::check(left, Repair::None).expect("checked");
                 assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}");
             });
         }

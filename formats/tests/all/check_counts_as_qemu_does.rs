@@ -2,7 +2,7 @@
 
 use crate::common::{MemFile, have_qemu, ok, run};
 use cowbell_engine::store::Store;
-use cowbell_formats::qed::check::{Repair, check};
+use cowbell_formats::qed::rest::check::{Repair, check};
 
 /// The number behind `"key":` in JSON text, 0 if it is not there.
 fn number(text: &str, key: &str) -> u64 {

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use crate::common::{MemFile, MemHost, add_data, add_l2, have_qemu, ok, small_qed};
 use cowbell_engine::store::Store;
-use cowbell_formats::qed::check::{Repair, Report, check};
-use cowbell_formats::qed::layout::NEED_CHECK;
+use cowbell_formats::qed::disk::layout::NEED_CHECK;
+use cowbell_formats::qed::rest::check::{Repair, Report, check};
 use cowbell_formats::{Error, OpenOptions, open};
 
 fn found(file: &MemFile) -> Report {

@@ -11,7 +11,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::{Engine, Limits, Why};
 use cowbell_formats::Format;
-use cowbell_formats::qed::check::{self, Repair};
+use cowbell_formats::qed::rest::check::{self, Repair};
 use cowbell_formats::{DiskHost, LayerMeta, OpenOptions, open};
 
 fn assert_clean(path: &Path) {

@@ -13,7 +13,7 @@ use cowbell_engine::step::Io;
 use cowbell_engine::sys::clock;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, NodeId};
-use cowbell_formats::vmdk::layout::{Header, SECTOR};
+use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
 use cowbell_formats::{CreateOptions, Format, Node, qed};
 
 const GRAIN: u64 = 64 << 10;
@@ -53,10 +53,10 @@ fn spoil_qed(path: &Path, clusters: u64, table: bool) {
     drain(&mut engine).expect("sound");
     drop(engine);
     let file = File::new().read(true).write(true).open(path).expect("it is there");
-    let mut block = [0; qed::layout::HEADER_BLOCK];
+    let mut block = [0; qed::disk::layout::HEADER_BLOCK];
     file.read_exact_at(&mut block, 0).expect("a header");
     let len = file.metadata().expect("a file").len();
-    let header = qed::layout::Header::parse(&block, len).expect("sound");
+    let header = qed::disk::layout::Header::parse(&block, len).expect("sound");
     let mut l2 = [0; 8];
     file.read_exact_at(&mut l2, header.l1_offset.0).expect("an L1 table");
     let at = match table {

@@ -20,9 +20,10 @@ use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits};
 use cowbell_formats::chain::open_whole_layer;
+use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::qcow2::Qcow2Options;
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::qed::{Growth, QedOptions};
+use cowbell_formats::qed::QedOptions;
+use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
     CreateOptions, DiskHost, Format, Host, Node, OpenOptions, RunOptions, attach, create, open,
@@ -134,17 +135,17 @@ impl Shape {
             Format::Raw => (0, 0),
             Format::Qed => {
                 let file = host.open(path, false).expect("it opens");
-                let report = qed::check::check(&file, Repair::None).expect("it is checked");
+                let report = qed::rest::check::check(&file, Repair::None).expect("it is checked");
                 (report.corruptions + report.check_errors, report.leaks)
             }
             Format::Qcow2 => {
                 let file = host.open(path, false).expect("it opens");
-                let report = qcow2::check::check(&file, Repair::None).expect("it is checked");
+                let report = qcow2::rest::check::check(&file, Repair::None).expect("it is checked");
                 (report.corruptions + report.check_errors, report.leaks)
             }
             Format::Vmdk => {
                 let layer = open_whole_layer(&host, path, &options).expect("it opens");
-                let report = vmdk::check::check(&layer, Repair::None).expect("it is checked");
+                let report = vmdk::rest::check::check(&layer, Repair::None).expect("it is checked");
                 (report.corruptions + report.check_errors, report.leaks + report.stale)
             }
         }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use cowbell_engine::sys::disk::DiskFile;
-use cowbell_formats::qed::check::{self, Repair};
+use cowbell_formats::qed::rest::check::{self, Repair};
 use cowbell_formats::{DiskHost, OpenOptions, map, open};
 
 #[path = "../../examples/epoll.rs"]

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::common::{DISK, MemFile, MemHost};
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::open_files;
-use cowbell_formats::vmdk::descriptor::FILES_MAX;
+use cowbell_formats::vmdk::disk::descriptor::FILES_MAX;
 use cowbell_formats::{Error, Host, OpenOptions, Policy};
 
 fn with(host: &MemHost, name: &str, files: Policy) -> Result<Vec<MemFile>, Error> {

@@ -7,11 +7,11 @@ use crate::common::{MemFile, MemHost, have_qemu, qcow2, run};
 use cowbell_engine::store::Store;
 use cowbell_formats::info::info;
 use cowbell_formats::map::{extents, read};
-use cowbell_formats::qcow2::check::{Repair, check};
-use cowbell_formats::qcow2::create::Options;
-use cowbell_formats::qcow2::header::{Compression, EXT_BITMAPS, EXT_FEATURE_NAMES, Header};
-use cowbell_formats::qcow2::open::read_header;
-use cowbell_formats::qcow2::snapshots::{Moment, create};
+use cowbell_formats::qcow2::disk::header::{Compression, EXT_BITMAPS, EXT_FEATURE_NAMES, Header};
+use cowbell_formats::qcow2::rest::check::{Repair, check};
+use cowbell_formats::qcow2::rest::create::Options;
+use cowbell_formats::qcow2::rest::open::read_header;
+use cowbell_formats::qcow2::rest::snapshots::{Moment, create};
 use cowbell_formats::{Chain, Error, Format, OpenOptions, Policy, open};
 
 const MB: Options<'_> = Options {

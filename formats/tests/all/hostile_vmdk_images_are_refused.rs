@@ -8,11 +8,11 @@ use crate::common::{MemFile, MemHost};
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::map::{extents, read};
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::vmdk::check::check;
-use cowbell_formats::vmdk::create::{Options, write_file};
-use cowbell_formats::vmdk::descriptor::Kind;
-use cowbell_formats::vmdk::layout::{Header, SECTOR};
+use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
+use cowbell_formats::vmdk::rest::check::check;
+use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Chain, Error, Format, OpenOptions, Policy, open};
 
 const SIZE: u64 = 8 << 20;

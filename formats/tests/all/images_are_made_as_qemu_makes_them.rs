@@ -2,7 +2,7 @@
 
 use crate::common::{DISK, have_qemu, ok, run};
 use cowbell_formats::create::{CreateOptions, create, parse_size, plan};
-use cowbell_formats::qed::layout::Geometry;
+use cowbell_formats::qed::disk::layout::Geometry;
 use cowbell_formats::{Format, OpenOptions, Policy, open};
 
 /// The file in compact form: length and the bytes that are not zero.

@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::common::{DISK, have_qemu, ok};
 use cowbell_formats::create::parse_size;
 use cowbell_formats::map::{Kind, extents, read, status};
-use cowbell_formats::qed::check::{Repair, check};
-use cowbell_formats::qed::layout::Geometry;
+use cowbell_formats::qed::disk::layout::Geometry;
+use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::{OpenOptions, Policy, open};
 
 /// The map in the form of `qemu-img map --output json`.

@@ -7,8 +7,8 @@ use cowbell_engine::store::Store;
 use cowbell_formats::create::{CreateOptions, parse_size};
 use cowbell_formats::map::{extents, read, status};
 use cowbell_formats::probe::probe;
-use cowbell_formats::qed::check::{Repair, check};
-use cowbell_formats::qed::layout::{Bounds, Entry, HEADER_BLOCK, Header};
+use cowbell_formats::qed::disk::layout::{Bounds, Entry, HEADER_BLOCK, Header};
+use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::{Error, Format, OpenOptions, Policy, open};
 use quickcheck::{Arbitrary, Gen, QuickCheck};
 
@@ -180,9 +180,11 @@ fn any_first_bytes_are_parsed_or_refused() {
 #[test]
 fn a_valid_entry_points_at_whole_clusters_of_the_file() {
     fn holds(raw: Nasty, header: Nasty, file: Nasty, cluster: u8, table: u8) -> bool {
-        let geometry =
-            cowbell_formats::qed::layout::Geometry::new(1 << (12 + cluster % 15), 1 << (table % 5))
-                .expect("legal");
+        let geometry = cowbell_formats::qed::disk::layout::Geometry::new(
+            1 << (12 + cluster % 15),
+            1 << (table % 5),
+        )
+        .expect("legal");
         let bounds = Bounds { geometry, header_bytes: header.0, file_len: file.0 };
         let fits = |at: u64, len: u64| {
             at.is_multiple_of(geometry.cluster_size())

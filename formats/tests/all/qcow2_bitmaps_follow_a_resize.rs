@@ -7,9 +7,9 @@ use crate::common::crash::Logged;
 use crate::common::{MemFile, have_qemu, ok};
 use cowbell_engine::store::Store;
 use cowbell_formats::Error;
-use cowbell_formats::qcow2::bitmap;
-use cowbell_formats::qcow2::check::{Repair, check};
-use cowbell_formats::qcow2::open::read_header;
+use cowbell_formats::qcow2::rest::bitmap;
+use cowbell_formats::qcow2::rest::check::{Repair, check};
+use cowbell_formats::qcow2::rest::open::read_header;
 
 /// The name, flags, granularity and bits of each bitmap.
 type Bits = Vec<(Vec<u8>, u32, u8, Vec<u8>)>;

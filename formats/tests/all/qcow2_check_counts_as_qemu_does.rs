@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::common::{MemFile, have_qemu, ok, run};
 use cowbell_engine::store::Store;
-use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check, check_watched};
+use cowbell_formats::qcow2::rest::check::{Event, Repair, Report, Watch, check, check_watched};
 
 /// The number behind `"key":` in JSON text, 0 if it is not there.
 fn number(text: &str, key: &str) -> u64 {

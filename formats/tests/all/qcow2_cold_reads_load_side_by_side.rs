@@ -9,8 +9,8 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::qcow2::driver::Regions;
-use cowbell_formats::qcow2::open::{Access, open};
+use cowbell_formats::qcow2::rest::open::{Access, open};
+use cowbell_formats::qcow2::run::Regions;
 use cowbell_formats::qcow2::{Qcow2, Qcow2Options};
 use cowbell_formats::{CreateOptions, Format, Node};
 

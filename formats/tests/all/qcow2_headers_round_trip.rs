@@ -2,8 +2,8 @@
 
 use crate::common::{MemFile, have_qemu, ok};
 use cowbell_engine::store::Store;
-use cowbell_formats::qcow2::header::{EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, Header};
-use cowbell_formats::qcow2::open::{Access, open, read_header};
+use cowbell_formats::qcow2::disk::header::{EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, Header};
+use cowbell_formats::qcow2::rest::open::{Access, open, read_header};
 
 #[test]
 fn those_of_qemu() {

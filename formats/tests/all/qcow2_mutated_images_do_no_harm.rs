@@ -11,8 +11,8 @@ use crate::common::{MemFile, MemHost};
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::info::info_of;
 use cowbell_formats::map::{extents, read};
-use cowbell_formats::qcow2::check::{Repair, check};
-use cowbell_formats::qcow2::snapshots::{Moment, apply, create, delete};
+use cowbell_formats::qcow2::rest::check::{Repair, check};
+use cowbell_formats::qcow2::rest::snapshots::{Moment, apply, create, delete};
 use cowbell_formats::{Error, Format, OpenOptions, Policy, open};
 
 /// More than looking at any of these images takes, and more than any of them comes to.

@@ -10,10 +10,10 @@ use cowbell_engine::step::{Io, IoKind};
 use cowbell_engine::units::{Errno, Time};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::Node;
-use cowbell_formats::qcow2::driver::Regions;
-use cowbell_formats::qcow2::open::{Access, open};
+use cowbell_formats::parts::growth::Growth;
+use cowbell_formats::qcow2::rest::open::{Access, open};
+use cowbell_formats::qcow2::run::Regions;
 use cowbell_formats::qcow2::{Qcow2, Qcow2Options};
-use cowbell_formats::qed::Growth;
 
 /// More than any of these images comes to.
 const FILE_MAX: u64 = 64 << 20;

@@ -9,10 +9,10 @@ use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, NodeEvent};
-use cowbell_formats::qcow2::driver::Regions;
-use cowbell_formats::qcow2::open::{Access, open};
+use cowbell_formats::parts::growth::Growth;
+use cowbell_formats::qcow2::rest::open::{Access, open};
+use cowbell_formats::qcow2::run::Regions;
 use cowbell_formats::qcow2::{Qcow2, Qcow2Options};
-use cowbell_formats::qed::Growth;
 use cowbell_formats::{CreateOptions, Format, Node};
 
 type Disk = (Engine<Node, Held>, NodeId);
@@ -119,8 +119,10 @@ fn shows_nothing_old(disk: &mut Disk, cluster: u64, first: u64, count: u64) {
 fn is_sound(disk: &Disk) {
     let file = MemFile::new(&disk.0.backend().bytes);
     let opened = open(&file, Access::Read).expect("it opens");
-    let report =
-        cowbell_formats::qcow2::check::check(&file, cowbell_formats::qcow2::check::Repair::None);
+    let report = cowbell_formats::qcow2::rest::check::check(
+        &file,
+        cowbell_formats::qcow2::rest::check::Repair::None,
+    );
     let report = report.expect("it checks");
     assert_eq!((report.corruptions, report.check_errors, report.leaks), (0, 0, 0), "{report:?}");
     drop(opened);

@@ -10,8 +10,8 @@ use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::qcow2::Qcow2Options;
-use cowbell_formats::qed::Growth;
 use cowbell_formats::{CreateOptions, DiskHost, Format, RunOptions, create};
 
 /// An image's shape, and what is behind it.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::common::{MemFile, have_qemu, ok, run};
 use cowbell_engine::store::Store;
-use cowbell_formats::qcow2::check::{Repair, check};
+use cowbell_formats::qcow2::rest::check::{Repair, check};
 
 /// An image with two snapshots, and where in it everything is.
 struct Image {

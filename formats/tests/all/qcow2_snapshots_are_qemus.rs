@@ -6,17 +6,17 @@ use std::path::Path;
 use crate::common::crash::Logged;
 use crate::common::{DISK, MemFile, have_qemu, ok};
 use cowbell_engine::store::Store;
-use cowbell_formats::qcow2::check::{Repair, check};
-use cowbell_formats::qcow2::open::read_header;
-use cowbell_formats::qcow2::snapshot;
-use cowbell_formats::qcow2::snapshots::{Moment, apply, create, delete};
+use cowbell_formats::qcow2::disk::snapshot_table;
+use cowbell_formats::qcow2::rest::check::{Repair, check};
+use cowbell_formats::qcow2::rest::open::read_header;
+use cowbell_formats::qcow2::rest::snapshots::{Moment, apply, create, delete};
 use cowbell_formats::{Error, Host};
 
 const NOW: Moment = Moment { seconds: 1_700_000_000, nanos: 5 };
 
 fn names(file: &impl Store) -> Vec<(String, String)> {
     let header = read_header(file).expect("legal");
-    let list = snapshot::read(file, &header).expect("legal");
+    let list = snapshot_table::read(file, &header).expect("legal");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     list.iter().map(|one| (text(&one.id), text(&one.name))).collect()
 }
@@ -241,7 +241,7 @@ fn what_a_table_says_that_we_do_not_know_stays() {
         create(&file, b"new", NOW).expect("made");
         delete(&file, b"new").expect("deleted");
         let header = read_header(&file).expect("legal");
-        let list = snapshot::read(&file, &header).expect("legal");
+        let list = snapshot_table::read(&file, &header).expect("legal");
         assert_eq!((list.len(), list[0].disk_size), (1, Some(1 << 20)), "{compat}");
         std::fs::write(dir.join("a.qcow2"), file.bytes()).expect("written");
         ok(dir, "qemu-img snapshot -a old a.qcow2");

@@ -10,7 +10,9 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::qed::{Growth, QedOptions, check};
+use cowbell_formats::parts::growth::Growth;
+use cowbell_formats::qed::QedOptions;
+use cowbell_formats::qed::rest::check;
 use cowbell_formats::{
     CreateOptions, DiskHost, Format, OpenOptions, RunOptions, attach, create, open,
 };

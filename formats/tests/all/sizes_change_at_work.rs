@@ -7,7 +7,7 @@ use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::clock;
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::qed::check::{self, Repair};
+use cowbell_formats::qed::rest::check::{self, Repair};
 use cowbell_formats::{CreateOptions, DiskHost, Format, OpenOptions, Policy, create, map, open};
 
 const BLOCK: u64 = 10_000;

@@ -10,7 +10,7 @@ use cowbell_engine::step::Io;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::Errno;
 use cowbell_formats::chain::open_layer;
-use cowbell_formats::vmdk::descriptor::NO_PARENT;
+use cowbell_formats::vmdk::disk::descriptor::NO_PARENT;
 use cowbell_formats::{CreateOptions, Format, LayerMeta, Node, OpenOptions};
 
 /// A session that writes.

@@ -6,10 +6,10 @@ use std::path::Path;
 use crate::common::{DISK, have_qemu, ok};
 use cowbell_formats::chain::{Chain, open_whole_layer};
 use cowbell_formats::map::{extents, read};
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::vmdk::check::check;
-use cowbell_formats::vmdk::create::Wanted;
-use cowbell_formats::vmdk::descriptor::Kind;
+use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::rest::check::check;
+use cowbell_formats::vmdk::rest::create::Wanted;
 use cowbell_formats::{CreateOptions, Format, OpenOptions, Policy, create, open};
 
 const KINDS: [Kind; 5] = [

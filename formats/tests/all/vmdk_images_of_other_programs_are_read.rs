@@ -7,12 +7,12 @@ use crate::common::{MemFile, MemHost};
 use cowbell_engine::store::Store;
 use cowbell_formats::chain::probe_file;
 use cowbell_formats::map::read;
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::vmdk::check::check;
-use cowbell_formats::vmdk::create::{Options, write_file};
-use cowbell_formats::vmdk::descriptor::Kind;
-use cowbell_formats::vmdk::grain::deflate;
-use cowbell_formats::vmdk::layout::{Header, Marker, SECTOR};
+use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::disk::grain::deflate;
+use cowbell_formats::vmdk::disk::layout::{Header, Marker, SECTOR};
+use cowbell_formats::vmdk::rest::check::check;
+use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Chain, Error, Format, OpenOptions, open};
 
 const SECTORS: u64 = 4096;

@@ -14,12 +14,12 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::chain::{open_layer, open_whole_layer};
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::space::Growth;
+use cowbell_formats::parts::growth::Growth;
+use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::VmdkOptions;
-use cowbell_formats::vmdk::check::check;
-use cowbell_formats::vmdk::create::{Options, write_file};
-use cowbell_formats::vmdk::descriptor::Kind;
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::rest::check::check;
+use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{DiskHost, Host, LayerMeta, OpenOptions, RunOptions, attach, open};
 
 const HOST: DiskHost = DiskHost { direct: false };

@@ -13,10 +13,10 @@ use cowbell_engine::units::{Errno, NodeId};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::map;
-use cowbell_formats::qed::check::Repair;
-use cowbell_formats::vmdk::check::check;
-use cowbell_formats::vmdk::create::Wanted;
-use cowbell_formats::vmdk::descriptor::Kind;
+use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::rest::check::check;
+use cowbell_formats::vmdk::rest::create::Wanted;
 use cowbell_formats::{
     CreateOptions, Format, LayerMeta, Node, OpenOptions, RunOptions, attach, create, open,
 };
@@ -157,7 +157,7 @@ fn what_is_written_is_there_also_after_opening_again() {
 
 #[test]
 fn markers_lead_from_the_first_grain_to_the_end_in_the_disks_order() {
-    use cowbell_formats::vmdk::layout::{Marker, SECTOR};
+    use cowbell_formats::vmdk::disk::layout::{Marker, SECTOR};
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
     let path = dir.path().join("d.vmdk");
     make(&path);

@@ -10,9 +10,10 @@ use cowbell_engine::step::Io;
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
+use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::qcow2::{self, Qcow2Options};
-use cowbell_formats::qed::check::{Repair, check};
-use cowbell_formats::qed::{Grow, Growth, QedOptions};
+use cowbell_formats::qed::QedOptions;
+use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
     CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, create, map,
@@ -240,8 +241,8 @@ impl Image {
         }
         if self.state == State::Shared {
             let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
-            let now = qcow2::snapshots::Moment { seconds: 0, nanos: 0 };
-            qcow2::snapshots::create(&file, b"all", now).map_err(|why| why.to_string())?;
+            let now = qcow2::rest::snapshots::Moment { seconds: 0, nanos: 0 };
+            qcow2::rest::snapshots::create(&file, b"all", now).map_err(|why| why.to_string())?;
         }
         Ok(())
     }
@@ -435,7 +436,7 @@ impl Subject for Image {
                 Ok(Checked { marked, corruptions, leaks: report.leaks })
             }
             LayerMeta::Vmdk(_) => {
-                let report = cowbell_formats::vmdk::check::check(top, Repair::None);
+                let report = cowbell_formats::vmdk::rest::check::check(top, Repair::None);
                 let report = report.map_err(|why| why.to_string())?;
                 let mut corruptions = report.corruptions + report.check_errors;
                 if self.state == State::Cold && report.allocated_clusters > 0 {
@@ -446,7 +447,7 @@ impl Subject for Image {
                 Ok(Checked { marked: false, corruptions, leaks: report.leaks + report.stale })
             }
             LayerMeta::Qcow2(opened) => {
-                let report = qcow2::check::check(&top.file, Repair::None);
+                let report = qcow2::rest::check::check(&top.file, Repair::None);
                 let report = report.map_err(|why| why.to_string())?;
                 let corruptions = report.corruptions + report.check_errors;
                 let marked = opened.header.is_dirty() || opened.header.is_corrupt();
@@ -481,8 +482,10 @@ impl Subject for Image {
         let layer = chain::open_whole_layer(host, Path::new(TOP), &options);
         let layer = layer.map_err(|why| why.to_string())?;
         let repaired = match self.format {
-            Format::Vmdk => cowbell_formats::vmdk::check::check(&layer, Repair::All).map(|_| ()),
-            Format::Qcow2 => qcow2::check::check(&layer.file, Repair::All).map(|_| ()),
+            Format::Vmdk => {
+                cowbell_formats::vmdk::rest::check::check(&layer, Repair::All).map(|_| ())
+            }
+            Format::Qcow2 => qcow2::rest::check::check(&layer.file, Repair::All).map(|_| ()),
             _ => check(&layer.file, Repair::All).map(|_| ()),
         };
         repaired.map_err(|why| why.to_string())
@@ -509,7 +512,7 @@ fn is_qed_metadata(contents: &Contents, start: u64, end: u64) -> bool {
 
 /// Does `start..end` of a qcow2 image touch its header or tables?
 fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
-    use cowbell_formats::qcow2::open::{Access, open, read_words};
+    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
     let file = SimFile::new(contents.clone(), false);
     let Ok(image) = open(&file, Access::Read) else { return false };
     let header = &image.header;
@@ -526,7 +529,7 @@ fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
 /// Whole clusters of a qcow2 image with refcounts of 16 bits that have a refcount of 0, as far as
 /// refcount blocks count them.
 fn qcow2_holes(contents: &Contents) -> u64 {
-    use cowbell_formats::qcow2::open::{Access, open, read_words};
+    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
     let file = SimFile::new(contents.clone(), false);
     let Ok(image) = open(&file, Access::Read) else { return 0 };
     let cluster = image.header.cluster_size();

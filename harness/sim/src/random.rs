@@ -5,7 +5,7 @@
 //! what happened is compared: nothing may depend on anything but the seed.
 
 use cowbell_formats::Format;
-use cowbell_formats::qed::Grow;
+use cowbell_formats::parts::growth::Grow;
 
 use crate::choose::{Chooser, Pct, Random};
 use crate::clock::Stopwatch;

@@ -1,9 +1,9 @@
 //! VMDK images made small: grains of a cluster, tables of 128 entries.
 
 use cowbell_engine::store::Store;
-use cowbell_formats::vmdk::create::{Options, write_file};
-use cowbell_formats::vmdk::descriptor::Kind;
-use cowbell_formats::vmdk::layout::{Header, SECTOR};
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
+use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Host, LayerMeta};
 use std::path::Path;
 

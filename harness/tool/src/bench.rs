@@ -15,7 +15,7 @@ use cowbell_engine::op::Target;
 use cowbell_engine::stats::{Call, Held, Histogram, Stats};
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_formats::Node;
-use cowbell_formats::qed::{Grow, Growth};
+use cowbell_formats::parts::growth::{Grow, Growth};
 
 use crate::cache::{Cache, How};
 use crate::device;

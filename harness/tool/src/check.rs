@@ -7,7 +7,7 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_named_in_header, open_whole_layer, probe_file};
 use cowbell_formats::locks::lock_image;
-use cowbell_formats::qcow2::check::{Event, Repair, Report, Watch, check_watched};
+use cowbell_formats::qcow2::rest::check::{Event, Repair, Report, Watch, check_watched};
 use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
 
 use crate::cache::check_source_cache;
@@ -181,7 +181,7 @@ fn check(
 }
 
 fn check_qed(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
-    let found = qed::check::check(store, repair)?;
+    let found = qed::rest::check::check(store, repair)?;
     Ok(Report {
         corruptions: found.corruptions,
         corruptions_fixed: found.corruptions_fixed,
@@ -208,7 +208,7 @@ fn check_vmdk(image: &Image, repair: Repair) -> Result<Report, Error> {
     let options =
         OpenOptions { format: Some(Format::Vmdk), ..image.options(repair != Repair::None) };
     let layer = open_whole_layer(&DiskHost::default(), image.path(), &options)?;
-    let found = vmdk::check::check(&layer, repair)?;
+    let found = vmdk::rest::check::check(&layer, repair)?;
     // QEMU says nothing of how much is allocated. Copies that lag behind do no more harm than
     // leaks do.
     Ok(Report {

@@ -14,7 +14,7 @@ use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::stats::Stats;
 use cowbell_engine::step::{Io, IoKind};
-use cowbell_formats::qed::check::{Repair, check};
+use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::{CreateOptions, DiskHost, Format, Host, OpenOptions, Policy, create, map};
 
 use cowbell_sim::gate::{explore, scopes};

@@ -10,8 +10,8 @@ use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
+use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::preallocation::Before;
-use cowbell_formats::qed::Growth;
 use cowbell_formats::{DiskHost, Error, Format, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};

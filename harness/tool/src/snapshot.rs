@@ -9,9 +9,9 @@ use cowbell_engine::store::Store;
 use cowbell_formats::chain::{open_named_in_header, probe_file};
 use cowbell_formats::error::Shown;
 use cowbell_formats::locks::lock_image;
-use cowbell_formats::qcow2::open::{describe_header, read_header};
-use cowbell_formats::qcow2::snapshot::{self, Snapshot};
-use cowbell_formats::qcow2::snapshots::{self, Moment};
+use cowbell_formats::qcow2::disk::snapshot_table::{self, Snapshot};
+use cowbell_formats::qcow2::rest::open::{describe_header, read_header};
+use cowbell_formats::qcow2::rest::snapshots::{self, Moment};
 use cowbell_formats::{DiskHost, Error, Format, Host};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -120,7 +120,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
 }
 
 fn list<F: Store>(file: &Path, store: &F, quiet: bool) -> Result<(), Fail> {
-    let list = read_header(store).and_then(|header| snapshot::read(store, &header));
+    let list = read_header(store).and_then(|header| snapshot_table::read(store, &header));
     let list = list.map_err(|why| Fail::open(file, why))?;
     let mut out = Out::new(quiet);
     if !list.is_empty() {

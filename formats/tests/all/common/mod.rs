@@ -292,7 +292,7 @@ pub fn ok(dir: &Path, line: &str) -> String {
 
 /// An empty qcow2 image in memory. With clusters of 64 KiB: refcount table at 0x10000, block at
 /// 0x20000, L1 table at 0x30000.
-pub fn qcow2(options: &cowbell_formats::qcow2::create::Options<'_>) -> MemFile {
+pub fn qcow2(options: &cowbell_formats::qcow2::rest::create::Options<'_>) -> MemFile {
     let file = MemFile::new(&[]);
     options.plan().expect("legal").write(&file).expect("memory");
     file.inner().writes = 0;
@@ -302,7 +302,7 @@ pub fn qcow2(options: &cowbell_formats::qcow2::create::Options<'_>) -> MemFile {
 /// A QED image in memory with 4 KiB clusters and tables of one cluster, 512 entries: header at 0,
 /// L1 table at 4096. `backing` is a name and whether it is recorded as raw.
 pub fn small_qed(size: u64, backing: Option<(&str, bool)>) -> MemFile {
-    use cowbell_formats::qed::create::{Options, write};
+    use cowbell_formats::qed::rest::create::{Options, write};
     let file = MemFile::new(&[]);
     let header = Options {
         size,

@@ -1,0 +1,1002 @@
+//! The stock: where new clusters come from, and where given-up ones go.
+//!
+//! A cluster in stock has a refcount of 1 on disk, stably, and nothing refers to it: so an entry
+//! may point at it as soon as its data is there, and no order between tables and refcounts remains
+//! to be kept. Requests take from the stock in memory. A chore refills it before it runs dry, a
+//! batch at a time: refcounts written, file grown, one flush. It is the only one that touches
+//! refcounts. What a crash leaves in stock is leaked; a drained engine has counted it down again.
+//!
+//! Clusters come from, in this order: given-up ones whose only reference is gone (no refcount
+//! changes at all); holes, clusters of the file with a refcount of 0; the file's end, grown ahead.
+//! What comes from the grown end reads as zeros. The file does not grow while there are holes. Where
+//! it cannot grow, as on a device, all there is are holes, whatever was there before.
+//!
+//! The chore looks at one piece of one refcount block at a time, in memory of its own.
+
+use cowbell_engine::mutant;
+use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
+use cowbell_engine::step::{Cx, Event, Step};
+use cowbell_engine::units::Errno;
+use cowbell_engine::wait::WaitList;
+
+use crate::parts::attempts::Attempts;
+use crate::parts::growth::Grow;
+use crate::qcow2::disk::header::REFTABLE_BYTES_MAX;
+use crate::qcow2::disk::layout::{HOST_MAX, Invalid};
+use crate::qcow2::rest::open::Opened;
+use crate::qcow2::run::writeback::Free;
+use crate::qcow2::run::{Qcow2, Qcow2Options, State};
+
+/// Clusters, one after the other.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Run {
+    first: u64,
+    count: u64,
+}
+
+impl Run {
+    fn end(self) -> u64 {
+        self.first + self.count
+    }
+}
+
+/// Clusters that were taken from the stock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taken {
+    /// The first cluster.
+    pub first: u64,
+    /// How many, one after the other: at least one, at most what was asked for.
+    pub count: u64,
+    /// Do they read as zeros, stably?
+    pub is_zeros: bool,
+}
+
+/// What the chore is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Phase {
+    /// Looking for the next thing to do.
+    Idle,
+    /// Counting down references of clusters in the piece at hand.
+    Drop,
+    /// Counting up clusters in the piece at hand: holes, or the file's end.
+    Count { fresh: bool },
+    /// Making refcount blocks, and perhaps a longer table for them.
+    Blocks(Area),
+}
+
+/// New refcount blocks and, if the table must grow, the table: clusters one after the other. And
+/// behind them clusters for the stock, where so many are wanted in one run that blocks of their own
+/// must count them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Area {
+    first: u64,
+    /// Refcount blocks, which come first; that of table entry `index` and those behind it.
+    blocks: u64,
+    index: u64,
+    /// Clusters of the new table; 0: the old one will do.
+    table: u64,
+    /// Clusters for the stock.
+    run: u64,
+    /// Does it lie in space that reads as zeros?
+    fresh: bool,
+}
+
+impl Area {
+    fn count(self) -> u64 {
+        self.tables() + self.run
+    }
+
+    fn end(self) -> u64 {
+        self.first + self.count()
+    }
+
+    fn tables(self) -> u64 {
+        self.blocks + self.table
+    }
+}
+
+/// See the module.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct Stock {
+    /// In stock, zeros.
+    fresh: Vec<Run>,
+    /// In stock, with whatever was there.
+    used: Vec<Run>,
+    /// Clusters in both.
+    total: u64,
+    /// Unreferenced on disk, but requests of that era may still be using them.
+    returned: Vec<(u32, Free)>,
+    /// Being given back to the file system; then in stock.
+    discarded: Vec<Run>,
+    /// References to be counted down.
+    drops: Vec<Run>,
+    /// Counted up, but not stably: in stock after the flush.
+    counted: Vec<Run>,
+    /// The piece of a block in memory, if any, and whether it is ahead of the disk.
+    piece: Option<u64>,
+    piece_dirty: bool,
+    /// The refcount table, as on disk but for the byte order.
+    table: Vec<u64>,
+    table_offset: u64,
+    phase: Phase,
+    /// Where to look for holes next.
+    holes: u64,
+    /// One past the last cluster of the file that was ever handed out, or there at first. Where
+    /// the file cannot be made longer: one past the last whole one.
+    end: u64,
+    /// While the image is being left clean: one past the last cluster that is still in use.
+    rest: u64,
+    /// The length that the file has after any crash; and what a growth under way makes it.
+    durable: u64,
+    grown: u64,
+    /// How many clusters are counted up at once.
+    batch: u64,
+    asked: bool,
+    running: bool,
+    settling: bool,
+    /// Somebody found nothing, since the chore began or before.
+    wanted: bool,
+    /// As many clusters in one run are wanted, which no piece of a block counts.
+    wanted_run: Option<u64>,
+    /// Somebody wants more clusters in one run than there are.
+    wants_long_run: bool,
+    /// Can the file be made longer?
+    can_grow: bool,
+    attempts: Attempts,
+    pub waiters: WaitList,
+    /// The chore that empties the stock.
+    pub settler: WaitList,
+    result: Result<(), Errno>,
+    options: Qcow2Options,
+    cluster_bits: u32,
+}
+
+impl Stock {
+    pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Stock {
+        let cluster_bits = opened.header.cluster_bits;
+        // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
+        // A device ends with its last whole cluster.
+        let end = match can_grow {
+            true => opened.file_len.div_ceil(1 << cluster_bits),
+            false => opened.file_len >> cluster_bits,
+        };
+        // What the lists may need, so that they never grow.
+        let stocked = || Vec::with_capacity(options.stock_max.min(4096) as usize);
+        Stock {
+            fresh: stocked(),
+            used: stocked(),
+            total: 0,
+            returned: Vec::with_capacity(options.frees_max),
+            discarded: Vec::with_capacity(options.frees_max),
+            drops: stocked(),
+            counted: stocked(),
+            piece: None,
+            piece_dirty: false,
+            table: opened.refcount_table.clone(),
+            table_offset: opened.header.refcount_table_offset,
+            phase: Phase::Idle,
+            holes: 0,
+            end,
+            rest: end,
+            durable: opened.file_len,
+            grown: opened.file_len,
+            batch: options.stock_min.min(options.stock_max).max(1),
+            asked: false,
+            running: false,
+            settling: false,
+            wanted: false,
+            wanted_run: None,
+            wants_long_run: false,
+            can_grow,
+            attempts: Attempts::default(),
+            waiters: WaitList::new(),
+            settler: WaitList::new(),
+            result: Ok(()),
+            options,
+            cluster_bits,
+        }
+    }
+
+    /// Was the chore asked for, and is it to begin?
+    pub fn begin_asked(&mut self) -> bool {
+        let begins = self.asked && !self.running;
+        if begins {
+            (self.asked, self.running) = (false, true);
+        }
+        begins
+    }
+
+    /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
+    pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
+        self.attempts.failure_of(attempt)
+    }
+
+    /// Is nothing in stock?
+    pub fn is_empty(&self) -> bool {
+        self.total == 0
+    }
+
+    /// Takes in clusters that nothing refers to on disk any more, stably.
+    pub fn take_in(&mut self, freed: impl Iterator<Item = Free>, era: u32) {
+        self.returned.extend(freed.map(|free| (era, free)));
+    }
+
+    /// Takes back clusters that nothing came to refer to.
+    pub fn give_back(&mut self, first: u64, count: u64) {
+        self.total += count;
+        self.used.push(Run { first, count });
+    }
+
+    /// Used ones first: they lie within the file, which then stays as short as it can be.
+    fn take(&mut self, count: u64) -> Option<Taken> {
+        let is_zeros = match mutant!("qcow2_fresh_before_used") {
+            true => !self.fresh.is_empty(),
+            false => self.used.is_empty(),
+        };
+        let runs = if is_zeros { &mut self.fresh } else { &mut self.used };
+        let run = runs.last_mut()?;
+        let taken = Taken { first: run.first, count: run.count.min(count), is_zeros };
+        run.first += taken.count;
+        run.count -= taken.count;
+        if run.count == 0 {
+            runs.pop();
+        }
+        self.total -= taken.count;
+        Some(taken)
+    }
+
+    fn is_low(&self) -> bool {
+        self.total < self.batch.div_ceil(2)
+    }
+
+    /// Is nothing left to be counted down, or did that fail?
+    pub fn is_settled(&self) -> bool {
+        let is_empty = self.total == 0 && self.drops.is_empty() && self.returned.is_empty();
+        is_empty || self.result.is_err()
+    }
+
+    /// The length of the file without the spare end, if it has one that can be cut off.
+    pub fn spare_end(&self) -> Option<u64> {
+        let end = self.rest << self.cluster_bits;
+        ((self.can_grow || mutant!("qcow2_device_is_cut")) && self.grown > end).then_some(end)
+    }
+
+    /// The spare end was cut off. Not before that does the file end where it is in use: what it
+    /// would gain by growing again was there, and is no zeros.
+    pub fn cut(&mut self) {
+        self.end = self.rest;
+        self.holes = self.holes.min(self.end);
+        self.durable = self.durable.min(self.end << self.cluster_bits);
+        self.grown = self.durable;
+    }
+
+    pub fn assert_idle(&self) {
+        assert!(!self.running && !self.asked && self.phase == Phase::Idle, "{:?}", self.phase);
+        assert!(self.waiters.is_empty() && self.settler.is_empty());
+        assert!(self.counted.is_empty() && !self.piece_dirty);
+    }
+}
+
+impl Qcow2 {
+    /// Up to `count` clusters, one after the other, for the request at `at`, or the step that
+    /// waits for them.
+    pub(super) fn take_clusters(
+        &mut self,
+        count: u64,
+        at: u64,
+        cx: &mut Cx<'_>,
+    ) -> Result<Taken, Step<State>> {
+        if self.corrupt.are_counts() {
+            return Err(Step::Done(Err(Errno::IO)));
+        }
+        if let Some(taken) = self.stock.take(count) {
+            if self.stock.is_low() {
+                self.ask_for_stock(cx);
+            }
+            return Ok(taken);
+        }
+        self.stock.wanted = true;
+        self.ask_for_stock(cx);
+        cx.park(&mut self.stock.waiters);
+        Err(Step::Wait(State::Space { at, attempt: self.stock.attempts.latest() }))
+    }
+
+    fn ask_for_stock(&mut self, cx: &mut Cx<'_>) {
+        let stock = &mut self.stock;
+        if !stock.running && !stock.asked {
+            stock.asked = true;
+            stock.attempts.begin();
+            cx.ask();
+        }
+    }
+
+    /// A sweep has ended: was something given up?
+    pub(super) fn stock_if_low(&mut self, cx: &mut Cx<'_>) {
+        if !self.stock.returned.is_empty() {
+            self.ask_for_stock(cx);
+        }
+    }
+
+    /// `count` clusters, one after the other, for a longer L1 table; their first, or the step that
+    /// waits for them.
+    pub(super) fn take_contiguous(
+        &mut self,
+        count: u64,
+        cx: &mut Cx<'_>,
+    ) -> Result<u64, Step<State>> {
+        if self.corrupt.are_counts() {
+            return Err(Step::Done(Err(Errno::IO)));
+        }
+        let stock = &mut self.stock;
+        for runs in [&mut stock.used, &mut stock.fresh] {
+            if let Some(run) = runs.iter_mut().find(|run| run.count > count) {
+                run.count -= count;
+                stock.total -= count;
+                return Ok(run.end());
+            }
+        }
+        if count < 1 << (self.geometry.slice_bits() + 2 - self.geometry.refcount_order()) {
+            stock.batch = stock.batch.max(2 * count + stock.total);
+        } else {
+            stock.wanted_run = Some(count + 1);
+        }
+        (stock.wanted, stock.wants_long_run) = (true, true);
+        self.ask_for_stock(cx);
+        cx.park(&mut self.stock.waiters);
+        Err(Step::Wait(State::ResizeSpace { attempt: self.stock.attempts.latest() }))
+    }
+
+    /// Chore: has everything that is in stock counted down.
+    pub(super) fn empty_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if !std::mem::replace(&mut self.stock.settling, true) {
+            self.stock.rest = self.stock.end;
+        }
+        self.ask_for_stock(cx);
+        cx.park(&mut self.stock.settler);
+        Step::Wait(State::EmptyStock)
+    }
+
+    /// How that went.
+    pub(super) fn stock_emptied(&mut self) -> Result<(), Errno> {
+        self.stock.settling = false;
+        self.stock.batch = self.stock.options.stock_min.min(self.stock.options.stock_max).max(1);
+        self.stock.result
+    }
+
+    pub(super) fn step_stock(
+        &mut self,
+        state: State,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match (state, event) {
+            // What it is to count is the header's to say.
+            (State::Stock, Event::Start) if self.header.is_doubted => {
+                self.park_for_sweep(cx);
+                Step::Wait(State::Stock)
+            }
+            (State::Stock, Event::Woken) if self.sweep.result().is_err() => {
+                self.stock_done(self.sweep.result(), cx)
+            }
+            (State::StockSwept, Event::Woken) if self.sweep.result().is_err() => {
+                self.stock_done(self.sweep.result(), cx)
+            }
+            (State::Stock, Event::Start | Event::Woken)
+            | (State::StockPast | State::StockSwept, Event::Woken) => self.begin_stock(cx),
+            (State::StockDiscard, Event::Io(_)) => self.discarded(cx),
+            (State::StockGrow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
+                self.grown(cx)
+            }
+            (state, Event::Io(Err(errno))) => self.stock_op_failed(state, errno, cx),
+            (State::StockLoad, Event::Io(_)) => self.piece_loaded(cx),
+            (State::StockGrow { .. }, Event::Io(_)) => self.grown(cx),
+            (State::StockWrite, Event::Io(_)) => {
+                self.stock.piece_dirty = false;
+                self.piece_written(cx)
+            }
+            (State::StockFlush, Event::Io(_)) => self.counted(cx),
+            (State::StockTable { from }, Event::Io(_)) => self.write_area(from, cx),
+            (State::StockFlushTable, Event::Io(_)) => self.link_area(cx),
+            (State::StockLink, Event::Io(_)) => {
+                self.flush_files(cx);
+                Step::Wait(State::StockFlushLink)
+            }
+            (State::StockHeader, Event::Woken) => self.link_area(cx),
+            (State::StockHeader, Event::Io(_)) => {
+                self.flush_files(cx);
+                Step::Wait(State::StockFlushHeader)
+            }
+            (State::StockFlushLink | State::StockFlushHeader, Event::Io(_)) => self.area_linked(cx),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    fn begin_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        match self.sort_returned(cx) {
+            true => Step::Wait(State::StockDiscard),
+            false => self.stock_next(cx),
+        }
+    }
+
+    /// Sorts what was given up: into the stock, or to be counted down. Answers whether some of it
+    /// is being given back to the file system.
+    fn sort_returned(&mut self, cx: &mut Cx<'_>) -> bool {
+        let bits = self.geometry.cluster_bits();
+        let mut issued = false;
+        let mut returned = std::mem::take(&mut self.stock.returned);
+        returned.retain(|&(era, free)| {
+            if !cx.is_past(era) && !mutant!("qcow2_reused_while_in_use") {
+                return true;
+            }
+            let run = Run { first: free.first, count: free.count };
+            let stock = &mut self.stock;
+            let fits = stock.total + run.count <= stock.options.stock_max && !stock.settling;
+            if free.discard && cx.room() > 0 {
+                let (from, len) = (run.first << bits, run.count << bits);
+                cx.issue(Op::bare(OpKind::Discard, self.data, from, len));
+                issued = true;
+            }
+            if !(free.sole && fits) {
+                self.stock.drops.push(run);
+            } else if issued && !mutant!("qcow2_stocked_before_discarded") {
+                self.stock.discarded.push(run);
+            } else {
+                self.stock.give_back(run.first, run.count);
+            }
+            false
+        });
+        self.stock.returned = returned;
+        issued
+    }
+
+    /// What was given back to the file system may be used again. (A hint, taken or not.)
+    fn discarded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        while let Some(run) = self.stock.discarded.pop() {
+            self.stock.give_back(run.first, run.count);
+        }
+        self.stock_next(cx)
+    }
+
+    /// The next thing to do.
+    fn stock_next(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        stock.phase = Phase::Idle;
+        if stock.settling {
+            let all = stock.fresh.drain(..).chain(stock.used.drain(..));
+            stock.drops.extend(all);
+            stock.total = 0;
+        }
+        // From the back, so that a settled file ends where its last cluster does.
+        stock.drops.sort_unstable_by_key(|run| std::cmp::Reverse(run.first));
+        if let Some(drop) = stock.drops.first().copied() {
+            stock.phase = Phase::Drop;
+            return self.look_at(drop.first, cx);
+        }
+        if self.corrupt.are_counts() {
+            return self.stock_done(Err(Errno::IO), cx);
+        }
+        if stock.total > 0 && stock.wanted {
+            cx.wake_all(&mut stock.waiters);
+        }
+        if let Some(run) = stock.wanted_run.take() {
+            return self.make_run(run, cx);
+        }
+        if stock.settling || !(stock.wanted || stock.is_low()) {
+            return self.stock_done(Ok(()), cx);
+        }
+        self.count_holes(cx)
+    }
+
+    /// Bits of a cluster's number that say where in its piece of a block its refcount is.
+    fn piece_bits(&self) -> u32 {
+        self.geometry.slice_bits() + 3 - self.geometry.refcount_order()
+    }
+
+    /// Where the refcount of `cluster` is: the offset of its piece of a block, if it has one.
+    fn piece_offset(&self, cluster: u64) -> Result<Option<u64>, Invalid> {
+        let index = cluster >> self.geometry.block_bits();
+        let block = self.stock.table.get(index as usize).copied().unwrap_or(0);
+        if block == 0 {
+            return Ok(None);
+        }
+        if !self.geometry.is_aligned(block) || block >= HOST_MAX {
+            return Err(Invalid);
+        }
+        let inside = cluster & ((1 << self.geometry.block_bits()) - 1);
+        Ok(Some(block + ((inside >> self.piece_bits()) << self.geometry.slice_bits())))
+    }
+
+    fn counts_seg(&self) -> Seg {
+        let len = 1 << self.geometry.slice_bits();
+        Seg { base: Base::Region(self.regions.counts), off: 0, len }
+    }
+
+    /// Gets the piece that counts `cluster` into memory, and goes on with it.
+    fn look_at(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let piece = cluster >> self.piece_bits();
+        if self.stock.piece == Some(piece) {
+            return self.piece_loaded(cx);
+        }
+        debug_assert!(!self.stock.piece_dirty, "a changed piece is written before it goes");
+        let offset = match self.piece_offset(cluster) {
+            Ok(Some(offset)) => offset,
+            Ok(None) => return self.no_block(cluster, cx),
+            Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
+        };
+        self.stock.piece = Some(piece);
+        cx.issue(self.read_op(offset, Segs::one(self.counts_seg())));
+        Step::Wait(State::StockLoad)
+    }
+
+    /// The refcount table's entry for `cluster` cannot be right.
+    fn stop_counting(&mut self, what: &'static str, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let index = cluster >> self.geometry.block_bits();
+        self.counts_are_wrong(what, self.stock.table_offset + index * 8, cx);
+        self.stock.drops.clear();
+        self.stock_done(Err(Errno::IO), cx)
+    }
+
+    fn piece_loaded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        match self.stock.phase {
+            Phase::Drop => self.count_down(cx),
+            Phase::Count { fresh } => self.count_up(fresh, cx),
+            phase => panic!("no piece is wanted in {phase:?}"),
+        }
+    }
+
+    /// Counts down the references in the piece at hand.
+    fn count_down(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let (geometry, bits) = (self.geometry, self.piece_bits());
+        let piece = self.stock.piece.expect("it was loaded");
+        let (from, to) = (piece << bits, (piece + 1) << bits);
+        let bytes = cx.mem().region_mut(self.regions.counts);
+        let mut drops = std::mem::take(&mut self.stock.drops);
+        let mut wrong = None;
+        for i in 0..drops.len() {
+            let run = drops[i];
+            let (first, end) = (run.first.max(from), run.end().min(to));
+            if first >= end {
+                continue;
+            }
+            for cluster in (first..end).rev() {
+                let index = (cluster - from) as usize;
+                let count = geometry.refcount(bytes, index);
+                if count == 0 {
+                    wrong = Some(cluster);
+                }
+                geometry.set_refcount(bytes, index, count.saturating_sub(1));
+                if count > 1 {
+                    continue;
+                }
+                if !mutant!("qcow2_counted_down_is_no_hole") {
+                    self.stock.holes = self.stock.holes.min(cluster);
+                }
+                if self.stock.settling && cluster + 1 == self.stock.rest {
+                    self.stock.rest = cluster;
+                }
+            }
+            drops[i].count = first - run.first;
+            drops.extend((end < run.end()).then(|| Run { first: end, count: run.end() - end }));
+        }
+        drops.retain(|run| run.count > 0);
+        self.stock.drops = drops;
+        if let Some(cluster) = wrong {
+            let at = cluster << self.geometry.cluster_bits();
+            self.counts_are_wrong("cluster in use has refcount 0", at, cx);
+        }
+        self.write_piece(cx)
+    }
+
+    fn write_piece(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        self.stock.piece_dirty = true;
+        let piece = self.stock.piece.expect("it was changed");
+        let offset = self.piece_offset(piece << self.piece_bits()).ok().flatten();
+        let offset = offset.expect("it was loaded from there");
+        cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
+        Step::Wait(State::StockWrite)
+    }
+
+    fn piece_written(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.stock.counted.is_empty() {
+            return self.stock_next(cx);
+        }
+        if mutant!("qcow2_stock_before_stable") {
+            return self.counted(cx);
+        }
+        self.flush_files(cx);
+        Step::Wait(State::StockFlush)
+    }
+
+    /// Counts, and the file's length, are stable: what was counted is in stock.
+    fn counted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        stock.durable = stock.grown;
+        let device_is_zeros = !stock.can_grow && mutant!("qcow2_device_is_zeros");
+        let fresh = stock.phase == Phase::Count { fresh: true } || device_is_zeros;
+        for run in stock.counted.drain(..) {
+            stock.total += run.count;
+            if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
+        }
+        cx.wake_all(&mut stock.waiters);
+        if stock.is_low() { self.count_holes(cx) } else { self.stock_done(Ok(()), cx) }
+    }
+
+    /// Looks for holes where they were not looked for yet; then takes from the file's end.
+    fn count_holes(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.stock.holes < self.stock.end && !mutant!("qcow2_grows_beside_holes") {
+            self.stock.phase = Phase::Count { fresh: false };
+            return self.look_at(self.stock.holes, cx);
+        }
+        if !self.stock.can_grow {
+            return self.out_of_space(Errno::NO_SPACE, cx);
+        }
+        self.stock.phase = Phase::Count { fresh: true };
+        let Some(len) = self.wanted_len(self.stock.batch) else {
+            return self.out_of_space(Errno::TOO_BIG, cx);
+        };
+        if len > self.stock.grown { self.grow(len, false, cx) } else { self.grown(cx) }
+    }
+
+    /// No cluster is free, and the file cannot be made longer: `errno`. Before anybody is told, what
+    /// was given up comes back: it leaves with a sweep, and when nobody uses it any more.
+    fn out_of_space(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        if !stock.wanted || stock.total > 0 && !stock.wants_long_run {
+            return self.stock_done(Ok(()), cx);
+        }
+        if !stock.returned.is_empty() {
+            if stock.returned.iter().any(|&(era, _)| cx.is_past(era)) {
+                return self.begin_stock(cx);
+            }
+            cx.park_until_past();
+            return Step::Wait(State::StockPast);
+        }
+        if self.sweep.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
+            self.park_for_sweep(cx);
+            return Step::Wait(State::StockSwept);
+        }
+        self.stock_done(Err(errno), cx)
+    }
+
+    /// The file's length with `count` more clusters; `None` if that is too long.
+    fn wanted_len(&self, count: u64) -> Option<u64> {
+        let bits = self.geometry.cluster_bits();
+        let end = self.stock.end.checked_add(count).filter(|&end| end <= self.clusters_max());
+        end.map(|end| end << bits)
+    }
+
+    /// The most clusters that a file can have.
+    fn clusters_max(&self) -> u64 {
+        LEN_MAX >> self.geometry.cluster_bits()
+    }
+
+    /// Makes the file `len` bytes long, or longer.
+    fn grow(&mut self, len: u64, exact: bool, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        let growth = stock.options.growth;
+        let ahead = match growth.by {
+            Grow::Write => 0,
+            _ if exact => 0,
+            _ => stock.grown.clamp(growth.step_min, growth.step_max),
+        };
+        let to = len.saturating_add(ahead).min(LEN_MAX).max(len);
+        let op = match growth.by {
+            Grow::Allocate => Op::bare(OpKind::Allocate, self.file, stock.grown, to - stock.grown),
+            _ => Op::bare(OpKind::Truncate, self.file, to, 0),
+        };
+        stock.grown = to;
+        cx.issue(op);
+        Step::Wait(State::StockGrow { exact: exact || ahead == 0 })
+    }
+
+    /// The file is long enough: count clusters of its end.
+    fn grown(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        match self.stock.phase {
+            Phase::Blocks(_) => self.write_area(0, cx),
+            _ => self.look_at(self.stock.end, cx),
+        }
+    }
+
+    /// Counts up what is free in the piece at hand.
+    fn count_up(&mut self, fresh: bool, cx: &mut Cx<'_>) -> Step<State> {
+        let (geometry, bits) = (self.geometry, self.piece_bits());
+        let piece = self.stock.piece.expect("it was loaded");
+        let (from, to) = (piece << bits, (piece + 1) << bits);
+        let (at, to) = match fresh {
+            true => (self.stock.end, to.min(self.stock.grown >> geometry.cluster_bits())),
+            false => (self.stock.holes.max(from), to.min(self.stock.end)),
+        };
+        let bytes = cx.mem().region_mut(self.regions.counts);
+        let wanted = self.stock.batch;
+        let (mut found, mut next) = (0, at);
+        let mut metadata = self.metadata.range(at..to.max(at)).peekable();
+        let mut uncounted = None;
+        while next < to && found < wanted {
+            let (cluster, index) = (next, (next - from) as usize);
+            let is_metadata = metadata.next_if_eq(&&cluster).is_some();
+            next += 1;
+            if geometry.refcount(bytes, index) != 0 {
+                continue;
+            }
+            if is_metadata {
+                // A table that nobody has counted: it is not given away.
+                uncounted = Some(cluster);
+                continue;
+            }
+            geometry.set_refcount(bytes, index, 1);
+            found += 1;
+            match self.stock.counted.last_mut() {
+                Some(last) if last.end() == cluster => last.count += 1,
+                _ => self.stock.counted.push(Run { first: cluster, count: 1 }),
+            }
+        }
+        if fresh {
+            // Holes that were not looked at yet are still to be.
+            if self.stock.holes == self.stock.end {
+                self.stock.holes = next;
+            }
+            self.stock.end = next;
+        } else {
+            let stops = mutant!("qcow2_search_for_holes_stops_early");
+            self.stock.holes = if stops { self.stock.end } else { next };
+        }
+        if let Some(cluster) = uncounted {
+            self.counts_are_wrong("table has refcount 0", cluster << geometry.cluster_bits(), cx);
+        }
+        if found > 0 { self.write_piece(cx) } else { self.count_holes(cx) }
+    }
+
+    /// There is no refcount block for `cluster`: one is made, in the space that it will count.
+    fn no_block(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let block_bits = self.geometry.block_bits();
+        let index = cluster >> block_bits;
+        if self.stock.phase == Phase::Drop {
+            return self.stop_counting("no refcount block for a cluster in use", cluster, cx);
+        }
+        if self.stock.phase == (Phase::Count { fresh: true }) {
+            return self.make_area(self.area(self.stock.end, index, true, 0), cx);
+        }
+        // What nothing counts is free, in a sound image.
+        let area = self.area(index << block_bits, index, false, 0);
+        match area.filter(|area| area.end() <= self.stock.end) {
+            Some(area) if self.metadata.range(area.first..area.end()).next().is_some() => {
+                self.stop_counting("no refcount block for a table", cluster, cx)
+            }
+            Some(area) => self.make_area(Some(area), cx),
+            None => {
+                // It does not fit in front of the file's end.
+                self.stock.holes = self.stock.end;
+                self.count_holes(cx)
+            }
+        }
+    }
+
+    /// Makes `run` clusters, behind everything that there are refcount blocks for: at the file's
+    /// end, or where a device has such space.
+    fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let block_bits = self.geometry.block_bits();
+        let blocks = self.stock.table.iter().rposition(|&block| block != 0);
+        let counted = blocks.map_or(0, |last| (last as u64 + 1) << block_bits);
+        if self.stock.can_grow {
+            let first = counted.max(self.stock.end);
+            return self.make_area(self.area(first, first >> block_bits, true, run), cx);
+        }
+        let area = self.area(counted, counted >> block_bits, false, run);
+        match area.filter(|area| area.end() <= self.stock.end) {
+            Some(area) => self.make_area(Some(area), cx),
+            None => self.stock_done(Err(Errno::NO_SPACE), cx),
+        }
+    }
+
+    fn make_area(&mut self, area: Option<Area>, cx: &mut Cx<'_>) -> Step<State> {
+        let Some(area) = area.filter(|area| area.end() <= self.clusters_max()) else {
+            return self.out_of_space(Errno::TOO_BIG, cx);
+        };
+        self.stock.phase = Phase::Blocks(area);
+        let end = area.end() << self.geometry.cluster_bits();
+        if end > self.stock.grown && area.fresh {
+            return self.grow(end, false, cx);
+        }
+        self.write_area(0, cx)
+    }
+
+    /// The blocks, and the table, that make entry `index` of the refcount table possible, and a run
+    /// of `run` clusters. Where there is one, there are several blocks: all are linked at once, with
+    /// a table.
+    fn area(&self, first: u64, index: u64, fresh: bool, run: u64) -> Option<Area> {
+        let (block_bits, cluster_bits) = (self.geometry.block_bits(), self.geometry.cluster_bits());
+        let entries = self.stock.table.len() as u64;
+        let mut area = Area { first, blocks: 1, index, table: 0, run, fresh };
+        if index < entries && run == 0 {
+            return Some(area);
+        }
+        // Half as many again, and enough for the area itself.
+        loop {
+            let last = (first + area.count() - 1) >> block_bits;
+            let blocks = last - index + 1;
+            let ahead = if index < entries { entries } else { entries + entries / 2 };
+            let needed = ahead.max(last + 1) << 3;
+            let table = needed.div_ceil(1 << cluster_bits);
+            if blocks <= area.blocks && table <= area.table {
+                break;
+            }
+            (area.blocks, area.table) = (blocks.max(area.blocks), table.max(area.table));
+        }
+        (area.table << cluster_bits <= REFTABLE_BYTES_MAX).then_some(area)
+    }
+
+    /// Writes the area's pieces from number `from` on, one at a time, leaving out zeros where
+    /// zeros are.
+    fn write_area(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        let (bits, slice_bits) = (self.geometry.cluster_bits(), self.geometry.slice_bits());
+        let pieces = area.tables() << (bits - slice_bits);
+        self.stock.piece = None;
+        for i in u64::from(from)..pieces {
+            let bytes = cx.mem().region_mut(self.regions.counts);
+            bytes.fill(0);
+            self.fill_area(area, i, bytes);
+            if area.fresh && bytes.iter().all(|&byte| byte == 0) {
+                continue;
+            }
+            let offset = (area.first << bits) + (i << slice_bits);
+            cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
+            return Step::Wait(State::StockTable { from: i as u32 + 1 });
+        }
+        if mutant!("qcow2_block_linked_unstable") {
+            return self.link_area(cx);
+        }
+        self.flush_files(cx);
+        Step::Wait(State::StockFlushTable)
+    }
+
+    /// What piece `i` of the area holds.
+    fn fill_area(&self, area: Area, i: u64, bytes: &mut [u8]) {
+        let geometry = self.geometry;
+        let per_cluster = geometry.cluster_bits() - geometry.slice_bits();
+        let blocks = area.blocks << per_cluster;
+        if i < blocks {
+            let from = (area.index << geometry.block_bits()) + (i << self.piece_bits());
+            let to = from + (1 << self.piece_bits());
+            let end = area.first + area.count();
+            for cluster in area.first.max(from)..end.min(to) {
+                geometry.set_refcount(bytes, (cluster - from) as usize, 1);
+            }
+            return;
+        }
+        let first = ((i - blocks) << (geometry.slice_bits() - 3)) as usize;
+        self.fill_table(area, first, bytes);
+    }
+
+    /// Entries of the refcount table from `first` on, the area's blocks among them.
+    fn fill_table(&self, area: Area, first: usize, bytes: &mut [u8]) {
+        for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let index = (first + i) as u64;
+            let block = index.checked_sub(area.index).filter(|&block| block < area.blocks);
+            let entry = match block {
+                Some(block) => (area.first + block) << self.geometry.cluster_bits(),
+                None => self.stock.table.get(first + i).copied().unwrap_or(0),
+            };
+            *word = entry.to_be_bytes();
+        }
+    }
+
+    /// The area is stable: the refcount table, or the header, may lead to it.
+    fn link_area(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        if area.table > 0 {
+            let clusters = area.table as u32;
+            let offset = area.first + area.blocks;
+            return self.link_refcount_table(offset << self.geometry.cluster_bits(), clusters, cx);
+        }
+        let entry_bits = self.geometry.slice_bits() - 3;
+        let first = area.index >> entry_bits << entry_bits;
+        self.fill_table(area, first as usize, cx.mem().region_mut(self.regions.counts));
+        let offset = self.stock.table_offset + first * 8;
+        cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
+        Step::Wait(State::StockLink)
+    }
+
+    /// The area is part of the image.
+    pub(super) fn area_linked(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        let bits = self.geometry.cluster_bits();
+        if area.table > 0 {
+            self.refcount_table_linked(Ok(()), cx);
+        }
+        let stock = &mut self.stock;
+        stock.durable = stock.grown;
+        if area.table > 0 {
+            let first = stock.table_offset >> bits;
+            let count = (stock.table.len() as u64 * 8).div_ceil(1 << bits);
+            stock.drops.push(Run { first, count });
+            (first..first + count).for_each(|cluster| {
+                self.metadata.remove(&cluster);
+            });
+            stock.table.resize(((area.table << bits) / 8) as usize, 0);
+            stock.table_offset = (area.first + area.blocks) << bits;
+        }
+        for block in 0..area.blocks {
+            stock.table[(area.index + block) as usize] = (area.first + block) << bits;
+        }
+        self.metadata.extend(area.first..area.first + area.tables());
+        if area.run > 0 {
+            let first = area.first + area.tables();
+            // The last to be taken from.
+            stock.used.insert(0, Run { first, count: area.run });
+            stock.total += area.run;
+        }
+        if area.fresh {
+            // What was passed over is as free as a hole.
+            if stock.holes == stock.end && stock.end == area.first {
+                stock.holes = area.end();
+            }
+            stock.end = area.end();
+        }
+        self.stock_next(cx)
+    }
+
+    fn stock_op_failed(&mut self, state: State, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        match state {
+            // Not that far: then just as far as is needed.
+            State::StockGrow { exact: false } => {
+                self.stock.grown = self.stock.durable;
+                let bits = self.geometry.cluster_bits();
+                let len = match self.stock.phase {
+                    Phase::Blocks(area) => Some(area.end() << bits),
+                    _ => self.wanted_len(1),
+                };
+                match len.filter(|&len| len > self.stock.grown) {
+                    Some(len) => self.grow(len, true, cx),
+                    None => self.grown(cx),
+                }
+            }
+            state => {
+                if matches!(state, State::StockGrow { .. }) {
+                    self.stock.grown = self.stock.durable;
+                    self.stock.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
+                    return self.out_of_space(errno, cx);
+                }
+                if let (Phase::Blocks(area), true) = (self.stock.phase, names_table(state)) {
+                    // The header may name the new table, which is as good as the old one: it is
+                    // left alone.
+                    self.refcount_table_linked(Err(errno), cx);
+                    if area.fresh {
+                        self.stock.end = area.end();
+                    }
+                }
+                // What the piece is on disk, nobody knows; what was counted may be leaked.
+                self.stock.piece = None;
+                self.stock.piece_dirty = false;
+                self.stock.counted.clear();
+                self.stock_done(Err(errno), cx)
+            }
+        }
+    }
+
+    fn stock_done(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let stock = &mut self.stock;
+        if stock.wanted && result.is_ok() {
+            stock.batch = (2 * stock.batch).min(stock.options.stock_max).max(1);
+        }
+        stock.phase = Phase::Idle;
+        (stock.running, stock.wanted, stock.wants_long_run) = (false, false, false);
+        stock.result = result;
+        if let Err(errno) = result {
+            stock.attempts.failed(errno);
+        }
+        if result.is_ok() || !mutant!("qcow2_no_space_wakes_nobody") {
+            cx.wake_all(&mut stock.waiters);
+        }
+        cx.wake_all(&mut stock.settler);
+        Step::Done(result)
+    }
+}
+
+/// Is the header being written?
+fn names_table(state: State) -> bool {
+    matches!(state, State::StockHeader | State::StockFlushHeader)
+}
+
+/// Offsets are signed 64-bit numbers to the system, and an entry has 56 bits for one.
+const LEN_MAX: u64 = 1 << 55;

@@ -1,0 +1,470 @@
+//! The sweep: writing changed metadata back.
+//!
+//! One chore, one sweep at a time. It *takes* the L2 slices and L1 blocks that are changed when it
+//! begins, makes the data stable that they owe a fence for, writes copies of them, and makes those
+//! stable. Whoever wants a flush waits for the first sweep that begins after he came: any number go
+//! with one.
+//!
+//! A taken slice is *sealed* until it is copied: entries that owe a fence of their own wait, since
+//! the fence under way may not cover their data. Everything else goes on: lookups, data, other
+//! entries. A changed slice is pinned, and stays in memory until it is written. A header whose
+//! write has failed goes with the next sweep.
+//!
+//! References that were given up in memory (`Free`) leave with the sweep after: when it has made
+//! stable that nothing on disk refers to them, they go to the stock.
+
+use cowbell_engine::mutant;
+use cowbell_engine::op::{Base, Op, Seg, Segs};
+use cowbell_engine::step::{Cx, Event, Step};
+use cowbell_engine::units::Errno;
+use cowbell_engine::wait::WaitList;
+
+use crate::parts::attempts::Attempts;
+use crate::qcow2::run::{FLUSH, Qcow2, Qcow2Options, State};
+
+/// What there is to know about a slice in the cache.
+#[derive(Clone, Copy, Hash, Debug, Default)]
+pub(super) struct Slice {
+    /// Memory is ahead of the disk.
+    dirty: bool,
+    /// Data must be stable before the slice is written.
+    owes: bool,
+    /// Taken by the sweep under way, not copied yet.
+    sealed: bool,
+}
+
+impl Slice {
+    pub fn is_dirty(&self) -> bool {
+        self.dirty
+    }
+
+    #[inline]
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+}
+
+/// References to clusters that were given up, one to each.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Free {
+    /// The first cluster.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// Was it the only reference?
+    pub sole: bool,
+    /// May the space be given back to the file system?
+    pub discard: bool,
+}
+
+/// What is in flight.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Staged {
+    Slice(u32),
+    Root(u32),
+}
+
+/// See the module.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct Sweep {
+    asked: bool,
+    running: bool,
+    again: bool,
+    /// Slots of changed slices, and changed L1 blocks, that no sweep has taken.
+    dirty: Vec<u32>,
+    dirty_root: Vec<u32>,
+    /// Does an L1 block owe a fence?
+    root_owes: bool,
+    /// What this sweep has taken and not copied, last first.
+    taken: Vec<u32>,
+    taken_root: Vec<u32>,
+    root_sealed: bool,
+    pub root_waiters: WaitList,
+    /// What it has in flight; so much at most.
+    staged: Vec<Staged>,
+    depth: usize,
+    /// Who waits for the next sweep; for this one.
+    next: WaitList,
+    current: WaitList,
+    result: Result<(), Errno>,
+    /// Counts them, for those who wait for room.
+    attempts: Attempts,
+    frees: Vec<Free>,
+    freeing: Vec<Free>,
+    /// Runs that may wait.
+    frees_max: usize,
+    freed_in: u32,
+    /// Who has something to give up, and must wait for a sweep first.
+    pub room: WaitList,
+}
+
+impl Sweep {
+    /// Of a cache of `slots` slices.
+    pub fn new(slots: usize, options: &Qcow2Options) -> Sweep {
+        let (depth, frees_max) = (options.sweep_depth.max(1), options.frees_max.max(1));
+        Sweep {
+            asked: false,
+            running: false,
+            again: false,
+            dirty: Vec::with_capacity(slots),
+            dirty_root: Vec::with_capacity(slots),
+            root_owes: false,
+            taken: Vec::with_capacity(slots),
+            taken_root: Vec::with_capacity(slots),
+            root_sealed: false,
+            root_waiters: WaitList::new(),
+            depth,
+            staged: Vec::with_capacity(depth),
+            next: WaitList::new(),
+            current: WaitList::new(),
+            result: Ok(()),
+            attempts: Attempts::default(),
+            frees: Vec::with_capacity(frees_max),
+            freeing: Vec::with_capacity(frees_max),
+            frees_max,
+            freed_in: 0,
+            room: WaitList::new(),
+        }
+    }
+
+    /// How the sweep ended that just woke the request.
+    pub fn result(&self) -> Result<(), Errno> {
+        self.result
+    }
+
+    /// Was a sweep asked for, and is it to begin?
+    pub fn begin_asked(&mut self) -> bool {
+        let begins = self.asked && !self.running;
+        if begins {
+            (self.asked, self.running) = (false, true);
+        }
+        begins
+    }
+
+    pub fn is_root_sealed(&self) -> bool {
+        self.root_sealed
+    }
+
+    /// An L1 block was changed.
+    pub fn touch_root(&mut self, block: u32, owes: bool) {
+        self.root_owes |= owes;
+        if !self.dirty_root.contains(&block) {
+            self.dirty_root.push(block);
+        }
+    }
+
+    /// Takes in a reference that was given up.
+    pub fn free(&mut self, free: Free) {
+        if let Some(last) = self.frees.last_mut()
+            && last.first + last.count == free.first
+            && (last.sole, last.discard) == (free.sole, free.discard)
+        {
+            last.count += free.count;
+            return;
+        }
+        self.frees.push(free);
+    }
+
+    /// Are references that were given up on their way to the stock?
+    pub fn has_frees(&self) -> bool {
+        !self.frees.is_empty() || !self.freeing.is_empty()
+    }
+
+    pub fn has_room_for_frees(&self) -> bool {
+        self.frees.len() < self.frees_max
+    }
+
+    fn is_clean(&self) -> bool {
+        !self.running && self.dirty.is_empty() && self.dirty_root.is_empty()
+    }
+
+    pub fn assert_idle(&self) {
+        assert!(!self.running && !self.asked, "a sweep is under way");
+        assert!(self.next.is_empty() && self.current.is_empty() && self.room.is_empty());
+        assert!(self.root_waiters.is_empty() && self.taken.is_empty() && self.staged.is_empty());
+    }
+}
+
+impl Qcow2 {
+    /// A slice was changed in memory.
+    #[inline]
+    pub(super) fn touch(&mut self, slot: usize, owes: bool) {
+        let slice = &mut self.slices[slot];
+        slice.owes |= owes;
+        if !slice.dirty {
+            slice.dirty = true;
+            self.tables.pin(slot);
+            self.sweep.dirty.push(slot as u32);
+        }
+    }
+
+    /// Guest flush, and the end of a write that is to be stable.
+    pub(super) fn flush(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.is_clean() || mutant!("qcow2_flush_writes_no_tables") {
+            self.flush_files(cx);
+            return Step::Last { label: FLUSH };
+        }
+        if mutant!("qcow2_flush_joins_sweep_under_way") && self.sweep.running {
+            cx.park(&mut self.sweep.current);
+            return Step::Wait(State::Swept);
+        }
+        cx.park(&mut self.sweep.next);
+        self.ask_for_sweep(cx);
+        Step::Wait(State::Swept)
+    }
+
+    /// Parks the request until all that was changed before is stable.
+    pub(super) fn park_for_sweep(&mut self, cx: &mut Cx<'_>) {
+        cx.park(&mut self.sweep.next);
+        self.ask_for_sweep(cx);
+    }
+
+    /// Is memory ahead of the disk, or a sweep under way?
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.is_clean() || !self.sweep.frees.is_empty()
+    }
+
+    fn is_clean(&self) -> bool {
+        self.sweep.is_clean() && !self.header.is_doubted
+    }
+
+    pub(super) fn ask_for_sweep(&mut self, cx: &mut Cx<'_>) {
+        if self.sweep.running {
+            self.sweep.again = true;
+        } else if !self.sweep.asked {
+            self.sweep.asked = true;
+            self.sweep.attempts.begin();
+            cx.ask();
+        }
+    }
+
+    /// Somebody finds no slot for a slice: changed ones are written to make room. Answers the state
+    /// of the request at `at`, which waits for that.
+    pub(super) fn wait_for_slot(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
+        if !self.sweep.dirty.is_empty() {
+            self.ask_for_sweep(cx);
+        }
+        cx.park(&mut self.tables.full);
+        // Nobody waits for a sweep that is not asked for: slots come back otherwise, too.
+        let asked = self.sweep.running || self.sweep.asked;
+        let attempt = self.sweep.attempts.latest().wrapping_add(u32::from(!asked));
+        Step::Wait(State::Room { at, attempt })
+    }
+
+    /// Too much has been given up: a sweep is to make it leave. Parks the request; answers the
+    /// sweep's number.
+    pub(super) fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
+        cx.park(&mut self.sweep.room);
+        self.ask_for_sweep(cx);
+        self.sweep.attempts.latest()
+    }
+
+    /// Why there is no room, if the sweep that was to make it failed. Then it is no use to ask for
+    /// another: after a failed flush every one fails.
+    pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
+        let failure = self.sweep.attempts.failure_of(attempt);
+        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_sweep"))
+    }
+
+    /// Much is changed: better write some of it back before somebody has to wait for that.
+    pub(super) fn sweep_if_full(&mut self, cx: &mut Cx<'_>) {
+        let (dirty, frees) = (self.sweep.dirty.len(), self.sweep.frees.len());
+        if !self.sweep.running
+            && (dirty > self.slices.len() / 2 || frees > self.sweep.frees_max / 2)
+        {
+            self.ask_for_sweep(cx);
+        }
+    }
+
+    pub(super) fn step_sweep(
+        &mut self,
+        state: State,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match (state, event) {
+            (State::Sweep, Event::Start) => self.begin_sweep(cx),
+            (State::SweepFence, Event::Io(Ok(()))) => self.write_batch(cx),
+            (State::SweepFence, Event::Io(Err(errno))) => self.sweep_failed(errno, cx),
+            (State::SweepWrite, Event::Io(result)) => self.batch_written(result, cx),
+            (State::SweepHeader, Event::Woken) => self.write_batch(cx),
+            (State::SweepHeader, Event::Io(Ok(()))) => {
+                self.flush_files(cx);
+                Step::Wait(State::SweepFlushHeader)
+            }
+            (State::SweepHeader, Event::Io(Err(errno))) => {
+                self.doubted_written(Err(errno), cx);
+                self.sweep_failed(errno, cx)
+            }
+            (State::SweepFlushHeader, Event::Io(result)) => {
+                self.doubted_written(result, cx);
+                self.sweep_flushed(result, cx)
+            }
+            (State::SweepFlush, Event::Io(result)) => self.sweep_flushed(result, cx),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    fn begin_sweep(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let tables = &self.tables;
+        let sweep = &mut self.sweep;
+        sweep.current = std::mem::take(&mut sweep.next);
+        std::mem::swap(&mut sweep.taken, &mut sweep.dirty);
+        std::mem::swap(&mut sweep.taken_root, &mut sweep.dirty_root);
+        std::mem::swap(&mut sweep.freeing, &mut sweep.frees);
+        // In the order of the disk's tables, from the back.
+        sweep.taken.sort_unstable_by_key(|&slot| std::cmp::Reverse(tables.key(slot as usize)));
+        if !sweep.freeing.is_empty() {
+            sweep.freed_in = cx.end_era();
+        }
+        let mut owes = std::mem::take(&mut sweep.root_owes);
+        sweep.root_sealed = !sweep.taken_root.is_empty();
+        for &slot in &sweep.taken {
+            let slice = &mut self.slices[slot as usize];
+            slice.sealed = true;
+            owes |= std::mem::take(&mut slice.owes);
+        }
+        if owes && !mutant!("qcow2_no_fence_in_sweep") {
+            self.flush_files(cx);
+            return Step::Wait(State::SweepFence);
+        }
+        self.write_batch(cx)
+    }
+
+    /// Writes copies of as much as there is room for; then there is no more to write.
+    fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let unit = 1 << self.geometry.slice_bits();
+        let mut run: Option<(u64, usize, usize)> = None;
+        while self.sweep.staged.len() < self.sweep.depth && (run.is_none() || cx.room() > 1) {
+            let off = self.sweep.staged.len() * unit;
+            let Some(offset) = self.stage(off, cx) else { break };
+            run = match run {
+                Some((start, from, len)) if start + len as u64 == offset => {
+                    Some((start, from, len + unit))
+                }
+                Some(done) => {
+                    self.write_staged(done, cx);
+                    Some((offset, off, unit))
+                }
+                None => Some((offset, off, unit)),
+            };
+        }
+        if let Some(last) = run {
+            self.write_staged(last, cx);
+            return Step::Wait(State::SweepWrite);
+        }
+        if self.sweep.current.is_empty() && self.sweep.freeing.is_empty() {
+            return self.sweep_ended(Ok(()), cx);
+        }
+        if self.header.is_doubted {
+            return self.write_doubted(cx);
+        }
+        if mutant!("qcow2_sweep_not_flushed") {
+            return self.sweep_flushed(Ok(()), cx);
+        }
+        self.flush_files(cx);
+        Step::Wait(State::SweepFlush)
+    }
+
+    fn write_staged(&mut self, (offset, from, len): (u64, usize, usize), cx: &mut Cx<'_>) {
+        let base = Base::Region(self.regions.staging);
+        let seg = Seg { base, off: from as u32, len: len as u32 };
+        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
+    }
+
+    /// Copies the next taken slice or L1 block to `off` of the staging region; where does it go?
+    fn stage(&mut self, off: usize, cx: &mut Cx<'_>) -> Option<u64> {
+        let bits = self.geometry.slice_bits();
+        if let Some(slot) = self.sweep.taken.pop() {
+            self.sweep.staged.push(Staged::Slice(slot));
+            let slot = slot as usize;
+            self.tables.copy_to_region(slot, self.regions.staging, off, cx.mem());
+            self.slices[slot].dirty = false;
+            self.slices[slot].sealed = false;
+            cx.wake_all(self.tables.waiters(slot));
+            let guest =
+                self.tables.key(slot) << (self.geometry.cluster_bits() + self.slice_entry_bits());
+            return Some(self.slice_offset(guest));
+        }
+        let block = self.sweep.taken_root.pop()?;
+        self.sweep.staged.push(Staged::Root(block));
+        let first = (block as usize) << (bits - 3);
+        let bytes = &mut cx.mem().region_mut(self.regions.staging)[off..off + (1 << bits)];
+        for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *word = self.l1.get(first + i).copied().unwrap_or(0).to_be_bytes();
+        }
+        if self.sweep.taken_root.is_empty() {
+            self.sweep.root_sealed = false;
+            cx.wake_all(&mut self.sweep.root_waiters);
+        }
+        Some(self.header.l1_offset() + (u64::from(block) << bits))
+    }
+
+    fn batch_written(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let result = if mutant!("qcow2_table_error_ignored") { Ok(()) } else { result };
+        while let Some(staged) = self.sweep.staged.pop() {
+            match (staged, result) {
+                (Staged::Slice(slot), Ok(())) => self.unpin(slot as usize, cx),
+                (Staged::Root(_), Ok(())) => {}
+                // Nobody knows which of them are on disk: all are written again.
+                (Staged::Slice(slot), Err(_)) => {
+                    self.touch(slot as usize, false);
+                    self.unpin(slot as usize, cx);
+                }
+                (Staged::Root(block), Err(_)) => self.sweep.touch_root(block, false),
+            }
+        }
+        match result {
+            Ok(()) => self.write_batch(cx),
+            Err(errno) => self.sweep_failed(errno, cx),
+        }
+    }
+
+    /// What was taken and not written is as it was before.
+    fn sweep_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        while let Some(slot) = self.sweep.taken.pop() {
+            let slice = &mut self.slices[slot as usize];
+            slice.sealed = false;
+            // The fence may have failed.
+            slice.owes = true;
+            self.sweep.dirty.push(slot);
+            cx.wake_all(self.tables.waiters(slot as usize));
+        }
+        while let Some(block) = self.sweep.taken_root.pop() {
+            self.sweep.touch_root(block, true);
+        }
+        self.sweep.root_sealed = false;
+        cx.wake_all(&mut self.sweep.root_waiters);
+        self.sweep_flushed(Err(errno), cx)
+    }
+
+    fn sweep_flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let sweep = &mut self.sweep;
+        match result {
+            Ok(()) => {
+                let era = sweep.freed_in;
+                let freed = sweep.freeing.drain(..);
+                self.stock.take_in(freed, era);
+            }
+            Err(_) => sweep.frees.append(&mut sweep.freeing),
+        }
+        self.sweep_ended(result, cx)
+    }
+
+    fn sweep_ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let sweep = &mut self.sweep;
+        sweep.running = false;
+        sweep.result = result;
+        if let Err(errno) = result {
+            sweep.attempts.failed(errno);
+        }
+        cx.wake_all(&mut sweep.current);
+        cx.wake_all(&mut sweep.room);
+        cx.wake_all(&mut self.tables.full);
+        if std::mem::take(&mut self.sweep.again) || !self.sweep.next.is_empty() {
+            self.ask_for_sweep(cx);
+        }
+        self.stock_if_low(cx);
+        Step::Done(result)
+    }
+}

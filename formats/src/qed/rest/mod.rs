@@ -1,0 +1,5 @@
+//! A QED image at rest: what works on files that may be waited for.
+
+pub mod check;
+pub mod create;
+pub mod open;

@@ -1,0 +1,156 @@
+//! Opening one QED image: header, backing file name, L1 table.
+//!
+//! The order of an open for writing is fixed. Unknown autoclear bits go first, since any later
+//! write could break what they promise. Then an image marked [`NEED_CHECK`] is checked and
+//! repaired; one that cannot be is not opened for writing. An open for reading writes nothing and
+//! takes a marked image as it is.
+//!
+//! [`NEED_CHECK`]: crate::qed::disk::layout::NEED_CHECK
+
+use cowbell_engine::store::Store;
+
+use crate::error::Error;
+use crate::qed::disk::layout::{Bounds, Geometry, HEADER_BLOCK, Header, SECTOR};
+use crate::qed::rest::check::{self, Repair};
+
+/// [`Opened::l1`] is filled up to a multiple of this many entries, 4 KiB, so that any part of it
+/// can be written back as whole sectors of any disk. Every table's size is a multiple of it too.
+pub const L1_BLOCK_ENTRIES: u64 = 512;
+
+/// The metadata of an open image that the driver keeps in memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Opened {
+    /// The header as it is on disk.
+    pub header: Header,
+    /// The part of the L1 table that the disk's size needs, rounded up to whole
+    /// [`L1_BLOCK_ENTRIES`]: at most 2^21 entries, 16 MiB. As on disk: an entry has to pass
+    /// [`Bounds::l1_entry`] before use.
+    pub l1: Vec<u64>,
+    /// The file's length in bytes when it was opened, after any repair; as [`file_len`] has it.
+    pub file_len: u64,
+    /// The backing file's name as the image spells it, up to its first NUL; never empty.
+    pub backing_name: Option<Vec<u8>>,
+}
+
+impl Opened {
+    /// Cluster and table sizes.
+    #[inline]
+    pub fn geometry(&self) -> Geometry {
+        self.header.geometry
+    }
+
+    /// What an entry may point at, as long as the file keeps the length it was opened with.
+    #[inline]
+    pub fn bounds(&self) -> Bounds {
+        self.header.bounds(self.file_len)
+    }
+
+    /// Where the next new cluster goes: the file's end, rounded up. Rounding down would give a
+    /// cluster to somebody with the bytes of a cut-off write in it.
+    ///
+    /// `None` if there is no room below the largest file offset.
+    #[inline]
+    pub fn next_cluster(&self) -> Option<u64> {
+        let size = self.geometry().cluster_size();
+        self.file_len.checked_next_multiple_of(size).filter(|&at| at <= i64::MAX as u64 - size)
+    }
+}
+
+/// How to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Write nothing.
+    Read,
+    /// For writing: clear unknown autoclear bits; check and repair an image that needs it.
+    Write,
+    /// For writing, but leave an image marked as needing a check the way it is.
+    WriteUnchecked,
+}
+
+/// Opens the image in `file`.
+///
+/// # Errors
+///
+/// What [`Header::parse`] says; [`Error::Corrupt`] for a marked image that cannot be repaired;
+/// [`Error::Io`].
+pub fn open<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
+    let mut header = read_header(file)?;
+    let backing_name = read_backing_name(file, &header)?;
+    if access != Access::Read {
+        if header.autoclear_features != 0 {
+            header.autoclear_features = 0;
+            write_header(file, &header)?;
+        }
+        if header.needs_check() && access == Access::Write {
+            let report = check::check(file, Repair::All)?;
+            if !report.is_sound() {
+                return Err(Error::Corrupt {
+                    what: "QED image needs a check, and it found errors that cannot be repaired",
+                    at: 0,
+                });
+            }
+            header = read_header(file)?;
+        }
+    }
+    let l1 = read_l1(file, &header)?;
+    let file_len = file_len(file)?;
+    Ok(Opened { header, l1, file_len, backing_name })
+}
+
+/// Reads and parses the header.
+pub fn read_header<F: Store>(file: &F) -> Result<Header, Error> {
+    let mut block = [0; HEADER_BLOCK];
+    let file_len = file_len(file)?;
+    let there = &mut block[..file_len.min(HEADER_BLOCK as u64) as usize];
+    file.read_at(0, there).map_err(Error::io("read the header"))?;
+    Header::parse(there, file_len)
+}
+
+/// The file's length, rounded up to a multiple of 512 as QEMU does: the bytes that are missing
+/// from a last sector read as zeros, and a cluster is not lost for want of them.
+///
+/// # Errors
+///
+/// [`Error::Io`].
+pub fn file_len<F: Store>(file: &F) -> Result<u64, Error> {
+    let len = file.len().map_err(Error::io("find the image's length"))?;
+    Ok(len.checked_next_multiple_of(SECTOR).unwrap_or(len))
+}
+
+/// Writes the header and makes it stable.
+pub fn write_header<F: Store>(file: &F, header: &Header) -> Result<(), Error> {
+    file.write_at(0, &header.encode()).map_err(Error::io("write the header"))?;
+    file.flush().map_err(Error::io("flush the header"))
+}
+
+/// The backing file's name, up to its first NUL as C programs read it.
+pub fn read_backing_name<F: Store>(file: &F, header: &Header) -> Result<Option<Vec<u8>>, Error> {
+    let Some(at) = header.backing_name else { return Ok(None) };
+    let mut name = vec![0; at.len as usize];
+    file.read_at(at.offset.into(), &mut name).map_err(Error::io("read the backing file's name"))?;
+    let len = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    if len == 0 {
+        return Err(Error::Corrupt {
+            what: "QED backing file name is empty",
+            at: at.offset.into(),
+        });
+    }
+    name.truncate(len);
+    Ok(Some(name))
+}
+
+fn read_l1<F: Store>(file: &F, header: &Header) -> Result<Vec<u64>, Error> {
+    let entries = header.l1_entries().next_multiple_of(L1_BLOCK_ENTRIES);
+    assert!(entries <= header.geometry.table_entries(), "a table has whole blocks of entries");
+    let mut l1 = vec![0; entries as usize];
+    let mut chunk = [0; (L1_BLOCK_ENTRIES * 8) as usize];
+    let mut at = header.l1_offset.0;
+    for block in l1.chunks_mut(L1_BLOCK_ENTRIES as usize) {
+        file.read_at(at, &mut chunk).map_err(Error::io("read the L1 table"))?;
+        for (entry, bytes) in block.iter_mut().zip(chunk.as_chunks::<8>().0) {
+            *entry = u64::from_le_bytes(*bytes);
+        }
+        at += chunk.len() as u64;
+    }
+    Ok(l1)
+}

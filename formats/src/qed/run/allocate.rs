@@ -1,0 +1,611 @@
+//! Allocating writes: claim, copy-on-write, data, link.
+//!
+//! A claim covers guest clusters from before their space is taken until their entries are on disk.
+//! Others who would allocate there wait on it; readers do not: they see what was there before.
+//! A claim lies within one table slice, which stays in memory meanwhile.
+//!
+//! Links are written by slice. The first request that wants to link writes the entries of everyone
+//! who is ready by then; whoever comes while that write is in flight goes with the next one. So
+//! neighbouring updates merge, and no two writes of one sector are ever in flight (R63).
+
+use cowbell_engine::mutant;
+use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
+use cowbell_engine::step::{Cx, Event, IoKind, Step};
+use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
+use cowbell_engine::wait::WaitList;
+
+use crate::parts::claims::Around;
+use crate::parts::cow::{self, Edges};
+use crate::qed::disk::layout::Entry;
+use crate::qed::run::{Backing, Qed, SLICE_BITS, State};
+
+/// Guest clusters being allocated, or being made zero clusters.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct Claim {
+    cluster: u64,
+    count: u64,
+    /// The slot of their table slice, pinned.
+    slot: usize,
+    /// What the first one's entry will be; data clusters follow one another in the file.
+    entry: Entry,
+    /// The guest range that this piece writes.
+    at: u64,
+    end: u64,
+    /// Is the rest of the clusters copied from the backing file, and the data fenced?
+    cow: bool,
+    bufs: [Option<BufId>; 2],
+    link: Link,
+    waiters: WaitList,
+}
+
+/// How far a claim's entries have got.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Link {
+    /// The data is not there yet.
+    No,
+    /// The next write of the slice takes them along.
+    Queued,
+    /// In the write under way.
+    InFlight,
+    /// On disk and published.
+    Done,
+    /// That write failed.
+    Failed(Errno),
+}
+
+/// A table slice's writer.
+#[derive(Clone, Copy, Hash, Debug, Default)]
+pub(super) struct SliceLink {
+    /// A write is in flight.
+    pub busy: bool,
+    /// The slice on disk has entries that led past the file's end when the image was opened.
+    pub past_end: bool,
+    /// Claims waiting for it, or for the next.
+    pub waiters: WaitList,
+}
+
+/// An L2 table being allocated.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct TableAlloc {
+    l1_index: u64,
+    offset: u64,
+    /// Who needs that table.
+    waiters: WaitList,
+}
+
+/// Bytes that one piece allocates at most: its op's lengths are 32 bits wide.
+const PIECE_MAX: u64 = 1 << 30;
+
+impl Qed {
+    /// Claims clusters for the run `at..run_end` and begins to fill them.
+    pub(super) fn allocate(
+        &mut self,
+        at: u64,
+        run_end: u64,
+        entry: Entry,
+        slot: usize,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        let bits = self.geometry.cluster_bits();
+        let size = self.geometry.cluster_size();
+        let first = at >> bits;
+        let free_to = match self.claims.around(first << bits, (first + 1) << bits) {
+            _ if mutant!("no_claims") => u64::MAX,
+            Around::Within(claim) => {
+                cx.park(&mut self.claims[claim].waiters);
+                return Step::Wait(State::Next { at });
+            }
+            Around::Before(next) => next,
+        };
+        let mut cow = entry == Entry::Unallocated && self.shows_backing(at);
+        if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
+            cow = self.shows_backing(at);
+        }
+        let mut end = self.piece_end(at, run_end.min(free_to), cow);
+        let zero = self.becomes_zero(at, end, cx);
+        if let Some(zero_end) = zero {
+            end = zero_end;
+        } else if !matches!(cx.io().kind, IoKind::Write { .. }) {
+            // A cut cluster of a zero write is written as data, by itself.
+            end = end.min((first + 1) << bits);
+        }
+        let count = end.div_ceil(size) - first;
+        let entry = match zero {
+            Some(_) => Entry::Zero,
+            None => {
+                if let Err(step) = self.ready_to_allocate(at, cx) {
+                    return step;
+                }
+                match self.take_space(count << bits, false, at, cx) {
+                    Ok(offset) => Entry::Data(HostOffset(offset)),
+                    Err(step) => return step,
+                }
+            }
+        };
+        if !mutant!("slice_not_pinned") {
+            self.tables.pin(slot);
+        }
+        self.header.unmark_at = None;
+        let short = u64::from(mutant!("claim_one_cluster_short"));
+        let range = first << bits..(first + count - short) << bits;
+        let claim = Claim {
+            cluster: first,
+            count,
+            slot,
+            entry,
+            at,
+            end,
+            cow,
+            bufs: [None; 2],
+            link: Link::No,
+            waiters: WaitList::new(),
+        };
+        let claim = self.claims.insert(range, claim);
+        if mutant!("published_early") {
+            self.publish(claim, cx);
+        }
+        if zero.is_some() { self.link(claim, cx) } else { self.begin_cow(claim, cx) }
+    }
+
+    /// How far one piece reaches: to where the backing file ends, and not beyond what one op can
+    /// carry.
+    fn piece_end(&self, at: u64, run_end: u64, cow: bool) -> u64 {
+        let bits = self.geometry.cluster_bits();
+        let end = run_end.min(align_down(at, 1 << bits).saturating_add(PIECE_MAX.max(1 << bits)));
+        match self.backing {
+            Some(backing) if cow => end.min(backing.size.next_multiple_of(1 << bits)),
+            _ => end,
+        }
+    }
+
+    /// Where a zero write or discard can just say so in the table: up to where.
+    fn becomes_zero(&self, at: u64, end: u64, cx: &Cx<'_>) -> Option<u64> {
+        if matches!(cx.io().kind, IoKind::Write { .. }) {
+            return None;
+        }
+        let (first, last) = self.whole_clusters(at, end)?;
+        (first == at).then_some(last)
+    }
+
+    /// The host offset of the guest's byte `at` in a claim of data clusters.
+    fn host_of(&self, claim: &Claim, at: u64) -> u64 {
+        let Entry::Data(offset) = claim.entry else { unreachable!("zero clusters have no data") };
+        offset.0 + (at - (claim.cluster << self.geometry.cluster_bits()))
+    }
+
+    /// The guest ranges around the write that come from the backing file: in front, behind.
+    fn cow_ranges(&self, claim: &Claim) -> Edges {
+        let Some(backing) = self.backing.filter(|_| claim.cow) else { return [(0, 0); 2] };
+        let bits = self.geometry.cluster_bits();
+        let start = claim.cluster << bits;
+        let clusters_end = (claim.cluster + claim.count) << bits;
+        // What lies behind the backing file's end is zeros, as the new cluster is.
+        let tail_end = clusters_end.min(self.copied_size(backing)).max(claim.end);
+        let tail_end = if mutant!("cow_tail_skipped") { claim.end } else { tail_end };
+        [(start, claim.at), (claim.end, tail_end)]
+    }
+
+    /// How far there is something to copy.
+    fn copied_size(&self, backing: Backing) -> u64 {
+        if self.space.grows_by_writes() { u64::MAX } else { backing.size }
+    }
+
+    /// Reads what the new clusters must hold around the write.
+    pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &self.claims[key];
+        let ranges = self.cow_ranges(claim);
+        if ranges.iter().all(|(from, to)| from == to) {
+            return self.write_data(key, cx);
+        }
+        let Some(bufs) = cow::take_bufs(ranges, cx) else {
+            cx.park_for_bufs();
+            return Step::Wait(State::CowBufs { claim: key });
+        };
+        self.claims[key].bufs = bufs;
+        if !cow::fit(ranges, cx.buf_size()) {
+            return self.copy_next(key, ranges[0].0, cx);
+        }
+        let mut reads = false;
+        for ((from, to), buf) in ranges.into_iter().zip(bufs) {
+            if let Some(buf) = buf {
+                reads |= self.read_below(from, to, buf, cx);
+            }
+        }
+        if reads { Step::Wait(State::ReadCow { claim: key }) } else { self.write_data(key, cx) }
+    }
+
+    /// Reads `from..to` of the backing file into the start of `buf`, zeros behind its end. False:
+    /// all of it lies there, there is nothing to wait for.
+    fn read_below(&self, from: u64, to: u64, buf: BufId, cx: &mut Cx<'_>) -> bool {
+        let backing = self.backing.expect("only an overlay copies");
+        let there = to.min(backing.size).max(from);
+        cx.mem().pool_mut(buf)[(there - from) as usize..(to - from) as usize].fill(0);
+        let seg = Seg { base: Base::Pool(buf), off: 0, len: (there - from) as u32 };
+        let from = if mutant!("cow_from_wrong_cluster") {
+            from & (self.geometry.cluster_size() - 1)
+        } else {
+            from
+        };
+        if seg.len > 0 {
+            cx.issue(Op::read(Target::Node(backing.node), from, Segs::one(seg)));
+        }
+        seg.len > 0
+    }
+
+    pub(super) fn cow_read(
+        &mut self,
+        key: u32,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match result {
+            Ok(()) => self.write_data(key, cx),
+            Err(errno) => self.fail(key, errno, cx),
+        }
+    }
+
+    /// The next stretch to copy from `from` on: the rest of the head, then the tail. What lies
+    /// behind the backing file's end is zeros in the new cluster already.
+    fn copy_range(&self, claim: &Claim, from: u64, buf_size: u64) -> Option<(u64, u64)> {
+        let size = self.backing.map_or(0, |backing| self.copied_size(backing));
+        let there = self.cow_ranges(claim).map(|(from, to)| (from, to.min(size)));
+        cow::stretch(there, from, buf_size)
+    }
+
+    /// Clusters larger than a buffer: their rest is copied a buffer at a time.
+    fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &self.claims[key];
+        let buf = claim.bufs[0].expect("a copy has a buffer");
+        match self.copy_range(claim, from, cx.buf_size()) {
+            Some((from, to)) => {
+                if !self.read_below(from, to, buf, cx) {
+                    return self.copy_read(key, from, Ok(()), cx);
+                }
+                Step::Wait(State::CopyRead { claim: key, from })
+            }
+            None => {
+                self.give_bufs(key, cx);
+                self.write_data(key, cx)
+            }
+        }
+    }
+
+    pub(super) fn copy_read(
+        &mut self,
+        key: u32,
+        from: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        if let Err(errno) = result {
+            return self.fail(key, errno, cx);
+        }
+        let claim = &self.claims[key];
+        let (from, to) = self.copy_range(claim, from, cx.buf_size()).expect("it was just read");
+        let buf = claim.bufs[0].expect("a copy has a buffer");
+        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
+        cx.issue(Op::write(self.file, self.host_of(claim, from), Segs::one(seg)));
+        Step::Wait(State::CopyWrite { claim: key, from: to })
+    }
+
+    pub(super) fn copy_written(
+        &mut self,
+        key: u32,
+        from: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        match result {
+            Ok(()) => self.copy_next(key, from, cx),
+            Err(errno) => self.fail(key, errno, cx),
+        }
+    }
+
+    /// Head, data and tail go out as one write. What it does not cover of the new clusters is
+    /// zeros already.
+    fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &self.claims[key];
+        let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (to - from) as u32);
+        let io = cx.io();
+        let mut segs = Segs::none();
+        let mut start = claim.at;
+        if let Some(buf) = claim.bufs[0] {
+            segs.push(Seg { base: Base::Pool(buf), off: 0, len: head });
+            start -= u64::from(head);
+        }
+        segs.push(match io.kind {
+            IoKind::Write { .. } => cx.guest(claim.at - io.offset, claim.end - claim.at),
+            _ => Seg::zeros((claim.end - claim.at) as u32),
+        });
+        if let Some(buf) = claim.bufs[1] {
+            segs.push(Seg { base: Base::Pool(buf), off: 0, len: tail });
+        } else if !claim.cow && self.space.grows_by_writes() {
+            let clusters_end = (claim.cluster + claim.count) << self.geometry.cluster_bits();
+            segs.push(Seg::zeros((clusters_end - claim.end) as u32));
+        }
+        cx.issue(Op::write(self.file, self.host_of(claim, start), segs));
+        Step::Wait(State::WriteData { claim: key })
+    }
+
+    pub(super) fn data_written(
+        &mut self,
+        key: u32,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        self.give_bufs(key, cx);
+        if let Err(errno) = result
+            && !mutant!("data_error_ignored")
+        {
+            return self.fail(key, errno, cx);
+        }
+        // An entry that points past the file's end is dropped by the check, and the backing file
+        // shown instead, also where there were zeros.
+        let may_be_dropped = self.space.grows_by_writes() && self.backing.is_some();
+        let owed = self.claims[key].cow || may_be_dropped;
+        if owed && !mutant!("no_fence_before_link") {
+            self.flush(cx);
+            return Step::Wait(State::Fence { claim: key });
+        }
+        self.link(key, cx)
+    }
+
+    fn give_bufs(&mut self, key: u32, cx: &mut Cx<'_>) {
+        for buf in std::mem::take(&mut self.claims[key].bufs).into_iter().flatten() {
+            cx.give_buf(buf);
+        }
+    }
+
+    /// The data is there: have the entries written, or see what became of them.
+    pub(super) fn link(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &mut self.claims[key];
+        let slot = claim.slot;
+        match claim.link {
+            Link::Done => return self.linked(key, cx),
+            Link::Failed(errno) => return self.fail(key, errno, cx),
+            Link::No => claim.link = Link::Queued,
+            Link::Queued | Link::InFlight => {}
+        }
+        if claim.link == Link::InFlight
+            || self.links[slot].busy && !mutant!("two_slice_writes_at_once")
+        {
+            cx.park(&mut self.links[slot].waiters);
+            return Step::Wait(State::Link { claim: key });
+        }
+        let Some([buf]) = cx.take_bufs() else {
+            // Somebody else may take this claim's entries along meanwhile.
+            cx.park_for_bufs();
+            return Step::Wait(State::Link { claim: key });
+        };
+        self.links[slot].busy = true;
+        self.write_slice(slot, buf, cx);
+        Step::Wait(State::WriteSlice { claim: key, buf })
+    }
+
+    /// Writes the sectors of a slice that hold queued entries: what is published, and they.
+    fn write_slice(&mut self, slot: usize, buf: BufId, cx: &mut Cx<'_>) {
+        let unit = self.block(cx) as usize;
+        let bytes = self.tables.copy_to_pool(slot, buf, cx.mem());
+        let (mut from, mut to) = (bytes.len(), 0);
+        let mut any = 0;
+        for claim in self.claims.iter_mut() {
+            if claim.slot == slot && claim.link == Link::Queued {
+                claim.link = Link::InFlight;
+                let (first, last) = put_entries(claim, self.geometry.cluster_size(), bytes);
+                (from, to) = (from.min(first), to.max(last));
+                any = claim.cluster;
+            }
+        }
+        let (from, to) = (from & !(unit - 1), to.next_multiple_of(unit));
+        if !self.links[slot].past_end {
+            self.slice_is_ours(any);
+        }
+        let table = self.table_of(any);
+        let offset = self.slice_offset(table, any) + from as u64;
+        let seg = Seg { base: Base::Pool(buf), off: from as u32, len: (to - from) as u32 };
+        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
+    }
+
+    /// What is on disk of the slice that maps `cluster` was written by this session, or may have
+    /// been. If the write fails and there were bad entries, that is not so: which of the two is
+    /// there, nobody knows, and a new cluster that cannot be read is better than a wrong one.
+    fn slice_is_ours(&mut self, cluster: u64) {
+        let slice = cluster >> SLICE_BITS;
+        self.past_end.changed(slice..slice + 1);
+    }
+
+    /// The L2 table that maps guest cluster `cluster`, which has one.
+    fn table_of(&self, cluster: u64) -> HostOffset {
+        let l1_index = cluster / self.geometry.table_entries();
+        HostOffset(self.l1[l1_index as usize])
+    }
+
+    fn publish(&self, key: u32, cx: &mut Cx<'_>) {
+        let claim = &self.claims[key];
+        let bytes = self.tables.bytes_mut(claim.slot, cx.mem());
+        put_entries(claim, self.geometry.cluster_size(), bytes);
+    }
+
+    pub(super) fn slice_written(
+        &mut self,
+        key: u32,
+        buf: BufId,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        cx.give_buf(buf);
+        let slot = self.claims[key].slot;
+        if result.is_ok() && self.links[slot].past_end {
+            self.slice_is_ours(self.claims[key].cluster);
+            self.links[slot].past_end = false;
+        }
+        let latecomers = mutant!("latecomers_count_as_linked");
+        let bytes = self.tables.bytes_mut(slot, cx.mem());
+        let size = self.geometry.cluster_size();
+        for claim in self.claims.iter_mut() {
+            let taken = claim.link == Link::InFlight || latecomers && claim.link == Link::Queued;
+            if claim.slot != slot || !taken {
+                continue;
+            }
+            match result {
+                Ok(()) => {
+                    claim.link = Link::Done;
+                    put_entries(claim, size, bytes);
+                }
+                Err(errno) => {
+                    claim.link = Link::Failed(errno);
+                    if mutant!("link_error_ignored") {
+                        claim.link = Link::Done;
+                        put_entries(claim, size, bytes);
+                    }
+                }
+            }
+        }
+        if result.is_err() && !mutant!("failed_link_not_doubted") {
+            // It may have happened: what the disk says counts, once nobody holds the slice.
+            self.tables.doubt(slot);
+        }
+        self.links[slot].busy = false;
+        cx.wake_all(&mut self.links[slot].waiters);
+        self.link(key, cx)
+    }
+
+    /// The piece is done; go on behind it.
+    fn linked(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let end = self.claims[key].end;
+        self.end_claim(key, cx);
+        self.walk(end, Event::Start, cx)
+    }
+
+    /// Gives up. What was allocated is leaked; what was there before is still there.
+    pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        if mutant!("claim_kept_on_error") {
+            self.give_bufs(key, cx);
+            return Step::Done(Err(errno));
+        }
+        if mutant!("no_wake_on_error") {
+            self.claims[key].waiters = WaitList::new();
+        }
+        self.end_claim(key, cx);
+        Step::Done(Err(errno))
+    }
+
+    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
+        self.give_bufs(key, cx);
+        let start = self.claims[key].cluster << self.geometry.cluster_bits();
+        let mut claim = self.claims.remove(key, start);
+        if !mutant!("slice_not_pinned") {
+            self.tables.unpin(claim.slot);
+        }
+        if !self.tables.is_ready(claim.slot) {
+            cx.wake_all(self.tables.waiters(claim.slot));
+        }
+        cx.wake_all(&mut self.tables.full);
+        if !mutant!("claim_never_wakes") {
+            cx.wake_all(&mut claim.waiters);
+        }
+        self.allocation_ended(cx);
+    }
+
+    /// Allocates the L2 table of `l1_index` and links it, empty.
+    pub(super) fn allocate_table(
+        &mut self,
+        at: u64,
+        l1_index: u64,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        let under_way = self.allocs.iter_mut().find(|alloc| alloc.l1_index == l1_index);
+        if let Some(alloc) = under_way.filter(|_| !mutant!("no_table_freeze")) {
+            cx.park(&mut alloc.waiters);
+            return Step::Wait(State::Next { at });
+        }
+        if let Err(step) = self.ready_to_allocate(at, cx) {
+            return step;
+        }
+        let bytes = self.geometry.table_bytes();
+        let offset = match self.take_space(bytes, true, at, cx) {
+            Ok(offset) => offset,
+            Err(step) => return step,
+        };
+        self.header.unmark_at = None;
+        self.allocs.push(TableAlloc { l1_index, offset, waiters: WaitList::new() });
+        let l1_index = l1_index as u32;
+        if self.root_busy {
+            cx.park(&mut self.root_waiters);
+            return Step::Wait(State::TakeRoot { at, l1_index });
+        }
+        self.root_busy = true;
+        self.write_root(at, l1_index, cx)
+    }
+
+    /// It is this request's turn to write an L1 sector: what is published, and its own table.
+    pub(super) fn write_root(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
+        let Some([buf]) = cx.take_bufs() else {
+            cx.park_for_bufs();
+            return Step::Wait(State::TakeRoot { at, l1_index });
+        };
+        let unit = self.block(cx);
+        let first = align_down(u64::from(l1_index) * 8, unit) / 8;
+        let alloc = self.alloc_of(l1_index);
+        let bytes = &mut cx.mem().pool_mut(buf)[..unit as usize];
+        let (entries, _) = bytes.as_chunks_mut::<8>();
+        for (i, entry) in entries.iter_mut().enumerate() {
+            let index = first as usize + i;
+            let is_mine = index == l1_index as usize;
+            let value =
+                if is_mine { alloc.offset } else { self.l1.get(index).copied().unwrap_or(0) };
+            *entry = value.to_le_bytes();
+        }
+        let seg = Seg { base: Base::Pool(buf), off: 0, len: unit as u32 };
+        let offset = self.header.l1_offset().0 + first * 8;
+        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
+        Step::Wait(State::WriteRoot { at, l1_index, buf })
+    }
+
+    fn alloc_of(&self, l1_index: u32) -> &TableAlloc {
+        let mine = self.allocs.iter().find(|alloc| alloc.l1_index == u64::from(l1_index));
+        mine.expect("the request that allocates a table holds its entry")
+    }
+
+    pub(super) fn root_written(
+        &mut self,
+        at: u64,
+        l1_index: u32,
+        buf: BufId,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        cx.give_buf(buf);
+        let mine = self.allocs.iter().position(|alloc| alloc.l1_index == u64::from(l1_index));
+        let mut alloc = self.allocs.remove(mine.expect("the request holds its entry"));
+        if result.is_ok() || mutant!("root_error_ignored") {
+            self.l1[l1_index as usize] = alloc.offset;
+        }
+        if mutant!("root_baton_dropped") {
+            self.root_busy = false;
+            cx.hand_over(&mut self.root_waiters);
+        } else if cx.hand_over(&mut self.root_waiters).is_none() {
+            self.root_busy = false;
+        }
+        cx.wake_all(&mut alloc.waiters);
+        self.allocation_ended(cx);
+        match result {
+            Ok(()) => self.walk(at, Event::Start, cx),
+            Err(errno) => Step::Done(Err(errno)),
+        }
+    }
+}
+
+/// Puts a claim's entries into the bytes of its slice; answers the bytes' range.
+fn put_entries(claim: &Claim, cluster_size: u64, slice: &mut [u8]) -> (usize, usize) {
+    let first = (claim.cluster & ((1 << SLICE_BITS) - 1)) as usize;
+    let (entries, _) = slice.as_chunks_mut::<8>();
+    for (i, entry) in entries[first..first + claim.count as usize].iter_mut().enumerate() {
+        let value = match claim.entry {
+            Entry::Data(offset) => offset.0 + i as u64 * cluster_size,
+            other => other.encode(),
+        };
+        *entry = value.to_le_bytes();
+    }
+    (first * 8, (first + claim.count as usize) * 8)
+}

@@ -1,0 +1,204 @@
+//! Deflated grains: the work for a processor, and reading one where that may wait.
+//!
+//! A grain in the file is a marker of 12 bytes (the grain's first sector, the size of what
+//! follows) and a zlib stream that inflates to exactly a grain; a last grain may be short.
+
+use cowbell_engine::store::Store;
+use cowbell_engine::units::Errno;
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+
+use crate::chain::Layer;
+use crate::error::Error;
+use crate::vmdk::Opened;
+use crate::vmdk::disk::layout::{
+    Entry, GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS, corrupt,
+};
+use crate::vmdk::rest::open::{ExtentKind, read_entries};
+
+/// The most bytes that a deflated grain takes, marker included, in whole sectors. Deflate makes
+/// what it cannot shrink slightly longer.
+pub fn size_max(grain_size: u64) -> u64 {
+    (grain_size + grain_size / 64 + 64 + GRAIN_MARKER_BYTES as u64).next_multiple_of(SECTOR)
+}
+
+/// The marker at the start of `bytes`, if it is that of the grain at sector `lba` and of a size
+/// that can be: the bytes that the whole takes.
+///
+/// # Errors
+///
+/// [`Errno::INVALID`].
+pub fn marked_len(bytes: &[u8], lba: u64, grain_size: u64) -> Result<u64, Errno> {
+    match Marker::parse(bytes) {
+        Some(Marker::Grain { lba: found, size }) if found == lba => {
+            let len = u64::from(size) + GRAIN_MARKER_BYTES as u64;
+            if len > size_max(grain_size) { Err(Errno::INVALID) } else { Ok(len) }
+        }
+        _ => Err(Errno::INVALID),
+    }
+}
+
+/// Inflates what follows the marker at the start of `input` into all of `output`.
+///
+/// # Errors
+///
+/// [`Errno::INVALID`] for what is no deflated grain, or one of another length.
+pub fn inflate(input: &[u8], output: &mut [u8]) -> Result<(), Errno> {
+    if inflate_some(input, output)? == output.len() { Ok(()) } else { Err(Errno::INVALID) }
+}
+
+/// As [`inflate`], for the last grain, which may be short: what is missing becomes zeros.
+///
+/// # Errors
+///
+/// As [`inflate`].
+pub fn inflate_last(input: &[u8], output: &mut [u8]) -> Result<(), Errno> {
+    let len = inflate_some(input, output)?;
+    output[len..].fill(0);
+    Ok(())
+}
+
+fn inflate_some(input: &[u8], output: &mut [u8]) -> Result<usize, Errno> {
+    let Some(Marker::Grain { size, .. }) = Marker::parse(input) else {
+        return Err(Errno::INVALID);
+    };
+    let end = GRAIN_MARKER_BYTES + size as usize;
+    let Some(stream) = input.get(GRAIN_MARKER_BYTES..end) else { return Err(Errno::INVALID) };
+    let mut inflater = Decompress::new(true);
+    match inflater.decompress(stream, output, FlushDecompress::Finish) {
+        Ok(Status::StreamEnd) => Ok(inflater.total_out() as usize),
+        _ => Err(Errno::INVALID),
+    }
+}
+
+/// Is the grain at sector `lba` the last of the extent?
+pub fn is_last(header: &Header, lba: u64) -> bool {
+    lba.saturating_add(header.grain_size() >> SECTOR_BITS) >= header.capacity
+}
+
+/// Deflates `input`, a whole grain, into `output`: room for the marker, the stream, and zeros to
+/// the end of a sector. The marker's size is filled in; whose grain it is, is not.
+///
+/// # Errors
+///
+/// [`Errno::INVALID`] if `output` is too short; [`size_max`] is enough.
+pub fn deflate(input: &[u8], output: &mut [u8]) -> Result<(), Errno> {
+    let Some((marker, stream)) = output.split_at_mut_checked(GRAIN_MARKER_BYTES) else {
+        return Err(Errno::INVALID);
+    };
+    let mut deflater = Compress::new(Compression::default(), true);
+    match deflater.compress(input, stream, FlushCompress::Finish) {
+        Ok(Status::StreamEnd) => {}
+        _ => return Err(Errno::INVALID),
+    }
+    let size = deflater.total_out();
+    marker.copy_from_slice(&Marker::Grain { lba: 0, size: size as u32 }.encode(0)[..12]);
+    let end = (size + GRAIN_MARKER_BYTES as u64).next_multiple_of(SECTOR) as usize;
+    output[size as usize + GRAIN_MARKER_BYTES..end].fill(0);
+    Ok(())
+}
+
+/// Reads from byte `at` of the disk on into `part`, all in one compressed grain.
+///
+/// # Errors
+///
+/// [`Error::Corrupt`] if it is none after all; [`Error::Io`].
+pub fn read<F: Store>(
+    image: &Opened,
+    layer: &Layer<F>,
+    at: u64,
+    part: &mut [u8],
+) -> Result<(), Error> {
+    let extent = image.extent_at(at);
+    let file = layer.numbered(extent.file);
+    let ExtentKind::Sparse(sparse) = &extent.kind else {
+        return corrupt("VMDK flat extents have no grains", at);
+    };
+    let header = &sparse.header;
+    let inside = at - extent.start;
+    let Some(table) = sparse.table(inside >> header.span_bits())? else {
+        return corrupt("grain table is gone", at);
+    };
+    let entry = (inside >> header.grain_bits) & ((1 << header.table_bits) - 1);
+    let raw = read_entries(file, table + entry * 4, 1)?[0];
+    let Some(Entry::Data(place)) = sparse.bounds().entry(raw) else {
+        return corrupt("grain is gone", table + entry * 4);
+    };
+    let start = inside & !(header.grain_size() - 1);
+    let grain = read_grain(file, header, place, start >> SECTOR_BITS)?;
+    part.copy_from_slice(&grain[(inside - start) as usize..][..part.len()]);
+    Ok(())
+}
+
+/// The contents of the grain at byte `place` of the file, which belongs at sector `lba`.
+///
+/// # Errors
+///
+/// [`Error::Corrupt`] if it is not that grain or cannot be inflated; [`Error::Io`].
+pub fn read_grain<F: Store>(
+    file: &F,
+    header: &Header,
+    place: u64,
+    lba: u64,
+) -> Result<Vec<u8>, Error> {
+    let bad = |_| Error::Corrupt { what: "invalid compressed grain", at: place };
+    let mut input = vec![0; SECTOR as usize];
+    file.read_at(place, &mut input).map_err(Error::io("read a grain"))?;
+    let len = marked_len(&input, lba, header.grain_size()).map_err(bad)?;
+    input.resize(len as usize, 0);
+    file.read_at(place, &mut input).map_err(Error::io("read a grain"))?;
+    let mut grain = vec![0; header.grain_size() as usize];
+    let inflate = if is_last(header, lba) { inflate_last } else { inflate };
+    inflate(&input, &mut grain).map_err(bad)?;
+    Ok(grain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(grain: &[u8]) -> u64 {
+        let mut packed = vec![0xaa; size_max(grain.len() as u64) as usize];
+        deflate(grain, &mut packed).expect("there is room");
+        let len = marked_len(&packed, 0, grain.len() as u64).expect("it is marked");
+        let mut unpacked = vec![0xbb; grain.len()];
+        inflate(&packed[..len as usize], &mut unpacked).expect("it is whole");
+        assert_eq!(unpacked, grain);
+        len
+    }
+
+    #[test]
+    fn grains_round_trip() {
+        assert!(round_trip(&[7; 65536]) < 512);
+        let mut seed = 1u64;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 56) as u8
+        })
+        .take(1 << 20)
+        .collect();
+        for size in [4096, 65536, 1 << 20] {
+            assert!(round_trip(&noise[..size]) <= size_max(size as u64));
+        }
+    }
+
+    #[test]
+    fn what_is_no_grain_is_refused() {
+        let mut packed = vec![0; size_max(4096) as usize];
+        deflate(&[3; 4096], &mut packed).expect("there is room");
+        let len = marked_len(&packed, 0, 4096).expect("it is marked") as usize;
+        assert_eq!(marked_len(&packed, 8, 4096), Err(Errno::INVALID));
+        let mut out = vec![0; 4096];
+        // A byte short, no marker, too little room, noise.
+        assert!(inflate(&packed[..len - 1], &mut out).is_err());
+        assert!(inflate(&packed[..8], &mut out).is_err());
+        assert!(inflate(&packed[..len], &mut out[..4095]).is_err());
+        assert!(inflate(&packed[..len], &mut [1; 4097]).is_err());
+        let mut long = [1; 4097];
+        inflate_last(&packed[..len], &mut long).expect("it may be short");
+        assert_eq!(long[4095..], [3, 0]);
+        packed[20] ^= 0x55;
+        assert!(inflate(&packed[..len], &mut out).is_err());
+        packed[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(marked_len(&packed, 0, 4096), Err(Errno::INVALID));
+    }
+}

@@ -1,0 +1,7 @@
+//! A VMDK image at rest: what works on files that may be waited for.
+
+pub mod check;
+pub mod create;
+pub mod info;
+pub(crate) mod map;
+pub mod open;
