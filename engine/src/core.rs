@@ -58,8 +58,8 @@ pub(crate) struct Core {
     /// The first error of a chore, since somebody last asked.
     pub chore_failed: Option<Errno>,
     pub serial: u32,
-    /// See [`Cx::end_era`](crate::step::Cx::end_era).
-    pub era: u32,
+    /// See [`Cx::end_epoch`](crate::step::Cx::end_epoch).
+    pub epoch: u32,
     pub stats: Stats,
     /// Not in the statistics yet.
     pub ended: Ended,
@@ -94,7 +94,7 @@ impl Core {
             finished: Queue::with_capacity(limits.requests),
             chore_failed: None,
             serial: 0,
-            era: 0,
+            epoch: 0,
             stats: Stats::default(),
             ended: Ended::default(),
             limits,
@@ -107,7 +107,7 @@ impl Core {
         let (id, slot) = self.ops.claim_slot();
         (slot.io, slot.origin, slot.tag) = (io, origin, tag);
         (slot.node, slot.base_bits) = (node, bits);
-        (slot.serial, slot.era, slot.ordinal) = (self.serial, self.era, 0);
+        (slot.serial, slot.epoch, slot.ordinal) = (self.serial, self.epoch, 0);
         (slot.issued, slot.cause, slot.waits, slot.label) =
             (false, Cause::Begin, Waits::Nothing, 0);
         self.serial = self.serial.wrapping_add(1);
@@ -280,11 +280,11 @@ impl Core {
     }
 
     /// See [`Cx::is_past`](crate::step::Cx::is_past).
-    pub fn is_past(&self, node: NodeId, era: u32) -> bool {
+    pub fn is_past(&self, node: NodeId, epoch: u32) -> bool {
         let is_old = |id: ReqId| {
             let slot = self.ops.slot(self.user_of(id));
-            // Wrapping: eras are close together.
-            let began_by_then = era.wrapping_sub(slot.era) < u32::MAX / 2;
+            // Wrapping: epochs are close together.
+            let began_by_then = epoch.wrapping_sub(slot.epoch) < u32::MAX / 2;
             slot.node == node && slot.origin != Origin::Chore && began_by_then
         };
         let is_job = |slot: &Slot| matches!(slot.work, Work::Align(_));
@@ -626,7 +626,7 @@ impl Core {
             finished: self.finished.clone(),
             chore_failed: self.chore_failed,
             serial: self.serial,
-            era: self.era,
+            epoch: self.epoch,
             stats: self.stats.clone(),
             ended: self.ended,
         }
@@ -640,7 +640,7 @@ impl Core {
         self.now.hash(h);
         for &id in order {
             let slot = self.ops.slot(id);
-            (id, slot, self.era.wrapping_sub(slot.era)).hash(h);
+            (id, slot, self.epoch.wrapping_sub(slot.epoch)).hash(h);
             self.mem.guest(id).hash(h);
         }
         for (key, job) in &self.jobs {

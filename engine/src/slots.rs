@@ -111,7 +111,7 @@ pub(crate) struct Slot {
     pub next: Link,
     pub serial: u32,
     pub ordinal: u32,
-    pub era: u32,
+    pub epoch: u32,
     /// When it was first seen.
     pub submitted: Time,
     /// When it began to wait in its state. Not of a request that was passed on: then, too.
@@ -138,7 +138,7 @@ impl Default for Slot {
             next: Link::NONE,
             serial: 0,
             ordinal: 0,
-            era: 0,
+            epoch: 0,
             submitted: Time(0),
             entered: Time(0),
         }

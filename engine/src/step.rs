@@ -196,17 +196,17 @@ impl Cx<'_> {
         self.core.ops.slot(self.me).node
     }
 
-    /// Ends this era and answers it. Requests are of the era that they begin in.
-    pub fn end_era(&mut self) -> u32 {
-        self.core.era = self.core.era.wrapping_add(1);
-        self.core.era.wrapping_sub(1)
+    /// Ends this epoch and answers it. Requests are of the epoch that they begin in.
+    pub fn end_epoch(&mut self) -> u32 {
+        self.core.epoch = self.core.epoch.wrapping_add(1);
+        self.core.epoch.wrapping_sub(1)
     }
 
-    /// Is no op in flight any more of a request to this node that began in `era` or before, chores
-    /// apart? Then nobody uses any more what was there to be found before that era ended: a request
+    /// Is no op in flight any more of a request to this node that began in `epoch` or before, chores
+    /// apart? Then nobody uses any more what was there to be found before that epoch ended: a request
     /// that waits without ops relies on nothing that it has found, since it looks again.
-    pub fn is_past(&self, era: u32) -> bool {
-        self.core.is_past(self.node(), era)
+    pub fn is_past(&self, epoch: u32) -> bool {
+        self.core.is_past(self.node(), epoch)
     }
 
     /// Parks the request until [`Cx::is_past`] may answer something else. It is false now.

@@ -21,7 +21,7 @@ fn filled(byte: u8) -> Buf {
 }
 
 #[test]
-fn with_as_little_in_stock_as_can_be() {
+fn with_as_little_in_reserve_as_can_be() {
     let folder = folder();
     let path = folder.path().join("image");
     let options = CreateOptions {
@@ -34,7 +34,7 @@ fn with_as_little_in_stock_as_can_be() {
     let chain = open(&DiskHost { direct: true }, &path, &options).expect("it opens");
     let aio = Aio::new(AioOptions::default()).expect("native AIO");
     let mut engine: Engine<Node, Aio> = Engine::new(aio, Limits::default());
-    let qcow2 = Qcow2Options { stock_max: 1, ..Qcow2Options::default() };
+    let qcow2 = Qcow2Options { reserve_max: 1, ..Qcow2Options::default() };
     let run = RunOptions { qcow2, ..RunOptions::default() };
     let disk = attach(&mut engine, chain, &run).expect("it attaches");
 

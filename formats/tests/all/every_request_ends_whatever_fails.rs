@@ -162,16 +162,16 @@ fn run_options(rng: &mut Rng) -> RunOptions {
         qcow2: Qcow2Options {
             cache_slices: 1 + rng.below(2) as usize,
             growth,
-            stock_min: small(rng),
-            stock_max: 4 * small(rng),
+            reserve_min: small(rng),
+            reserve_max: 4 * small(rng),
             frees_max: small(rng) as usize,
-            sweep_depth: small(rng) as usize,
+            writeback_depth: small(rng) as usize,
             ..Qcow2Options::default()
         },
         vmdk: VmdkOptions {
             cache_tables: 1,
             growth,
-            sweep_after_ms: 5,
+            writeback_after_ms: 5,
             entropy: Some(rng.next() as u32),
             ..VmdkOptions::default()
         },

@@ -56,7 +56,8 @@ fn torture(bytes: &[u8], random: &mut Random) -> bool {
     let mut engine: Engine<Node, Held> = Engine::new(Held::default(), limits);
     let (file, _) = engine.attach(file.bytes()).expect("memory");
     let growth = Growth { step_min: 4 * CLUSTER, step_max: 4 * CLUSTER, ..Growth::default() };
-    let options = Qcow2Options { cache_slices: 2, growth, stock_max: 4, ..Qcow2Options::default() };
+    let options =
+        Qcow2Options { cache_slices: 2, growth, reserve_max: 4, ..Qcow2Options::default() };
     if opened.header.has_data_file() || opened.header.disk_size() < SIZE {
         return false;
     }

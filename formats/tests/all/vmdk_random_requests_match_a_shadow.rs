@@ -101,7 +101,7 @@ fn drive<B: Backend<File = DiskFile>>(backend: impl Fn() -> B, direct: bool, see
                 let vmdk = VmdkOptions {
                     cache_tables: 2,
                     growth,
-                    sweep_after_ms: 1,
+                    writeback_after_ms: 1,
                     ..VmdkOptions::default()
                 };
                 let run = RunOptions { vmdk, ..RunOptions::default() };

@@ -175,12 +175,12 @@ impl Image {
             cache_slices: self.cache,
             cache_inflated: 1,
             growth,
-            stock_max: self.ahead,
-            stock_min: self.ahead,
+            reserve_max: self.ahead,
+            reserve_min: self.ahead,
             frees_max: self.frees,
             // What was in a hole is there still.
             pass_discards: self.pass_discards && self.state != State::Holes,
-            sweep_depth: self.buffers,
+            writeback_depth: self.buffers,
         };
         RunOptions { trust_probed: false, qed, qcow2, vmdk }
     }

@@ -88,7 +88,7 @@ pub const MUTANTS: &[Mutant] = &[
     qed("data_error_ignored", "an entry is written for data that was not"),
     qed("link_error_ignored", "an entry is used although its write failed"),
     qed("failed_link_not_doubted", "a failed table write is taken for one that did not happen"),
-    qed("root_error_ignored", "a table is used although it is not linked"),
+    qed("l1_error_ignored", "a table is used although it is not linked"),
     qed("failed_growth_is_done", "space is handed out that a failed growth did not bring"),
     qed("failed_growth_never_ends", "after a growth that failed the file is growing for ever"),
     qed("failed_growth_told_for_ever", "who wants space is told of a failure before his time"),
@@ -99,7 +99,7 @@ pub const MUTANTS: &[Mutant] = &[
     qed("claim_kept_on_error", "a failed request keeps its claim"),
     qed("no_wake_on_error", "a failed request wakes nobody"),
     qed("no_table_freeze", "two requests allocate one table at once"),
-    qed("root_baton_dropped", "the turn to write the root is lost"),
+    qed("l1_baton_dropped", "the turn to write the root is lost"),
     qed("woken_trusts_old_lookup", "a woken request does not look up again"),
     qed("latecomers_count_as_linked", "entries count as written that came after the write began"),
     qed("two_slice_writes_at_once", "two writes of one table sector are in flight"),
@@ -126,15 +126,18 @@ pub const MUTANTS: &[Mutant] = &[
     vmdk("vmdk_cid_never_changes", "a session that writes leaves the content id"),
     vmdk("vmdk_cid_wakes_nobody", "who waits for the content id waits for ever"),
     vmdk("vmdk_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
-    vmdk("vmdk_flush_rides_on_a_running_sweep", "a flush takes an older sweep for its own"),
-    vmdk("vmdk_sweep_without_fence", "a sweep flushes nothing before it writes tables"),
+    vmdk("vmdk_flush_rides_on_a_running_writeback", "a flush takes an older writeback for its own"),
+    vmdk("vmdk_writeback_without_fence", "a writeback flushes nothing before it writes tables"),
     vmdk("vmdk_length_not_fenced", "an entry may be stable before the file is that long"),
     vmdk("vmdk_parent_not_fenced", "an entry may be stable before the data that it needs"),
-    vmdk("vmdk_sealed_after_fence", "a sweep writes what was published after its fence"),
+    vmdk("vmdk_sealed_after_fence", "a writeback writes what was published after its fence"),
     vmdk("vmdk_redundant_tables_not_written", "the redundant tables are never written"),
     vmdk("vmdk_redundant_tables_before_flush", "a redundant table may know more than the primary"),
-    vmdk("vmdk_failed_sweep_counts_as_written", "a failed write of tables counts as a good one"),
-    vmdk("vmdk_sweep_wakes_nobody", "who waits for a sweep waits for ever"),
+    vmdk(
+        "vmdk_failed_writeback_counts_as_written",
+        "a failed write of tables counts as a good one",
+    ),
+    vmdk("vmdk_writeback_wakes_nobody", "who waits for a writeback waits for ever"),
     qcow2("qcow2_no_claims", "two requests allocate one cluster at once"),
     qcow2("qcow2_claim_short", "a claim does not cover its last cluster"),
     qcow2("qcow2_claim_never_wakes", "who waits for a claim waits for ever"),
@@ -143,19 +146,22 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_published_early", "an entry leads to data that is not there yet"),
     qcow2("qcow2_data_error_ignored", "an entry leads to data whose write failed"),
     qcow2("qcow2_no_fence_for_data", "an entry may be stable before the data that it needs"),
-    qcow2("qcow2_no_fence_in_sweep", "a sweep forgets the fence that its slices owe"),
+    qcow2("qcow2_no_fence_in_writeback", "a writeback forgets the fence that its slices owe"),
     qcow2(
         "qcow2_seal_ignored",
         "an entry that owes a fence slips into a slice whose fence is under way",
     ),
-    qcow2("qcow2_sweep_not_flushed", "a sweep ends before what it wrote is stable"),
+    qcow2("qcow2_writeback_not_flushed", "a writeback ends before what it wrote is stable"),
     qcow2("qcow2_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
     qcow2(
-        "qcow2_flush_joins_sweep_under_way",
-        "a flush goes with a sweep that began before it came",
+        "qcow2_flush_joins_writeback_under_way",
+        "a flush goes with a writeback that began before it came",
     ),
     qcow2("qcow2_table_error_ignored", "a failed write of tables counts as a good one"),
-    qcow2("qcow2_stock_before_stable", "clusters are handed out before their refcounts are stable"),
+    qcow2(
+        "qcow2_reserve_before_stable",
+        "clusters are handed out before their refcounts are stable",
+    ),
     qcow2(
         "qcow2_reused_while_in_use",
         "a freed cluster is reused while an older request is using it",
@@ -180,13 +186,13 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_block_linked_unstable", "a refcount block is linked before it is stable"),
     qcow2("qcow2_device_is_zeros", "a device's unused space is taken for zeros"),
     qcow2("qcow2_device_is_cut", "a device is cut off where the image ends"),
-    qcow2("qcow2_asks_again_after_a_failed_sweep", "who waits for room asks again for ever"),
+    qcow2("qcow2_asks_again_after_a_failed_writeback", "who waits for room asks again for ever"),
     qcow2("qcow2_grows_beside_holes", "the file grows although it has holes"),
     qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
     qcow2("qcow2_no_space_wakes_nobody", "who waits for clusters waits for ever if there are none"),
     qcow2("qcow2_failed_cut_is_done", "a spare end that is there still is taken for zeros"),
     qcow2("qcow2_failed_growth_is_done", "a file that could not grow is taken for longer"),
-    qcow2("qcow2_fresh_before_used", "the file's end is used before holes that are in stock"),
+    qcow2("qcow2_fresh_before_used", "the file's end is used before holes that are in reserve"),
     qcow2("qcow2_search_for_holes_stops_early", "holes behind the first that are found stay holes"),
     qcow2("qcow2_counted_down_is_no_hole", "what was given up is not found again"),
     qcow2("qcow2_never_grows_after_a_failure", "a file that could not grow once never grows again"),
@@ -439,7 +445,7 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
     let long = Image { long: true, ..overlay };
     let zeros = Image { state: State::Zeros, ..overlay };
     let warm = Image { state: State::Warm, ..image };
-    // So little in stock that what is given up is used again at once.
+    // So little in reserve that what is given up is used again at once.
     let tight = Image { ahead: 1, ..warm };
     // New clusters are used ones; tables too.
     let holes = Image { state: State::Holes, ..image };

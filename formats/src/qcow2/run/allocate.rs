@@ -32,7 +32,7 @@ pub(super) struct Claim {
     slot: usize,
     /// Where the cluster of `start` is, or will be, in the data file; others follow it.
     host: HostOffset,
-    /// Was that place taken from the stock?
+    /// Was that place taken from the reserve?
     is_new: bool,
     /// The guest range that this piece writes.
     at: u64,
@@ -340,7 +340,7 @@ impl Qcow2 {
         }
     }
 
-    /// The data is there: the entries may say so, unless a sweep has just fenced what they would
+    /// The data is there: the entries may say so, unless a writeback has just fenced what they would
     /// owe another fence for.
     pub(super) fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
         let claim = &self.claims[key];
@@ -349,18 +349,18 @@ impl Qcow2 {
             cx.park(self.tables.waiters(slot));
             return Step::Wait(State::Publish { claim: key });
         }
-        if !self.sweep.has_room_for_frees() {
+        if !self.writeback.has_room_for_frees() {
             let attempt = self.park_for_room(cx);
             return Step::Wait(State::PublishRoom { claim: key, attempt });
         }
         self.put_entries(key, cx);
         self.touch(slot, owes);
         self.end_claim(key, cx);
-        self.sweep_if_full(cx);
+        self.writeback_if_full(cx);
         if to < cx.io().end() { self.walk(to, cx) } else { self.end(cx) }
     }
 
-    /// A sweep has ended that was to make room for what the entries give up.
+    /// A writeback has ended that was to make room for what the entries give up.
     pub(super) fn publish_in_room(
         &mut self,
         key: u32,

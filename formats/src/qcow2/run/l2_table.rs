@@ -151,26 +151,26 @@ impl Qcow2 {
         let Err(errno) = result else { return self.link_table(at, l1_index, cx) };
         let mut alloc = self.allocs.remove(self.alloc_of(l1_index));
         self.metadata.remove(&(alloc.table.0 >> self.geometry.cluster_bits()));
-        self.stock.give_back(alloc.table.0 >> self.geometry.cluster_bits(), 1);
+        self.reserve.give_back(alloc.table.0 >> self.geometry.cluster_bits(), 1);
         cx.wake_all(&mut alloc.waiters);
         Step::Done(Err(errno))
     }
 
-    /// Links the table, in memory, unless a sweep has just fenced what its L1 block would owe
+    /// Links the table, in memory, unless a writeback has just fenced what its L1 block would owe
     /// another fence for.
     pub(super) fn link_table(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
         let place = self.alloc_of(l1_index);
         let owes = self.allocs[place].owes && !mutant!("qcow2_table_owes_nothing");
-        let is_sealed = owes && self.sweep.is_root_sealed() && !mutant!("qcow2_seal_ignored");
-        let is_moving = self.header.moving_root && !mutant!("qcow2_root_linked_while_moving");
+        let is_sealed = owes && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
+        let is_moving = self.header.moving_l1 && !mutant!("qcow2_root_linked_while_moving");
         if is_sealed || is_moving {
-            cx.park(&mut self.sweep.root_waiters);
+            cx.park(&mut self.writeback.l1_waiters);
             return Step::Wait(State::LinkTable { at, l1_index });
         }
         let mut alloc = self.allocs.remove(place);
         let entry = L1Entry { table: alloc.table, copied: true };
         self.l1[l1_index as usize] = entry.encode();
-        self.sweep.touch_root(self.root_block(l1_index), owes);
+        self.writeback.touch_l1(self.l1_block(l1_index), owes);
         if let Some(old) = alloc.old {
             self.free(Some(Mapping::Data(old)), false, false);
         }
@@ -179,7 +179,7 @@ impl Qcow2 {
     }
 
     /// The block of the L1 table that holds an entry: what is written of it at once.
-    fn root_block(&self, l1_index: u32) -> u32 {
+    fn l1_block(&self, l1_index: u32) -> u32 {
         l1_index >> (self.geometry.slice_bits() - 3)
     }
 }

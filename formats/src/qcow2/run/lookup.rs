@@ -177,12 +177,12 @@ impl Qcow2 {
                 self.run_in(slot, at, end, is_write, cx.memory())
             }
             Some(slot) => Found::Loading { slot },
-            None => self.look_up_root(at, end),
+            None => self.look_up_l1(at, end),
         }
     }
 
     /// What the L1 table says: a slice is in memory only where it names a table.
-    fn look_up_root(&self, at: u64, end: u64) -> Found {
+    fn look_up_l1(&self, at: u64, end: u64) -> Found {
         let l1_index = self.geometry.l1_index(GuestOffset(at));
         let word = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         match L1Entry::decode(word, self.geometry) {

@@ -10,19 +10,19 @@
 //!  │ └───── allocate: [ReadCow] ─> WriteData ─> Publish ─> Next
 //!  └─────── end of the range: [Swept] ─> done
 //!
-//! resize:  [ResizeSpace ─> ResizeSwept ─> WriteRoot ─> FlushRoot ─> WriteHeader ─> FlushHeader]
+//! resize:  [ResizeSpace ─> ResizeSwept ─> WriteL1 ─> FlushRoot ─> WriteHeader ─> FlushHeader]
 //!          ─> [DataLength] ─> ClearBeyond ─> ResizeSwept, before WriteHeader ─> FlushHeader
 //!          if the disk grows, and after them if it shrinks          (resize.rs)
-//! chores:  Sweep ─> SweepFence ─> SweepWrite ─> [SweepHeader] ─> SweepFlush (sweep.rs)
-//!          Stock ─> StockLoad / StockGrow / StockWrite / StockFlush (stock.rs)
+//! chores:  Writeback ─> WritebackFence ─> WritebackWrite ─> [WritebackHeader] ─> WritebackFlush (writeback.rs)
+//!          Reserve ─> ReserveLoad / ReserveGrow / ReserveWrite / ReserveFlush (reserve.rs)
 //! ```
 //!
 //! Metadata is written back: a write is done when its data is, its L2 entry changed in memory. Two
 //! chores do the rest, one of each at a time, beside the requests and never in their way:
 //!
-//! - the *sweep* writes changed L2 slices and L1 blocks, from copies, and makes them stable. A
-//!   guest's flush waits for the first sweep that begins after it came;
-//! - the *stock* keeps clusters at hand whose refcount is 1 on disk already, stably, and which
+//! - the *writeback* writes changed L2 slices and L1 blocks, from copies, and makes them stable. A
+//!   guest's flush waits for the first writeback that begins after it came;
+//! - the *reserve* keeps clusters at hand whose refcount is 1 on disk already, stably, and which
 //!   nothing refers to. Requests allocate from it, in memory. Nobody else touches refcounts.
 //!
 //! # Why a crash leaves leaks at worst
@@ -59,9 +59,9 @@ use crate::qcow2::run::allocate::Claim;
 use crate::qcow2::run::compressed::{codec, slot_bytes};
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::l2_table::TableAlloc;
-use crate::qcow2::run::reserve::Stock;
+use crate::qcow2::run::reserve::Reserve;
 use crate::qcow2::run::resize::Header;
-use crate::qcow2::run::writeback::{Slice, Sweep};
+use crate::qcow2::run::writeback::{Slice, Writeback};
 use crate::qed::run::Backing;
 
 /// How a qcow2 image is run.
@@ -74,15 +74,15 @@ pub struct Qcow2Options {
     /// How the file grows.
     pub growth: Growth,
     /// The most clusters that are counted ahead of their use: what a crash may leak.
-    pub stock_max: u64,
+    pub reserve_max: u64,
     /// Are clusters that a guest discards given back to the file system?
     pub pass_discards: bool,
-    /// Clusters that are counted at once at first; doubled at each need, up to `stock_max`.
-    pub stock_min: u64,
-    /// Runs of clusters that were given up and may wait for a sweep; at least 1.
+    /// Clusters that are counted at once at first; doubled at each need, up to `reserve_max`.
+    pub reserve_min: u64,
+    /// Runs of clusters that were given up and may wait for a writeback; at least 1.
     pub frees_max: usize,
     /// Changed slices and L1 blocks that are written back at once, from copies; at least 1.
-    pub sweep_depth: usize,
+    pub writeback_depth: usize,
 }
 
 impl Default for Qcow2Options {
@@ -91,11 +91,11 @@ impl Default for Qcow2Options {
             cache_slices: 2048,
             cache_inflated: 8,
             growth: Growth::default(),
-            stock_max: 2048,
-            stock_min: 64,
+            reserve_max: 2048,
+            reserve_min: 64,
             frees_max: 1024,
             pass_discards: true,
-            sweep_depth: 64,
+            writeback_depth: 64,
         }
     }
 }
@@ -107,9 +107,9 @@ pub struct Regions {
     tables: RegionId,
     /// Inflated clusters, each behind its compressed bytes.
     inflated: RegionId,
-    /// Copies of what a sweep writes.
+    /// Copies of what a writeback writes.
     staging: RegionId,
-    /// The piece of a refcount block, or of the refcount table, that the stock works on.
+    /// The piece of a refcount block, or of the refcount table, that the reserve works on.
     counts: RegionId,
     /// What whoever changes the header writes.
     header: RegionId,
@@ -129,7 +129,7 @@ impl Regions {
         Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
-            staging: region(options.sweep_depth.max(1) * slice),
+            staging: region(options.writeback_depth.max(1) * slice),
             counts: region(slice),
             header: region(slice),
             root: region(slice),
@@ -162,8 +162,8 @@ pub struct Qcow2 {
     /// What is being allocated.
     claims: Claims<Claim>,
     allocs: Vec<TableAlloc>,
-    stock: Stock,
-    sweep: Sweep,
+    reserve: Reserve,
+    writeback: Writeback,
     inflated: TableCache,
     header: Header,
     /// Clusters that hold metadata: no data is written there, whatever a table says.
@@ -181,7 +181,7 @@ pub enum State {
     Next { at: u64 },
     /// As `Next`, for clusters that attempt number `attempt` to get some was to bring.
     Space { at: u64, attempt: u32 },
-    /// As `Next`, for room in memory that sweep number `attempt` was to make.
+    /// As `Next`, for room in memory that writeback number `attempt` was to make.
     Room { at: u64, attempt: u32 },
     /// The ops of the pieces up to `at`, pieces with requests of their own among them.
     Pieces { at: u64 },
@@ -197,7 +197,7 @@ pub enum State {
     ReadTable { at: u64, l1_index: u32, done: u32, buf: BufId },
     /// That piece, written to the table's copy.
     CopyTable { at: u64, l1_index: u32, done: u32, buf: BufId },
-    /// The turn to change an L1 block that a sweep is about to write.
+    /// The turn to change an L1 block that a writeback is about to write.
     LinkTable { at: u64, l1_index: u32 },
     /// What the image holds around the write, in the claim's buffers.
     ReadCow { claim: u32 },
@@ -207,25 +207,25 @@ pub enum State {
     CopyWrite { claim: u32, from: u64 },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
-    /// The turn to change a slice that a sweep is about to write.
+    /// The turn to change a slice that a writeback is about to write.
     Publish { claim: u32 },
-    /// Room for what the entries give up, that sweep number `attempt` was to make.
+    /// Room for what the entries give up, that writeback number `attempt` was to make.
     PublishRoom { claim: u32, attempt: u32 },
-    /// A sweep that began after the request came.
+    /// A writeback that began after the request came.
     Swept,
     /// Guest resize: its turn.
     Resize,
     /// Guest resize: clusters for a longer L1 table.
     ResizeSpace { attempt: u32 },
     /// Guest resize: a longer L1 table, up to entry `from` written.
-    WriteRoot { from: u32 },
+    WriteL1 { from: u32 },
     /// Guest resize: the longer L1 table, stable.
     FlushRoot,
     /// Guest resize: the data file's new length.
     DataLength,
     /// Guest resize: what lies between the sizes, zeroed or given up.
     ClearBeyond,
-    /// Guest resize: a sweep.
+    /// Guest resize: a writeback.
     ResizeSwept,
     /// Guest resize: the header's turn, or the header, written.
     WriteHeader,
@@ -234,49 +234,49 @@ pub enum State {
     /// Chore: the header with the corrupt mark, written.
     MarkCorrupt,
     /// Chore: its turn.
-    Sweep,
+    Writeback,
     /// Chore: the data that changed slices owe a fence for, stable.
-    SweepFence,
+    WritebackFence,
     /// Chore: copies of changed slices and L1 blocks, written.
-    SweepWrite,
+    WritebackWrite,
     /// Chore: the header's turn, or the header, written again.
-    SweepHeader,
+    WritebackHeader,
     /// Chore: all of it, stable, the header too.
-    SweepFlushHeader,
+    WritebackFlushHeader,
     /// Chore: all of it, stable.
-    SweepFlush,
+    WritebackFlush,
     /// Chore: its turn.
-    Stock,
+    Reserve,
     /// Chore: a piece of a refcount block, read.
-    StockLoad,
+    ReserveLoad,
     /// Chore: the file's new length.
-    StockGrow { exact: bool },
+    ReserveGrow { exact: bool },
     /// Chore: a changed piece of a refcount block, written.
-    StockWrite,
+    ReserveWrite,
     /// Chore: counts and length, stable.
-    StockFlush,
+    ReserveFlush,
     /// Chore: a new refcount block's entry in the refcount table, written.
-    StockLink,
+    ReserveLink,
     /// Chore: that entry, stable.
-    StockFlushLink,
+    ReserveFlushLink,
     /// Chore: a longer refcount table, up to entry `from` written.
-    StockTable { from: u32 },
+    ReserveTable { from: u32 },
     /// Chore: the longer refcount table, stable.
-    StockFlushTable,
+    ReserveFlushTable,
     /// Chore: the header that names it, written.
-    StockHeader,
+    ReserveHeader,
     /// Chore: that header, stable.
-    StockFlushHeader,
+    ReserveFlushHeader,
     /// Chore: clusters that are not needed any more, given back to the file system.
-    StockDiscard,
+    ReserveDiscard,
     /// Chore: the requests that may still use what was given up, ended.
-    StockPast,
-    /// Chore: a sweep, with which what was given up leaves.
-    StockSwept,
-    /// Chore: a sweep, so that the image is left clean.
+    ReservePast,
+    /// Chore: a writeback, with which what was given up leaves.
+    ReserveSwept,
+    /// Chore: a writeback, so that the image is left clean.
     Settle,
-    /// Chore: nothing is in stock.
-    EmptyStock,
+    /// Chore: nothing is in reserve.
+    EmptyReserve,
     /// Chore: the spare end, cut off.
     CutEnd,
     /// Chore: everything, stable.
@@ -318,8 +318,8 @@ impl Qcow2 {
             tables,
             claims: Claims::new(),
             allocs: Vec::with_capacity(4),
-            stock: Stock::new(&opened, can_grow, options),
-            sweep: Sweep::new(slots, &options),
+            reserve: Reserve::new(&opened, can_grow, options),
+            writeback: Writeback::new(slots, &options),
             inflated: TableCache::new(regions.inflated, pair, options.cache_inflated),
             metadata: if writable { metadata_of(&opened) } else { BTreeSet::new() },
             header: Header::new(&opened),
@@ -340,8 +340,8 @@ impl Qcow2 {
         self.tables.assert_idle(|slot| self.slices[slot].is_dirty().into());
         self.inflated.assert_idle(|_| 0);
         assert!(self.claims.is_empty() && self.allocs.is_empty(), "something is claimed");
-        self.sweep.assert_idle();
-        self.stock.assert_idle();
+        self.writeback.assert_idle();
+        self.reserve.assert_idle();
         self.header.assert_idle();
     }
 
@@ -455,8 +455,8 @@ impl Driver for Qcow2 {
         "flush",
         "swept",
         "resize",
-        "sweep",
-        "stock",
+        "writeback",
+        "reserve",
         "settle",
     ];
 
@@ -480,18 +480,18 @@ impl Driver for Qcow2 {
             | State::ResizeSwept
             | State::DataLength
             | State::ClearBeyond
-            | State::WriteRoot { .. }
+            | State::WriteL1 { .. }
             | State::FlushRoot
             | State::WriteHeader
             | State::FlushHeader
             | State::MarkCorrupt => 14,
-            State::Sweep
-            | State::SweepFence
-            | State::SweepWrite
-            | State::SweepHeader
-            | State::SweepFlushHeader
-            | State::SweepFlush => 15,
-            State::Settle | State::EmptyStock | State::CutEnd | State::FlushSettled => 17,
+            State::Writeback
+            | State::WritebackFence
+            | State::WritebackWrite
+            | State::WritebackHeader
+            | State::WritebackFlushHeader
+            | State::WritebackFlush => 15,
+            State::Settle | State::EmptyReserve | State::CutEnd | State::FlushSettled => 17,
             _ => 16,
         }
     }
@@ -526,8 +526,8 @@ impl Driver for Qcow2 {
             Chore::Asked if std::mem::take(&mut self.corrupt.wants_mark) => {
                 Some(State::MarkCorrupt)
             }
-            Chore::Asked if self.sweep.begin_asked() => Some(State::Sweep),
-            Chore::Asked if self.stock.begin_asked() => Some(State::Stock),
+            Chore::Asked if self.writeback.begin_asked() => Some(State::Writeback),
+            Chore::Asked if self.reserve.begin_asked() => Some(State::Reserve),
             Chore::Asked | Chore::Deadline => None,
             Chore::Settle => self.writable.then_some(State::Settle),
         }
@@ -555,8 +555,8 @@ impl Qcow2 {
     fn step_rarely(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
         use Event::{Io, Start, Woken};
         match (state, event) {
-            (State::Space { at, attempt }, Woken) => match self.stock.failure_of(attempt) {
-                Some(errno) if self.stock.is_empty() => Step::Done(Err(errno)),
+            (State::Space { at, attempt }, Woken) => match self.reserve.failure_of(attempt) {
+                Some(errno) if self.reserve.is_empty() => Step::Done(Err(errno)),
                 _ => self.walk(at, cx),
             },
             (State::Room { at, attempt }, Woken) => match self.no_room(attempt) {
@@ -593,7 +593,7 @@ impl Qcow2 {
             (State::PublishRoom { claim, attempt }, Woken) => {
                 self.publish_in_room(claim, attempt, cx)
             }
-            (State::Swept, Woken) => Step::Done(self.sweep.result()),
+            (State::Swept, Woken) => Step::Done(self.writeback.result()),
             (State::MarkCorrupt, Start | Woken) => self.write_corrupt_mark(cx),
             (State::MarkCorrupt, Io(result)) => self.corrupt_marked(result, cx),
             (
@@ -602,25 +602,25 @@ impl Qcow2 {
                 | State::ResizeSpace { .. }
                 | State::DataLength
                 | State::ClearBeyond
-                | State::WriteRoot { .. }
+                | State::WriteL1 { .. }
                 | State::FlushRoot
                 | State::WriteHeader
                 | State::FlushHeader,
                 event,
             ) => self.step_resize(state, event, cx),
             (
-                State::Sweep
-                | State::SweepFence
-                | State::SweepWrite
-                | State::SweepHeader
-                | State::SweepFlushHeader
-                | State::SweepFlush,
+                State::Writeback
+                | State::WritebackFence
+                | State::WritebackWrite
+                | State::WritebackHeader
+                | State::WritebackFlushHeader
+                | State::WritebackFlush,
                 event,
-            ) => self.step_sweep(state, event, cx),
-            (State::Settle | State::EmptyStock | State::CutEnd | State::FlushSettled, event) => {
+            ) => self.step_writeback(state, event, cx),
+            (State::Settle | State::EmptyReserve | State::CutEnd | State::FlushSettled, event) => {
                 self.step_settle(state, event, cx)
             }
-            (state, event) => self.step_stock(state, event, cx),
+            (state, event) => self.step_reserve(state, event, cx),
         }
     }
 

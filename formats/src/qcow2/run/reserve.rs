@@ -1,10 +1,10 @@
-//! The stock: where new clusters come from, and where given-up ones go.
+//! The reserve: where new clusters come from, and where given-up ones go.
 //!
-//! A cluster in stock has a refcount of 1 on disk, stably, and nothing refers to it: so an entry
+//! A cluster in reserve has a refcount of 1 on disk, stably, and nothing refers to it: so an entry
 //! may point at it as soon as its data is there, and no order between tables and refcounts remains
-//! to be kept. Requests take from the stock in memory. A chore refills it before it runs dry, a
+//! to be kept. Requests take from the reserve in memory. A chore refills it before it runs dry, a
 //! batch at a time: refcounts written, file grown, one flush. It is the only one that touches
-//! refcounts. What a crash leaves in stock is leaked; a drained engine has counted it down again.
+//! refcounts. What a crash leaves in reserve is leaked; a drained engine has counted it down again.
 //!
 //! Clusters come from, in this order: given-up ones whose only reference is gone (no refcount
 //! changes at all); holes, clusters of the file with a refcount of 0; the file's end, grown ahead.
@@ -40,7 +40,7 @@ impl Run {
     }
 }
 
-/// Clusters that were taken from the stock.
+/// Clusters that were taken from the reserve.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
     /// The first cluster.
@@ -65,7 +65,7 @@ enum Phase {
 }
 
 /// New refcount blocks and, if the table must grow, the table: clusters one after the other. And
-/// behind them clusters for the stock, where so many are wanted in one run that blocks of their own
+/// behind them clusters for the reserve, where so many are wanted in one run that blocks of their own
 /// must count them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Area {
@@ -75,7 +75,7 @@ struct Area {
     index: u64,
     /// Clusters of the new table; 0: the old one will do.
     table: u64,
-    /// Clusters for the stock.
+    /// Clusters for the reserve.
     run: u64,
     /// Does it lie in space that reads as zeros?
     fresh: bool,
@@ -97,20 +97,20 @@ impl Area {
 
 /// See the module.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Stock {
-    /// In stock, zeros.
+pub(super) struct Reserve {
+    /// In reserve, zeros.
     fresh: Vec<Run>,
-    /// In stock, with whatever was there.
+    /// In reserve, with whatever was there.
     used: Vec<Run>,
     /// Clusters in both.
     total: u64,
-    /// Unreferenced on disk, but requests of that era may still be using them.
+    /// Unreferenced on disk, but requests of that epoch may still be using them.
     returned: Vec<(u32, Free)>,
-    /// Being given back to the file system; then in stock.
+    /// Being given back to the file system; then in reserve.
     discarded: Vec<Run>,
     /// References to be counted down.
     drops: Vec<Run>,
-    /// Counted up, but not stably: in stock after the flush.
+    /// Counted up, but not stably: in reserve after the flush.
     counted: Vec<Run>,
     /// The piece of a block in memory, if any, and whether it is ahead of the disk.
     piece: Option<u64>,
@@ -144,15 +144,15 @@ pub(super) struct Stock {
     can_grow: bool,
     attempts: Attempts,
     pub waiters: WaitList,
-    /// The chore that empties the stock.
+    /// The chore that empties the reserve.
     pub settler: WaitList,
     result: Result<(), Errno>,
     options: Qcow2Options,
     cluster_bits: u32,
 }
 
-impl Stock {
-    pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Stock {
+impl Reserve {
+    pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Reserve {
         let cluster_bits = opened.header.cluster_bits;
         // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
         // A device ends with its last whole cluster.
@@ -161,15 +161,15 @@ impl Stock {
             false => opened.file_len >> cluster_bits,
         };
         // What the lists may need, so that they never grow.
-        let stocked = || Vec::with_capacity(options.stock_max.min(4096) as usize);
-        Stock {
-            fresh: stocked(),
-            used: stocked(),
+        let with_room = || Vec::with_capacity(options.reserve_max.min(4096) as usize);
+        Reserve {
+            fresh: with_room(),
+            used: with_room(),
             total: 0,
             returned: Vec::with_capacity(options.frees_max),
             discarded: Vec::with_capacity(options.frees_max),
-            drops: stocked(),
-            counted: stocked(),
+            drops: with_room(),
+            counted: with_room(),
             piece: None,
             piece_dirty: false,
             table: opened.refcount_table.clone(),
@@ -180,7 +180,7 @@ impl Stock {
             rest: end,
             durable: opened.file_len,
             grown: opened.file_len,
-            batch: options.stock_min.min(options.stock_max).max(1),
+            batch: options.reserve_min.min(options.reserve_max).max(1),
             asked: false,
             running: false,
             settling: false,
@@ -211,14 +211,14 @@ impl Stock {
         self.attempts.failure_of(attempt)
     }
 
-    /// Is nothing in stock?
+    /// Is nothing in reserve?
     pub fn is_empty(&self) -> bool {
         self.total == 0
     }
 
     /// Takes in clusters that nothing refers to on disk any more, stably.
-    pub fn take_in(&mut self, freed: impl Iterator<Item = Free>, era: u32) {
-        self.returned.extend(freed.map(|free| (era, free)));
+    pub fn take_in(&mut self, freed: impl Iterator<Item = Free>, epoch: u32) {
+        self.returned.extend(freed.map(|free| (epoch, free)));
     }
 
     /// Takes back clusters that nothing came to refer to.
@@ -289,31 +289,31 @@ impl Qcow2 {
         if self.corrupt.are_counts() {
             return Err(Step::Done(Err(Errno::IO)));
         }
-        if let Some(taken) = self.stock.take(count) {
-            if self.stock.is_low() {
-                self.ask_for_stock(cx);
+        if let Some(taken) = self.reserve.take(count) {
+            if self.reserve.is_low() {
+                self.ask_for_reserve(cx);
             }
             return Ok(taken);
         }
-        self.stock.wanted = true;
-        self.ask_for_stock(cx);
-        cx.park(&mut self.stock.waiters);
-        Err(Step::Wait(State::Space { at, attempt: self.stock.attempts.latest() }))
+        self.reserve.wanted = true;
+        self.ask_for_reserve(cx);
+        cx.park(&mut self.reserve.waiters);
+        Err(Step::Wait(State::Space { at, attempt: self.reserve.attempts.latest() }))
     }
 
-    fn ask_for_stock(&mut self, cx: &mut Cx<'_>) {
-        let stock = &mut self.stock;
-        if !stock.running && !stock.asked {
-            stock.asked = true;
-            stock.attempts.begin();
+    fn ask_for_reserve(&mut self, cx: &mut Cx<'_>) {
+        let reserve = &mut self.reserve;
+        if !reserve.running && !reserve.asked {
+            reserve.asked = true;
+            reserve.attempts.begin();
             cx.ask();
         }
     }
 
-    /// A sweep has ended: was something given up?
-    pub(super) fn stock_if_low(&mut self, cx: &mut Cx<'_>) {
-        if !self.stock.returned.is_empty() {
-            self.ask_for_stock(cx);
+    /// A writeback has ended: was something given up?
+    pub(super) fn reserve_if_low(&mut self, cx: &mut Cx<'_>) {
+        if !self.reserve.returned.is_empty() {
+            self.ask_for_reserve(cx);
         }
     }
 
@@ -327,43 +327,44 @@ impl Qcow2 {
         if self.corrupt.are_counts() {
             return Err(Step::Done(Err(Errno::IO)));
         }
-        let stock = &mut self.stock;
-        for runs in [&mut stock.used, &mut stock.fresh] {
+        let reserve = &mut self.reserve;
+        for runs in [&mut reserve.used, &mut reserve.fresh] {
             if let Some(run) = runs.iter_mut().find(|run| run.count > count) {
                 run.count -= count;
-                stock.total -= count;
+                reserve.total -= count;
                 return Ok(run.end());
             }
         }
         if count < 1 << (self.geometry.slice_bits() + 2 - self.geometry.refcount_order()) {
-            stock.batch = stock.batch.max(2 * count + stock.total);
+            reserve.batch = reserve.batch.max(2 * count + reserve.total);
         } else {
-            stock.wanted_run = Some(count + 1);
+            reserve.wanted_run = Some(count + 1);
         }
-        (stock.wanted, stock.wants_long_run) = (true, true);
-        self.ask_for_stock(cx);
-        cx.park(&mut self.stock.waiters);
-        Err(Step::Wait(State::ResizeSpace { attempt: self.stock.attempts.latest() }))
+        (reserve.wanted, reserve.wants_long_run) = (true, true);
+        self.ask_for_reserve(cx);
+        cx.park(&mut self.reserve.waiters);
+        Err(Step::Wait(State::ResizeSpace { attempt: self.reserve.attempts.latest() }))
     }
 
-    /// Chore: has everything that is in stock counted down.
-    pub(super) fn empty_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if !std::mem::replace(&mut self.stock.settling, true) {
-            self.stock.rest = self.stock.end;
+    /// Chore: has everything that is in reserve counted down.
+    pub(super) fn empty_reserve(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if !std::mem::replace(&mut self.reserve.settling, true) {
+            self.reserve.rest = self.reserve.end;
         }
-        self.ask_for_stock(cx);
-        cx.park(&mut self.stock.settler);
-        Step::Wait(State::EmptyStock)
+        self.ask_for_reserve(cx);
+        cx.park(&mut self.reserve.settler);
+        Step::Wait(State::EmptyReserve)
     }
 
     /// How that went.
-    pub(super) fn stock_emptied(&mut self) -> Result<(), Errno> {
-        self.stock.settling = false;
-        self.stock.batch = self.stock.options.stock_min.min(self.stock.options.stock_max).max(1);
-        self.stock.result
+    pub(super) fn reserve_emptied(&mut self) -> Result<(), Errno> {
+        self.reserve.settling = false;
+        self.reserve.batch =
+            self.reserve.options.reserve_min.min(self.reserve.options.reserve_max).max(1);
+        self.reserve.result
     }
 
-    pub(super) fn step_stock(
+    pub(super) fn step_reserve(
         &mut self,
         state: State,
         event: Event,
@@ -371,118 +372,121 @@ impl Qcow2 {
     ) -> Step<State> {
         match (state, event) {
             // What it is to count is the header's to say.
-            (State::Stock, Event::Start) if self.header.is_doubted => {
-                self.park_for_sweep(cx);
-                Step::Wait(State::Stock)
+            (State::Reserve, Event::Start) if self.header.is_doubted => {
+                self.park_for_writeback(cx);
+                Step::Wait(State::Reserve)
             }
-            (State::Stock, Event::Woken) if self.sweep.result().is_err() => {
-                self.stock_done(self.sweep.result(), cx)
+            (State::Reserve, Event::Woken) if self.writeback.result().is_err() => {
+                self.reserve_done(self.writeback.result(), cx)
             }
-            (State::StockSwept, Event::Woken) if self.sweep.result().is_err() => {
-                self.stock_done(self.sweep.result(), cx)
+            (State::ReserveSwept, Event::Woken) if self.writeback.result().is_err() => {
+                self.reserve_done(self.writeback.result(), cx)
             }
-            (State::Stock, Event::Start | Event::Woken)
-            | (State::StockPast | State::StockSwept, Event::Woken) => self.begin_stock(cx),
-            (State::StockDiscard, Event::Io(_)) => self.discarded(cx),
-            (State::StockGrow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
+            (State::Reserve, Event::Start | Event::Woken)
+            | (State::ReservePast | State::ReserveSwept, Event::Woken) => self.begin_reserve(cx),
+            (State::ReserveDiscard, Event::Io(_)) => self.discarded(cx),
+            (State::ReserveGrow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
                 self.grown(cx)
             }
-            (state, Event::Io(Err(errno))) => self.stock_op_failed(state, errno, cx),
-            (State::StockLoad, Event::Io(_)) => self.piece_loaded(cx),
-            (State::StockGrow { .. }, Event::Io(_)) => self.grown(cx),
-            (State::StockWrite, Event::Io(_)) => {
-                self.stock.piece_dirty = false;
+            (state, Event::Io(Err(errno))) => self.reserve_op_failed(state, errno, cx),
+            (State::ReserveLoad, Event::Io(_)) => self.piece_loaded(cx),
+            (State::ReserveGrow { .. }, Event::Io(_)) => self.grown(cx),
+            (State::ReserveWrite, Event::Io(_)) => {
+                self.reserve.piece_dirty = false;
                 self.piece_written(cx)
             }
-            (State::StockFlush, Event::Io(_)) => self.counted(cx),
-            (State::StockTable { from }, Event::Io(_)) => self.write_area(from, cx),
-            (State::StockFlushTable, Event::Io(_)) => self.link_area(cx),
-            (State::StockLink, Event::Io(_)) => {
+            (State::ReserveFlush, Event::Io(_)) => self.counted(cx),
+            (State::ReserveTable { from }, Event::Io(_)) => self.write_area(from, cx),
+            (State::ReserveFlushTable, Event::Io(_)) => self.link_area(cx),
+            (State::ReserveLink, Event::Io(_)) => {
                 self.flush_files(cx);
-                Step::Wait(State::StockFlushLink)
+                Step::Wait(State::ReserveFlushLink)
             }
-            (State::StockHeader, Event::Woken) => self.link_area(cx),
-            (State::StockHeader, Event::Io(_)) => {
+            (State::ReserveHeader, Event::Woken) => self.link_area(cx),
+            (State::ReserveHeader, Event::Io(_)) => {
                 self.flush_files(cx);
-                Step::Wait(State::StockFlushHeader)
+                Step::Wait(State::ReserveFlushHeader)
             }
-            (State::StockFlushLink | State::StockFlushHeader, Event::Io(_)) => self.area_linked(cx),
+            (State::ReserveFlushLink | State::ReserveFlushHeader, Event::Io(_)) => {
+                self.area_linked(cx)
+            }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
-    fn begin_stock(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn begin_reserve(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match self.sort_returned(cx) {
-            true => Step::Wait(State::StockDiscard),
-            false => self.stock_next(cx),
+            true => Step::Wait(State::ReserveDiscard),
+            false => self.reserve_next(cx),
         }
     }
 
-    /// Sorts what was given up: into the stock, or to be counted down. Answers whether some of it
+    /// Sorts what was given up: into the reserve, or to be counted down. Answers whether some of it
     /// is being given back to the file system.
     fn sort_returned(&mut self, cx: &mut Cx<'_>) -> bool {
         let bits = self.geometry.cluster_bits();
         let mut issued = false;
-        let mut returned = std::mem::take(&mut self.stock.returned);
-        returned.retain(|&(era, free)| {
-            if !cx.is_past(era) && !mutant!("qcow2_reused_while_in_use") {
+        let mut returned = std::mem::take(&mut self.reserve.returned);
+        returned.retain(|&(epoch, free)| {
+            if !cx.is_past(epoch) && !mutant!("qcow2_reused_while_in_use") {
                 return true;
             }
             let run = Run { first: free.first, count: free.count };
-            let stock = &mut self.stock;
-            let fits = stock.total + run.count <= stock.options.stock_max && !stock.settling;
+            let reserve = &mut self.reserve;
+            let fits =
+                reserve.total + run.count <= reserve.options.reserve_max && !reserve.settling;
             if free.discard && cx.room() > 0 {
                 let (from, len) = (run.first << bits, run.count << bits);
                 cx.issue(Op::bare(OpKind::Discard, self.data, from, len));
                 issued = true;
             }
             if !(free.sole && fits) {
-                self.stock.drops.push(run);
+                self.reserve.drops.push(run);
             } else if issued && !mutant!("qcow2_stocked_before_discarded") {
-                self.stock.discarded.push(run);
+                self.reserve.discarded.push(run);
             } else {
-                self.stock.give_back(run.first, run.count);
+                self.reserve.give_back(run.first, run.count);
             }
             false
         });
-        self.stock.returned = returned;
+        self.reserve.returned = returned;
         issued
     }
 
     /// What was given back to the file system may be used again. (A hint, taken or not.)
     fn discarded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        while let Some(run) = self.stock.discarded.pop() {
-            self.stock.give_back(run.first, run.count);
+        while let Some(run) = self.reserve.discarded.pop() {
+            self.reserve.give_back(run.first, run.count);
         }
-        self.stock_next(cx)
+        self.reserve_next(cx)
     }
 
     /// The next thing to do.
-    fn stock_next(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let stock = &mut self.stock;
-        stock.phase = Phase::Idle;
-        if stock.settling {
-            let all = stock.fresh.drain(..).chain(stock.used.drain(..));
-            stock.drops.extend(all);
-            stock.total = 0;
+    fn reserve_next(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let reserve = &mut self.reserve;
+        reserve.phase = Phase::Idle;
+        if reserve.settling {
+            let all = reserve.fresh.drain(..).chain(reserve.used.drain(..));
+            reserve.drops.extend(all);
+            reserve.total = 0;
         }
         // From the back, so that a settled file ends where its last cluster does.
-        stock.drops.sort_unstable_by_key(|run| std::cmp::Reverse(run.first));
-        if let Some(drop) = stock.drops.first().copied() {
-            stock.phase = Phase::Drop;
+        reserve.drops.sort_unstable_by_key(|run| std::cmp::Reverse(run.first));
+        if let Some(drop) = reserve.drops.first().copied() {
+            reserve.phase = Phase::Drop;
             return self.look_at(drop.first, cx);
         }
         if self.corrupt.are_counts() {
-            return self.stock_done(Err(Errno::IO), cx);
+            return self.reserve_done(Err(Errno::IO), cx);
         }
-        if stock.total > 0 && stock.wanted {
-            cx.wake_all(&mut stock.waiters);
+        if reserve.total > 0 && reserve.wanted {
+            cx.wake_all(&mut reserve.waiters);
         }
-        if let Some(run) = stock.wanted_run.take() {
+        if let Some(run) = reserve.wanted_run.take() {
             return self.make_run(run, cx);
         }
-        if stock.settling || !(stock.wanted || stock.is_low()) {
-            return self.stock_done(Ok(()), cx);
+        if reserve.settling || !(reserve.wanted || reserve.is_low()) {
+            return self.reserve_done(Ok(()), cx);
         }
         self.count_holes(cx)
     }
@@ -495,7 +499,7 @@ impl Qcow2 {
     /// Where the refcount of `cluster` is: the offset of its piece of a block, if it has one.
     fn piece_offset(&self, cluster: u64) -> Result<Option<u64>, Invalid> {
         let index = cluster >> self.geometry.block_bits();
-        let block = self.stock.table.get(index as usize).copied().unwrap_or(0);
+        let block = self.reserve.table.get(index as usize).copied().unwrap_or(0);
         if block == 0 {
             return Ok(None);
         }
@@ -514,30 +518,30 @@ impl Qcow2 {
     /// Gets the piece that counts `cluster` into memory, and goes on with it.
     fn look_at(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
         let piece = cluster >> self.piece_bits();
-        if self.stock.piece == Some(piece) {
+        if self.reserve.piece == Some(piece) {
             return self.piece_loaded(cx);
         }
-        debug_assert!(!self.stock.piece_dirty, "a changed piece is written before it goes");
+        debug_assert!(!self.reserve.piece_dirty, "a changed piece is written before it goes");
         let offset = match self.piece_offset(cluster) {
             Ok(Some(offset)) => offset,
             Ok(None) => return self.no_block(cluster, cx),
             Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
         };
-        self.stock.piece = Some(piece);
+        self.reserve.piece = Some(piece);
         cx.issue(self.read_op(offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::StockLoad)
+        Step::Wait(State::ReserveLoad)
     }
 
     /// The refcount table's entry for `cluster` cannot be right.
     fn stop_counting(&mut self, what: &'static str, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
         let index = cluster >> self.geometry.block_bits();
-        self.counts_are_wrong(what, self.stock.table_offset + index * 8, cx);
-        self.stock.drops.clear();
-        self.stock_done(Err(Errno::IO), cx)
+        self.counts_are_wrong(what, self.reserve.table_offset + index * 8, cx);
+        self.reserve.drops.clear();
+        self.reserve_done(Err(Errno::IO), cx)
     }
 
     fn piece_loaded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        match self.stock.phase {
+        match self.reserve.phase {
             Phase::Drop => self.count_down(cx),
             Phase::Count { fresh } => self.count_up(fresh, cx),
             phase => panic!("no piece is wanted in {phase:?}"),
@@ -547,10 +551,10 @@ impl Qcow2 {
     /// Counts down the references in the piece at hand.
     fn count_down(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let (geometry, bits) = (self.geometry, self.piece_bits());
-        let piece = self.stock.piece.expect("it was loaded");
+        let piece = self.reserve.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
         let bytes = cx.mem().region_mut(self.regions.counts);
-        let mut drops = std::mem::take(&mut self.stock.drops);
+        let mut drops = std::mem::take(&mut self.reserve.drops);
         let mut wrong = None;
         for i in 0..drops.len() {
             let run = drops[i];
@@ -569,17 +573,17 @@ impl Qcow2 {
                     continue;
                 }
                 if !mutant!("qcow2_counted_down_is_no_hole") {
-                    self.stock.holes = self.stock.holes.min(cluster);
+                    self.reserve.holes = self.reserve.holes.min(cluster);
                 }
-                if self.stock.settling && cluster + 1 == self.stock.rest {
-                    self.stock.rest = cluster;
+                if self.reserve.settling && cluster + 1 == self.reserve.rest {
+                    self.reserve.rest = cluster;
                 }
             }
             drops[i].count = first - run.first;
             drops.extend((end < run.end()).then(|| Run { first: end, count: run.end() - end }));
         }
         drops.retain(|run| run.count > 0);
-        self.stock.drops = drops;
+        self.reserve.drops = drops;
         if let Some(cluster) = wrong {
             let at = cluster << self.geometry.cluster_bits();
             self.counts_are_wrong("cluster in use has refcount 0", at, cx);
@@ -588,80 +592,80 @@ impl Qcow2 {
     }
 
     fn write_piece(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        self.stock.piece_dirty = true;
-        let piece = self.stock.piece.expect("it was changed");
+        self.reserve.piece_dirty = true;
+        let piece = self.reserve.piece.expect("it was changed");
         let offset = self.piece_offset(piece << self.piece_bits()).ok().flatten();
         let offset = offset.expect("it was loaded from there");
         cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::StockWrite)
+        Step::Wait(State::ReserveWrite)
     }
 
     fn piece_written(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.stock.counted.is_empty() {
-            return self.stock_next(cx);
+        if self.reserve.counted.is_empty() {
+            return self.reserve_next(cx);
         }
-        if mutant!("qcow2_stock_before_stable") {
+        if mutant!("qcow2_reserve_before_stable") {
             return self.counted(cx);
         }
         self.flush_files(cx);
-        Step::Wait(State::StockFlush)
+        Step::Wait(State::ReserveFlush)
     }
 
-    /// Counts, and the file's length, are stable: what was counted is in stock.
+    /// Counts, and the file's length, are stable: what was counted is in reserve.
     fn counted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let stock = &mut self.stock;
-        stock.durable = stock.grown;
-        let device_is_zeros = !stock.can_grow && mutant!("qcow2_device_is_zeros");
-        let fresh = stock.phase == Phase::Count { fresh: true } || device_is_zeros;
-        for run in stock.counted.drain(..) {
-            stock.total += run.count;
-            if fresh { stock.fresh.insert(0, run) } else { stock.used.push(run) }
+        let reserve = &mut self.reserve;
+        reserve.durable = reserve.grown;
+        let device_is_zeros = !reserve.can_grow && mutant!("qcow2_device_is_zeros");
+        let fresh = reserve.phase == Phase::Count { fresh: true } || device_is_zeros;
+        for run in reserve.counted.drain(..) {
+            reserve.total += run.count;
+            if fresh { reserve.fresh.insert(0, run) } else { reserve.used.push(run) }
         }
-        cx.wake_all(&mut stock.waiters);
-        if stock.is_low() { self.count_holes(cx) } else { self.stock_done(Ok(()), cx) }
+        cx.wake_all(&mut reserve.waiters);
+        if reserve.is_low() { self.count_holes(cx) } else { self.reserve_done(Ok(()), cx) }
     }
 
     /// Looks for holes where they were not looked for yet; then takes from the file's end.
     fn count_holes(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.stock.holes < self.stock.end && !mutant!("qcow2_grows_beside_holes") {
-            self.stock.phase = Phase::Count { fresh: false };
-            return self.look_at(self.stock.holes, cx);
+        if self.reserve.holes < self.reserve.end && !mutant!("qcow2_grows_beside_holes") {
+            self.reserve.phase = Phase::Count { fresh: false };
+            return self.look_at(self.reserve.holes, cx);
         }
-        if !self.stock.can_grow {
+        if !self.reserve.can_grow {
             return self.out_of_space(Errno::NO_SPACE, cx);
         }
-        self.stock.phase = Phase::Count { fresh: true };
-        let Some(len) = self.wanted_len(self.stock.batch) else {
+        self.reserve.phase = Phase::Count { fresh: true };
+        let Some(len) = self.wanted_len(self.reserve.batch) else {
             return self.out_of_space(Errno::TOO_BIG, cx);
         };
-        if len > self.stock.grown { self.grow(len, false, cx) } else { self.grown(cx) }
+        if len > self.reserve.grown { self.grow(len, false, cx) } else { self.grown(cx) }
     }
 
     /// No cluster is free, and the file cannot be made longer: `errno`. Before anybody is told, what
-    /// was given up comes back: it leaves with a sweep, and when nobody uses it any more.
+    /// was given up comes back: it leaves with a writeback, and when nobody uses it any more.
     fn out_of_space(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
-        let stock = &mut self.stock;
-        if !stock.wanted || stock.total > 0 && !stock.wants_long_run {
-            return self.stock_done(Ok(()), cx);
+        let reserve = &mut self.reserve;
+        if !reserve.wanted || reserve.total > 0 && !reserve.wants_long_run {
+            return self.reserve_done(Ok(()), cx);
         }
-        if !stock.returned.is_empty() {
-            if stock.returned.iter().any(|&(era, _)| cx.is_past(era)) {
-                return self.begin_stock(cx);
+        if !reserve.returned.is_empty() {
+            if reserve.returned.iter().any(|&(epoch, _)| cx.is_past(epoch)) {
+                return self.begin_reserve(cx);
             }
             cx.park_until_past();
-            return Step::Wait(State::StockPast);
+            return Step::Wait(State::ReservePast);
         }
-        if self.sweep.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
-            self.park_for_sweep(cx);
-            return Step::Wait(State::StockSwept);
+        if self.writeback.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
+            self.park_for_writeback(cx);
+            return Step::Wait(State::ReserveSwept);
         }
-        self.stock_done(Err(errno), cx)
+        self.reserve_done(Err(errno), cx)
     }
 
     /// The file's length with `count` more clusters; `None` if that is too long.
     fn wanted_len(&self, count: u64) -> Option<u64> {
         let bits = self.geometry.cluster_bits();
-        let end = self.stock.end.checked_add(count).filter(|&end| end <= self.clusters_max());
+        let end = self.reserve.end.checked_add(count).filter(|&end| end <= self.clusters_max());
         end.map(|end| end << bits)
     }
 
@@ -672,42 +676,44 @@ impl Qcow2 {
 
     /// Makes the file `len` bytes long, or longer.
     fn grow(&mut self, len: u64, exact: bool, cx: &mut Cx<'_>) -> Step<State> {
-        let stock = &mut self.stock;
-        let growth = stock.options.growth;
+        let reserve = &mut self.reserve;
+        let growth = reserve.options.growth;
         let ahead = match growth.by {
             Grow::Write => 0,
             _ if exact => 0,
-            _ => stock.grown.clamp(growth.step_min, growth.step_max),
+            _ => reserve.grown.clamp(growth.step_min, growth.step_max),
         };
         let to = len.saturating_add(ahead).min(LEN_MAX).max(len);
         let op = match growth.by {
-            Grow::Allocate => Op::bare(OpKind::Allocate, self.file, stock.grown, to - stock.grown),
+            Grow::Allocate => {
+                Op::bare(OpKind::Allocate, self.file, reserve.grown, to - reserve.grown)
+            }
             _ => Op::bare(OpKind::Truncate, self.file, to, 0),
         };
-        stock.grown = to;
+        reserve.grown = to;
         cx.issue(op);
-        Step::Wait(State::StockGrow { exact: exact || ahead == 0 })
+        Step::Wait(State::ReserveGrow { exact: exact || ahead == 0 })
     }
 
     /// The file is long enough: count clusters of its end.
     fn grown(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        match self.stock.phase {
+        match self.reserve.phase {
             Phase::Blocks(_) => self.write_area(0, cx),
-            _ => self.look_at(self.stock.end, cx),
+            _ => self.look_at(self.reserve.end, cx),
         }
     }
 
     /// Counts up what is free in the piece at hand.
     fn count_up(&mut self, fresh: bool, cx: &mut Cx<'_>) -> Step<State> {
         let (geometry, bits) = (self.geometry, self.piece_bits());
-        let piece = self.stock.piece.expect("it was loaded");
+        let piece = self.reserve.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
         let (at, to) = match fresh {
-            true => (self.stock.end, to.min(self.stock.grown >> geometry.cluster_bits())),
-            false => (self.stock.holes.max(from), to.min(self.stock.end)),
+            true => (self.reserve.end, to.min(self.reserve.grown >> geometry.cluster_bits())),
+            false => (self.reserve.holes.max(from), to.min(self.reserve.end)),
         };
         let bytes = cx.mem().region_mut(self.regions.counts);
-        let wanted = self.stock.batch;
+        let wanted = self.reserve.batch;
         let (mut found, mut next) = (0, at);
         let mut metadata = self.metadata.range(at..to.max(at)).peekable();
         let mut uncounted = None;
@@ -725,20 +731,20 @@ impl Qcow2 {
             }
             geometry.set_refcount(bytes, index, 1);
             found += 1;
-            match self.stock.counted.last_mut() {
+            match self.reserve.counted.last_mut() {
                 Some(last) if last.end() == cluster => last.count += 1,
-                _ => self.stock.counted.push(Run { first: cluster, count: 1 }),
+                _ => self.reserve.counted.push(Run { first: cluster, count: 1 }),
             }
         }
         if fresh {
             // Holes that were not looked at yet are still to be.
-            if self.stock.holes == self.stock.end {
-                self.stock.holes = next;
+            if self.reserve.holes == self.reserve.end {
+                self.reserve.holes = next;
             }
-            self.stock.end = next;
+            self.reserve.end = next;
         } else {
             let stops = mutant!("qcow2_search_for_holes_stops_early");
-            self.stock.holes = if stops { self.stock.end } else { next };
+            self.reserve.holes = if stops { self.reserve.end } else { next };
         }
         if let Some(cluster) = uncounted {
             self.counts_are_wrong("table has refcount 0", cluster << geometry.cluster_bits(), cx);
@@ -750,22 +756,22 @@ impl Qcow2 {
     fn no_block(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
         let block_bits = self.geometry.block_bits();
         let index = cluster >> block_bits;
-        if self.stock.phase == Phase::Drop {
+        if self.reserve.phase == Phase::Drop {
             return self.stop_counting("no refcount block for a cluster in use", cluster, cx);
         }
-        if self.stock.phase == (Phase::Count { fresh: true }) {
-            return self.make_area(self.area(self.stock.end, index, true, 0), cx);
+        if self.reserve.phase == (Phase::Count { fresh: true }) {
+            return self.make_area(self.area(self.reserve.end, index, true, 0), cx);
         }
         // What nothing counts is free, in a sound image.
         let area = self.area(index << block_bits, index, false, 0);
-        match area.filter(|area| area.end() <= self.stock.end) {
+        match area.filter(|area| area.end() <= self.reserve.end) {
             Some(area) if self.metadata.range(area.first..area.end()).next().is_some() => {
                 self.stop_counting("no refcount block for a table", cluster, cx)
             }
             Some(area) => self.make_area(Some(area), cx),
             None => {
                 // It does not fit in front of the file's end.
-                self.stock.holes = self.stock.end;
+                self.reserve.holes = self.reserve.end;
                 self.count_holes(cx)
             }
         }
@@ -775,16 +781,16 @@ impl Qcow2 {
     /// end, or where a device has such space.
     fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Step<State> {
         let block_bits = self.geometry.block_bits();
-        let blocks = self.stock.table.iter().rposition(|&block| block != 0);
+        let blocks = self.reserve.table.iter().rposition(|&block| block != 0);
         let counted = blocks.map_or(0, |last| (last as u64 + 1) << block_bits);
-        if self.stock.can_grow {
-            let first = counted.max(self.stock.end);
+        if self.reserve.can_grow {
+            let first = counted.max(self.reserve.end);
             return self.make_area(self.area(first, first >> block_bits, true, run), cx);
         }
         let area = self.area(counted, counted >> block_bits, false, run);
-        match area.filter(|area| area.end() <= self.stock.end) {
+        match area.filter(|area| area.end() <= self.reserve.end) {
             Some(area) => self.make_area(Some(area), cx),
-            None => self.stock_done(Err(Errno::NO_SPACE), cx),
+            None => self.reserve_done(Err(Errno::NO_SPACE), cx),
         }
     }
 
@@ -792,9 +798,9 @@ impl Qcow2 {
         let Some(area) = area.filter(|area| area.end() <= self.clusters_max()) else {
             return self.out_of_space(Errno::TOO_BIG, cx);
         };
-        self.stock.phase = Phase::Blocks(area);
+        self.reserve.phase = Phase::Blocks(area);
         let end = area.end() << self.geometry.cluster_bits();
-        if end > self.stock.grown && area.fresh {
+        if end > self.reserve.grown && area.fresh {
             return self.grow(end, false, cx);
         }
         self.write_area(0, cx)
@@ -805,7 +811,7 @@ impl Qcow2 {
     /// a table.
     fn area(&self, first: u64, index: u64, fresh: bool, run: u64) -> Option<Area> {
         let (block_bits, cluster_bits) = (self.geometry.block_bits(), self.geometry.cluster_bits());
-        let entries = self.stock.table.len() as u64;
+        let entries = self.reserve.table.len() as u64;
         let mut area = Area { first, blocks: 1, index, table: 0, run, fresh };
         if index < entries && run == 0 {
             return Some(area);
@@ -828,10 +834,10 @@ impl Qcow2 {
     /// Writes the area's pieces from number `from` on, one at a time, leaving out zeros where
     /// zeros are.
     fn write_area(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         let (bits, slice_bits) = (self.geometry.cluster_bits(), self.geometry.slice_bits());
         let pieces = area.tables() << (bits - slice_bits);
-        self.stock.piece = None;
+        self.reserve.piece = None;
         for i in u64::from(from)..pieces {
             let bytes = cx.mem().region_mut(self.regions.counts);
             bytes.fill(0);
@@ -841,13 +847,13 @@ impl Qcow2 {
             }
             let offset = (area.first << bits) + (i << slice_bits);
             cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-            return Step::Wait(State::StockTable { from: i as u32 + 1 });
+            return Step::Wait(State::ReserveTable { from: i as u32 + 1 });
         }
         if mutant!("qcow2_block_linked_unstable") {
             return self.link_area(cx);
         }
         self.flush_files(cx);
-        Step::Wait(State::StockFlushTable)
+        Step::Wait(State::ReserveFlushTable)
     }
 
     /// What piece `i` of the area holds.
@@ -875,7 +881,7 @@ impl Qcow2 {
             let block = index.checked_sub(area.index).filter(|&block| block < area.blocks);
             let entry = match block {
                 Some(block) => (area.first + block) << self.geometry.cluster_bits(),
-                None => self.stock.table.get(first + i).copied().unwrap_or(0),
+                None => self.reserve.table.get(first + i).copied().unwrap_or(0),
             };
             *word = entry.to_be_bytes();
         }
@@ -883,7 +889,7 @@ impl Qcow2 {
 
     /// The area is stable: the refcount table, or the header, may lead to it.
     fn link_area(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         if area.table > 0 {
             let clusters = area.table as u32;
             let offset = area.first + area.blocks;
@@ -892,110 +898,110 @@ impl Qcow2 {
         let entry_bits = self.geometry.slice_bits() - 3;
         let first = area.index >> entry_bits << entry_bits;
         self.fill_table(area, first as usize, cx.mem().region_mut(self.regions.counts));
-        let offset = self.stock.table_offset + first * 8;
+        let offset = self.reserve.table_offset + first * 8;
         cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::StockLink)
+        Step::Wait(State::ReserveLink)
     }
 
     /// The area is part of the image.
     pub(super) fn area_linked(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let Phase::Blocks(area) = self.stock.phase else { panic!("{:?}", self.stock.phase) };
+        let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         let bits = self.geometry.cluster_bits();
         if area.table > 0 {
             self.refcount_table_linked(Ok(()), cx);
         }
-        let stock = &mut self.stock;
-        stock.durable = stock.grown;
+        let reserve = &mut self.reserve;
+        reserve.durable = reserve.grown;
         if area.table > 0 {
-            let first = stock.table_offset >> bits;
-            let count = (stock.table.len() as u64 * 8).div_ceil(1 << bits);
-            stock.drops.push(Run { first, count });
+            let first = reserve.table_offset >> bits;
+            let count = (reserve.table.len() as u64 * 8).div_ceil(1 << bits);
+            reserve.drops.push(Run { first, count });
             (first..first + count).for_each(|cluster| {
                 self.metadata.remove(&cluster);
             });
-            stock.table.resize(((area.table << bits) / 8) as usize, 0);
-            stock.table_offset = (area.first + area.blocks) << bits;
+            reserve.table.resize(((area.table << bits) / 8) as usize, 0);
+            reserve.table_offset = (area.first + area.blocks) << bits;
         }
         for block in 0..area.blocks {
-            stock.table[(area.index + block) as usize] = (area.first + block) << bits;
+            reserve.table[(area.index + block) as usize] = (area.first + block) << bits;
         }
         self.metadata.extend(area.first..area.first + area.tables());
         if area.run > 0 {
             let first = area.first + area.tables();
             // The last to be taken from.
-            stock.used.insert(0, Run { first, count: area.run });
-            stock.total += area.run;
+            reserve.used.insert(0, Run { first, count: area.run });
+            reserve.total += area.run;
         }
         if area.fresh {
             // What was passed over is as free as a hole.
-            if stock.holes == stock.end && stock.end == area.first {
-                stock.holes = area.end();
+            if reserve.holes == reserve.end && reserve.end == area.first {
+                reserve.holes = area.end();
             }
-            stock.end = area.end();
+            reserve.end = area.end();
         }
-        self.stock_next(cx)
+        self.reserve_next(cx)
     }
 
-    fn stock_op_failed(&mut self, state: State, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn reserve_op_failed(&mut self, state: State, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
         match state {
             // Not that far: then just as far as is needed.
-            State::StockGrow { exact: false } => {
-                self.stock.grown = self.stock.durable;
+            State::ReserveGrow { exact: false } => {
+                self.reserve.grown = self.reserve.durable;
                 let bits = self.geometry.cluster_bits();
-                let len = match self.stock.phase {
+                let len = match self.reserve.phase {
                     Phase::Blocks(area) => Some(area.end() << bits),
                     _ => self.wanted_len(1),
                 };
-                match len.filter(|&len| len > self.stock.grown) {
+                match len.filter(|&len| len > self.reserve.grown) {
                     Some(len) => self.grow(len, true, cx),
                     None => self.grown(cx),
                 }
             }
             state => {
-                if matches!(state, State::StockGrow { .. }) {
-                    self.stock.grown = self.stock.durable;
-                    self.stock.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
+                if matches!(state, State::ReserveGrow { .. }) {
+                    self.reserve.grown = self.reserve.durable;
+                    self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
                     return self.out_of_space(errno, cx);
                 }
-                if let (Phase::Blocks(area), true) = (self.stock.phase, names_table(state)) {
+                if let (Phase::Blocks(area), true) = (self.reserve.phase, names_table(state)) {
                     // The header may name the new table, which is as good as the old one: it is
                     // left alone.
                     self.refcount_table_linked(Err(errno), cx);
                     if area.fresh {
-                        self.stock.end = area.end();
+                        self.reserve.end = area.end();
                     }
                 }
                 // What the piece is on disk, nobody knows; what was counted may be leaked.
-                self.stock.piece = None;
-                self.stock.piece_dirty = false;
-                self.stock.counted.clear();
-                self.stock_done(Err(errno), cx)
+                self.reserve.piece = None;
+                self.reserve.piece_dirty = false;
+                self.reserve.counted.clear();
+                self.reserve_done(Err(errno), cx)
             }
         }
     }
 
-    fn stock_done(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let stock = &mut self.stock;
-        if stock.wanted && result.is_ok() {
-            stock.batch = (2 * stock.batch).min(stock.options.stock_max).max(1);
+    fn reserve_done(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let reserve = &mut self.reserve;
+        if reserve.wanted && result.is_ok() {
+            reserve.batch = (2 * reserve.batch).min(reserve.options.reserve_max).max(1);
         }
-        stock.phase = Phase::Idle;
-        (stock.running, stock.wanted, stock.wants_long_run) = (false, false, false);
-        stock.result = result;
+        reserve.phase = Phase::Idle;
+        (reserve.running, reserve.wanted, reserve.wants_long_run) = (false, false, false);
+        reserve.result = result;
         if let Err(errno) = result {
-            stock.attempts.failed(errno);
+            reserve.attempts.failed(errno);
         }
         if result.is_ok() || !mutant!("qcow2_no_space_wakes_nobody") {
-            cx.wake_all(&mut stock.waiters);
+            cx.wake_all(&mut reserve.waiters);
         }
-        cx.wake_all(&mut stock.settler);
+        cx.wake_all(&mut reserve.settler);
         Step::Done(result)
     }
 }
 
 /// Is the header being written?
 fn names_table(state: State) -> bool {
-    matches!(state, State::StockHeader | State::StockFlushHeader)
+    matches!(state, State::ReserveHeader | State::ReserveFlushHeader)
 }
 
 /// Offsets are signed 64-bit numbers to the system, and an entry has 56 bits for one.

@@ -28,14 +28,14 @@ pub(super) struct Header {
     next: header::Header,
     /// Somebody is changing it; others wait.
     busy: bool,
-    /// Nobody knows what is on disk: a write of it has failed. The next sweep writes it again.
+    /// Nobody knows what is on disk: a write of it has failed. The next writeback writes it again.
     pub is_doubted: bool,
     pub waiters: WaitList,
     /// Somebody is resizing the disk; others wait.
     resizing: bool,
     resizers: WaitList,
     /// The L1 table is moving: no entry of it changes.
-    pub moving_root: bool,
+    pub moving_l1: bool,
     /// A longer L1 table: its first cluster.
     root: u64,
     pub raw_external: bool,
@@ -52,7 +52,7 @@ impl Header {
             waiters: WaitList::new(),
             resizing: false,
             resizers: WaitList::new(),
-            moving_root: false,
+            moving_l1: false,
             root: 0,
             raw_external: header.has_data_file() && header.autoclear & AUTOCLEAR_RAW_DATA != 0,
             has_snapshots: header.snapshot_count > 0,
@@ -66,7 +66,7 @@ impl Header {
 
     pub fn assert_idle(&self) {
         assert!(!self.busy && self.waiters.is_empty(), "the header is busy");
-        assert!(!self.resizing && self.resizers.is_empty() && !self.moving_root, "a resize");
+        assert!(!self.resizing && self.resizers.is_empty() && !self.moving_l1, "a resize");
     }
 }
 
@@ -124,13 +124,13 @@ impl Qcow2 {
     ) -> Step<State> {
         if self.header.busy {
             cx.park(&mut self.header.waiters);
-            return Step::Wait(State::StockHeader);
+            return Step::Wait(State::ReserveHeader);
         }
         self.header.busy = true;
         self.header.next.refcount_table_offset = offset;
         self.header.next.refcount_table_clusters = clusters;
         self.write_header(cx);
-        Step::Wait(State::StockHeader)
+        Step::Wait(State::ReserveHeader)
     }
 
     /// That header is stable, or not.
@@ -138,15 +138,15 @@ impl Qcow2 {
         self.free_header(result, cx);
     }
 
-    /// The sweep's part: writes the header again as it is in memory.
+    /// The writeback's part: writes the header again as it is in memory.
     pub(super) fn write_doubted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         if self.header.busy {
             cx.park(&mut self.header.waiters);
-            return Step::Wait(State::SweepHeader);
+            return Step::Wait(State::WritebackHeader);
         }
         self.header.busy = true;
         self.write_header(cx);
-        Step::Wait(State::SweepHeader)
+        Step::Wait(State::WritebackHeader)
     }
 
     /// That header is stable, or not.
@@ -170,7 +170,7 @@ impl Qcow2 {
             return Step::Wait(State::Resize);
         }
         self.header.resizing = true;
-        if size > self.size { self.grow_root(cx) } else { self.write_change(cx) }
+        if size > self.size { self.grow_l1(cx) } else { self.write_change(cx) }
     }
 
     pub(super) fn step_resize(
@@ -181,7 +181,7 @@ impl Qcow2 {
     ) -> Step<State> {
         let result = match event {
             Event::Io(result) => result,
-            _ if state == State::ResizeSwept => self.sweep.result(),
+            _ if state == State::ResizeSwept => self.writeback.result(),
             _ => Ok(()),
         };
         match (state, event, result) {
@@ -192,19 +192,17 @@ impl Qcow2 {
             (_, _, Err(errno)) => self.resized(Err(errno), cx),
             (State::Resize, Event::Woken, _) => self.resize(cx),
             (State::ResizeSpace { attempt }, Event::Woken, _) => {
-                match self.stock.failure_of(attempt) {
+                match self.reserve.failure_of(attempt) {
                     Some(errno) => self.resized(Err(errno), cx),
-                    None => self.grow_root(cx),
+                    None => self.grow_l1(cx),
                 }
             }
-            (State::ResizeSwept, Event::Woken, _) if self.header.moving_root => {
-                self.write_root(0, cx)
-            }
+            (State::ResizeSwept, Event::Woken, _) if self.header.moving_l1 => self.write_l1(0, cx),
             (State::ResizeSwept, Event::Woken, _) if self.size == self.reach => {
                 self.resized(Ok(()), cx)
             }
             (State::ResizeSwept, Event::Woken, _) => self.write_change(cx),
-            (State::WriteRoot { from }, Event::Io(_), _) => self.write_root(from, cx),
+            (State::WriteL1 { from }, Event::Io(_), _) => self.write_l1(from, cx),
             (State::FlushRoot, Event::Io(_), _) => self.write_change(cx),
             (State::WriteHeader, Event::Woken, _) => self.write_change(cx),
             (State::WriteHeader, Event::Io(_), _) => {
@@ -219,14 +217,14 @@ impl Qcow2 {
     }
 
     /// Clusters of the L1 table that a disk of this size needs, if there are fewer entries.
-    fn root_clusters(&self, size: u64) -> Option<u64> {
+    fn l1_clusters(&self, size: u64) -> Option<u64> {
         let needed = self.geometry.l1_entries(size);
         let is_short = needed > self.l1.len() as u64;
         is_short.then(|| (needed * 8).div_ceil(self.geometry.cluster_size()))
     }
 
-    fn grow_root(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let Some(count) = self.root_clusters(cx.io().offset) else {
+    fn grow_l1(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        let Some(count) = self.l1_clusters(cx.io().offset) else {
             return self.set_data_length(cx);
         };
         match self.take_contiguous(count, cx) {
@@ -234,15 +232,15 @@ impl Qcow2 {
             Err(step) => return step,
         }
         // First everything that is changed in the old table, while nothing more is.
-        self.header.moving_root = true;
-        self.park_for_sweep(cx);
+        self.header.moving_l1 = true;
+        self.park_for_writeback(cx);
         Step::Wait(State::ResizeSwept)
     }
 
     /// Writes the longer L1 table from entry `from` on, a piece at a time.
-    fn write_root(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
+    fn write_l1(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
         let bits = self.geometry.slice_bits();
-        let count = self.root_clusters(cx.io().offset).expect("it is too short");
+        let count = self.l1_clusters(cx.io().offset).expect("it is too short");
         let entries = (count << self.geometry.cluster_bits()) / 8;
         if u64::from(from) >= entries {
             if mutant!("qcow2_root_linked_unstable") {
@@ -258,7 +256,7 @@ impl Qcow2 {
         let seg = Seg { base: Base::Region(self.regions.root), off: 0, len: 1 << bits };
         let offset = (self.header.root << self.geometry.cluster_bits()) + u64::from(from) * 8;
         cx.issue(Op::write(self.file, offset, Segs::one(seg)));
-        Step::Wait(State::WriteRoot { from: from + (1 << (bits - 3)) })
+        Step::Wait(State::WriteL1 { from: from + (1 << (bits - 3)) })
     }
 
     /// Writes the header that names the longer L1 table, or else the size.
@@ -269,7 +267,7 @@ impl Qcow2 {
             return Step::Wait(State::WriteHeader);
         }
         self.header.busy = true;
-        if self.header.moving_root {
+        if self.header.moving_l1 {
             self.header.next.l1_offset = self.header.root << self.geometry.cluster_bits();
             self.header.next.l1_size = self.geometry.l1_entries(size) as u32;
         } else {
@@ -282,8 +280,8 @@ impl Qcow2 {
     /// The header says so, stably.
     fn changed(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let size = cx.io().offset;
-        if self.header.moving_root {
-            self.root_moved(size, cx);
+        if self.header.moving_l1 {
+            self.l1_moved(size, cx);
             return self.set_data_length(cx);
         }
         self.free_header(Ok(()), cx);
@@ -293,32 +291,32 @@ impl Qcow2 {
     }
 
     /// The longer L1 table is the image's; the old one's place is free.
-    fn root_moved(&mut self, size: u64, cx: &mut Cx<'_>) {
+    fn l1_moved(&mut self, size: u64, cx: &mut Cx<'_>) {
         let bits = self.geometry.cluster_bits();
-        let count = self.root_clusters(size).expect("it was too short");
+        let count = self.l1_clusters(size).expect("it was too short");
         let first = self.header.on_disk.l1_offset >> bits;
         let old = first..first + (self.l1.len() as u64 * 8).div_ceil(1 << bits);
-        self.free_root(first, old.end - old.start);
+        self.free_l1(first, old.end - old.start);
         for cluster in old {
             self.metadata.remove(&cluster);
         }
         self.metadata.extend(self.header.root..self.header.root + count);
         self.l1.resize(self.geometry.l1_entries(size) as usize, 0);
         self.free_header(Ok(()), cx);
-        self.root_at_rest(cx);
+        self.l1_at_rest(cx);
     }
 
     /// Nothing leads to these clusters of an L1 table, once a header is stable.
-    fn free_root(&mut self, first: u64, count: u64) {
+    fn free_l1(&mut self, first: u64, count: u64) {
         if count > 0 {
-            self.sweep.free(Free { first, count, sole: true, discard: false });
+            self.writeback.free(Free { first, count, sole: true, discard: false });
         }
     }
 
     /// The L1 table moves no more.
-    fn root_at_rest(&mut self, cx: &mut Cx<'_>) {
-        self.header.moving_root = false;
-        cx.wake_all(&mut self.sweep.root_waiters);
+    fn l1_at_rest(&mut self, cx: &mut Cx<'_>) {
+        self.header.moving_l1 = false;
+        cx.wake_all(&mut self.writeback.l1_waiters);
     }
 
     /// A data file is as long as the disk, if it is no device; growing cuts nothing off one that is
@@ -367,15 +365,15 @@ impl Qcow2 {
         if self.size < self.reach && mutant!("qcow2_size_before_zeros") {
             return self.write_change(cx);
         }
-        self.park_for_sweep(cx);
+        self.park_for_writeback(cx);
         Step::Wait(State::ResizeSwept)
     }
 
     fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        if self.header.moving_root {
-            let count = self.root_clusters(cx.io().offset).expect("it is too short");
-            self.free_root(self.header.root, count);
-            self.root_at_rest(cx);
+        if self.header.moving_l1 {
+            let count = self.l1_clusters(cx.io().offset).expect("it is too short");
+            self.free_l1(self.header.root, count);
+            self.l1_at_rest(cx);
         }
         self.reach = self.size;
         self.header.resizing = false;
@@ -383,7 +381,7 @@ impl Qcow2 {
         Step::Done(result)
     }
 
-    /// Chore: the engine is drained. All that is in memory goes to disk, what is in stock is
+    /// Chore: the engine is drained. All that is in memory goes to disk, what is in reserve is
     /// counted down, the file's spare end is cut off.
     pub(super) fn step_settle(
         &mut self,
@@ -396,29 +394,31 @@ impl Qcow2 {
                 self.flush_settled(cx)
             }
             (State::Settle, Event::Start) if self.is_dirty() => {
-                self.park_for_sweep(cx);
+                self.park_for_writeback(cx);
                 Step::Wait(State::Settle)
             }
-            (State::Settle, Event::Start) => self.empty_stock(cx),
-            (State::Settle, Event::Woken) => match self.sweep.result() {
-                // What is in stock stays counted: a leak.
+            (State::Settle, Event::Start) => self.empty_reserve(cx),
+            (State::Settle, Event::Woken) => match self.writeback.result() {
+                // What is in reserve stays counted: a leak.
                 Ok(()) if self.corrupt.are_counts() => self.flush_settled(cx),
-                Ok(()) => self.empty_stock(cx),
+                Ok(()) => self.empty_reserve(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
-            (State::EmptyStock, Event::Woken) if !self.stock.is_settled() => self.empty_stock(cx),
-            (State::EmptyStock, Event::Woken) => match self.stock_emptied() {
+            (State::EmptyReserve, Event::Woken) if !self.reserve.is_settled() => {
+                self.empty_reserve(cx)
+            }
+            (State::EmptyReserve, Event::Woken) => match self.reserve_emptied() {
                 Ok(()) => self.cut_end(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
             (State::CutEnd, Event::Io(Ok(()))) => {
-                self.stock.cut();
+                self.reserve.cut();
                 self.flush_settled(cx)
             }
             // The spare end may still be there, with whatever was in it: it is as it was before.
             (State::CutEnd, Event::Io(Err(errno))) => {
                 if mutant!("qcow2_failed_cut_is_done") {
-                    self.stock.cut();
+                    self.reserve.cut();
                 }
                 Step::Done(Err(errno))
             }
@@ -428,7 +428,7 @@ impl Qcow2 {
     }
 
     fn cut_end(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        match self.stock.spare_end() {
+        match self.reserve.spare_end() {
             Some(end) => {
                 cx.issue(Op::bare(OpKind::Truncate, self.file, end, 0));
                 Step::Wait(State::CutEnd)

@@ -1,17 +1,17 @@
-//! The sweep: writing changed metadata back.
+//! The writeback: writing changed metadata back.
 //!
-//! One chore, one sweep at a time. It *takes* the L2 slices and L1 blocks that are changed when it
+//! One chore, one writeback at a time. It *takes* the L2 slices and L1 blocks that are changed when it
 //! begins, makes the data stable that they owe a fence for, writes copies of them, and makes those
-//! stable. Whoever wants a flush waits for the first sweep that begins after he came: any number go
+//! stable. Whoever wants a flush waits for the first writeback that begins after he came: any number go
 //! with one.
 //!
 //! A taken slice is *sealed* until it is copied: entries that owe a fence of their own wait, since
 //! the fence under way may not cover their data. Everything else goes on: lookups, data, other
 //! entries. A changed slice is pinned, and stays in memory until it is written. A header whose
-//! write has failed goes with the next sweep.
+//! write has failed goes with the next writeback.
 //!
-//! References that were given up in memory (`Free`) leave with the sweep after: when it has made
-//! stable that nothing on disk refers to them, they go to the stock.
+//! References that were given up in memory (`Free`) leave with the writeback after: when it has made
+//! stable that nothing on disk refers to them, they go to the reserve.
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
@@ -29,7 +29,7 @@ pub(super) struct Slice {
     dirty: bool,
     /// Data must be stable before the slice is written.
     owes: bool,
-    /// Taken by the sweep under way, not copied yet.
+    /// Taken by the writeback under way, not copied yet.
     sealed: bool,
 }
 
@@ -66,24 +66,24 @@ enum Staged {
 
 /// See the module.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Sweep {
+pub(super) struct Writeback {
     asked: bool,
     running: bool,
     again: bool,
-    /// Slots of changed slices, and changed L1 blocks, that no sweep has taken.
+    /// Slots of changed slices, and changed L1 blocks, that no writeback has taken.
     dirty: Vec<u32>,
-    dirty_root: Vec<u32>,
+    dirty_l1: Vec<u32>,
     /// Does an L1 block owe a fence?
-    root_owes: bool,
-    /// What this sweep has taken and not copied, last first.
+    l1_owes: bool,
+    /// What this writeback has taken and not copied, last first.
     taken: Vec<u32>,
-    taken_root: Vec<u32>,
-    root_sealed: bool,
-    pub root_waiters: WaitList,
+    taken_l1: Vec<u32>,
+    l1_sealed: bool,
+    pub l1_waiters: WaitList,
     /// What it has in flight; so much at most.
     staged: Vec<Staged>,
     depth: usize,
-    /// Who waits for the next sweep; for this one.
+    /// Who waits for the next writeback; for this one.
     next: WaitList,
     current: WaitList,
     result: Result<(), Errno>,
@@ -94,25 +94,25 @@ pub(super) struct Sweep {
     /// Runs that may wait.
     frees_max: usize,
     freed_in: u32,
-    /// Who has something to give up, and must wait for a sweep first.
+    /// Who has something to give up, and must wait for a writeback first.
     pub room: WaitList,
 }
 
-impl Sweep {
+impl Writeback {
     /// Of a cache of `slots` slices.
-    pub fn new(slots: usize, options: &Qcow2Options) -> Sweep {
-        let (depth, frees_max) = (options.sweep_depth.max(1), options.frees_max.max(1));
-        Sweep {
+    pub fn new(slots: usize, options: &Qcow2Options) -> Writeback {
+        let (depth, frees_max) = (options.writeback_depth.max(1), options.frees_max.max(1));
+        Writeback {
             asked: false,
             running: false,
             again: false,
             dirty: Vec::with_capacity(slots),
-            dirty_root: Vec::with_capacity(slots),
-            root_owes: false,
+            dirty_l1: Vec::with_capacity(slots),
+            l1_owes: false,
             taken: Vec::with_capacity(slots),
-            taken_root: Vec::with_capacity(slots),
-            root_sealed: false,
-            root_waiters: WaitList::new(),
+            taken_l1: Vec::with_capacity(slots),
+            l1_sealed: false,
+            l1_waiters: WaitList::new(),
             depth,
             staged: Vec::with_capacity(depth),
             next: WaitList::new(),
@@ -127,12 +127,12 @@ impl Sweep {
         }
     }
 
-    /// How the sweep ended that just woke the request.
+    /// How the writeback ended that just woke the request.
     pub fn result(&self) -> Result<(), Errno> {
         self.result
     }
 
-    /// Was a sweep asked for, and is it to begin?
+    /// Was a writeback asked for, and is it to begin?
     pub fn begin_asked(&mut self) -> bool {
         let begins = self.asked && !self.running;
         if begins {
@@ -141,15 +141,15 @@ impl Sweep {
         begins
     }
 
-    pub fn is_root_sealed(&self) -> bool {
-        self.root_sealed
+    pub fn is_l1_sealed(&self) -> bool {
+        self.l1_sealed
     }
 
     /// An L1 block was changed.
-    pub fn touch_root(&mut self, block: u32, owes: bool) {
-        self.root_owes |= owes;
-        if !self.dirty_root.contains(&block) {
-            self.dirty_root.push(block);
+    pub fn touch_l1(&mut self, block: u32, owes: bool) {
+        self.l1_owes |= owes;
+        if !self.dirty_l1.contains(&block) {
+            self.dirty_l1.push(block);
         }
     }
 
@@ -165,7 +165,7 @@ impl Sweep {
         self.frees.push(free);
     }
 
-    /// Are references that were given up on their way to the stock?
+    /// Are references that were given up on their way to the reserve?
     pub fn has_frees(&self) -> bool {
         !self.frees.is_empty() || !self.freeing.is_empty()
     }
@@ -175,13 +175,13 @@ impl Sweep {
     }
 
     fn is_clean(&self) -> bool {
-        !self.running && self.dirty.is_empty() && self.dirty_root.is_empty()
+        !self.running && self.dirty.is_empty() && self.dirty_l1.is_empty()
     }
 
     pub fn assert_idle(&self) {
-        assert!(!self.running && !self.asked, "a sweep is under way");
+        assert!(!self.running && !self.asked, "a writeback is under way");
         assert!(self.next.is_empty() && self.current.is_empty() && self.room.is_empty());
-        assert!(self.root_waiters.is_empty() && self.taken.is_empty() && self.staged.is_empty());
+        assert!(self.l1_waiters.is_empty() && self.taken.is_empty() && self.staged.is_empty());
     }
 }
 
@@ -194,7 +194,7 @@ impl Qcow2 {
         if !slice.dirty {
             slice.dirty = true;
             self.tables.pin(slot);
-            self.sweep.dirty.push(slot as u32);
+            self.writeback.dirty.push(slot as u32);
         }
     }
 
@@ -204,36 +204,36 @@ impl Qcow2 {
             self.flush_files(cx);
             return Step::Last { label: FLUSH };
         }
-        if mutant!("qcow2_flush_joins_sweep_under_way") && self.sweep.running {
-            cx.park(&mut self.sweep.current);
+        if mutant!("qcow2_flush_joins_writeback_under_way") && self.writeback.running {
+            cx.park(&mut self.writeback.current);
             return Step::Wait(State::Swept);
         }
-        cx.park(&mut self.sweep.next);
-        self.ask_for_sweep(cx);
+        cx.park(&mut self.writeback.next);
+        self.ask_for_writeback(cx);
         Step::Wait(State::Swept)
     }
 
     /// Parks the request until all that was changed before is stable.
-    pub(super) fn park_for_sweep(&mut self, cx: &mut Cx<'_>) {
-        cx.park(&mut self.sweep.next);
-        self.ask_for_sweep(cx);
+    pub(super) fn park_for_writeback(&mut self, cx: &mut Cx<'_>) {
+        cx.park(&mut self.writeback.next);
+        self.ask_for_writeback(cx);
     }
 
-    /// Is memory ahead of the disk, or a sweep under way?
+    /// Is memory ahead of the disk, or a writeback under way?
     pub(super) fn is_dirty(&self) -> bool {
-        !self.is_clean() || !self.sweep.frees.is_empty()
+        !self.is_clean() || !self.writeback.frees.is_empty()
     }
 
     fn is_clean(&self) -> bool {
-        self.sweep.is_clean() && !self.header.is_doubted
+        self.writeback.is_clean() && !self.header.is_doubted
     }
 
-    pub(super) fn ask_for_sweep(&mut self, cx: &mut Cx<'_>) {
-        if self.sweep.running {
-            self.sweep.again = true;
-        } else if !self.sweep.asked {
-            self.sweep.asked = true;
-            self.sweep.attempts.begin();
+    pub(super) fn ask_for_writeback(&mut self, cx: &mut Cx<'_>) {
+        if self.writeback.running {
+            self.writeback.again = true;
+        } else if !self.writeback.asked {
+            self.writeback.asked = true;
+            self.writeback.attempts.begin();
             cx.ask();
         }
     }
@@ -241,92 +241,92 @@ impl Qcow2 {
     /// Somebody finds no slot for a slice: changed ones are written to make room. Answers the state
     /// of the request at `at`, which waits for that.
     pub(super) fn wait_for_slot(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
-        if !self.sweep.dirty.is_empty() {
-            self.ask_for_sweep(cx);
+        if !self.writeback.dirty.is_empty() {
+            self.ask_for_writeback(cx);
         }
         cx.park(&mut self.tables.full);
-        // Nobody waits for a sweep that is not asked for: slots come back otherwise, too.
-        let asked = self.sweep.running || self.sweep.asked;
-        let attempt = self.sweep.attempts.latest().wrapping_add(u32::from(!asked));
+        // Nobody waits for a writeback that is not asked for: slots come back otherwise, too.
+        let asked = self.writeback.running || self.writeback.asked;
+        let attempt = self.writeback.attempts.latest().wrapping_add(u32::from(!asked));
         Step::Wait(State::Room { at, attempt })
     }
 
-    /// Too much has been given up: a sweep is to make it leave. Parks the request; answers the
-    /// sweep's number.
+    /// Too much has been given up: a writeback is to make it leave. Parks the request; answers the
+    /// writeback's number.
     pub(super) fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
-        cx.park(&mut self.sweep.room);
-        self.ask_for_sweep(cx);
-        self.sweep.attempts.latest()
+        cx.park(&mut self.writeback.room);
+        self.ask_for_writeback(cx);
+        self.writeback.attempts.latest()
     }
 
-    /// Why there is no room, if the sweep that was to make it failed. Then it is no use to ask for
+    /// Why there is no room, if the writeback that was to make it failed. Then it is no use to ask for
     /// another: after a failed flush every one fails.
     pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
-        let failure = self.sweep.attempts.failure_of(attempt);
-        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_sweep"))
+        let failure = self.writeback.attempts.failure_of(attempt);
+        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_writeback"))
     }
 
     /// Much is changed: better write some of it back before somebody has to wait for that.
-    pub(super) fn sweep_if_full(&mut self, cx: &mut Cx<'_>) {
-        let (dirty, frees) = (self.sweep.dirty.len(), self.sweep.frees.len());
-        if !self.sweep.running
-            && (dirty > self.slices.len() / 2 || frees > self.sweep.frees_max / 2)
+    pub(super) fn writeback_if_full(&mut self, cx: &mut Cx<'_>) {
+        let (dirty, frees) = (self.writeback.dirty.len(), self.writeback.frees.len());
+        if !self.writeback.running
+            && (dirty > self.slices.len() / 2 || frees > self.writeback.frees_max / 2)
         {
-            self.ask_for_sweep(cx);
+            self.ask_for_writeback(cx);
         }
     }
 
-    pub(super) fn step_sweep(
+    pub(super) fn step_writeback(
         &mut self,
         state: State,
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         match (state, event) {
-            (State::Sweep, Event::Start) => self.begin_sweep(cx),
-            (State::SweepFence, Event::Io(Ok(()))) => self.write_batch(cx),
-            (State::SweepFence, Event::Io(Err(errno))) => self.sweep_failed(errno, cx),
-            (State::SweepWrite, Event::Io(result)) => self.batch_written(result, cx),
-            (State::SweepHeader, Event::Woken) => self.write_batch(cx),
-            (State::SweepHeader, Event::Io(Ok(()))) => {
+            (State::Writeback, Event::Start) => self.begin_writeback(cx),
+            (State::WritebackFence, Event::Io(Ok(()))) => self.write_batch(cx),
+            (State::WritebackFence, Event::Io(Err(errno))) => self.writeback_failed(errno, cx),
+            (State::WritebackWrite, Event::Io(result)) => self.batch_written(result, cx),
+            (State::WritebackHeader, Event::Woken) => self.write_batch(cx),
+            (State::WritebackHeader, Event::Io(Ok(()))) => {
                 self.flush_files(cx);
-                Step::Wait(State::SweepFlushHeader)
+                Step::Wait(State::WritebackFlushHeader)
             }
-            (State::SweepHeader, Event::Io(Err(errno))) => {
+            (State::WritebackHeader, Event::Io(Err(errno))) => {
                 self.doubted_written(Err(errno), cx);
-                self.sweep_failed(errno, cx)
+                self.writeback_failed(errno, cx)
             }
-            (State::SweepFlushHeader, Event::Io(result)) => {
+            (State::WritebackFlushHeader, Event::Io(result)) => {
                 self.doubted_written(result, cx);
-                self.sweep_flushed(result, cx)
+                self.writeback_flushed(result, cx)
             }
-            (State::SweepFlush, Event::Io(result)) => self.sweep_flushed(result, cx),
+            (State::WritebackFlush, Event::Io(result)) => self.writeback_flushed(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
-    fn begin_sweep(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn begin_writeback(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let tables = &self.tables;
-        let sweep = &mut self.sweep;
-        sweep.current = std::mem::take(&mut sweep.next);
-        std::mem::swap(&mut sweep.taken, &mut sweep.dirty);
-        std::mem::swap(&mut sweep.taken_root, &mut sweep.dirty_root);
-        std::mem::swap(&mut sweep.freeing, &mut sweep.frees);
+        let writeback = &mut self.writeback;
+        writeback.current = std::mem::take(&mut writeback.next);
+        std::mem::swap(&mut writeback.taken, &mut writeback.dirty);
+        std::mem::swap(&mut writeback.taken_l1, &mut writeback.dirty_l1);
+        std::mem::swap(&mut writeback.freeing, &mut writeback.frees);
         // In the order of the disk's tables, from the back.
-        sweep.taken.sort_unstable_by_key(|&slot| std::cmp::Reverse(tables.key(slot as usize)));
-        if !sweep.freeing.is_empty() {
-            sweep.freed_in = cx.end_era();
+        writeback.taken.sort_unstable_by_key(|&slot| std::cmp::Reverse(tables.key(slot as usize)));
+        if !writeback.freeing.is_empty() {
+            writeback.freed_in = cx.end_epoch();
         }
-        let mut owes = std::mem::take(&mut sweep.root_owes);
-        sweep.root_sealed = !sweep.taken_root.is_empty();
-        for &slot in &sweep.taken {
+        let mut owes = std::mem::take(&mut writeback.l1_owes);
+        writeback.l1_sealed = !writeback.taken_l1.is_empty();
+        for &slot in &writeback.taken {
             let slice = &mut self.slices[slot as usize];
             slice.sealed = true;
             owes |= std::mem::take(&mut slice.owes);
         }
-        if owes && !mutant!("qcow2_no_fence_in_sweep") {
+        if owes && !mutant!("qcow2_no_fence_in_writeback") {
             self.flush_files(cx);
-            return Step::Wait(State::SweepFence);
+            return Step::Wait(State::WritebackFence);
         }
         self.write_batch(cx)
     }
@@ -335,8 +335,9 @@ impl Qcow2 {
     fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         let unit = 1 << self.geometry.slice_bits();
         let mut run: Option<(u64, usize, usize)> = None;
-        while self.sweep.staged.len() < self.sweep.depth && (run.is_none() || cx.room() > 1) {
-            let off = self.sweep.staged.len() * unit;
+        while self.writeback.staged.len() < self.writeback.depth && (run.is_none() || cx.room() > 1)
+        {
+            let off = self.writeback.staged.len() * unit;
             let Some(offset) = self.stage(off, cx) else { break };
             run = match run {
                 Some((start, from, len)) if start + len as u64 == offset => {
@@ -351,19 +352,19 @@ impl Qcow2 {
         }
         if let Some(last) = run {
             self.write_staged(last, cx);
-            return Step::Wait(State::SweepWrite);
+            return Step::Wait(State::WritebackWrite);
         }
-        if self.sweep.current.is_empty() && self.sweep.freeing.is_empty() {
-            return self.sweep_ended(Ok(()), cx);
+        if self.writeback.current.is_empty() && self.writeback.freeing.is_empty() {
+            return self.writeback_ended(Ok(()), cx);
         }
         if self.header.is_doubted {
             return self.write_doubted(cx);
         }
-        if mutant!("qcow2_sweep_not_flushed") {
-            return self.sweep_flushed(Ok(()), cx);
+        if mutant!("qcow2_writeback_not_flushed") {
+            return self.writeback_flushed(Ok(()), cx);
         }
         self.flush_files(cx);
-        Step::Wait(State::SweepFlush)
+        Step::Wait(State::WritebackFlush)
     }
 
     fn write_staged(&mut self, (offset, from, len): (u64, usize, usize), cx: &mut Cx<'_>) {
@@ -375,8 +376,8 @@ impl Qcow2 {
     /// Copies the next taken slice or L1 block to `off` of the staging region; where does it go?
     fn stage(&mut self, off: usize, cx: &mut Cx<'_>) -> Option<u64> {
         let bits = self.geometry.slice_bits();
-        if let Some(slot) = self.sweep.taken.pop() {
-            self.sweep.staged.push(Staged::Slice(slot));
+        if let Some(slot) = self.writeback.taken.pop() {
+            self.writeback.staged.push(Staged::Slice(slot));
             let slot = slot as usize;
             self.tables.copy_to_region(slot, self.regions.staging, off, cx.mem());
             self.slices[slot].dirty = false;
@@ -386,23 +387,23 @@ impl Qcow2 {
                 self.tables.key(slot) << (self.geometry.cluster_bits() + self.slice_entry_bits());
             return Some(self.slice_offset(guest));
         }
-        let block = self.sweep.taken_root.pop()?;
-        self.sweep.staged.push(Staged::Root(block));
+        let block = self.writeback.taken_l1.pop()?;
+        self.writeback.staged.push(Staged::Root(block));
         let first = (block as usize) << (bits - 3);
         let bytes = &mut cx.mem().region_mut(self.regions.staging)[off..off + (1 << bits)];
         for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             *word = self.l1.get(first + i).copied().unwrap_or(0).to_be_bytes();
         }
-        if self.sweep.taken_root.is_empty() {
-            self.sweep.root_sealed = false;
-            cx.wake_all(&mut self.sweep.root_waiters);
+        if self.writeback.taken_l1.is_empty() {
+            self.writeback.l1_sealed = false;
+            cx.wake_all(&mut self.writeback.l1_waiters);
         }
         Some(self.header.l1_offset() + (u64::from(block) << bits))
     }
 
     fn batch_written(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
         let result = if mutant!("qcow2_table_error_ignored") { Ok(()) } else { result };
-        while let Some(staged) = self.sweep.staged.pop() {
+        while let Some(staged) = self.writeback.staged.pop() {
             match (staged, result) {
                 (Staged::Slice(slot), Ok(())) => self.unpin(slot as usize, cx),
                 (Staged::Root(_), Ok(())) => {}
@@ -411,60 +412,60 @@ impl Qcow2 {
                     self.touch(slot as usize, false);
                     self.unpin(slot as usize, cx);
                 }
-                (Staged::Root(block), Err(_)) => self.sweep.touch_root(block, false),
+                (Staged::Root(block), Err(_)) => self.writeback.touch_l1(block, false),
             }
         }
         match result {
             Ok(()) => self.write_batch(cx),
-            Err(errno) => self.sweep_failed(errno, cx),
+            Err(errno) => self.writeback_failed(errno, cx),
         }
     }
 
     /// What was taken and not written is as it was before.
-    fn sweep_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
-        while let Some(slot) = self.sweep.taken.pop() {
+    fn writeback_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        while let Some(slot) = self.writeback.taken.pop() {
             let slice = &mut self.slices[slot as usize];
             slice.sealed = false;
             // The fence may have failed.
             slice.owes = true;
-            self.sweep.dirty.push(slot);
+            self.writeback.dirty.push(slot);
             cx.wake_all(self.tables.waiters(slot as usize));
         }
-        while let Some(block) = self.sweep.taken_root.pop() {
-            self.sweep.touch_root(block, true);
+        while let Some(block) = self.writeback.taken_l1.pop() {
+            self.writeback.touch_l1(block, true);
         }
-        self.sweep.root_sealed = false;
-        cx.wake_all(&mut self.sweep.root_waiters);
-        self.sweep_flushed(Err(errno), cx)
+        self.writeback.l1_sealed = false;
+        cx.wake_all(&mut self.writeback.l1_waiters);
+        self.writeback_flushed(Err(errno), cx)
     }
 
-    fn sweep_flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let sweep = &mut self.sweep;
+    fn writeback_flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let writeback = &mut self.writeback;
         match result {
             Ok(()) => {
-                let era = sweep.freed_in;
-                let freed = sweep.freeing.drain(..);
-                self.stock.take_in(freed, era);
+                let epoch = writeback.freed_in;
+                let freed = writeback.freeing.drain(..);
+                self.reserve.take_in(freed, epoch);
             }
-            Err(_) => sweep.frees.append(&mut sweep.freeing),
+            Err(_) => writeback.frees.append(&mut writeback.freeing),
         }
-        self.sweep_ended(result, cx)
+        self.writeback_ended(result, cx)
     }
 
-    fn sweep_ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let sweep = &mut self.sweep;
-        sweep.running = false;
-        sweep.result = result;
+    fn writeback_ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+        let writeback = &mut self.writeback;
+        writeback.running = false;
+        writeback.result = result;
         if let Err(errno) = result {
-            sweep.attempts.failed(errno);
+            writeback.attempts.failed(errno);
         }
-        cx.wake_all(&mut sweep.current);
-        cx.wake_all(&mut sweep.room);
+        cx.wake_all(&mut writeback.current);
+        cx.wake_all(&mut writeback.room);
         cx.wake_all(&mut self.tables.full);
-        if std::mem::take(&mut self.sweep.again) || !self.sweep.next.is_empty() {
-            self.ask_for_sweep(cx);
+        if std::mem::take(&mut self.writeback.again) || !self.writeback.next.is_empty() {
+            self.ask_for_writeback(cx);
         }
-        self.stock_if_low(cx);
+        self.reserve_if_low(cx);
         Step::Done(result)
     }
 }

@@ -2,7 +2,7 @@
 //! zeros where not.
 //!
 //! The entry changes in memory at once, and the request is done; a place that it gives up is kept
-//! back until the change is stable and nobody in flight can be using it (`sweep.rs`). In images of
+//! back until the change is stable and nobody in flight can be using it (`writeback.rs`). In images of
 //! version 2 a table cannot say that a cluster is zeros: where a backing file would show, zeros are
 //! written instead, and discards do nothing.
 
@@ -141,7 +141,7 @@ impl Qcow2 {
     ) -> Piece {
         let bits = self.geometry.cluster_bits();
         let Some(slot) = run.slot else { return Piece::Lacks };
-        if *issued && (!self.owns_table(at) || !self.sweep.has_room_for_frees()) {
+        if *issued && (!self.owns_table(at) || !self.writeback.has_room_for_frees()) {
             return Piece::Step(Step::Wait(State::Pieces { at }));
         }
         if !self.owns_table(at) {
@@ -157,7 +157,7 @@ impl Qcow2 {
             cx.park(self.claims[key].waiters());
             return Piece::Step(Step::Wait(State::Next { at }));
         }
-        if !self.sweep.has_room_for_frees() {
+        if !self.writeback.has_room_for_frees() {
             let attempt = self.park_for_room(cx);
             return Piece::Step(Step::Wait(State::Room { at, attempt }));
         }
@@ -169,7 +169,7 @@ impl Qcow2 {
             self.mark_cluster(slot, from, to, mark, cx);
         }
         self.touch(slot, false);
-        self.sweep_if_full(cx);
+        self.writeback_if_full(cx);
         Piece::To(last)
     }
 
@@ -221,13 +221,13 @@ impl Qcow2 {
         };
         let (first, last) = (host.0 >> bits, (host.0 + len - 1) >> bits);
         let discard = discard && sole && self.options.pass_discards;
-        self.sweep.free(Free { first, count: last - first + 1, sole, discard });
+        self.writeback.free(Free { first, count: last - first + 1, sole, discard });
     }
 
     /// A cluster that was allocated, and that nothing came to refer to.
     pub(super) fn give_back(&mut self, host: HostOffset, count: u64) {
         if self.data == self.file {
-            self.stock.give_back(host.0 >> self.geometry.cluster_bits(), count);
+            self.reserve.give_back(host.0 >> self.geometry.cluster_bits(), count);
         }
     }
 }

@@ -530,19 +530,19 @@ impl Qed {
         self.header.unmark_at = None;
         self.allocs.push(TableAlloc { l1_index, offset, waiters: WaitList::new() });
         let l1_index = l1_index as u32;
-        if self.root_busy {
-            cx.park(&mut self.root_waiters);
-            return Step::Wait(State::TakeRoot { at, l1_index });
+        if self.l1_busy {
+            cx.park(&mut self.l1_waiters);
+            return Step::Wait(State::TakeL1 { at, l1_index });
         }
-        self.root_busy = true;
-        self.write_root(at, l1_index, cx)
+        self.l1_busy = true;
+        self.write_l1(at, l1_index, cx)
     }
 
     /// It is this request's turn to write an L1 sector: what is published, and its own table.
-    pub(super) fn write_root(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
+    pub(super) fn write_l1(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
         let Some([buf]) = cx.take_bufs() else {
             cx.park_for_bufs();
-            return Step::Wait(State::TakeRoot { at, l1_index });
+            return Step::Wait(State::TakeL1 { at, l1_index });
         };
         let unit = self.block(cx);
         let first = align_down(u64::from(l1_index) * 8, unit) / 8;
@@ -559,7 +559,7 @@ impl Qed {
         let seg = Seg { base: Base::Pool(buf), off: 0, len: unit as u32 };
         let offset = self.header.l1_offset().0 + first * 8;
         cx.issue(Op::write(self.file, offset, Segs::one(seg)));
-        Step::Wait(State::WriteRoot { at, l1_index, buf })
+        Step::Wait(State::WriteL1 { at, l1_index, buf })
     }
 
     fn alloc_of(&self, l1_index: u32) -> &TableAlloc {
@@ -567,7 +567,7 @@ impl Qed {
         mine.expect("the request that allocates a table holds its entry")
     }
 
-    pub(super) fn root_written(
+    pub(super) fn l1_written(
         &mut self,
         at: u64,
         l1_index: u32,
@@ -578,14 +578,14 @@ impl Qed {
         cx.give_buf(buf);
         let mine = self.allocs.iter().position(|alloc| alloc.l1_index == u64::from(l1_index));
         let mut alloc = self.allocs.remove(mine.expect("the request holds its entry"));
-        if result.is_ok() || mutant!("root_error_ignored") {
+        if result.is_ok() || mutant!("l1_error_ignored") {
             self.l1[l1_index as usize] = alloc.offset;
         }
-        if mutant!("root_baton_dropped") {
-            self.root_busy = false;
-            cx.hand_over(&mut self.root_waiters);
-        } else if cx.hand_over(&mut self.root_waiters).is_none() {
-            self.root_busy = false;
+        if mutant!("l1_baton_dropped") {
+            self.l1_busy = false;
+            cx.hand_over(&mut self.l1_waiters);
+        } else if cx.hand_over(&mut self.l1_waiters).is_none() {
+            self.l1_busy = false;
         }
         cx.wake_all(&mut alloc.waiters);
         self.allocation_ended(cx);

@@ -4,7 +4,7 @@
 //!            ┌────────────── look again ◄───────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────┤
 //!  │ │ │     │ first allocation ─> WriteMark ─> FlushMark ──────────────┤
-//!  │ │ │     │ no L2 table ─> TakeRoot ─> WriteRoot ────────────────────┤
+//!  │ │ │     │ no L2 table ─> TakeL1 ─> WriteL1 ────────────────────┤
 //!  │ │ │     └ no space, a claim, a buffer, … : parked where it lacks ──┘
 //!  │ │ └─ mapped or zero: Pieces (all ops of the step, joined) ─> Next
 //!  │ └─── allocate: [ReadCow] ─> WriteData ─> [Fence] ─> Link ─> WriteSlice ─> Next
@@ -104,8 +104,8 @@ pub struct Qed {
     claims: Claims<Claim>,
     allocs: Vec<TableAlloc>,
     /// An L1 sector is being written; the next writer waits here.
-    root_busy: bool,
-    root_waiters: WaitList,
+    l1_busy: bool,
+    l1_waiters: WaitList,
     space: Space,
     header: Header,
     options: QedOptions,
@@ -129,9 +129,9 @@ pub enum State {
     /// The mark, stable.
     FlushMark { at: u64 },
     /// The turn to write the L1 sector that links the new table of `l1_index`.
-    TakeRoot { at: u64, l1_index: u32 },
+    TakeL1 { at: u64, l1_index: u32 },
     /// That sector, written from `buf`.
-    WriteRoot { at: u64, l1_index: u32, buf: BufId },
+    WriteL1 { at: u64, l1_index: u32, buf: BufId },
     /// Buffers for copy-on-write.
     CowBufs { claim: u32 },
     /// The backing file's bytes around the write, in the claim's buffers.
@@ -151,7 +151,7 @@ pub enum State {
     /// Guest resize: the header's turn.
     Resize,
     /// Guest resize: more of the L1 table, from entry `from` on.
-    LoadRoot { from: u32, buf: BufId },
+    LoadL1 { from: u32, buf: BufId },
     /// Guest resize: the header with the new size, written; then stable.
     WriteSize { buf: BufId },
     /// Guest resize: the new size, stable.
@@ -203,13 +203,13 @@ impl Qed {
             links: vec![SliceLink::default(); slots],
             claims: Claims::new(),
             allocs: Vec::with_capacity(4),
-            root_busy: false,
-            root_waiters: WaitList::new(),
+            l1_busy: false,
+            l1_waiters: WaitList::new(),
             space: Space::new(opened.file_len, geometry.cluster_size(), FILE_MAX, options.growth),
             header: Header::new(opened.header),
             options,
         };
-        image.disarm_root(0);
+        image.disarm_l1(0);
         image
     }
 
@@ -219,7 +219,7 @@ impl Qed {
     }
 
     /// L1 entries from `from` on have been loaded: see [`PastEnd`].
-    fn disarm_root(&mut self, from: usize) {
+    fn disarm_l1(&mut self, from: usize) {
         let (bounds, bytes) = (self.bounds_at_open(), self.geometry.table_bytes());
         if self.writable {
             let loaded = self.l1[from..].iter_mut();
@@ -269,7 +269,7 @@ impl Qed {
     pub fn assert_idle(&self) {
         self.tables.assert_idle(|_| 0);
         assert!(self.claims.is_empty() && self.allocs.is_empty(), "something is claimed");
-        assert!(!self.root_busy && self.root_waiters.is_empty());
+        assert!(!self.l1_busy && self.l1_waiters.is_empty());
         assert!(self.links.iter().all(|l| !l.busy && l.waiters.is_empty()));
         self.space.assert_idle();
         self.header.assert_idle();
@@ -319,8 +319,8 @@ impl Driver for Qed {
         "load-slice",
         "write-mark",
         "flush-mark",
-        "take-root",
-        "write-root",
+        "take-l1",
+        "write-l1",
         "cow-buffers",
         "read-cow",
         "copy",
@@ -343,8 +343,8 @@ impl Driver for Qed {
             State::LoadSlice { .. } => 3,
             State::WriteMark { .. } => 4,
             State::FlushMark { .. } => 5,
-            State::TakeRoot { .. } => 6,
-            State::WriteRoot { .. } => 7,
+            State::TakeL1 { .. } => 6,
+            State::WriteL1 { .. } => 7,
             State::CowBufs { .. } => 8,
             State::ReadCow { .. } => 9,
             State::CopyRead { .. } | State::CopyWrite { .. } => 10,
@@ -352,9 +352,7 @@ impl Driver for Qed {
             State::Fence { .. } => 12,
             State::Link { .. } => 13,
             State::WriteSlice { .. } => 14,
-            State::Resize | State::LoadRoot { .. } | State::WriteSize { .. } | State::FlushSize => {
-                16
-            }
+            State::Resize | State::LoadL1 { .. } | State::WriteSize { .. } | State::FlushSize => 16,
             State::Grow { .. } | State::FlushGrow { .. } => 17,
             State::Tidy
             | State::FlushTidy
@@ -433,9 +431,9 @@ impl Driver for Qed {
                 self.mark_written(at, buf, result, cx)
             }
             (State::FlushMark { at }, Event::Io(result)) => self.mark_flushed(at, result, cx),
-            (State::TakeRoot { at, l1_index }, Event::Woken) => self.write_root(at, l1_index, cx),
-            (State::WriteRoot { at, l1_index, buf }, Event::Io(result)) => {
-                self.root_written(at, l1_index, buf, result, cx)
+            (State::TakeL1 { at, l1_index }, Event::Woken) => self.write_l1(at, l1_index, cx),
+            (State::WriteL1 { at, l1_index, buf }, Event::Io(result)) => {
+                self.l1_written(at, l1_index, buf, result, cx)
             }
             (State::CowBufs { claim }, Event::Woken) => self.begin_cow(claim, cx),
             (State::ReadCow { claim }, Event::Io(result)) => self.cow_read(claim, result, cx),
@@ -453,8 +451,8 @@ impl Driver for Qed {
                 self.slice_written(claim, buf, result, cx)
             }
             (State::Resize, Event::Woken) => self.resize(cx),
-            (State::LoadRoot { from, buf }, Event::Io(result)) => {
-                self.root_loaded(from, buf, result, cx)
+            (State::LoadL1 { from, buf }, Event::Io(result)) => {
+                self.l1_loaded(from, buf, result, cx)
             }
             (State::WriteSize { buf }, Event::Io(result)) => {
                 self.header_written(buf, result, State::FlushSize, cx)

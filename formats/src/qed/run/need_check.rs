@@ -238,11 +238,11 @@ impl Qed {
             return Step::Wait(State::Resize);
         };
         self.header.busy = true;
-        self.load_root_or_write_size(buf, cx)
+        self.load_l1_or_write_size(buf, cx)
     }
 
     /// The L1 entries that the new size needs are read first: they need not be zeros.
-    fn load_root_or_write_size(&mut self, buf: BufId, cx: &mut Cx<'_>) -> Step<State> {
+    fn load_l1_or_write_size(&mut self, buf: BufId, cx: &mut Cx<'_>) -> Step<State> {
         let size = cx.io().offset;
         let have = self.l1.len() as u64;
         let need = self.geometry.l1_entries(size);
@@ -251,7 +251,7 @@ impl Qed {
             let bytes = ((self.geometry.table_entries() - have) * 8).min(cx.buf_size());
             let seg = Seg { base: Base::Pool(buf), off: 0, len: bytes as u32 };
             cx.issue(self.read_op(self.header.l1_offset().0 + have * 8, Segs::one(seg)));
-            return Step::Wait(State::LoadRoot { from: have as u32, buf });
+            return Step::Wait(State::LoadL1 { from: have as u32, buf });
         }
         let mut header = self.header.on_disk.clone();
         header.image_size = size;
@@ -259,7 +259,7 @@ impl Qed {
         Step::Wait(State::WriteSize { buf })
     }
 
-    pub(super) fn root_loaded(
+    pub(super) fn l1_loaded(
         &mut self,
         from: u32,
         buf: BufId,
@@ -274,8 +274,8 @@ impl Qed {
         let bytes = ((self.geometry.table_entries() - from as u64) * 8).min(cx.buf_size());
         let (entries, _) = cx.mem().pool(buf)[..bytes as usize].as_chunks::<8>();
         self.l1.extend(entries.iter().map(|entry| u64::from_le_bytes(*entry)));
-        self.disarm_root(from as usize);
-        self.load_root_or_write_size(buf, cx)
+        self.disarm_l1(from as usize);
+        self.load_l1_or_write_size(buf, cx)
     }
 
     pub(super) fn size_flushed(

@@ -157,12 +157,12 @@ mod tests {
     use super::*;
 
     fn round_trip(grain: &[u8]) -> u64 {
-        let mut packed = vec![0xaa; size_max(grain.len() as u64) as usize];
-        deflate(grain, &mut packed).expect("there is room");
-        let len = marked_len(&packed, 0, grain.len() as u64).expect("it is marked");
-        let mut unpacked = vec![0xbb; grain.len()];
-        inflate(&packed[..len as usize], &mut unpacked).expect("it is whole");
-        assert_eq!(unpacked, grain);
+        let mut compressed = vec![0xaa; size_max(grain.len() as u64) as usize];
+        deflate(grain, &mut compressed).expect("there is room");
+        let len = marked_len(&compressed, 0, grain.len() as u64).expect("it is marked");
+        let mut inflated = vec![0xbb; grain.len()];
+        inflate(&compressed[..len as usize], &mut inflated).expect("it is whole");
+        assert_eq!(inflated, grain);
         len
     }
 
@@ -183,22 +183,22 @@ mod tests {
 
     #[test]
     fn what_is_no_grain_is_refused() {
-        let mut packed = vec![0; size_max(4096) as usize];
-        deflate(&[3; 4096], &mut packed).expect("there is room");
-        let len = marked_len(&packed, 0, 4096).expect("it is marked") as usize;
-        assert_eq!(marked_len(&packed, 8, 4096), Err(Errno::INVALID));
+        let mut compressed = vec![0; size_max(4096) as usize];
+        deflate(&[3; 4096], &mut compressed).expect("there is room");
+        let len = marked_len(&compressed, 0, 4096).expect("it is marked") as usize;
+        assert_eq!(marked_len(&compressed, 8, 4096), Err(Errno::INVALID));
         let mut out = vec![0; 4096];
         // A byte short, no marker, too little room, noise.
-        assert!(inflate(&packed[..len - 1], &mut out).is_err());
-        assert!(inflate(&packed[..8], &mut out).is_err());
-        assert!(inflate(&packed[..len], &mut out[..4095]).is_err());
-        assert!(inflate(&packed[..len], &mut [1; 4097]).is_err());
+        assert!(inflate(&compressed[..len - 1], &mut out).is_err());
+        assert!(inflate(&compressed[..8], &mut out).is_err());
+        assert!(inflate(&compressed[..len], &mut out[..4095]).is_err());
+        assert!(inflate(&compressed[..len], &mut [1; 4097]).is_err());
         let mut long = [1; 4097];
-        inflate_last(&packed[..len], &mut long).expect("it may be short");
+        inflate_last(&compressed[..len], &mut long).expect("it may be short");
         assert_eq!(long[4095..], [3, 0]);
-        packed[20] ^= 0x55;
-        assert!(inflate(&packed[..len], &mut out).is_err());
-        packed[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(marked_len(&packed, 0, 4096), Err(Errno::INVALID));
+        compressed[20] ^= 0x55;
+        assert!(inflate(&compressed[..len], &mut out).is_err());
+        compressed[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(marked_len(&compressed, 0, 4096), Err(Errno::INVALID));
     }
 }

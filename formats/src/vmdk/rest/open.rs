@@ -154,7 +154,7 @@ impl Opened {
         }
         self.extents.clear();
         let (mut start, mut entries) = (0_u64, 0);
-        let mut packed_bits = None;
+        let mut compressed_bits = None;
         let (_, numbers) = self.descriptor.files();
         for (line, file) in self.descriptor.lines.iter().zip(numbers) {
             let mut len = line.sectors << SECTOR_BITS;
@@ -175,7 +175,8 @@ impl Opened {
                         return Err(part(Error::Corrupt { what, at: 12 }));
                     }
                     let bits = sparse.header.grain_bits;
-                    if sparse.header.is_compressed() && *packed_bits.get_or_insert(bits) != bits {
+                    if sparse.header.is_compressed() && *compressed_bits.get_or_insert(bits) != bits
+                    {
                         return no("VMDK compressed extents with grains of several sizes");
                     }
                     entries += sparse.directory.len() as u64;

@@ -71,7 +71,7 @@ impl Vmdk {
             }
             Around::Before(next) => next,
         };
-        if self.packed.is_some() && self.becomes_zero(at, run_end, place, cx).is_none() {
+        if self.compressed.is_some() && self.becomes_zero(at, run_end, place, cx).is_none() {
             return self.pack(at, slot, place, cx);
         }
         let cow = match entry {
@@ -117,7 +117,7 @@ impl Vmdk {
     }
 
     /// Claims the grain of a stream that `at..end` is.
-    pub(super) fn claim_packed(&mut self, at: u64, end: u64, slot: usize, place: Place) -> u32 {
+    pub(super) fn claim_compressed(&mut self, at: u64, end: u64, slot: usize, place: Place) -> u32 {
         self.tables.pin(slot);
         let (part, grain) = (place.part, place.grain_of(at));
         let (entry, waiters) = (Entry::Unallocated, WaitList::new());
@@ -376,7 +376,7 @@ impl Vmdk {
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is
-    /// zeros, and two empty tables therefore. The directories say so on disk after the next sweep.
+    /// zeros, and two empty tables therefore. The directories say so on disk after the next writeback.
     pub(super) fn allocate_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Step<State> {
         if self.has_footer() {
             return self.stream_table(at, place, cx);

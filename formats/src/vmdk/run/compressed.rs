@@ -19,7 +19,7 @@ use crate::vmdk::run::{State, Vmdk};
 
 /// The grains of a stream that are in memory.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Packed {
+pub(super) struct Compressed {
     pub grains: TableCache,
     /// For each slot: a grain as it is in the file.
     pub input: RegionId,
@@ -30,7 +30,7 @@ pub(super) struct Packed {
 const INFLATE: Compute = Compute { name: "inflate-grain", run: grain::inflate };
 const INFLATE_LAST: Compute = Compute { name: "inflate-last-grain", run: grain::inflate_last };
 
-impl Packed {
+impl Compressed {
     /// `len` bytes of what is beside a slot, from byte `off` on.
     pub fn beside(&self, slot: usize, off: u64, len: u64) -> Seg {
         let off = slot as u64 * self.input_size + off;
@@ -39,32 +39,39 @@ impl Packed {
 }
 
 /// What the cache calls the grain that byte `at` of the disk lies in: its first byte on the disk.
-pub(super) fn packed_key(at: u64, place: Place) -> u64 {
+pub(super) fn compressed_key(at: u64, place: Place) -> u64 {
     place.grain_start(place.grain_of(at))
 }
 
 impl Vmdk {
     /// The grains' cache.
-    pub(super) fn packed(&mut self) -> &mut Packed {
-        self.packed.as_mut().expect("a compressed extent has one")
+    pub(super) fn compressed(&mut self) -> &mut Compressed {
+        self.compressed.as_mut().expect("a compressed extent has one")
     }
 
     /// Copies `at..end`, all in one grain, to the guest, if the grain is in memory.
-    pub(super) fn read_packed(&mut self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) -> bool {
-        let (key, from) = (packed_key(at, place), at - cx.io().offset);
-        let packed = self.packed();
-        let Some(slot) = packed.grains.find(key).filter(|&slot| packed.grains.is_ready(slot))
+    pub(super) fn read_compressed(
+        &mut self,
+        at: u64,
+        end: u64,
+        place: Place,
+        cx: &mut Cx<'_>,
+    ) -> bool {
+        let (key, from) = (compressed_key(at, place), at - cx.io().offset);
+        let compressed = self.compressed();
+        let Some(slot) =
+            compressed.grains.find(key).filter(|&slot| compressed.grains.is_ready(slot))
         else {
             return false;
         };
         let off = (at - key) as usize;
-        let (region, start) = (packed.grains.region(), slot << place.grain_bits);
+        let (region, start) = (compressed.grains.region(), slot << place.grain_bits);
         cx.copy_region_to_guest(from, region, start + off, (end - at) as usize);
         true
     }
 
     /// Loads the grain at `at`, whose place in the file is `host`; `table` is its table's slot.
-    pub(super) fn load_packed(
+    pub(super) fn load_compressed(
         &mut self,
         at: u64,
         host: u64,
@@ -73,18 +80,18 @@ impl Vmdk {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         let len = self.likely_len(at, host, table, place, cx);
-        let packed = self.packed();
-        let key = packed_key(at, place);
-        if let Some(slot) = packed.grains.find(key) {
-            cx.park(packed.grains.waiters(slot));
+        let compressed = self.compressed();
+        let key = compressed_key(at, place);
+        if let Some(slot) = compressed.grains.find(key) {
+            cx.park(compressed.grains.waiters(slot));
             return Step::Wait(State::Next { at });
         }
-        let Some(slot) = packed.grains.reserve(key) else {
-            cx.park(&mut packed.grains.full);
+        let Some(slot) = compressed.grains.reserve(key) else {
+            cx.park(&mut compressed.grains.full);
             return Step::Wait(State::Next { at });
         };
         // Whoever reads it now finds it in the cache.
-        let seg = packed.beside(slot, 0, len);
+        let seg = compressed.beside(slot, 0, len);
         let file = Target::File(self.parts[place.part].file);
         cx.issue(Op::read(file, host, Segs::one(seg)));
         Step::Wait(State::ReadGrain { at, host, slot: slot as u32, have: len as u32 })
@@ -117,39 +124,39 @@ impl Vmdk {
         let place = self.place(self.part_at(at));
         let start = place.grain_start(place.grain_of(at)) - place.start;
         let lba = start >> SECTOR_BITS;
-        let packed = self.packed();
-        let (input, offset) = (packed.input, slot * packed.input_size as usize);
+        let compressed = self.compressed();
+        let (input, offset) = (compressed.input, slot * compressed.input_size as usize);
         let marker = &cx.mem().region(input)[offset..][..16];
         let len = match grain::marked_len(marker, lba, place.grain_size()) {
             Ok(len) => len,
-            Err(errno) => return self.packed_loaded(at, slot, Err(errno), cx),
+            Err(errno) => return self.compressed_loaded(at, slot, Err(errno), cx),
         };
         let have = u64::from(have);
         if len > have {
             let rest = (len - have).next_multiple_of(SECTOR);
-            let seg = self.packed().beside(slot, have, rest);
+            let seg = self.compressed().beside(slot, have, rest);
             let file = Target::File(self.parts[place.part].file);
             cx.issue(Op::read(file, host + have, Segs::one(seg)));
             let have = (have + rest) as u32;
             return Step::Wait(State::ReadGrain { at, host, slot: slot as u32, have });
         }
         let last = grain::is_last(&self.grains(place.part).header, lba);
-        let packed = self.packed();
-        let output = packed.grains.seg(slot, 0, place.grain_size() as usize);
+        let compressed = self.compressed();
+        let output = compressed.grains.seg(slot, 0, place.grain_size() as usize);
         let work = if last { INFLATE_LAST } else { INFLATE };
-        cx.issue(Op::compute(work, packed.beside(slot, 0, len), output));
+        cx.issue(Op::compute(work, compressed.beside(slot, 0, len), output));
         Step::Wait(State::Inflate { at, slot: slot as u32 })
     }
 
     /// A grain is in memory, or is not going to be.
-    pub(super) fn packed_loaded(
+    pub(super) fn compressed_loaded(
         &mut self,
         at: u64,
         slot: usize,
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        self.packed().grains.load_ended(slot, result.is_ok(), cx);
+        self.compressed().grains.load_ended(slot, result.is_ok(), cx);
         match result {
             Ok(()) => self.walk_from(at, Event::Start, cx),
             Err(errno) => Step::Done(Err(errno)),
@@ -158,7 +165,7 @@ impl Vmdk {
 
     /// Have the grains of a sparse part to be inflated?
     #[inline]
-    pub(super) fn is_packed(&self, part: usize) -> bool {
-        self.packed.is_some() && self.grains(part).header.is_compressed()
+    pub(super) fn is_compressed(&self, part: usize) -> bool {
+        self.compressed.is_some() && self.grains(part).header.is_compressed()
     }
 }

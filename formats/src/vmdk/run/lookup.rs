@@ -191,9 +191,9 @@ impl Vmdk {
             return step;
         }
         match found {
-            Found::Run { entry: Entry::Data(host), slot, .. } if self.is_packed(place.part) => {
+            Found::Run { entry: Entry::Data(host), slot, .. } if self.is_compressed(place.part) => {
                 match cx.io().kind {
-                    IoKind::Read => self.load_packed(at, host, slot, place, cx),
+                    IoKind::Read => self.load_compressed(at, host, slot, place, cx),
                     // A stream takes nothing back.
                     _ => Step::Done(Err(Errno::IO)),
                 }
@@ -235,7 +235,7 @@ impl Vmdk {
         let part = self.part_at(at);
         match self.parts[part].kind {
             PartKind::Flat(_) | PartKind::Zero => self.parts[part].end,
-            PartKind::Sparse(_) if self.is_packed(part) => {
+            PartKind::Sparse(_) if self.is_compressed(part) => {
                 let place = self.place(part);
                 place.grain_start(place.grain_of(at) + 1).min(place.end)
             }
@@ -314,7 +314,7 @@ impl Vmdk {
         let mut next = 1;
         let mut expected = entry;
         // Deflated grains do not follow one another at a grain's distance.
-        let alone = matches!(entry, Entry::Data(_)) && self.is_packed(part);
+        let alone = matches!(entry, Entry::Data(_)) && self.is_compressed(part);
         while run_end < end && next < entries.len() && !alone {
             if let Entry::Data(offset) = expected {
                 expected = Entry::Data(offset + place.grain_size());
@@ -373,9 +373,10 @@ impl Vmdk {
         let Entry::Data(offset) = entry else {
             return self.without_data(at, run_end, entry, place, issued, cx);
         };
-        if self.is_packed(place.part) {
+        if self.is_compressed(place.part) {
             let is_read = cx.io().kind == IoKind::Read;
-            return (is_read && self.read_packed(at, run_end, place, cx)).then_some(Ok(run_end));
+            return (is_read && self.read_compressed(at, run_end, place, cx))
+                .then_some(Ok(run_end));
         }
         if mutant!("vmdk_woken_trusts_old_lookup")
             && event == Event::Woken
@@ -496,12 +497,12 @@ impl Vmdk {
 
     /// Every slot that the table could have is pinned: by claims, or because it is to be written.
     fn wait_for_room(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
-        if self.sweep.wants_chore() && !self.asked.contains(&Asked::Sweep) {
-            self.asked.push(Asked::Sweep);
+        if self.writeback.wants_chore() && !self.asked.contains(&Asked::Writeback) {
+            self.asked.push(Asked::Writeback);
             cx.ask();
         }
         cx.park(&mut self.tables.full);
-        Step::Wait(State::Room { at, attempt: self.sweep.next_attempt() })
+        Step::Wait(State::Room { at, attempt: self.writeback.next_attempt() })
     }
 
     pub(super) fn table_loaded(

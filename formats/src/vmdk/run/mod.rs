@@ -3,7 +3,7 @@
 //! ```text
 //!            ┌────────────── look again ◄─────────────────────────────┐
 //! Next ──────┤ table not there ─> LoadTable ──────────────────────────┤
-//!  │ │ │ │   │ no slot for it ─> Room (a sweep makes it) ─────────────┤
+//!  │ │ │ │   │ no slot for it ─> Room (a writeback makes it) ─────────────┤
 //!  │ │ │ │   │ first write of all ─> WriteCid ────────────────────────┤
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
@@ -16,11 +16,11 @@
 //! under one grain table, up to 512: it claims them, takes one run of space, copies at most the two
 //! ends from the parent, and writes data and copies as one. Then its entries are *published*: in
 //! memory, where everybody sees them. On disk they come later, whole sectors of a table at a time,
-//! by a *sweep*: at a guest's flush, when the cache has no room, or when a deadline has come.
+//! by a *writeback*: at a guest's flush, when the cache has no room, or when a deadline has come.
 //! Nothing is flushed before.
 //!
 //! # Why a crash harms nothing
-//! 1. *A sweep seals before it fences.* It copies each changed table, flushes whatever those
+//! 1. *A writeback seals before it fences.* It copies each changed table, flushes whatever those
 //!    copies rely on, and writes the copies. What is published meanwhile waits for the next one.
 //! 2. *Space is zeros before anything points at it*: it is gained by truncation and never used
 //!    twice. So an entry whose data is lost shows zeros, the old contents where there is no parent;
@@ -53,13 +53,13 @@ use crate::vmdk::disk::grain::size_max;
 use crate::vmdk::disk::layout::{AT_END, Bounds, FILE_MAX, Header, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::open::{ExtentKind, Opened};
 use crate::vmdk::run::allocate::Claim;
-use crate::vmdk::run::compressed::Packed;
+use crate::vmdk::run::compressed::Compressed;
 use crate::vmdk::run::stream::Stream;
-use crate::vmdk::run::writeback::{Phase, Root, Slot, Sweep};
+use crate::vmdk::run::writeback::{Phase, Root, Slot, Writeback};
 
 /// Bytes that the cache has for a table: what is published, and behind it what is being written.
 const SLOT_BYTES: usize = 2 * COPY_AT;
-/// Where in a slot the copy is that a sweep writes.
+/// Where in a slot the copy is that a writeback writes.
 const COPY_AT: usize = 2048;
 
 /// How a VMDK image is run.
@@ -72,7 +72,7 @@ pub struct VmdkOptions {
     /// How the files grow.
     pub growth: Growth,
     /// How long after it has changed a table is written although nobody flushes, in milliseconds.
-    pub sweep_after_ms: u64,
+    pub writeback_after_ms: u64,
     /// Random bits for the new content id, the same ones each time for who wants to repeat a run.
     /// `None`, the default: from the system. An image whose ids repeat passes for one that has not
     /// changed, and overlays then show wrong data.
@@ -86,7 +86,7 @@ impl Default for VmdkOptions {
             cache_tables: 1024,
             cache_grains: 16,
             growth,
-            sweep_after_ms: 5000,
+            writeback_after_ms: 5000,
             entropy: None,
         }
     }
@@ -106,9 +106,9 @@ pub struct Vmdk {
     tables: TableCache,
     slots: Vec<Slot>,
     /// Of a stream.
-    packed: Option<Packed>,
+    compressed: Option<Compressed>,
     claims: Claims<Claim>,
-    sweep: Sweep,
+    writeback: Writeback,
     cid: Cid,
     /// Chores that were asked for and not begun yet.
     asked: Vec<Asked>,
@@ -119,7 +119,7 @@ pub struct Vmdk {
 #[derive(Clone, Debug)]
 pub struct Regions {
     tables: TableCache,
-    packed: Option<Packed>,
+    compressed: Option<Compressed>,
 }
 
 impl Regions {
@@ -135,15 +135,15 @@ impl Regions {
             ExtentKind::Sparse(sparse) if sparse.header.is_compressed() => Some(&sparse.header),
             _ => None,
         });
-        let packed = compressed.map(|header| {
+        let compressed = compressed.map(|header| {
             let (unit, slots) = (header.grain_size() as usize, options.cache_grains);
             let grains = TableCache::new(region(TableCache::bytes_for(unit, slots)), unit, slots);
             let input_size = size_max(header.grain_size());
             let input = region(grains.len() * input_size as usize);
             let stream = Stream::new(region(Stream::tail_bytes(header)));
-            Packed { grains, input, input_size, stream }
+            Compressed { grains, input, input_size, stream }
         });
-        Regions { tables, packed }
+        Regions { tables, compressed }
     }
 }
 
@@ -214,7 +214,7 @@ enum Asked {
     /// Make the file of this part longer.
     Grow(u32),
     /// Write tables, so that there is room for others.
-    Sweep,
+    Writeback,
 }
 
 /// A request's state, named by what it awaits. `at` is the first byte of the guest range not yet
@@ -226,7 +226,7 @@ pub enum State {
     Next { at: u64 },
     /// As `Next`, for space in `part` that attempt number `attempt` to grow it was to give.
     Space { at: u64, part: u32, attempt: u32 },
-    /// As `Next`, for a slot of the cache that sweep number `attempt` was to give.
+    /// As `Next`, for a slot of the cache that writeback number `attempt` was to give.
     Room { at: u64, attempt: u32 },
     /// The ops of mapped pieces, or the requests for pieces, up to `at`.
     Pieces { at: u64 },
@@ -260,7 +260,7 @@ pub enum State {
     CopyWrite { claim: u32, from: u64 },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
-    /// A running sweep to end, and after that one that is number `target` or later.
+    /// A running writeback to end, and after that one that is number `target` or later.
     Ride { target: u32 },
     /// What the sealed tables rely on, stable; the flushes from file `next` on are to be issued.
     Fence { next: u32 },
@@ -273,7 +273,7 @@ pub enum State {
     /// A flush with no table to write.
     FlushOnly { next: u32 },
     /// Chore: write tables.
-    Sweep,
+    Writeback,
     /// Chore: the file's new length.
     Grow { part: u32, to: u64, exact: bool },
     /// Chore: leave the image as one that was closed.
@@ -296,7 +296,7 @@ impl Vmdk {
         regions: Regions,
         options: VmdkOptions,
     ) -> Vmdk {
-        let Regions { tables, packed } = regions;
+        let Regions { tables, compressed } = regions;
         let slots = vec![Slot::default(); tables.len()];
         let entropy = options.entropy.unwrap_or_else(random);
         let digits = super::digits(&opened.descriptor, entropy);
@@ -308,8 +308,8 @@ impl Vmdk {
                 ExtentKind::Flat(at) => PartKind::Flat(at),
                 ExtentKind::Zero => PartKind::Zero,
                 ExtentKind::Sparse(sparse) => {
-                    let packed = sparse.header.is_compressed();
-                    let unit = if packed { SECTOR } else { sparse.header.grain_size() };
+                    let compressed = sparse.header.is_compressed();
+                    let unit = if compressed { SECTOR } else { sparse.header.grain_size() };
                     let end = sparse.grains_end();
                     let space = Space::new(end, unit, FILE_MAX, options.growth);
                     let mut header = sparse.header.clone();
@@ -332,10 +332,10 @@ impl Vmdk {
             writable,
             backing,
             parent_changed: opened.parent_changed,
-            sweep: Sweep::new(slots.len()),
+            writeback: Writeback::new(slots.len()),
             slots,
             tables,
-            packed,
+            compressed,
             claims: Claims::new(),
             cid: Cid { at, digits, len, state: CidState::Old, waiters: WaitList::new() },
             asked: Vec::with_capacity(4),
@@ -382,11 +382,11 @@ impl Vmdk {
     pub fn assert_idle(&self) {
         assert!(self.claims.is_empty() && self.asked.is_empty(), "something is claimed");
         assert!(self.cid.state != CidState::Writing && self.cid.waiters.is_empty());
-        self.sweep.assert_idle();
+        self.writeback.assert_idle();
         self.tables.assert_idle(|slot| u32::from(self.slots[slot].is_dirty()));
-        if let Some(packed) = &self.packed {
-            packed.grains.assert_idle(|_| 0);
-            packed.stream.assert_idle();
+        if let Some(compressed) = &self.compressed {
+            compressed.grains.assert_idle(|_| 0);
+            compressed.stream.assert_idle();
         }
         for part in &self.parts {
             if let PartKind::Sparse(grains) = &part.kind {
@@ -502,7 +502,7 @@ impl Driver for Vmdk {
             State::WriteData { .. } => 9,
             State::Ride { .. } | State::FlushFiles { .. } | State::FlushOnly { .. } => 10,
             State::Fence { .. } => 11,
-            State::WriteTables { .. } | State::WriteRoot { .. } | State::Sweep => 12,
+            State::WriteTables { .. } | State::WriteRoot { .. } | State::Writeback => 12,
             State::Grow { .. } => 13,
             State::Tidy | State::WriteTail | State::CutEnds { .. } => 14,
         }
@@ -530,11 +530,11 @@ impl Driver for Vmdk {
                     let (to, exact) = self.grains(part as usize).space.goal();
                     Some(State::Grow { part, to, exact })
                 }
-                Asked::Sweep => Some(State::Sweep),
+                Asked::Writeback => Some(State::Writeback),
             },
             Chore::Deadline => {
-                self.sweep.due = None;
-                Some(State::Sweep)
+                self.writeback.due = None;
+                Some(State::Writeback)
             }
             Chore::Settle => self.writable.then_some(State::Tidy),
         }
@@ -542,7 +542,7 @@ impl Driver for Vmdk {
 
     #[inline]
     fn deadline(&self) -> Option<Time> {
-        self.sweep.due
+        self.writeback.due
     }
 
     fn step(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
@@ -557,7 +557,7 @@ impl Driver for Vmdk {
                 self.woken(at, failure, cx)
             }
             (State::Room { at, attempt }, Event::Woken) => {
-                let failure = self.sweep.failure_of(attempt);
+                let failure = self.writeback.failure_of(attempt);
                 self.woken(at, failure, cx)
             }
             (State::Pieces { at }, Event::Io(Ok(()))) => self.walk_from(at, Event::Start, cx),
@@ -571,7 +571,7 @@ impl Driver for Vmdk {
             (
                 State::ReadGrain { at, slot, .. } | State::Inflate { at, slot },
                 Event::Io(result),
-            ) => self.packed_loaded(at, slot as usize, result, cx),
+            ) => self.compressed_loaded(at, slot as usize, result, cx),
             (State::Deflate { claim, slot }, Event::Io(_))
             | (State::Append { claim, slot }, Event::Woken) => self.append(claim, slot, event, cx),
             (State::AppendSpace { claim, slot, attempt }, Event::Woken) => {
@@ -614,10 +614,10 @@ impl Driver for Vmdk {
             (
                 State::Fence { .. } | State::WriteTables { .. } | State::FlushFiles { .. },
                 Event::Io(result),
-            ) => self.sweep_over(result, cx),
+            ) => self.writeback_over(result, cx),
             (State::FlushOnly { next }, Event::Io(Ok(()))) => self.flush_only(next, cx),
             (State::FlushOnly { .. }, Event::Io(error)) => Step::Done(error),
-            (State::Sweep, Event::Start) => self.sweep_for_room(cx),
+            (State::Writeback, Event::Start) => self.writeback_for_room(cx),
             (State::Grow { part, to, exact }, Event::Start) => self.grow(part, to, exact, cx),
             (State::Grow { part, to, exact }, Event::Io(result)) => {
                 self.grown(part, to, exact, result, cx)

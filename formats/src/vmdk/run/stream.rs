@@ -6,7 +6,7 @@
 //! turn. It stays in the cache: who has just written it can read it.
 //!
 //! Grain tables are in the stream too, each behind a marker and in front of its first grain; they
-//! are written again by sweeps. When the image is closed directory, footer and end mark follow. A
+//! are written again by writebacks. When the image is closed directory, footer and end mark follow. A
 //! stream that is opened again goes on where these were: from its first write until it is closed it
 //! has no end, and a crash leaves it without one.
 
@@ -21,7 +21,7 @@ use crate::parts::growth::Taken;
 use crate::vmdk::disk::grain;
 use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::create::end_of_stream;
-use crate::vmdk::run::compressed::packed_key;
+use crate::vmdk::run::compressed::compressed_key;
 use crate::vmdk::run::lookup::Place;
 use crate::vmdk::run::{Asked, PartKind, State, Vmdk};
 
@@ -68,12 +68,12 @@ impl Stream {
 
 impl Vmdk {
     fn stream(&mut self) -> &mut Stream {
-        &mut self.packed().stream
+        &mut self.compressed().stream
     }
 
     /// Is this a stream whose directory is at its end?
     pub(super) fn has_footer(&self) -> bool {
-        self.packed.is_some()
+        self.compressed.is_some()
             && matches!(&self.parts[0].kind, PartKind::Sparse(grains) if grains.root.has_footer)
     }
 
@@ -94,24 +94,24 @@ impl Vmdk {
         if at != place.grain_start(grain) || io.end() < end {
             return Step::Done(Err(Errno::INVALID));
         }
-        let key = packed_key(at, place);
-        let packed = self.packed();
+        let key = compressed_key(at, place);
+        let compressed = self.compressed();
         // In order of arrival: whoever comes later waits behind those who wait.
-        let first = packed.grains.full.is_empty();
-        let Some(slot) = first.then(|| packed.grains.reserve(key)).flatten() else {
-            cx.park(&mut packed.grains.full);
+        let first = compressed.grains.full.is_empty();
+        let Some(slot) = first.then(|| compressed.grains.reserve(key)).flatten() else {
+            cx.park(&mut compressed.grains.full);
             return Step::Wait(State::Next { at });
         };
-        let (region, off) = (packed.grains.region(), slot << place.grain_bits);
+        let (region, off) = (compressed.grains.region(), slot << place.grain_bits);
         let len = (end - at) as usize;
         cx.copy_guest_to_region(at - io.offset, region, off, len);
         let grain_size = place.grain_size() as usize;
         cx.mem().region_mut(region)[off + len..off + grain_size].fill(0);
-        let room = packed.input_size;
+        let room = compressed.input_size;
         let (input, output) =
-            (packed.grains.seg(slot, 0, grain_size), packed.beside(slot, 0, room));
+            (compressed.grains.seg(slot, 0, grain_size), compressed.beside(slot, 0, room));
         cx.issue(Op::compute(DEFLATE, input, output));
-        let claim = self.claim_packed(at, end, table, place);
+        let claim = self.claim_compressed(at, end, table, place);
         let stream = self.stream();
         stream.queue.push_back(claim);
         stream.open = true;
@@ -127,7 +127,7 @@ impl Vmdk {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         if let Event::Io(Err(errno)) = event {
-            return self.fail_packed(key, slot, errno, cx);
+            return self.fail_compressed(key, slot, errno, cx);
         }
         if self.stream().queue.front() != Some(&key) {
             cx.park(&mut self.stream().turn);
@@ -136,9 +136,9 @@ impl Vmdk {
         let (at, _) = self.claims[key].range();
         let place = self.place(self.part_at(at));
         let lba = (at - place.start) >> SECTOR_BITS;
-        let packed = self.packed();
-        let start = slot as usize * packed.input_size as usize;
-        let marker = &mut cx.mem().region_mut(packed.input)[start..][..16];
+        let compressed = self.compressed();
+        let start = slot as usize * compressed.input_size as usize;
+        let marker = &mut cx.mem().region_mut(compressed.input)[start..][..16];
         marker[..8].copy_from_slice(&lba.to_le_bytes());
         let Some(Marker::Grain { size, .. }) = Marker::parse(marker) else {
             unreachable!("a deflated grain has a marker and a size");
@@ -152,12 +152,12 @@ impl Vmdk {
                 let attempt = space.attempt;
                 return Step::Wait(State::AppendSpace { claim: key, slot, attempt });
             }
-            Err(errno) => return self.fail_packed(key, slot, errno, cx),
+            Err(errno) => return self.fail_compressed(key, slot, errno, cx),
         };
         self.claims[key].set_entry(Entry::Data(offset));
         self.next_turn(key, cx);
         let file = self.parts[place.part].file;
-        let seg = self.packed().beside(slot as usize, 0, len);
+        let seg = self.compressed().beside(slot as usize, 0, len);
         cx.issue(Op::write(file, offset, Segs::one(seg)));
         Step::Wait(State::WriteGrain { claim: key, slot })
     }
@@ -185,7 +185,7 @@ impl Vmdk {
     ) -> Step<State> {
         let (at, _) = self.claims[key].range();
         match self.grains(self.part_at(at)).space.failure_of(attempt) {
-            Some(errno) => self.fail_packed(key, slot, errno, cx),
+            Some(errno) => self.fail_compressed(key, slot, errno, cx),
             None => self.append(key, slot, Event::Woken, cx),
         }
     }
@@ -205,15 +205,21 @@ impl Vmdk {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         if let Err(errno) = result {
-            return self.fail_packed(key, slot, errno, cx);
+            return self.fail_compressed(key, slot, errno, cx);
         }
-        self.packed().grains.load_ended(slot as usize, true, cx);
+        self.compressed().grains.load_ended(slot as usize, true, cx);
         self.published(key, cx)
     }
 
-    fn fail_packed(&mut self, key: u32, slot: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn fail_compressed(
+        &mut self,
+        key: u32,
+        slot: u32,
+        errno: Errno,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
         self.next_turn(key, cx);
-        self.packed().grains.load_ended(slot as usize, false, cx);
+        self.compressed().grains.load_ended(slot as usize, false, cx);
         self.fail(key, errno, cx)
     }
 

@@ -1,13 +1,13 @@
 //! Writing changed tables, and flushing.
 //!
-//! One sweep at a time. It *seals* every changed table: copies it, within its slot. Then, if the
+//! One writeback at a time. It *seals* every changed table: copies it, within its slot. Then, if the
 //! copies rely on something that may not be stable, it *fences*: flushes that. Then it writes the
 //! changed sectors of the copies, of all primary tables at once, and those of the directory. Then it
 //! flushes, which is what a guest's flush is for, and only then writes the redundant tables: what
 //! they say is in the primary ones after any crash, so where they know more, it is damage, and can
-//! be repaired. Meanwhile everybody may publish: what comes after the seal goes with the next sweep.
+//! be repaired. Meanwhile everybody may publish: what comes after the seal goes with the next writeback.
 //!
-//! A guest's flush that finds a sweep running waits for the next one that begins, with everybody
+//! A guest's flush that finds a writeback running waits for the next one that begins, with everybody
 //! else who asks.
 
 use cowbell_engine::mutant;
@@ -30,7 +30,7 @@ pub(super) struct Slot {
     pub origin: (u32, u32),
     /// Bytes that have changed since the last seal, in whole sectors. A pin goes with it.
     dirty: Option<(u16, u16)>,
-    /// Bytes that the sweep under way writes. A pin goes with it.
+    /// Bytes that the writeback under way writes. A pin goes with it.
     sealed: Option<(u16, u16)>,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Root {
     redundant_at: u64,
     /// The directory is on disk only when a stream is closed.
     pub has_footer: bool,
-    /// Sectors that have changed, and copies of those that the sweep under way writes.
+    /// Sectors that have changed, and copies of those that the writeback under way writes.
     dirty: Vec<u32>,
     sealed: Vec<(u32, Copies)>,
     /// Tables change by sectors.
@@ -147,7 +147,7 @@ fn sectors_of_table(header: &Header) -> usize {
     header.table_bytes().div_ceil(SECTOR) as usize
 }
 
-/// Which tables a sweep is writing.
+/// Which tables a writeback is writing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Phase {
     /// The tables that count.
@@ -160,7 +160,7 @@ pub enum Phase {
     RedundantRoots,
 }
 
-/// Why a sweep was begun.
+/// Why a writeback was begun.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum For {
     /// A guest's flush.
@@ -173,12 +173,12 @@ enum For {
 
 /// Tables to be written, and who writes them. See the module.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Sweep {
+pub(super) struct Writeback {
     running: Option<For>,
-    /// Sweeps begun that end with a flush.
+    /// Writebacks begun that end with a flush.
     flushes: u32,
     flush_failed: Option<(u32, Errno)>,
-    /// Sweeps begun.
+    /// Writebacks begun.
     count: u32,
     failed: Option<(u32, Errno)>,
     /// Slots with something to write, and those being written.
@@ -190,9 +190,9 @@ pub(super) struct Sweep {
     waiters: WaitList,
 }
 
-impl Sweep {
-    pub fn new(slots: usize) -> Sweep {
-        Sweep {
+impl Writeback {
+    pub fn new(slots: usize) -> Writeback {
+        Writeback {
             running: None,
             flushes: 0,
             flush_failed: None,
@@ -211,17 +211,17 @@ impl Sweep {
         !self.dirty.is_empty() || self.roots
     }
 
-    /// Would a sweep make room in the cache, and is none under way?
+    /// Would a writeback make room in the cache, and is none under way?
     pub fn wants_chore(&self) -> bool {
         self.running.is_none() && !self.dirty.is_empty()
     }
 
-    /// The number of the sweep that runs, or will be next.
+    /// The number of the writeback that runs, or will be next.
     pub fn next_attempt(&self) -> u32 {
         self.count.wrapping_add(u32::from(self.running.is_none()))
     }
 
-    /// Why sweep number `attempt`, or one after it, failed; `None` if none did.
+    /// Why writeback number `attempt`, or one after it, failed; `None` if none did.
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
         since(self.failed, attempt)
     }
@@ -252,7 +252,7 @@ impl Vmdk {
         let state = &mut self.slots[slot];
         if state.dirty.is_none() {
             self.tables.pin(slot);
-            self.sweep.dirty.push(slot as u32);
+            self.writeback.dirty.push(slot as u32);
         }
         state.dirty = union(state.dirty, Some((range.0 as u16, range.1 as u16)));
         let (part, table) = state.origin;
@@ -263,41 +263,41 @@ impl Vmdk {
 
     /// A directory has changed.
     pub(super) fn note_change(&mut self, cx: &mut Cx<'_>) {
-        self.sweep.roots = true;
+        self.writeback.roots = true;
         self.set_due(cx);
     }
 
     fn set_due(&mut self, cx: &Cx<'_>) {
-        let after = self.options.sweep_after_ms;
-        self.sweep.due.get_or_insert_with(|| cx.now().plus_ms(after));
+        let after = self.options.writeback_after_ms;
+        self.writeback.due.get_or_insert_with(|| cx.now().plus_ms(after));
     }
 
     /// A guest's flush, or the end of a write that wants one.
     pub(super) fn flush_all(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.sweep.running.is_some() && !mutant!("vmdk_flush_rides_on_a_running_sweep") {
-            cx.park(&mut self.sweep.waiters);
-            return Step::Wait(State::Ride { target: self.sweep.flushes.wrapping_add(1) });
+        if self.writeback.running.is_some() && !mutant!("vmdk_flush_rides_on_a_running_writeback") {
+            cx.park(&mut self.writeback.waiters);
+            return Step::Wait(State::Ride { target: self.writeback.flushes.wrapping_add(1) });
         }
-        if !self.sweep.has_work() || mutant!("vmdk_flush_writes_no_tables") {
+        if !self.writeback.has_work() || mutant!("vmdk_flush_writes_no_tables") {
             return self.flush_only(0, cx);
         }
-        self.begin_sweep(For::Flush, cx)
+        self.begin_writeback(For::Flush, cx)
     }
 
-    /// A sweep has ended: was it the one that was waited for?
+    /// A writeback has ended: was it the one that was waited for?
     pub(super) fn ride(&mut self, target: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let begun = self.sweep.flushes.wrapping_sub(target) < u32::MAX / 2;
-        let flushing = self.sweep.running.is_some_and(|reason| reason != For::Room);
-        if begun && !(flushing && self.sweep.flushes == target) {
-            let failure = since(self.sweep.flush_failed, target);
+        let begun = self.writeback.flushes.wrapping_sub(target) < u32::MAX / 2;
+        let flushing = self.writeback.running.is_some_and(|reason| reason != For::Room);
+        if begun && !(flushing && self.writeback.flushes == target) {
+            let failure = since(self.writeback.flush_failed, target);
             return Step::Done(failure.map_or(Ok(()), Err));
         }
-        if self.sweep.running.is_some() {
-            cx.park(&mut self.sweep.waiters);
+        if self.writeback.running.is_some() {
+            cx.park(&mut self.writeback.waiters);
             return Step::Wait(State::Ride { target });
         }
-        // Even if there is nothing to write: others wait for a sweep of this number.
-        self.begin_sweep(For::Flush, cx)
+        // Even if there is nothing to write: others wait for a writeback of this number.
+        self.begin_writeback(For::Flush, cx)
     }
 
     /// Flushes every file from number `next` on.
@@ -321,28 +321,28 @@ impl Vmdk {
         }
     }
 
-    /// Chore: a sweep that makes room, or because it is time.
-    pub(super) fn sweep_for_room(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.sweep.running.is_some() || !self.sweep.has_work() {
+    /// Chore: a writeback that makes room, or because it is time.
+    pub(super) fn writeback_for_room(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.writeback.running.is_some() || !self.writeback.has_work() {
             return Step::Done(Ok(()));
         }
-        self.begin_sweep(For::Room, cx)
+        self.begin_writeback(For::Room, cx)
     }
 
-    fn begin_sweep(&mut self, reason: For, cx: &mut Cx<'_>) -> Step<State> {
-        let sweep = &mut self.sweep;
-        sweep.running = Some(reason);
-        sweep.count = sweep.count.wrapping_add(1);
+    fn begin_writeback(&mut self, reason: For, cx: &mut Cx<'_>) -> Step<State> {
+        let writeback = &mut self.writeback;
+        writeback.running = Some(reason);
+        writeback.count = writeback.count.wrapping_add(1);
         if reason != For::Room {
-            sweep.flushes = sweep.flushes.wrapping_add(1);
+            writeback.flushes = writeback.flushes.wrapping_add(1);
         }
-        sweep.due = None;
+        writeback.due = None;
         let fences = self.needs_fence();
         if mutant!("vmdk_sealed_after_fence") && fences {
             return self.fence(0, cx);
         }
         self.seal(cx);
-        if fences && !mutant!("vmdk_sweep_without_fence") {
+        if fences && !mutant!("vmdk_writeback_without_fence") {
             return self.fence(0, cx);
         }
         self.write_tables(Phase::Primary, 0, cx)
@@ -350,7 +350,7 @@ impl Vmdk {
 
     /// Does what is to be written rely on anything that may not be stable?
     fn needs_fence(&self) -> bool {
-        if !self.sweep.has_work() {
+        if !self.writeback.has_work() {
             return false;
         }
         let grown = self.parts.iter().any(|part| match &part.kind {
@@ -364,9 +364,9 @@ impl Vmdk {
 
     /// Copies what has changed: that is what gets written.
     fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.sweep.dirty, &mut self.sweep.sealed);
-        self.sweep.roots = false;
-        for &slot in &self.sweep.sealed {
+        std::mem::swap(&mut self.writeback.dirty, &mut self.writeback.sealed);
+        self.writeback.roots = false;
+        for &slot in &self.writeback.sealed {
             let state = &mut self.slots[slot as usize];
             state.sealed = state.dirty.take();
             let bytes = self.tables.bytes_mut(slot as usize, cx.mem());
@@ -421,11 +421,11 @@ impl Vmdk {
                     return step;
                 }
             } else {
-                while (next as usize) < self.sweep.sealed.len() {
+                while (next as usize) < self.writeback.sealed.len() {
                     if issued && cx.room() == 0 {
                         return Step::Wait(State::WriteTables { phase, next });
                     }
-                    let slot = self.sweep.sealed[next as usize] as usize;
+                    let slot = self.writeback.sealed[next as usize] as usize;
                     issued |= self.write_table(slot, phase == Phase::Redundant, cx);
                     next += 1;
                 }
@@ -439,7 +439,7 @@ impl Vmdk {
                 Phase::Redundant => Phase::RedundantRoots,
                 Phase::Roots if mutant!("vmdk_redundant_tables_before_flush") => Phase::Redundant,
                 Phase::Roots => return self.flush_files(0, cx),
-                Phase::RedundantRoots => return self.sweep_over(Ok(()), cx),
+                Phase::RedundantRoots => return self.writeback_over(Ok(()), cx),
             };
         }
     }
@@ -506,7 +506,7 @@ impl Vmdk {
         cx.give_buf(buf);
         match result {
             Ok(()) => self.write_tables(phase, next + 1, cx),
-            Err(_) => self.sweep_over(result, cx),
+            Err(_) => self.writeback_over(result, cx),
         }
     }
 
@@ -520,16 +520,20 @@ impl Vmdk {
         if mutant!("vmdk_redundant_tables_before_flush")
             || mutant!("vmdk_redundant_tables_not_written")
         {
-            return self.sweep_over(Ok(()), cx);
+            return self.writeback_over(Ok(()), cx);
         }
         self.write_tables(Phase::Redundant, 0, cx)
     }
 
-    /// The sweep has ended. What could not be written is to be written again.
-    pub(super) fn sweep_over(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let failed = result.is_err() && !mutant!("vmdk_failed_sweep_counts_as_written");
-        for i in 0..self.sweep.sealed.len() {
-            let slot = self.sweep.sealed[i] as usize;
+    /// The writeback has ended. What could not be written is to be written again.
+    pub(super) fn writeback_over(
+        &mut self,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        let failed = result.is_err() && !mutant!("vmdk_failed_writeback_counts_as_written");
+        for i in 0..self.writeback.sealed.len() {
+            let slot = self.writeback.sealed[i] as usize;
             let state = &mut self.slots[slot];
             let sealed = state.sealed.take();
             let was_dirty = state.dirty.is_some();
@@ -537,35 +541,35 @@ impl Vmdk {
                 state.dirty = union(state.dirty, sealed);
             }
             if failed && !was_dirty {
-                self.sweep.dirty.push(slot as u32);
+                self.writeback.dirty.push(slot as u32);
             } else {
                 self.tables.unpin(slot);
             }
         }
-        self.sweep.sealed.clear();
+        self.writeback.sealed.clear();
         for part in &mut self.parts {
             let PartKind::Sparse(grains) = &mut part.kind else { continue };
             let root = &mut grains.root;
-            self.sweep.roots |= failed && !root.sealed.is_empty();
+            self.writeback.roots |= failed && !root.sealed.is_empty();
             for (sector, _) in root.sealed.drain(..).filter(|_| failed) {
                 if !root.dirty.contains(&sector) {
                     root.dirty.push(sector);
                 }
             }
         }
-        if self.sweep.has_work() {
+        if self.writeback.has_work() {
             self.set_due(cx);
         }
-        let sweep = &mut self.sweep;
-        let reason = sweep.running.take().expect("it was running");
+        let writeback = &mut self.writeback;
+        let reason = writeback.running.take().expect("it was running");
         if let Err(errno) = result {
-            sweep.failed = Some((sweep.count, errno));
+            writeback.failed = Some((writeback.count, errno));
             if reason != For::Room {
-                sweep.flush_failed = Some((sweep.flushes, errno));
+                writeback.flush_failed = Some((writeback.flushes, errno));
             }
         }
-        if !mutant!("vmdk_sweep_wakes_nobody") {
-            cx.wake_all(&mut sweep.waiters);
+        if !mutant!("vmdk_writeback_wakes_nobody") {
+            cx.wake_all(&mut writeback.waiters);
         }
         cx.wake_all(&mut self.tables.full);
         match (reason, result) {
@@ -579,11 +583,11 @@ impl Vmdk {
 
     /// Chore: writes what is to be written, makes it stable, and cuts off the files' spare ends.
     pub(super) fn tidy(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.sweep.running.is_some() {
-            cx.park(&mut self.sweep.waiters);
+        if self.writeback.running.is_some() {
+            cx.park(&mut self.writeback.waiters);
             return Step::Wait(State::Tidy);
         }
-        self.begin_sweep(For::Tidy, cx)
+        self.begin_writeback(For::Tidy, cx)
     }
 
     /// Cuts the spare ends of the files off, from part `next` on.
