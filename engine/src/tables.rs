@@ -131,6 +131,18 @@ impl TableCache {
         None
     }
 
+    /// The slice of `key` is known to be zeros, as that of a new table is: it need not be loaded.
+    /// Answers its slot; `None`: there is none to be had now, or the slice has one.
+    pub fn put_zeros(&mut self, key: u64, cx: &mut Cx<'_>) -> Option<usize> {
+        if self.find(key).is_some() {
+            return None;
+        }
+        let slot = self.reserve(key)?;
+        self.bytes_mut(slot, cx.mem()).fill(0);
+        self.load_ended(slot, true, cx);
+        Some(slot)
+    }
+
     /// A slot.
     #[inline]
     pub fn slot(&self, slot: usize) -> &TableSlot {

@@ -140,6 +140,11 @@ impl Image {
         }
     }
 
+    /// One with memory and growth that no small workload uses up.
+    pub fn ample(format: Format) -> Image {
+        Image { cache: 8, ahead: 32, ..Image::new(format) }
+    }
+
     /// Bytes that one table maps; for raw, which has none, a few clusters.
     pub fn span(&self) -> u64 {
         match self.format {

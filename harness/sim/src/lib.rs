@@ -15,6 +15,7 @@ pub mod explore;
 pub mod gate;
 pub mod host;
 pub mod image;
+pub mod latencies;
 pub mod metrics;
 pub mod mutants;
 pub mod random;

@@ -157,10 +157,11 @@ pub const MUTANTS: &[Mutant] = &[
         "qcow2_flush_joins_writeback_under_way",
         "a flush goes with a writeback that began before it came",
     ),
+    qcow2("qcow2_length_not_fenced", "a table may lead behind the end that a crash leaves"),
     qcow2("qcow2_table_error_ignored", "a failed write of tables counts as a good one"),
     qcow2(
         "qcow2_reserve_before_stable",
-        "clusters are handed out before their refcounts are stable",
+        "a table may lead to clusters whose refcounts are not stable",
     ),
     qcow2(
         "qcow2_reused_while_in_use",

@@ -740,6 +740,11 @@ impl<S: Subject> World<S> {
         format!("{:?}", self.engine)
     }
 
+    /// How many requests have ended.
+    pub fn ended(&self) -> u32 {
+        self.ended
+    }
+
     /// The workload.
     pub fn workload(&self) -> &Workload {
         &self.plan.workload

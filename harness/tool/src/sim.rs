@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use cowbell_formats::Format;
 use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
+use cowbell_sim::image::Image;
+use cowbell_sim::latencies::latencies;
 use cowbell_sim::mutants::hunt_all;
 use cowbell_sim::random::random;
 use cowbell_sim::shrink::shrink;
@@ -76,6 +78,12 @@ enum What {
         /// The trace
         file: PathBuf,
     },
+    /// How often requests on a new image wait for the device, one time after the other
+    Latencies {
+        /// raw, qed, qcow2 or vmdk; all if not said
+        #[arg(short, long, value_name = "FMT")]
+        format: Option<String>,
+    },
     /// Plant defects, one at a time, and find each (needs a build with the feature `mutants`)
     Mutants {
         /// Only those whose name contains this
@@ -105,6 +113,20 @@ struct How {
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     match &args.what {
+        What::Latencies { format } => {
+            let mut out = Out::new(false);
+            for format in formats(format.as_deref())? {
+                writeln!(out, "{format}")?;
+                for waited in latencies(Image::ample(format)).map_err(Fail::other)? {
+                    writeln!(out, "  {:<26} {}", waited.what, waited.ops.len())?;
+                    for ops in waited.ops {
+                        writeln!(out, "    {ops}")?;
+                    }
+                }
+            }
+            out.flush()?;
+            Ok(0)
+        }
         What::Explore { format, ops, faults, gate, scopes: each, images, seconds, how } => {
             let of = |format| match gate {
                 true => gate_scopes_of(format),

@@ -111,12 +111,12 @@ impl Qcow2 {
             Ok(bufs) => bufs,
             Err(step) => return step,
         };
-        let (host, is_fresh) = match plan.place {
-            Some(place) => (place, false),
+        let (host, is_fresh, is_stable) = match plan.place {
+            Some(place) => (place, false, true),
             None => match self.take_place(start, to, at, cx) {
-                Ok((host, count, is_fresh)) => {
+                Ok((host, count, is_fresh, is_stable)) => {
                     to = to.min(start + (count << bits));
-                    (host, is_fresh)
+                    (host, is_fresh, is_stable)
                 }
                 Err(step) => {
                     bufs.into_iter().flatten().for_each(|buf| cx.give_buf(buf));
@@ -138,7 +138,7 @@ impl Qcow2 {
             to,
             exposed,
             fill: if is_zeros { Fill::Nothing } else { fill },
-            owes: !is_zeros && !mutant!("qcow2_no_fence_for_data"),
+            owes: !(is_zeros && is_stable) && !mutant!("qcow2_no_fence_for_data"),
             bufs,
         };
         let key = self.claims.insert(start..claim.end, claim);
@@ -189,21 +189,22 @@ impl Qcow2 {
         })
     }
 
-    /// New clusters for `start..to`: where, how many, and are they zeros? Or the step that waits.
+    /// New clusters for `start..to`: where, how many, are they zeros, and is the file known to hold
+    /// them after any crash? Or the step that waits.
     fn take_place(
         &mut self,
         start: u64,
         to: u64,
         at: u64,
         cx: &mut Cx<'_>,
-    ) -> Result<(HostOffset, u64, bool), Step<State>> {
+    ) -> Result<(HostOffset, u64, bool, bool), Step<State>> {
         let bits = self.geometry.cluster_bits();
         let count = (to - start).div_ceil(1 << bits);
         if self.data != self.file {
-            return Ok((HostOffset(start), count, false));
+            return Ok((HostOffset(start), count, false, true));
         }
         let taken = self.take_clusters(count, at, cx)?;
-        Ok((HostOffset(taken.first << bits), taken.count, taken.is_zeros))
+        Ok((HostOffset(taken.first << bits), taken.count, taken.is_zeros, !taken.owes))
     }
 
     /// The guest ranges around the write that the entries expose: in front, behind.
@@ -345,7 +346,8 @@ impl Qcow2 {
     pub(super) fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
         let claim = &self.claims[key];
         let (slot, to, owes) = (claim.slot, claim.to, claim.owes);
-        if owes && self.slices[slot].is_sealed() && !mutant!("qcow2_seal_ignored") {
+        let waits = owes || self.reserve.is_uncounted();
+        if waits && self.slices[slot].is_sealed() && !mutant!("qcow2_seal_ignored") {
             cx.park(self.tables.waiters(slot));
             return Step::Wait(State::Publish { claim: key });
         }

@@ -13,6 +13,7 @@
 use cowbell_engine::step::{Cx, Step};
 use cowbell_engine::units::{Errno, GuestOffset};
 
+use crate::qcow2::disk::header::{Header, INCOMPAT_CORRUPT};
 use crate::qcow2::disk::layout::L1Entry;
 use crate::qcow2::run::{Qcow2, State};
 
@@ -60,6 +61,24 @@ impl Qcow2 {
     pub(super) fn counts_are_wrong(&mut self, what: &'static str, at: u64, cx: &mut Cx<'_>) {
         self.corrupt.counts = true;
         self.mark_corrupt(what, at, cx);
+    }
+
+    /// Chore: says on disk that the image is corrupt.
+    pub(super) fn write_corrupt_mark(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.geometry.version() < 3 {
+            return Step::Done(Ok(()));
+        }
+        let mark = |header: &mut Header| header.set_incompatible(INCOMPAT_CORRUPT, true);
+        self.change_header(State::MarkCorrupt, mark, cx)
+    }
+
+    pub(super) fn corrupt_marked(
+        &mut self,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        self.header_changed(result, cx);
+        Step::Done(result)
     }
 
     fn mark_corrupt(&mut self, what: &'static str, at: u64, cx: &mut Cx<'_>) {

@@ -23,7 +23,7 @@ pub(super) struct TableAlloc {
     table: HostOffset,
     /// The shared table that it is a copy of.
     old: Option<HostOffset>,
-    /// Was the table written, so that a flush must come before its link?
+    /// Must a flush come before its link: was the table written, or the file made longer for it?
     owes: bool,
     /// Who needs it.
     waiters: WaitList,
@@ -72,11 +72,12 @@ impl Qcow2 {
         let bits = self.geometry.cluster_bits();
         let table = HostOffset(taken.first << bits);
         self.metadata.insert(taken.first);
-        let owes = !taken.is_zeros || old.is_some();
+        let is_written = !taken.is_zeros || old.is_some();
+        let owes = is_written || taken.owes;
         self.allocs.push(TableAlloc { l1_index, table, old, owes, waiters: WaitList::new() });
         match buf {
             Some(buf) => self.read_table(at, (l1_index, 0, buf), cx),
-            None if owes && !mutant!("qcow2_table_not_filled") => {
+            None if is_written && !mutant!("qcow2_table_not_filled") => {
                 let zeros = Seg::zeros(self.geometry.cluster_size() as u32);
                 cx.issue(Op::write(self.file, table.0, Segs::one(zeros)));
                 Step::Wait(State::ZeroTable { at, l1_index })
@@ -161,8 +162,9 @@ impl Qcow2 {
     pub(super) fn link_table(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
         let place = self.alloc_of(l1_index);
         let owes = self.allocs[place].owes && !mutant!("qcow2_table_owes_nothing");
-        let is_sealed = owes && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
-        let is_moving = self.header.moving_l1 && !mutant!("qcow2_root_linked_while_moving");
+        let waits = owes || self.reserve.is_uncounted();
+        let is_sealed = waits && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
+        let is_moving = self.resizing.moves_l1() && !mutant!("qcow2_root_linked_while_moving");
         if is_sealed || is_moving {
             cx.park(&mut self.writeback.l1_waiters);
             return Step::Wait(State::LinkTable { at, l1_index });
@@ -171,8 +173,10 @@ impl Qcow2 {
         let entry = L1Entry { table: alloc.table, copied: true };
         self.l1[l1_index as usize] = entry.encode();
         self.writeback.touch_l1(self.l1_block(l1_index), owes);
-        if let Some(old) = alloc.old {
-            self.free(Some(Mapping::Data(old)), false, false);
+        match alloc.old {
+            Some(old) => self.free(Some(Mapping::Data(old)), false, false),
+            // It is known to be zeros.
+            None => drop(self.tables.put_zeros(self.slice_key(at), cx)),
         }
         cx.wake_all(&mut alloc.waiters);
         self.walk(at, cx)

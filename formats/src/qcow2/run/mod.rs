@@ -34,9 +34,11 @@
 //! filled and fenced before anything leads to them.
 
 mod allocate;
+mod close;
 mod compressed;
 mod corrupt;
 mod l2_table;
+mod live_header;
 mod lookup;
 mod reserve;
 mod resize;
@@ -59,9 +61,12 @@ use crate::qcow2::run::allocate::Claim;
 use crate::qcow2::run::compressed::{codec, slot_bytes};
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::l2_table::TableAlloc;
-use crate::qcow2::run::reserve::Reserve;
-use crate::qcow2::run::resize::Header;
-use crate::qcow2::run::writeback::{Slice, Writeback};
+
+use crate::qcow2::run::close::CloseState;
+use crate::qcow2::run::live_header::Header;
+use crate::qcow2::run::reserve::{Reserve, ReserveState};
+use crate::qcow2::run::resize::{ResizeState, Resizing};
+use crate::qcow2::run::writeback::{Slice, Writeback, WritebackState};
 use crate::qed::run::Backing;
 
 /// How a qcow2 image is run.
@@ -166,6 +171,7 @@ pub struct Qcow2 {
     writeback: Writeback,
     inflated: TableCache,
     header: Header,
+    resizing: Resizing,
     /// Clusters that hold metadata: no data is written there, whatever a table says.
     metadata: BTreeSet<u64>,
     regions: Regions,
@@ -213,74 +219,16 @@ pub enum State {
     PublishRoom { claim: u32, attempt: u32 },
     /// A writeback that began after the request came.
     Swept,
-    /// Guest resize: its turn.
-    Resize,
-    /// Guest resize: clusters for a longer L1 table.
-    ResizeSpace { attempt: u32 },
-    /// Guest resize: a longer L1 table, up to entry `from` written.
-    WriteL1 { from: u32 },
-    /// Guest resize: the longer L1 table, stable.
-    FlushRoot,
-    /// Guest resize: the data file's new length.
-    DataLength,
-    /// Guest resize: what lies between the sizes, zeroed or given up.
-    ClearBeyond,
-    /// Guest resize: a writeback.
-    ResizeSwept,
-    /// Guest resize: the header's turn, or the header, written.
-    WriteHeader,
-    /// Guest resize: the header, stable.
-    FlushHeader,
+    /// A guest's resize.
+    Resize(ResizeState),
     /// Chore: the header with the corrupt mark, written.
     MarkCorrupt,
-    /// Chore: its turn.
-    Writeback,
-    /// Chore: the data that changed slices owe a fence for, stable.
-    WritebackFence,
-    /// Chore: copies of changed slices and L1 blocks, written.
-    WritebackWrite,
-    /// Chore: the header's turn, or the header, written again.
-    WritebackHeader,
-    /// Chore: all of it, stable, the header too.
-    WritebackFlushHeader,
-    /// Chore: all of it, stable.
-    WritebackFlush,
-    /// Chore: its turn.
-    Reserve,
-    /// Chore: a piece of a refcount block, read.
-    ReserveLoad,
-    /// Chore: the file's new length.
-    ReserveGrow { exact: bool },
-    /// Chore: a changed piece of a refcount block, written.
-    ReserveWrite,
-    /// Chore: counts and length, stable.
-    ReserveFlush,
-    /// Chore: a new refcount block's entry in the refcount table, written.
-    ReserveLink,
-    /// Chore: that entry, stable.
-    ReserveFlushLink,
-    /// Chore: a longer refcount table, up to entry `from` written.
-    ReserveTable { from: u32 },
-    /// Chore: the longer refcount table, stable.
-    ReserveFlushTable,
-    /// Chore: the header that names it, written.
-    ReserveHeader,
-    /// Chore: that header, stable.
-    ReserveFlushHeader,
-    /// Chore: clusters that are not needed any more, given back to the file system.
-    ReserveDiscard,
-    /// Chore: the requests that may still use what was given up, ended.
-    ReservePast,
-    /// Chore: a writeback, with which what was given up leaves.
-    ReserveSwept,
-    /// Chore: a writeback, so that the image is left clean.
-    Settle,
-    /// Chore: nothing is in reserve.
-    EmptyReserve,
-    /// Chore: the spare end, cut off.
-    CutEnd,
-    /// Chore: everything, stable.
-    FlushSettled,
+    /// Chore: changed tables go to disk.
+    Writeback(WritebackState),
+    /// Chore: the reserve of clusters is filled, or emptied.
+    Reserve(ReserveState),
+    /// Chore: the image is left clean.
+    Close(CloseState),
 }
 
 /// The label of a flush that is all that is left to do; of data ops likewise.
@@ -323,6 +271,7 @@ impl Qcow2 {
             inflated: TableCache::new(regions.inflated, pair, options.cache_inflated),
             metadata: if writable { metadata_of(&opened) } else { BTreeSet::new() },
             header: Header::new(&opened),
+            resizing: Resizing::default(),
             l1: opened.l1,
             regions,
             options,
@@ -343,6 +292,7 @@ impl Qcow2 {
         self.writeback.assert_idle();
         self.reserve.assert_idle();
         self.header.assert_idle();
+        self.resizing.assert_idle();
     }
 
     fn begin_io(&mut self, cx: &mut Cx<'_>) -> Step<State> {
@@ -457,14 +407,14 @@ impl Driver for Qcow2 {
         "resize",
         "writeback",
         "reserve",
-        "settle",
+        "close",
     ];
 
     #[inline]
     fn label(state: &State) -> usize {
         match state {
             State::Next { .. } => 0,
-            State::Space { .. } | State::ResizeSpace { .. } | State::Room { .. } => 1,
+            State::Space { .. } | State::Room { .. } => 1,
             State::Pieces { .. } => 2,
             State::LoadSlice { .. } => 3,
             State::ReadCompressed { .. } => 4,
@@ -476,23 +426,11 @@ impl Driver for Qcow2 {
             State::WriteData { .. } => 10,
             State::Publish { .. } | State::PublishRoom { .. } => 11,
             State::Swept => 13,
-            State::Resize
-            | State::ResizeSwept
-            | State::DataLength
-            | State::ClearBeyond
-            | State::WriteL1 { .. }
-            | State::FlushRoot
-            | State::WriteHeader
-            | State::FlushHeader
-            | State::MarkCorrupt => 14,
-            State::Writeback
-            | State::WritebackFence
-            | State::WritebackWrite
-            | State::WritebackHeader
-            | State::WritebackFlushHeader
-            | State::WritebackFlush => 15,
-            State::Settle | State::EmptyReserve | State::CutEnd | State::FlushSettled => 17,
-            _ => 16,
+            State::Resize(ResizeState::Space { .. }) => 1,
+            State::Resize(_) | State::MarkCorrupt => 14,
+            State::Writeback(_) => 15,
+            State::Reserve(_) => 16,
+            State::Close(_) => 17,
         }
     }
 
@@ -526,10 +464,12 @@ impl Driver for Qcow2 {
             Chore::Asked if std::mem::take(&mut self.corrupt.wants_mark) => {
                 Some(State::MarkCorrupt)
             }
-            Chore::Asked if self.writeback.begin_asked() => Some(State::Writeback),
-            Chore::Asked if self.reserve.begin_asked() => Some(State::Reserve),
+            Chore::Asked if self.writeback.begin_asked() => {
+                Some(State::Writeback(WritebackState::Turn))
+            }
+            Chore::Asked if self.reserve.begin_asked() => Some(State::Reserve(ReserveState::Turn)),
             Chore::Asked | Chore::Deadline => None,
-            Chore::Settle => self.writable.then_some(State::Settle),
+            Chore::Settle => self.writable.then_some(State::Close(CloseState::Turn)),
         }
     }
 
@@ -596,31 +536,11 @@ impl Qcow2 {
             (State::Swept, Woken) => Step::Done(self.writeback.result()),
             (State::MarkCorrupt, Start | Woken) => self.write_corrupt_mark(cx),
             (State::MarkCorrupt, Io(result)) => self.corrupt_marked(result, cx),
-            (
-                State::Resize
-                | State::ResizeSwept
-                | State::ResizeSpace { .. }
-                | State::DataLength
-                | State::ClearBeyond
-                | State::WriteL1 { .. }
-                | State::FlushRoot
-                | State::WriteHeader
-                | State::FlushHeader,
-                event,
-            ) => self.step_resize(state, event, cx),
-            (
-                State::Writeback
-                | State::WritebackFence
-                | State::WritebackWrite
-                | State::WritebackHeader
-                | State::WritebackFlushHeader
-                | State::WritebackFlush,
-                event,
-            ) => self.step_writeback(state, event, cx),
-            (State::Settle | State::EmptyReserve | State::CutEnd | State::FlushSettled, event) => {
-                self.step_settle(state, event, cx)
-            }
-            (state, event) => self.step_reserve(state, event, cx),
+            (State::Resize(state), event) => self.step_resize(state, event, cx),
+            (State::Writeback(state), event) => self.step_writeback(state, event, cx),
+            (State::Reserve(state), event) => self.step_reserve(state, event, cx),
+            (State::Close(state), event) => self.step_close(state, event, cx),
+            (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 

@@ -1,10 +1,11 @@
 //! The reserve: where new clusters come from, and where given-up ones go.
 //!
-//! A cluster in reserve has a refcount of 1 on disk, stably, and nothing refers to it: so an entry
-//! may point at it as soon as its data is there, and no order between tables and refcounts remains
-//! to be kept. Requests take from the reserve in memory. A chore refills it before it runs dry, a
-//! batch at a time: refcounts written, file grown, one flush. It is the only one that touches
-//! refcounts. What a crash leaves in reserve is leaked; a drained engine has counted it down again.
+//! A cluster in reserve has a refcount of 1, and nothing refers to it. Requests take from the reserve
+//! in memory. A chore refills it before it runs dry, a batch at a time, and is the only one that
+//! touches refcounts. They are written so that they are stable when the write ends (FUA). Data may
+//! go to a new cluster meanwhile; a table that leads there is not written before
+//! ([`Reserve::is_uncounted`]). What a crash leaves in reserve is leaked; a drained engine has counted
+//! it down again.
 //!
 //! Clusters come from, in this order: given-up ones whose only reference is gone (no refcount
 //! changes at all); holes, clusters of the file with a refcount of 0; the file's end, grown ahead.
@@ -21,11 +22,50 @@ use cowbell_engine::wait::WaitList;
 
 use crate::parts::attempts::Attempts;
 use crate::parts::growth::Grow;
-use crate::qcow2::disk::header::REFTABLE_BYTES_MAX;
+use crate::qcow2::disk::header::{Header, REFTABLE_BYTES_MAX};
 use crate::qcow2::disk::layout::{HOST_MAX, Invalid};
 use crate::qcow2::rest::open::Opened;
+use crate::qcow2::run::close::CloseState;
+use crate::qcow2::run::resize::ResizeState;
 use crate::qcow2::run::writeback::Free;
 use crate::qcow2::run::{Qcow2, Qcow2Options, State};
+
+/// What the chore awaits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ReserveState {
+    /// Its turn.
+    Turn,
+    /// A piece of a refcount block, read.
+    Load,
+    /// The file's new length.
+    Grow {
+        /// Just as long as is needed.
+        exact: bool,
+    },
+    /// A changed piece of a refcount block, written.
+    Write,
+    /// A new refcount block's entry in the refcount table, written.
+    Link,
+    /// That entry, stable.
+    FlushLink,
+    /// A longer refcount table, written.
+    Table {
+        /// Up to this piece.
+        from: u32,
+    },
+    /// The longer refcount table, stable.
+    FlushTable,
+    /// The header that names it, written.
+    Header,
+    /// That header, stable.
+    FlushHeader,
+    /// Clusters that are not needed any more, given back to the file system.
+    Discard,
+    /// The requests that may still use what was given up, ended.
+    Past,
+    /// A writeback, with which what was given up leaves.
+    Swept,
+}
 
 /// Clusters, one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -47,8 +87,10 @@ pub(super) struct Taken {
     pub first: u64,
     /// How many, one after the other: at least one, at most what was asked for.
     pub count: u64,
-    /// Do they read as zeros, stably?
+    /// Do they read as zeros?
     pub is_zeros: bool,
+    /// May the file end before them after a crash? Then a fence is owed before a table leads there.
+    pub owes: bool,
 }
 
 /// What the chore is doing.
@@ -110,11 +152,12 @@ pub(super) struct Reserve {
     discarded: Vec<Run>,
     /// References to be counted down.
     drops: Vec<Run>,
-    /// Counted up, but not stably: in reserve after the flush.
-    counted: Vec<Run>,
     /// The piece of a block in memory, if any, and whether it is ahead of the disk.
     piece: Option<u64>,
     piece_dirty: bool,
+    /// It counts clusters that are in reserve, or have left it, and that is not stable: no table may
+    /// lead to them on disk.
+    uncounted: bool,
     /// The refcount table, as on disk but for the byte order.
     table: Vec<u64>,
     table_offset: u64,
@@ -126,8 +169,11 @@ pub(super) struct Reserve {
     end: u64,
     /// While the image is being left clean: one past the last cluster that is still in use.
     rest: u64,
-    /// The length that the file has after any crash; and what a growth under way makes it.
-    durable: u64,
+    /// The length that the file has after any crash; that once the writeback's fence has ended.
+    stable: u64,
+    fenced: u64,
+    /// The length that it has; that which a growth under way makes it.
+    len: u64,
     grown: u64,
     /// How many clusters are counted up at once.
     batch: u64,
@@ -144,6 +190,8 @@ pub(super) struct Reserve {
     can_grow: bool,
     attempts: Attempts,
     pub waiters: WaitList,
+    /// The writeback that waits for counts.
+    counting: WaitList,
     /// The chore that empties the reserve.
     pub settler: WaitList,
     result: Result<(), Errno>,
@@ -169,16 +217,18 @@ impl Reserve {
             returned: Vec::with_capacity(options.frees_max),
             discarded: Vec::with_capacity(options.frees_max),
             drops: with_room(),
-            counted: with_room(),
             piece: None,
             piece_dirty: false,
+            uncounted: false,
             table: opened.refcount_table.clone(),
             table_offset: opened.header.refcount_table_offset,
             phase: Phase::Idle,
             holes: 0,
             end,
             rest: end,
-            durable: opened.file_len,
+            stable: opened.file_len,
+            fenced: opened.file_len,
+            len: opened.file_len,
             grown: opened.file_len,
             batch: options.reserve_min.min(options.reserve_max).max(1),
             asked: false,
@@ -190,11 +240,26 @@ impl Reserve {
             can_grow,
             attempts: Attempts::default(),
             waiters: WaitList::new(),
+            counting: WaitList::new(),
             settler: WaitList::new(),
             result: Ok(()),
             options,
             cluster_bits,
         }
+    }
+
+    /// Is a cluster in use, or may it be, whose count is not stable?
+    pub fn is_uncounted(&self) -> bool {
+        self.uncounted && !mutant!("qcow2_reserve_before_stable")
+    }
+
+    /// A fence is issued; and it has ended.
+    pub fn fence_begins(&mut self) {
+        self.fenced = self.len;
+    }
+
+    pub fn fence_ended(&mut self) {
+        self.stable = self.fenced;
     }
 
     /// Was the chore asked for, and is it to begin?
@@ -221,6 +286,20 @@ impl Reserve {
         self.returned.extend(freed.map(|free| (epoch, free)));
     }
 
+    /// Another free cluster has been counted up.
+    fn put(&mut self, cluster: u64, is_zeros: bool) {
+        self.total += 1;
+        let run = Run { first: cluster, count: 1 };
+        // The first in the file are taken first.
+        match (is_zeros, self.fresh.first_mut(), self.used.last_mut()) {
+            (true, Some(last), _) | (false, _, Some(last)) if last.end() == cluster => {
+                last.count += 1;
+            }
+            (true, ..) => self.fresh.insert(0, run),
+            (false, ..) => self.used.push(run),
+        }
+    }
+
     /// Takes back clusters that nothing came to refer to.
     pub fn give_back(&mut self, first: u64, count: u64) {
         self.total += count;
@@ -235,7 +314,10 @@ impl Reserve {
         };
         let runs = if is_zeros { &mut self.fresh } else { &mut self.used };
         let run = runs.last_mut()?;
-        let taken = Taken { first: run.first, count: run.count.min(count), is_zeros };
+        let count = run.count.min(count);
+        let owes = (run.first + count) << self.cluster_bits > self.stable;
+        let owes = owes && !mutant!("qcow2_length_not_fenced");
+        let taken = Taken { first: run.first, count, is_zeros, owes };
         run.first += taken.count;
         run.count -= taken.count;
         if run.count == 0 {
@@ -247,6 +329,11 @@ impl Reserve {
 
     fn is_low(&self) -> bool {
         self.total < self.batch.div_ceil(2)
+    }
+
+    /// How the last round went.
+    pub fn result(&self) -> Result<(), Errno> {
+        self.result
     }
 
     /// Is nothing left to be counted down, or did that fail?
@@ -266,14 +353,15 @@ impl Reserve {
     pub fn cut(&mut self) {
         self.end = self.rest;
         self.holes = self.holes.min(self.end);
-        self.durable = self.durable.min(self.end << self.cluster_bits);
-        self.grown = self.durable;
+        self.len = self.len.min(self.end << self.cluster_bits);
+        self.grown = self.len;
+        (self.stable, self.fenced) = (self.stable.min(self.len), self.fenced.min(self.len));
     }
 
     pub fn assert_idle(&self) {
         assert!(!self.running && !self.asked && self.phase == Phase::Idle, "{:?}", self.phase);
         assert!(self.waiters.is_empty() && self.settler.is_empty());
-        assert!(self.counted.is_empty() && !self.piece_dirty);
+        assert!(!self.piece_dirty || self.uncounted);
     }
 }
 
@@ -310,6 +398,12 @@ impl Qcow2 {
         }
     }
 
+    /// A writeback waits for the counts of what is in use: parks it.
+    pub(super) fn park_for_counts(&mut self, cx: &mut Cx<'_>) {
+        self.ask_for_reserve(cx);
+        cx.park(&mut self.reserve.counting);
+    }
+
     /// A writeback has ended: was something given up?
     pub(super) fn reserve_if_low(&mut self, cx: &mut Cx<'_>) {
         if !self.reserve.returned.is_empty() {
@@ -343,7 +437,9 @@ impl Qcow2 {
         (reserve.wanted, reserve.wants_long_run) = (true, true);
         self.ask_for_reserve(cx);
         cx.park(&mut self.reserve.waiters);
-        Err(Step::Wait(State::ResizeSpace { attempt: self.reserve.attempts.latest() }))
+        Err(Step::Wait(State::Resize(ResizeState::Space {
+            attempt: self.reserve.attempts.latest(),
+        })))
     }
 
     /// Chore: has everything that is in reserve counted down.
@@ -353,7 +449,7 @@ impl Qcow2 {
         }
         self.ask_for_reserve(cx);
         cx.park(&mut self.reserve.settler);
-        Step::Wait(State::EmptyReserve)
+        Step::Wait(State::Close(CloseState::EmptyReserve))
     }
 
     /// How that went.
@@ -366,57 +462,60 @@ impl Qcow2 {
 
     pub(super) fn step_reserve(
         &mut self,
-        state: State,
+        state: ReserveState,
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         match (state, event) {
-            // What it is to count is the header's to say.
-            (State::Reserve, Event::Start) if self.header.is_doubted => {
-                self.park_for_writeback(cx);
-                Step::Wait(State::Reserve)
-            }
-            (State::Reserve, Event::Woken) if self.writeback.result().is_err() => {
+            // That failed before, and the writeback waits for it.
+            (ReserveState::Turn, Event::Start) if self.reserve.uncounted => self.write_piece(cx),
+            (ReserveState::Turn, Event::Start) => self.begin_reserve_if_sure(cx),
+            (ReserveState::Turn, Event::Woken) if self.writeback.result().is_err() => {
                 self.reserve_done(self.writeback.result(), cx)
             }
-            (State::ReserveSwept, Event::Woken) if self.writeback.result().is_err() => {
+            (ReserveState::Swept, Event::Woken) if self.writeback.result().is_err() => {
                 self.reserve_done(self.writeback.result(), cx)
             }
-            (State::Reserve, Event::Start | Event::Woken)
-            | (State::ReservePast | State::ReserveSwept, Event::Woken) => self.begin_reserve(cx),
-            (State::ReserveDiscard, Event::Io(_)) => self.discarded(cx),
-            (State::ReserveGrow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
+            (ReserveState::Turn, Event::Woken)
+            | (ReserveState::Past | ReserveState::Swept, Event::Woken) => self.begin_reserve(cx),
+            (ReserveState::Discard, Event::Io(_)) => self.discarded(cx),
+            (ReserveState::Grow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
                 self.grown(cx)
             }
             (state, Event::Io(Err(errno))) => self.reserve_op_failed(state, errno, cx),
-            (State::ReserveLoad, Event::Io(_)) => self.piece_loaded(cx),
-            (State::ReserveGrow { .. }, Event::Io(_)) => self.grown(cx),
-            (State::ReserveWrite, Event::Io(_)) => {
-                self.reserve.piece_dirty = false;
-                self.piece_written(cx)
-            }
-            (State::ReserveFlush, Event::Io(_)) => self.counted(cx),
-            (State::ReserveTable { from }, Event::Io(_)) => self.write_area(from, cx),
-            (State::ReserveFlushTable, Event::Io(_)) => self.link_area(cx),
-            (State::ReserveLink, Event::Io(_)) => {
+            (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
+            (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
+            (ReserveState::Write, Event::Io(_)) => self.piece_written(cx),
+            (ReserveState::Table { from }, Event::Io(_)) => self.write_area(from, cx),
+            (ReserveState::FlushTable, Event::Io(_)) => self.link_area(cx),
+            (ReserveState::Link, Event::Io(_)) => {
                 self.flush_files(cx);
-                Step::Wait(State::ReserveFlushLink)
+                Step::Wait(State::Reserve(ReserveState::FlushLink))
             }
-            (State::ReserveHeader, Event::Woken) => self.link_area(cx),
-            (State::ReserveHeader, Event::Io(_)) => {
+            (ReserveState::Header, Event::Woken) => self.link_area(cx),
+            (ReserveState::Header, Event::Io(_)) => {
                 self.flush_files(cx);
-                Step::Wait(State::ReserveFlushHeader)
+                Step::Wait(State::Reserve(ReserveState::FlushHeader))
             }
-            (State::ReserveFlushLink | State::ReserveFlushHeader, Event::Io(_)) => {
+            (ReserveState::FlushLink | ReserveState::FlushHeader, Event::Io(_)) => {
                 self.area_linked(cx)
             }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
+    /// What it is to count is the header's to say: it waits until that is known.
+    fn begin_reserve_if_sure(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        if self.header.is_doubted() {
+            self.park_for_writeback(cx);
+            return Step::Wait(State::Reserve(ReserveState::Turn));
+        }
+        self.begin_reserve(cx)
+    }
+
     fn begin_reserve(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match self.sort_returned(cx) {
-            true => Step::Wait(State::ReserveDiscard),
+            true => Step::Wait(State::Reserve(ReserveState::Discard)),
             false => self.reserve_next(cx),
         }
     }
@@ -529,7 +628,7 @@ impl Qcow2 {
         };
         self.reserve.piece = Some(piece);
         cx.issue(self.read_op(offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::ReserveLoad)
+        Step::Wait(State::Reserve(ReserveState::Load))
     }
 
     /// The refcount table's entry for `cluster` cannot be right.
@@ -596,33 +695,23 @@ impl Qcow2 {
         let piece = self.reserve.piece.expect("it was changed");
         let offset = self.piece_offset(piece << self.piece_bits()).ok().flatten();
         let offset = offset.expect("it was loaded from there");
-        cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::ReserveWrite)
+        let kind = OpKind::Write { fua: self.reserve.uncounted };
+        cx.issue(Op { kind, ..Op::write(self.file, offset, Segs::one(self.counts_seg())) });
+        Step::Wait(State::Reserve(ReserveState::Write))
     }
 
+    /// Counts are on disk, stably if there are new ones among them.
     fn piece_written(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.reserve.counted.is_empty() {
-            return self.reserve_next(cx);
+        self.reserve.piece_dirty = false;
+        if std::mem::take(&mut self.reserve.uncounted) {
+            cx.wake_all(&mut self.reserve.counting);
         }
-        if mutant!("qcow2_reserve_before_stable") {
-            return self.counted(cx);
+        match self.reserve.phase {
+            Phase::Count { .. } if self.reserve.is_low() => self.count_holes(cx),
+            Phase::Count { .. } => self.reserve_done(Ok(()), cx),
+            Phase::Drop => self.reserve_next(cx),
+            Phase::Idle | Phase::Blocks(_) => self.begin_reserve_if_sure(cx),
         }
-        self.flush_files(cx);
-        Step::Wait(State::ReserveFlush)
-    }
-
-    /// Counts, and the file's length, are stable: what was counted is in reserve.
-    fn counted(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let reserve = &mut self.reserve;
-        reserve.durable = reserve.grown;
-        let device_is_zeros = !reserve.can_grow && mutant!("qcow2_device_is_zeros");
-        let fresh = reserve.phase == Phase::Count { fresh: true } || device_is_zeros;
-        for run in reserve.counted.drain(..) {
-            reserve.total += run.count;
-            if fresh { reserve.fresh.insert(0, run) } else { reserve.used.push(run) }
-        }
-        cx.wake_all(&mut reserve.waiters);
-        if reserve.is_low() { self.count_holes(cx) } else { self.reserve_done(Ok(()), cx) }
     }
 
     /// Looks for holes where they were not looked for yet; then takes from the file's end.
@@ -653,11 +742,11 @@ impl Qcow2 {
                 return self.begin_reserve(cx);
             }
             cx.park_until_past();
-            return Step::Wait(State::ReservePast);
+            return Step::Wait(State::Reserve(ReserveState::Past));
         }
         if self.writeback.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
             self.park_for_writeback(cx);
-            return Step::Wait(State::ReserveSwept);
+            return Step::Wait(State::Reserve(ReserveState::Swept));
         }
         self.reserve_done(Err(errno), cx)
     }
@@ -692,11 +781,12 @@ impl Qcow2 {
         };
         reserve.grown = to;
         cx.issue(op);
-        Step::Wait(State::ReserveGrow { exact: exact || ahead == 0 })
+        Step::Wait(State::Reserve(ReserveState::Grow { exact: exact || ahead == 0 }))
     }
 
     /// The file is long enough: count clusters of its end.
     fn grown(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+        self.reserve.len = self.reserve.grown;
         match self.reserve.phase {
             Phase::Blocks(_) => self.write_area(0, cx),
             _ => self.look_at(self.reserve.end, cx),
@@ -714,6 +804,7 @@ impl Qcow2 {
         };
         let bytes = cx.mem().region_mut(self.regions.counts);
         let wanted = self.reserve.batch;
+        let is_zeros = fresh || !self.reserve.can_grow && mutant!("qcow2_device_is_zeros");
         let (mut found, mut next) = (0, at);
         let mut metadata = self.metadata.range(at..to.max(at)).peekable();
         let mut uncounted = None;
@@ -731,10 +822,7 @@ impl Qcow2 {
             }
             geometry.set_refcount(bytes, index, 1);
             found += 1;
-            match self.reserve.counted.last_mut() {
-                Some(last) if last.end() == cluster => last.count += 1,
-                _ => self.reserve.counted.push(Run { first: cluster, count: 1 }),
-            }
+            self.reserve.put(cluster, is_zeros);
         }
         if fresh {
             // Holes that were not looked at yet are still to be.
@@ -749,7 +837,12 @@ impl Qcow2 {
         if let Some(cluster) = uncounted {
             self.counts_are_wrong("table has refcount 0", cluster << geometry.cluster_bits(), cx);
         }
-        if found > 0 { self.write_piece(cx) } else { self.count_holes(cx) }
+        if found == 0 {
+            return self.count_holes(cx);
+        }
+        self.reserve.uncounted = true;
+        cx.wake_all(&mut self.reserve.waiters);
+        self.write_piece(cx)
     }
 
     /// There is no refcount block for `cluster`: one is made, in the space that it will count.
@@ -847,13 +940,13 @@ impl Qcow2 {
             }
             let offset = (area.first << bits) + (i << slice_bits);
             cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-            return Step::Wait(State::ReserveTable { from: i as u32 + 1 });
+            return Step::Wait(State::Reserve(ReserveState::Table { from: i as u32 + 1 }));
         }
         if mutant!("qcow2_block_linked_unstable") {
             return self.link_area(cx);
         }
         self.flush_files(cx);
-        Step::Wait(State::ReserveFlushTable)
+        Step::Wait(State::Reserve(ReserveState::FlushTable))
     }
 
     /// What piece `i` of the area holds.
@@ -892,15 +985,19 @@ impl Qcow2 {
         let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         if area.table > 0 {
             let clusters = area.table as u32;
-            let offset = area.first + area.blocks;
-            return self.link_refcount_table(offset << self.geometry.cluster_bits(), clusters, cx);
+            let offset = (area.first + area.blocks) << self.geometry.cluster_bits();
+            let change = |header: &mut Header| {
+                header.refcount_table_offset = offset;
+                header.refcount_table_clusters = clusters;
+            };
+            return self.change_header(State::Reserve(ReserveState::Header), change, cx);
         }
         let entry_bits = self.geometry.slice_bits() - 3;
         let first = area.index >> entry_bits << entry_bits;
         self.fill_table(area, first as usize, cx.mem().region_mut(self.regions.counts));
         let offset = self.reserve.table_offset + first * 8;
         cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::ReserveLink)
+        Step::Wait(State::Reserve(ReserveState::Link))
     }
 
     /// The area is part of the image.
@@ -908,10 +1005,10 @@ impl Qcow2 {
         let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         let bits = self.geometry.cluster_bits();
         if area.table > 0 {
-            self.refcount_table_linked(Ok(()), cx);
+            self.header_changed(Ok(()), cx);
         }
         let reserve = &mut self.reserve;
-        reserve.durable = reserve.grown;
+        reserve.stable = reserve.len;
         if area.table > 0 {
             let first = reserve.table_offset >> bits;
             let count = (reserve.table.len() as u64 * 8).div_ceil(1 << bits);
@@ -942,11 +1039,16 @@ impl Qcow2 {
         self.reserve_next(cx)
     }
 
-    fn reserve_op_failed(&mut self, state: State, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn reserve_op_failed(
+        &mut self,
+        state: ReserveState,
+        errno: Errno,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
         match state {
             // Not that far: then just as far as is needed.
-            State::ReserveGrow { exact: false } => {
-                self.reserve.grown = self.reserve.durable;
+            ReserveState::Grow { exact: false } => {
+                self.reserve.grown = self.reserve.len;
                 let bits = self.geometry.cluster_bits();
                 let len = match self.reserve.phase {
                     Phase::Blocks(area) => Some(area.end() << bits),
@@ -958,23 +1060,25 @@ impl Qcow2 {
                 }
             }
             state => {
-                if matches!(state, State::ReserveGrow { .. }) {
-                    self.reserve.grown = self.reserve.durable;
+                if matches!(state, ReserveState::Grow { .. }) {
+                    self.reserve.grown = self.reserve.len;
                     self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
                     return self.out_of_space(errno, cx);
                 }
                 if let (Phase::Blocks(area), true) = (self.reserve.phase, names_table(state)) {
                     // The header may name the new table, which is as good as the old one: it is
                     // left alone.
-                    self.refcount_table_linked(Err(errno), cx);
+                    self.header_changed(Err(errno), cx);
                     if area.fresh {
                         self.reserve.end = area.end();
                     }
                 }
-                // What the piece is on disk, nobody knows; what was counted may be leaked.
-                self.reserve.piece = None;
-                self.reserve.piece_dirty = false;
-                self.reserve.counted.clear();
+                // What the piece is on disk, nobody knows. It is written again if it counts what is in
+                // use; what was to be counted down is leaked.
+                if !self.reserve.uncounted {
+                    self.reserve.piece = None;
+                    self.reserve.piece_dirty = false;
+                }
                 self.reserve_done(Err(errno), cx)
             }
         }
@@ -994,14 +1098,15 @@ impl Qcow2 {
         if result.is_ok() || !mutant!("qcow2_no_space_wakes_nobody") {
             cx.wake_all(&mut reserve.waiters);
         }
+        cx.wake_all(&mut reserve.counting);
         cx.wake_all(&mut reserve.settler);
         Step::Done(result)
     }
 }
 
 /// Is the header being written?
-fn names_table(state: State) -> bool {
-    matches!(state, State::ReserveHeader | State::ReserveFlushHeader)
+fn names_table(state: ReserveState) -> bool {
+    matches!(state, ReserveState::Header | ReserveState::FlushHeader)
 }
 
 /// Offsets are signed 64-bit numbers to the system, and an entry has 56 bits for one.

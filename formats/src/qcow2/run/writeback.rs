@@ -22,6 +22,23 @@ use cowbell_engine::wait::WaitList;
 use crate::parts::attempts::Attempts;
 use crate::qcow2::run::{FLUSH, Qcow2, Qcow2Options, State};
 
+/// What the chore awaits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum WritebackState {
+    /// Its turn.
+    Turn,
+    /// The data that changed slices owe a fence for, stable.
+    Fence,
+    /// Copies of changed slices and L1 blocks, written.
+    Write,
+    /// The header's turn, or the header, written again.
+    Header,
+    /// All of it, stable, the header too.
+    FlushHeader,
+    /// All of it, stable.
+    Flush,
+}
+
 /// What there is to know about a slice in the cache.
 #[derive(Clone, Copy, Hash, Debug, Default)]
 pub(super) struct Slice {
@@ -225,7 +242,7 @@ impl Qcow2 {
     }
 
     fn is_clean(&self) -> bool {
-        self.writeback.is_clean() && !self.header.is_doubted
+        self.writeback.is_clean() && !self.header.is_doubted()
     }
 
     pub(super) fn ask_for_writeback(&mut self, cx: &mut Cx<'_>) {
@@ -278,31 +295,54 @@ impl Qcow2 {
 
     pub(super) fn step_writeback(
         &mut self,
-        state: State,
+        state: WritebackState,
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         match (state, event) {
-            (State::Writeback, Event::Start) => self.begin_writeback(cx),
-            (State::WritebackFence, Event::Io(Ok(()))) => self.write_batch(cx),
-            (State::WritebackFence, Event::Io(Err(errno))) => self.writeback_failed(errno, cx),
-            (State::WritebackWrite, Event::Io(result)) => self.batch_written(result, cx),
-            (State::WritebackHeader, Event::Woken) => self.write_batch(cx),
-            (State::WritebackHeader, Event::Io(Ok(()))) => {
-                self.flush_files(cx);
-                Step::Wait(State::WritebackFlushHeader)
+            (WritebackState::Turn, Event::Start) if self.reserve.is_uncounted() => {
+                self.park_for_counts(cx);
+                Step::Wait(State::Writeback(WritebackState::Turn))
             }
-            (State::WritebackHeader, Event::Io(Err(errno))) => {
-                self.doubted_written(Err(errno), cx);
+            (WritebackState::Turn, Event::Woken) if self.reserve.is_uncounted() => {
+                match self.reserve.result() {
+                    Err(errno) => self.not_begun(errno, cx),
+                    // Others have been counted meanwhile.
+                    Ok(()) => {
+                        self.park_for_counts(cx);
+                        Step::Wait(State::Writeback(WritebackState::Turn))
+                    }
+                }
+            }
+            (WritebackState::Turn, Event::Start | Event::Woken) => self.begin_writeback(cx),
+            (WritebackState::Fence, Event::Io(Ok(()))) => {
+                self.reserve.fence_ended();
+                self.write_batch(cx)
+            }
+            (WritebackState::Fence, Event::Io(Err(errno))) => self.writeback_failed(errno, cx),
+            (WritebackState::Write, Event::Io(result)) => self.batch_written(result, cx),
+            (WritebackState::Header, Event::Woken) => self.write_batch(cx),
+            (WritebackState::Header, Event::Io(Ok(()))) => {
+                self.flush_files(cx);
+                Step::Wait(State::Writeback(WritebackState::FlushHeader))
+            }
+            (WritebackState::Header, Event::Io(Err(errno))) => {
+                self.header_changed(Err(errno), cx);
                 self.writeback_failed(errno, cx)
             }
-            (State::WritebackFlushHeader, Event::Io(result)) => {
-                self.doubted_written(result, cx);
+            (WritebackState::FlushHeader, Event::Io(result)) => {
+                self.header_changed(result, cx);
                 self.writeback_flushed(result, cx)
             }
-            (State::WritebackFlush, Event::Io(result)) => self.writeback_flushed(result, cx),
+            (WritebackState::Flush, Event::Io(result)) => self.writeback_flushed(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
+    }
+
+    /// The counts of what is in use could not be written: no table may be.
+    fn not_begun(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        self.writeback.current = std::mem::take(&mut self.writeback.next);
+        self.writeback_ended(Err(errno), cx)
     }
 
     fn begin_writeback(&mut self, cx: &mut Cx<'_>) -> Step<State> {
@@ -325,8 +365,9 @@ impl Qcow2 {
             owes |= std::mem::take(&mut slice.owes);
         }
         if owes && !mutant!("qcow2_no_fence_in_writeback") {
+            self.reserve.fence_begins();
             self.flush_files(cx);
-            return Step::Wait(State::WritebackFence);
+            return Step::Wait(State::Writeback(WritebackState::Fence));
         }
         self.write_batch(cx)
     }
@@ -352,19 +393,19 @@ impl Qcow2 {
         }
         if let Some(last) = run {
             self.write_staged(last, cx);
-            return Step::Wait(State::WritebackWrite);
+            return Step::Wait(State::Writeback(WritebackState::Write));
         }
         if self.writeback.current.is_empty() && self.writeback.freeing.is_empty() {
             return self.writeback_ended(Ok(()), cx);
         }
-        if self.header.is_doubted {
-            return self.write_doubted(cx);
+        if self.header.is_doubted() {
+            return self.change_header(State::Writeback(WritebackState::Header), |_| {}, cx);
         }
         if mutant!("qcow2_writeback_not_flushed") {
             return self.writeback_flushed(Ok(()), cx);
         }
         self.flush_files(cx);
-        Step::Wait(State::WritebackFlush)
+        Step::Wait(State::Writeback(WritebackState::Flush))
     }
 
     fn write_staged(&mut self, (offset, from, len): (u64, usize, usize), cx: &mut Cx<'_>) {

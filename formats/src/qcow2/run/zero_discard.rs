@@ -46,7 +46,7 @@ impl Qcow2 {
 
     /// Is the data file to read, by itself, as the guest's disk does?
     pub(super) fn is_raw_external(&self) -> bool {
-        self.header.raw_external
+        self.header.is_raw_external()
     }
 
     fn zero(

@@ -562,6 +562,14 @@ impl Qed {
         Step::Wait(State::WriteL1 { at, l1_index, buf })
     }
 
+    /// The slice that maps `at` in a table that has just been made: zeros.
+    fn new_slice(&mut self, at: u64, cx: &mut Cx<'_>) {
+        let key = at >> self.geometry.cluster_bits() >> SLICE_BITS;
+        if let Some(slot) = self.tables.put_zeros(key, cx) {
+            self.links[slot].past_end = false;
+        }
+    }
+
     fn alloc_of(&self, l1_index: u32) -> &TableAlloc {
         let mine = self.allocs.iter().find(|alloc| alloc.l1_index == u64::from(l1_index));
         mine.expect("the request that allocates a table holds its entry")
@@ -580,6 +588,7 @@ impl Qed {
         let mut alloc = self.allocs.remove(mine.expect("the request holds its entry"));
         if result.is_ok() || mutant!("l1_error_ignored") {
             self.l1[l1_index as usize] = alloc.offset;
+            self.new_slice(at, cx);
         }
         if mutant!("l1_baton_dropped") {
             self.l1_busy = false;

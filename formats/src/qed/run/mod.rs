@@ -3,7 +3,7 @@
 //! ```text
 //!            ┌────────────── look again ◄───────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────┤
-//!  │ │ │     │ first allocation ─> WriteMark ─> FlushMark ──────────────┤
+//!  │ │ │     │ first allocation ─> WriteMark ────────────────────────────┤
 //!  │ │ │     │ no L2 table ─> TakeL1 ─> WriteL1 ────────────────────┤
 //!  │ │ │     └ no space, a claim, a buffer, … : parked where it lacks ──┘
 //!  │ │ └─ mapped or zero: Pieces (all ops of the step, joined) ─> Next
@@ -124,10 +124,8 @@ pub enum State {
     Pieces { at: u64 },
     /// A table slice on its way into `slot`.
     LoadSlice { at: u64, slot: u32 },
-    /// The header with the need-check mark, written.
+    /// The header with the need-check mark, stable.
     WriteMark { at: u64, buf: BufId },
-    /// The mark, stable.
-    FlushMark { at: u64 },
     /// The turn to write the L1 sector that links the new table of `l1_index`.
     TakeL1 { at: u64, l1_index: u32 },
     /// That sector, written from `buf`.
@@ -318,7 +316,7 @@ impl Driver for Qed {
         "pieces",
         "load-slice",
         "write-mark",
-        "flush-mark",
+        "grow",
         "take-l1",
         "write-l1",
         "cow-buffers",
@@ -330,7 +328,6 @@ impl Driver for Qed {
         "write-slice",
         "flush",
         "resize",
-        "grow",
         "tidy",
     ];
 
@@ -342,7 +339,6 @@ impl Driver for Qed {
             State::Pieces { .. } => 2,
             State::LoadSlice { .. } => 3,
             State::WriteMark { .. } => 4,
-            State::FlushMark { .. } => 5,
             State::TakeL1 { .. } => 6,
             State::WriteL1 { .. } => 7,
             State::CowBufs { .. } => 8,
@@ -353,13 +349,13 @@ impl Driver for Qed {
             State::Link { .. } => 13,
             State::WriteSlice { .. } => 14,
             State::Resize | State::LoadL1 { .. } | State::WriteSize { .. } | State::FlushSize => 16,
-            State::Grow { .. } | State::FlushGrow { .. } => 17,
+            State::Grow { .. } | State::FlushGrow { .. } => 5,
             State::Tidy
             | State::FlushTidy
             | State::CutEnd
             | State::MarkBuf
             | State::ClearMark { .. }
-            | State::FlushClear => 18,
+            | State::FlushClear => 17,
         }
     }
 
@@ -430,7 +426,6 @@ impl Driver for Qed {
             (State::WriteMark { at, buf }, Event::Io(result)) => {
                 self.mark_written(at, buf, result, cx)
             }
-            (State::FlushMark { at }, Event::Io(result)) => self.mark_flushed(at, result, cx),
             (State::TakeL1 { at, l1_index }, Event::Woken) => self.write_l1(at, l1_index, cx),
             (State::WriteL1 { at, l1_index, buf }, Event::Io(result)) => {
                 self.l1_written(at, l1_index, buf, result, cx)

@@ -79,16 +79,18 @@ impl Qed {
         self.header.busy = true;
         let mut marked = self.header.on_disk.clone();
         marked.set_needs_check(true);
-        self.write_header(&marked, buf, cx);
+        self.write_header(&marked, !mutant!("mark_not_flushed"), buf, cx);
         Err(Step::Wait(State::WriteMark { at, buf }))
     }
 
     /// One write of the header's first block; only its first sector differs from what is there.
-    fn write_header(&self, header: &layout::Header, buf: BufId, cx: &mut Cx<'_>) {
+    /// `fua`: it is done when it is stable.
+    fn write_header(&self, header: &layout::Header, fua: bool, buf: BufId, cx: &mut Cx<'_>) {
         let len = self.block(cx) as usize;
         cx.mem().pool_mut(buf)[..len].copy_from_slice(&header.encode()[..len]);
         let seg = Seg { base: Base::Pool(buf), off: 0, len: len as u32 };
-        cx.issue(Op::write(self.file, 0, Segs::one(seg)));
+        let kind = OpKind::Write { fua };
+        cx.issue(Op { kind, ..Op::write(self.file, 0, Segs::one(seg)) });
     }
 
     fn free_header(&mut self, cx: &mut Cx<'_>) {
@@ -97,6 +99,7 @@ impl Qed {
         cx.wake_all(&mut self.header.waiters);
     }
 
+    /// The mark is stable, or nobody knows.
     pub(super) fn mark_written(
         &mut self,
         at: u64,
@@ -105,19 +108,6 @@ impl Qed {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         cx.give_buf(buf);
-        if result.is_err() || mutant!("mark_not_flushed") {
-            return self.mark_flushed(at, result, cx);
-        }
-        self.flush(cx);
-        Step::Wait(State::FlushMark { at })
-    }
-
-    pub(super) fn mark_flushed(
-        &mut self,
-        at: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
         self.free_header(cx);
         match result {
             Ok(()) => {
@@ -193,7 +183,7 @@ impl Qed {
         // From here on nobody knows whether the mark is set, until the write has succeeded.
         self.header.mark = Mark::Clear;
         self.header.on_disk.set_needs_check(false);
-        self.write_header(&self.header.on_disk, buf, cx);
+        self.write_header(&self.header.on_disk, false, buf, cx);
         Step::Wait(State::ClearMark { buf })
     }
 
@@ -255,7 +245,7 @@ impl Qed {
         }
         let mut header = self.header.on_disk.clone();
         header.image_size = size;
-        self.write_header(&header, buf, cx);
+        self.write_header(&header, false, buf, cx);
         Step::Wait(State::WriteSize { buf })
     }
 

@@ -390,6 +390,10 @@ impl Vmdk {
         let sector = (offset >> SECTOR_BITS) as u32;
         let behind = (grains.header.table_bytes() >> SECTOR_BITS) as u32;
         grains.root.set(index as usize, sector, sector + behind);
+        let key = grains.first_key + index;
+        if let Some(slot) = self.tables.put_zeros(key, cx) {
+            self.slots[slot].origin = (place.part as u32, index as u32);
+        }
         self.note_change(cx);
         Step::Go(State::Next { at })
     }

@@ -3,6 +3,7 @@
 mod canary;
 mod contract;
 mod cpu_work_completes_when_chosen;
+mod first_writes_wait_little;
 mod gate;
 mod mutants;
 mod orders_left_out_lead_nowhere_else;

@@ -1,0 +1,25 @@
+//! A write waits for the device as often as there is something that must be stable before it.
+
+use cowbell_formats::Format;
+use cowbell_sim::image::Image;
+use cowbell_sim::latencies::latencies;
+
+fn of(format: Format) -> Vec<usize> {
+    let waited = latencies(Image::ample(format)).expect("nothing goes wrong");
+    waited.iter().map(|waited| waited.ops.len()).collect()
+}
+
+/// In the order of `latencies`: first write, flush, write beside it, write under another table,
+/// flush, write in place.
+#[test]
+fn counted_in_ops_of_the_device() {
+    // Nothing is in the way.
+    assert_eq!(of(Format::Raw), [1, 1, 1, 1, 1, 1]);
+    // The mark, the file's length and its flush, the L1 table; data, and then its entry.
+    assert_eq!(of(Format::Qed), [6, 1, 2, 3, 1, 1]);
+    // A piece of the refcounts is read, the file made longer; data, and meanwhile its refcounts. As a
+    // new image ends within a block, there is a flush after the file's length, once.
+    assert_eq!(of(Format::Qcow2), [4, 3, 1, 1, 2, 1]);
+    // The content id (read, written), the file's length, the table that is there already; data.
+    assert_eq!(of(Format::Vmdk), [5, 4, 1, 2, 3, 1]);
+}
