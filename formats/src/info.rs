@@ -8,11 +8,11 @@ use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_name, open_layer
 use crate::error::Error;
 use crate::name::protocol;
 use crate::probe::Format;
-use crate::qcow2::disk::crypt::{self, Luks};
 use crate::qcow2::disk::snapshot_table;
 use crate::qcow2::disk::snapshot_table::Snapshot;
 use crate::qcow2::rest::bitmap;
 use crate::qcow2::rest::bitmap::Bitmap;
+use crate::qcow2::rest::crypt::{self, Luks};
 use crate::qcow2::{self};
 use crate::vmdk;
 

@@ -202,7 +202,7 @@ pub fn read<F: Store>(chain: &Chain<F>, offset: u64, buf: &mut [u8]) -> Result<(
 
 fn read_compressed<F: Store>(layer: &Layer<F>, at: u64, part: &mut [u8]) -> Result<(), Error> {
     match &layer.meta {
-        LayerMeta::Vmdk(image) => vmdk::disk::grain::read(image, layer, at, part),
+        LayerMeta::Vmdk(image) => vmdk::rest::grain::read(image, layer, at, part),
         LayerMeta::Qcow2(image) => qcow2::rest::map::read_compressed(&layer.file, image, at, part),
         _ => unreachable!("only qcow2 and VMDK images have compressed clusters"),
     }

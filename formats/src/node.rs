@@ -11,9 +11,10 @@ use cowbell_engine::store::Store;
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::chain::{Chain, LayerMeta};
+use crate::parts::backing::Backing;
 use crate::probe::Format;
 use crate::qcow2::run::{self as qcow2, Qcow2, Qcow2Options};
-use crate::qed::run::{self as qed, Backing, Qed, QedOptions};
+use crate::qed::run::{self as qed, Qed, QedOptions};
 use crate::raw::{self, Raw};
 use crate::vmdk::run::{self as vmdk, Vmdk, VmdkOptions};
 

@@ -1,17 +1,232 @@
-//! What has to be copied when a write allocates: the *edges*, which are the guest ranges in front of
-//! and behind what it writes, up to the ends of the clusters or grains that it allocates.
+//! Copy-on-write: what the clusters or grains that a write allocates must hold around it.
 //!
-//! If each fits a buffer, both are read and go out with the data as one write. If one does not, they
-//! are copied a *stretch* at a time through one buffer, head first, and the data follows.
+//! The *edges* are the guest ranges in front of and behind what is written, up to the ends of what is
+//! allocated. If each fits a buffer, both are read and go out with the data as one write. If one does
+//! not, they are copied a *stretch* at a time through one buffer, head first, and the data follows.
+//!
+//! ```text
+//! Bufs ─> Read ─────────────────────────> ready: the data is written, with the edges
+//!   └──> CopyRead ─> CopyWrite ─> … ────> ready: the data is written
+//! ```
 
-use cowbell_engine::step::Cx;
-use cowbell_engine::units::BufId;
+use cowbell_engine::mutant;
+use cowbell_engine::op::{Base, Op, Seg, Segs};
+use cowbell_engine::step::{Cx, Event, IoKind};
+use cowbell_engine::units::{BufId, Errno, FileId};
 
 /// Head and tail; one whose ends are the same is empty.
 pub(crate) type Edges = [(u64, u64); 2];
 
+/// What the edges come from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Fill {
+    /// They are there.
+    Nothing,
+    /// Zeros are written.
+    Zeros,
+    /// They are read.
+    Read,
+}
+
+/// Copy-on-write of one claim.
+#[derive(Clone, Hash, Debug)]
+pub(crate) struct Cow {
+    edges: Edges,
+    fill: Fill,
+    /// Behind this guest byte there is nothing to copy: zeros lie there already.
+    limit: u64,
+    bufs: [Option<BufId>; 2],
+}
+
+/// What it awaits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum CowState {
+    /// Buffers.
+    Bufs,
+    /// The edges, read.
+    Read,
+    /// A stretch, read.
+    CopyRead {
+        /// Where it begins, or the head's end if it is in the tail.
+        from: u64,
+    },
+    /// A stretch, written.
+    CopyWrite {
+        /// Where the next begins.
+        from: u64,
+    },
+}
+
+/// How far it is.
+#[derive(Debug)]
+pub(crate) enum Copied {
+    /// It waits.
+    Wait(CowState),
+    /// The data may be written: [`Cow::write`].
+    Ready,
+    /// It could not be done.
+    Failed(Errno),
+}
+
+/// Where guest bytes are to be: `start` at `host` of `file`, others around it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub file: FileId,
+    pub start: u64,
+    pub host: u64,
+}
+
+impl Place {
+    fn of(self, at: u64) -> u64 {
+        self.host + at - self.start
+    }
+}
+
+impl Cow {
+    /// Nothing is to be copied.
+    pub const NONE: Cow =
+        Cow { edges: [(0, 0); 2], fill: Fill::Nothing, limit: u64::MAX, bufs: [None; 2] };
+
+    /// These edges, of which nothing is to be copied behind `limit` if they are copied in stretches.
+    pub fn new(edges: Edges, fill: Fill, limit: u64) -> Cow {
+        Cow { edges, fill, limit, bufs: [None; 2] }
+    }
+
+    /// With buffers that [`take_bufs`] gave for edges at least as long.
+    pub fn with_bufs(self, bufs: [Option<BufId>; 2]) -> Cow {
+        Cow { bufs, ..self }
+    }
+
+    /// Is something to be read?
+    pub fn reads(&self) -> bool {
+        self.fill == Fill::Read && self.edges.iter().any(|(from, to)| from < to)
+    }
+
+    /// Begins, or goes on. `read` reads a guest range into the start of a buffer, and says whether
+    /// there is something to wait for.
+    pub fn step(
+        &mut self,
+        state: CowState,
+        event: Event,
+        place: Place,
+        read: impl Fn(u64, u64, BufId, &mut Cx<'_>) -> bool,
+        cx: &mut Cx<'_>,
+    ) -> Copied {
+        match (state, event) {
+            (CowState::Bufs, Event::Start | Event::Woken) => self.begin(place, read, cx),
+            (CowState::CopyWrite { from }, Event::Io(Err(_))) if mutant!("copy_error_ignored") => {
+                self.copy_next(from, place, read, cx)
+            }
+            (_, Event::Io(Err(errno))) => Copied::Failed(errno),
+            (CowState::Read, Event::Io(Ok(()))) => Copied::Ready,
+            (CowState::CopyRead { from }, Event::Io(Ok(()))) => self.copy_write(from, place, cx),
+            (CowState::CopyWrite { from }, Event::Io(Ok(()))) => {
+                self.copy_next(from, place, read, cx)
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    fn begin(
+        &mut self,
+        place: Place,
+        read: impl Fn(u64, u64, BufId, &mut Cx<'_>) -> bool,
+        cx: &mut Cx<'_>,
+    ) -> Copied {
+        if !self.reads() {
+            return Copied::Ready;
+        }
+        if self.bufs == [None; 2] {
+            let Some(bufs) = take_bufs(self.edges, cx) else {
+                cx.park_for_bufs();
+                return Copied::Wait(CowState::Bufs);
+            };
+            self.bufs = bufs;
+        }
+        if !fit(self.edges, cx.buf_size()) {
+            return self.copy_next(self.edges[0].0, place, read, cx);
+        }
+        let mut waits = false;
+        for ((from, to), buf) in self.edges.into_iter().zip(self.bufs) {
+            if let (Some(buf), true) = (buf, from < to) {
+                waits |= read(from, to, buf, cx);
+            }
+        }
+        if waits { Copied::Wait(CowState::Read) } else { Copied::Ready }
+    }
+
+    /// The stretch at `from`, as far as there is something to copy.
+    fn stretch(&self, from: u64, cx: &Cx<'_>) -> Option<(u64, u64)> {
+        let [head, mut tail] = self.edges.map(|(from, to)| (from, to.min(self.limit)));
+        if mutant!("copy_ends_with_head") {
+            tail.1 = tail.0;
+        }
+        stretch([head, tail], from, cx.buf_size())
+    }
+
+    fn copy_next(
+        &mut self,
+        from: u64,
+        place: Place,
+        read: impl Fn(u64, u64, BufId, &mut Cx<'_>) -> bool,
+        cx: &mut Cx<'_>,
+    ) -> Copied {
+        match (self.stretch(from, cx), self.bufs[0]) {
+            (Some((start, to)), Some(buf)) => match read(start, to, buf, cx) {
+                true => Copied::Wait(CowState::CopyRead { from }),
+                false => self.copy_write(from, place, cx),
+            },
+            (None, _) | (_, None) => {
+                self.fill = Fill::Nothing;
+                self.give_bufs(cx);
+                Copied::Ready
+            }
+        }
+    }
+
+    fn copy_write(&mut self, from: u64, place: Place, cx: &mut Cx<'_>) -> Copied {
+        let (start, to) = self.stretch(from, cx).expect("it was just read");
+        let buf = self.bufs[0].expect("a copy has a buffer");
+        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - start) as u32 };
+        cx.issue(Op::write(place.file, place.of(start), Segs::one(seg)));
+        Copied::Wait(CowState::CopyWrite { from: to })
+    }
+
+    /// Writes the request's bytes `at..end` and the edges around them, as one.
+    pub fn write(&self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) {
+        let io = cx.io();
+        let (from, len) = (at - io.offset, end - at);
+        let is_write = matches!(io.kind, IoKind::Write { .. });
+        if self.fill == Fill::Nothing && is_write {
+            cx.write_guest(place.file, place.of(at), from, len, false);
+            return;
+        }
+        let edge = |which: usize| {
+            let len = (self.edges[which].1 - self.edges[which].0) as u32;
+            match (self.fill, self.bufs[which]) {
+                (Fill::Zeros, _) => Seg::zeros(len),
+                (Fill::Read, Some(buf)) => Seg { base: Base::Pool(buf), off: 0, len },
+                (Fill::Read, None) | (Fill::Nothing, _) => Seg::zeros(0),
+            }
+        };
+        let (head, tail) = (edge(0), edge(1));
+        let mut segs = Segs::none();
+        segs.push(head);
+        segs.push(if is_write { cx.guest(from, len) } else { Seg::zeros(len as u32) });
+        segs.push(tail);
+        cx.issue(Op::write(place.file, place.of(at) - u64::from(head.len), segs));
+    }
+
+    /// It is over.
+    pub fn give_bufs(&mut self, cx: &mut Cx<'_>) {
+        for buf in std::mem::take(&mut self.bufs).into_iter().flatten() {
+            cx.give_buf(buf);
+        }
+    }
+}
+
 /// Does each fit a buffer of `buf_size` bytes?
-pub(crate) fn fit(edges: Edges, buf_size: u64) -> bool {
+fn fit(edges: Edges, buf_size: u64) -> bool {
     edges.iter().all(|(from, to)| to - from <= buf_size)
 }
 
@@ -30,7 +245,7 @@ pub(crate) fn take_bufs(edges: Edges, cx: &mut Cx<'_>) -> Option<[Option<BufId>;
 
 /// The stretch that begins at `from` or, if nothing of the head is left there, in the tail: at most
 /// `buf_size` bytes. `None`: all is copied.
-pub(crate) fn stretch(edges: Edges, from: u64, buf_size: u64) -> Option<(u64, u64)> {
+fn stretch(edges: Edges, from: u64, buf_size: u64) -> Option<(u64, u64)> {
     let [head, tail] = edges;
     let (from, to) = if from < head.1 { (from, head.1) } else { (from.max(tail.0), tail.1) };
     (from < to).then(|| (from, to.min(from + buf_size)))

@@ -1,7 +1,8 @@
 //! What several formats are made of. A part has no policy: the format says what is to happen.
 
 pub(crate) mod attempts;
+pub mod backing;
 pub(crate) mod claims;
-pub(crate) mod cow;
+pub mod cow;
 pub mod growth;
 pub(crate) mod past_end;

@@ -17,9 +17,10 @@ use cowbell_formats::map::{extents, read};
 use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::disk::descriptor::{Descriptor, Kind};
 use cowbell_formats::vmdk::disk::grain;
+use cowbell_formats::vmdk::disk::layout::end_of_stream;
 use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
 use cowbell_formats::vmdk::rest::check::check;
-use cowbell_formats::vmdk::rest::create::{Options, end_of_stream, write_file};
+use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::vmdk::rest::open::open as open_image;
 use cowbell_formats::{DiskHost, Error, OpenOptions, Policy, RunOptions, attach, open};
 

@@ -115,11 +115,8 @@ pub const MUTANTS: &[Mutant] = &[
     vmdk("vmdk_data_error_ignored", "an entry leads to data whose write failed"),
     vmdk("vmdk_no_wake_on_error", "a failed request wakes nobody"),
     vmdk("vmdk_cow_tail_skipped", "what lies behind a write is not copied"),
-    vmdk("vmdk_copy_ends_with_head", "of a grain larger than a buffer the tail is not copied"),
-    vmdk(
-        "vmdk_copy_error_ignored",
-        "a failed write of what a large grain copies counts as a good one",
-    ),
+    vmdk("copy_ends_with_head", "of a grain larger than a buffer the tail is not copied"),
+    vmdk("copy_error_ignored", "a failed write of what a large grain copies counts as a good one"),
     vmdk("vmdk_zero_grain_shows_parent", "a write into a zeroed grain brings the parent back"),
     vmdk("vmdk_run_ignores_type", "grains of different kinds are taken for one run"),
     vmdk("vmdk_woken_trusts_old_lookup", "a woken request does not look up again"),
@@ -163,6 +160,7 @@ pub const MUTANTS: &[Mutant] = &[
         "qcow2_reserve_before_stable",
         "a table may lead to clusters whose refcounts are not stable",
     ),
+    qcow2("qcow2_failed_count_forgotten", "a refcount that could not be written counts as written"),
     qcow2(
         "qcow2_reused_while_in_use",
         "a freed cluster is reused while an older request is using it",
@@ -172,7 +170,6 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_run_ignores_type", "clusters of different kinds are taken for one run"),
     qcow2("qcow2_cow_tail_skipped", "what lies behind a write is not copied"),
     qcow2("qcow2_cow_from_wrong_cluster", "copy-on-write copies another cluster"),
-    qcow2("qcow2_short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
     qcow2("qcow2_table_not_filled", "a table is made of a used cluster, as it is"),
     qcow2(
         "qcow2_table_owes_nothing",

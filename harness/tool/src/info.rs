@@ -11,9 +11,9 @@ use cowbell_formats::DiskHost;
 use cowbell_formats::chain::{OpenOptions, open_layer};
 use cowbell_formats::error::Shown;
 use cowbell_formats::info::{Info, Qcow2Info, info_of};
-use cowbell_formats::qcow2::disk::crypt::{Luks, Slot};
 use cowbell_formats::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Encryption};
 use cowbell_formats::qcow2::rest::bitmap::Bitmap;
+use cowbell_formats::qcow2::rest::crypt::{Luks, Slot};
 use cowbell_formats::vmdk::rest::info::{VmdkExtent, VmdkInfo};
 
 use crate::fail::Fail;

@@ -3,6 +3,7 @@
 pub mod bitmap;
 pub mod check;
 pub mod create;
+pub mod crypt;
 pub mod map;
 pub mod open;
 pub mod preallocate;

@@ -9,12 +9,12 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
-use cowbell_engine::step::{Cx, IoKind, Step};
+use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Around;
-use crate::parts::cow;
+use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
 use crate::qcow2::disk::layout::{L2Entry, Mapping};
 use crate::qcow2::run::lookup::Run;
 use crate::qcow2::run::zero_discard::units_mask;
@@ -39,10 +39,10 @@ pub(super) struct Claim {
     to: u64,
     /// What the entries will expose: units, or whole clusters, around that.
     exposed: (u64, u64),
-    fill: Fill,
+    /// What these hold around the write.
+    cow: Cow,
     /// Would the new place, without this data, show what was never there?
     owes: bool,
-    bufs: [Option<BufId>; 2],
 }
 
 impl Claim {
@@ -50,17 +50,6 @@ impl Claim {
     pub fn waiters(&mut self) -> &mut WaitList {
         &mut self.waiters
     }
-}
-
-/// What the exposed bytes around the write come from.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Fill {
-    /// They are there: durable zeros.
-    Nothing,
-    /// Zeros are written.
-    Zeros,
-    /// What a guest reads there.
-    Own,
 }
 
 /// Where a piece is to go.
@@ -103,13 +92,15 @@ impl Qcow2 {
             }
             Around::Before(next) => to = to.min(next),
         }
-        let fill = match plan.was_zeros {
-            true => Fill::Zeros,
-            false => Fill::Own,
+        let fill = if plan.was_zeros { Fill::Zeros } else { Fill::Read };
+        // Before anything is claimed, so that who waits for buffers holds nothing.
+        let bufs = match fill {
+            Fill::Read => cow::take_bufs(edges(at, to, plan.grain), cx),
+            Fill::Nothing | Fill::Zeros => Some([None; 2]),
         };
-        let bufs = match self.take_cow_bufs(at, to, plan.grain, fill, cx) {
-            Ok(bufs) => bufs,
-            Err(step) => return step,
+        let Some(bufs) = bufs else {
+            cx.park_for_bufs();
+            return Step::Wait(State::Next { at });
         };
         let (host, is_fresh, is_stable) = match plan.place {
             Some(place) => (place, false, true),
@@ -124,8 +115,10 @@ impl Qcow2 {
                 }
             },
         };
-        let exposed = (align_down(at, plan.grain), to.next_multiple_of(plan.grain));
+        let edges = edges(at, to, plan.grain);
+        let exposed = (edges[0].0, edges[1].1);
         let is_zeros = is_fresh && plan.was_zeros;
+        let owes_nothing = is_zeros && is_stable || mutant!("qcow2_no_fence_for_data");
         self.tables.pin(run.slot.expect("a claim is made of what a slice says"));
         let claim = Claim {
             start,
@@ -137,15 +130,19 @@ impl Qcow2 {
             at,
             to,
             exposed,
-            fill: if is_zeros { Fill::Nothing } else { fill },
-            owes: !(is_zeros && is_stable) && !mutant!("qcow2_no_fence_for_data"),
-            bufs,
+            cow: Cow::new(
+                if mutant!("qcow2_cow_tail_skipped") { [edges[0], (to, to)] } else { edges },
+                if is_zeros { Fill::Nothing } else { fill },
+                u64::MAX,
+            )
+            .with_bufs(bufs),
+            owes: !owes_nothing,
         };
         let key = self.claims.insert(start..claim.end, claim);
         if mutant!("qcow2_published_early") {
             self.put_entries(key, cx);
         }
-        self.begin_cow(key, cx)
+        self.copy(key, CowState::Bufs, Event::Start, cx)
     }
 
     fn plan(&self, at: u64, run: Run) -> Plan {
@@ -160,33 +157,6 @@ impl Qcow2 {
         };
         // The place is that of the run's first cluster, where the claim's may begin with.
         Plan { place, grain, was_zeros }
-    }
-
-    /// Buffers for what is around `at..to`, in grains of `grain` bytes: before anything is claimed,
-    /// so that who waits for buffers holds nothing.
-    fn take_cow_bufs(
-        &self,
-        at: u64,
-        to: u64,
-        grain: u64,
-        fill: Fill,
-        cx: &mut Cx<'_>,
-    ) -> Result<[Option<BufId>; 2], Step<State>> {
-        let (head, tail) = (at & (grain - 1), to.next_multiple_of(grain) - to);
-        let size = cx.buf_size();
-        let bufs = match (head > 0, tail > 0) {
-            _ if fill != Fill::Own => return Ok([None; 2]),
-            (false, false) => return Ok([None; 2]),
-            (true, true) if head <= size && tail <= size => {
-                cx.take_bufs().map(|[a, b]| [Some(a), Some(b)])
-            }
-            (false, true) if tail <= size => cx.take_bufs().map(|[b]| [None, Some(b)]),
-            _ => cx.take_bufs().map(|[a]| [Some(a), None]),
-        };
-        bufs.ok_or_else(|| {
-            cx.park_for_bufs();
-            Step::Wait(State::Next { at })
-        })
     }
 
     /// New clusters for `start..to`: where, how many, are they zeros, and is the file known to hold
@@ -207,126 +177,31 @@ impl Qcow2 {
         Ok((HostOffset(taken.first << bits), taken.count, taken.is_zeros, !taken.owes))
     }
 
-    /// The guest ranges around the write that the entries expose: in front, behind.
-    fn edges(claim: &Claim) -> [(u64, u64); 2] {
-        let tail = if mutant!("qcow2_cow_tail_skipped") { claim.to } else { claim.exposed.1 };
-        [(claim.exposed.0, claim.at), (claim.to, tail)]
-    }
-
     /// The host offset of the guest's byte `at` in a claim.
     fn host_of(&self, claim: &Claim, at: u64) -> u64 {
         claim.host.0 + (at - align_down(claim.start, self.geometry.cluster_size()))
     }
 
-    fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let edges = Qcow2::edges(claim);
-        let longest = edges.iter().map(|(from, to)| to - from).max().unwrap_or(0);
-        if claim.fill != Fill::Own || longest == 0 {
-            return self.write_data(key, cx);
-        }
-        if longest > cx.buf_size() {
-            return self.copy_next(key, edges[0].0, cx);
-        }
-        for ((from, to), buf) in edges.into_iter().zip(claim.bufs) {
-            if let (Some(buf), true) = (buf, from < to) {
-                read_own(from, to, buf, cx);
-            }
-        }
-        Step::Wait(State::ReadCow { claim: key })
-    }
-
-    pub(super) fn cow_read(
+    /// Goes on with what the entries will expose around the write; then the data is written.
+    pub(super) fn copy(
         &mut self,
         key: u32,
-        result: Result<(), Errno>,
+        state: CowState,
+        event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        match result {
-            Ok(()) => self.write_data(key, cx),
-            Err(errno) => self.fail(key, errno, cx),
-        }
-    }
-
-    /// The next stretch to copy from `from` on: the rest of the head, then the tail.
-    fn copy_range(claim: &Claim, from: u64, buf_size: u64) -> Option<(u64, u64)> {
-        cow::stretch(Qcow2::edges(claim), from, buf_size)
-    }
-
-    fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let claim = &self.claims[key];
+        let (file, start) = (self.data, claim.at);
+        let place = Place { file, start, host: self.host_of(claim, start) };
         let claim = &mut self.claims[key];
-        match Qcow2::copy_range(claim, from, cx.buf_size()) {
-            Some((from, to)) => {
-                read_own(from, to, claim.bufs[0].expect("a copy has a buffer"), cx);
-                Step::Wait(State::CopyRead { claim: key, from })
-            }
-            None => {
-                claim.fill = Fill::Nothing;
-                self.write_data(key, cx)
+        match claim.cow.step(state, event, place, read_own, cx) {
+            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Failed(errno) => self.fail(key, errno, cx),
+            Copied::Ready => {
+                claim.cow.write(claim.at, claim.to, place, cx);
+                Step::Wait(State::WriteData { claim: key })
             }
         }
-    }
-
-    pub(super) fn copy_read(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        if let Err(errno) = result {
-            return self.fail(key, errno, cx);
-        }
-        let claim = &self.claims[key];
-        let range = Qcow2::copy_range(claim, from, cx.buf_size());
-        let (from, to) = range.expect("it was just read");
-        let buf = claim.bufs[0].expect("a copy has a buffer");
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
-        cx.issue(Op::write(self.data, self.host_of(claim, from), Segs::one(seg)));
-        Step::Wait(State::CopyWrite { claim: key, from: to })
-    }
-
-    pub(super) fn copy_written(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match result {
-            Ok(()) => self.copy_next(key, from, cx),
-            Err(errno) => self.fail(key, errno, cx),
-        }
-    }
-
-    /// Head, data and tail go out as one write.
-    fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let io = cx.io();
-        let (from, len) = (claim.at - io.offset, claim.to - claim.at);
-        if claim.fill == Fill::Nothing && matches!(io.kind, IoKind::Write { .. }) {
-            cx.write_guest(self.data, self.host_of(claim, claim.at), from, len, false);
-            return Step::Wait(State::WriteData { claim: key });
-        }
-        let edge = |(from, to): (u64, u64), buf: Option<BufId>| match (claim.fill, buf) {
-            (Fill::Zeros, _) => Seg::zeros((to - from) as u32),
-            (Fill::Own, Some(buf)) => {
-                Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 }
-            }
-            _ => Seg::zeros(0),
-        };
-        let [head, tail] = Qcow2::edges(claim);
-        let (head, tail) = (edge(head, claim.bufs[0]), edge(tail, claim.bufs[1]));
-        let mut segs = Segs::none();
-        segs.push(head);
-        segs.push(match io.kind {
-            IoKind::Write { .. } => cx.guest(from, len),
-            _ => Seg::zeros(len as u32),
-        });
-        segs.push(tail);
-        let host = self.host_of(claim, claim.at) - u64::from(head.len);
-        cx.issue(Op::write(self.data, host, segs));
-        Step::Wait(State::WriteData { claim: key })
     }
 
     pub(super) fn data_written(
@@ -424,9 +299,7 @@ impl Qcow2 {
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         let start = self.claims[key].start;
         let mut claim = self.claims.remove(key, start);
-        for buf in claim.bufs.into_iter().flatten() {
-            cx.give_buf(buf);
-        }
+        claim.cow.give_bufs(cx);
         self.unpin(claim.slot, cx);
         if !mutant!("qcow2_claim_never_wakes") {
             cx.wake_all(&mut claim.waiters);
@@ -442,10 +315,15 @@ impl Qcow2 {
     }
 }
 
-/// Reads `from..to` of this node's disk into the start of `buf`.
-fn read_own(from: u64, to: u64, buf: BufId, cx: &mut Cx<'_>) {
+/// What is exposed in grains of `grain` bytes around a write of `at..to`: in front, behind.
+fn edges(at: u64, to: u64, grain: u64) -> Edges {
+    [(align_down(at, grain), at), (to, to.next_multiple_of(grain))]
+}
+
+/// Reads `from..to` of this node's disk into the start of `buf`. There is always something to wait for.
+fn read_own(from: u64, to: u64, buf: BufId, cx: &mut Cx<'_>) -> bool {
     let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
     let from = if mutant!("qcow2_cow_from_wrong_cluster") { from & 511 } else { from };
-    let target = Target::Node(cx.node());
-    cx.issue(Op::read(target, from, Segs::one(seg)));
+    cx.issue(Op::read(Target::Node(cx.node()), from, Segs::one(seg)));
+    true
 }

@@ -11,6 +11,7 @@ use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::{Cx, Io, IoKind, Step};
 use cowbell_engine::units::{Errno, GuestOffset, HostOffset, align_down};
 
+use crate::parts::backing;
 use crate::qcow2::disk::layout::{L1Entry, L2Entry, Mapping};
 use crate::qcow2::run::{PIECES, Qcow2, State};
 
@@ -328,7 +329,7 @@ impl Qcow2 {
             (IoKind::Read, Mapping::Data(_)) => return self.transfer(at, end, run, issued, cx),
             (IoKind::Read, Mapping::Zero(_)) => cx.zero_guest(from, len),
             (IoKind::Read, Mapping::Unallocated(_)) => {
-                *issued |= self.read_backing(at, run.end, cx)
+                *issued |= backing::read(self.backing, at, run.end, cx)
             }
             (IoKind::Read, Mapping::Compressed(_)) => return Piece::Lacks,
             (IoKind::Write { .. }, Mapping::Data(_)) if run.copied => {
@@ -370,22 +371,6 @@ impl Qcow2 {
             run = next;
         }
         Piece::To(at)
-    }
-
-    /// Reads `at..end` from below; what the backing file is too short for reads as zeros.
-    fn read_backing(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> bool {
-        let from = at - cx.io().offset;
-        let (node, there) = match self.backing {
-            Some(backing) => (Some(backing.node), end.min(backing.size.max(at))),
-            None => (None, at),
-        };
-        if there < end && !mutant!("qcow2_short_backing_not_zeroed") {
-            cx.zero_guest(from + (there - at), end - there);
-        }
-        let Some(node) = node.filter(|_| there > at) else { return false };
-        let segs = Segs::one(cx.guest(from, there - at));
-        cx.issue(Op::read(Target::Node(node), at, segs));
-        true
     }
 
     fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {

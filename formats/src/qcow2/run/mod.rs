@@ -53,7 +53,9 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, RegionId, Time};
 
+use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
+use crate::parts::cow::CowState;
 use crate::parts::growth::Growth;
 use crate::qcow2::disk::layout::{Geometry, L1Entry};
 use crate::qcow2::rest::open::Opened;
@@ -67,7 +69,6 @@ use crate::qcow2::run::live_header::Header;
 use crate::qcow2::run::reserve::{Reserve, ReserveState};
 use crate::qcow2::run::resize::{ResizeState, Resizing};
 use crate::qcow2::run::writeback::{Slice, Writeback, WritebackState};
-use crate::qed::run::Backing;
 
 /// How a qcow2 image is run.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -205,12 +206,8 @@ pub enum State {
     CopyTable { at: u64, l1_index: u32, done: u32, buf: BufId },
     /// The turn to change an L1 block that a writeback is about to write.
     LinkTable { at: u64, l1_index: u32 },
-    /// What the image holds around the write, in the claim's buffers.
-    ReadCow { claim: u32 },
-    /// A buffer full of that, read: clusters larger than a buffer are copied in a loop.
-    CopyRead { claim: u32, from: u64 },
-    /// That buffer, written.
-    CopyWrite { claim: u32, from: u64 },
+    /// What the new clusters hold around the write.
+    Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
     /// The turn to change a slice that a writeback is about to write.
@@ -421,8 +418,8 @@ impl Driver for Qcow2 {
             State::Inflate { .. } => 5,
             State::ZeroTable { .. } | State::ReadTable { .. } | State::CopyTable { .. } => 6,
             State::LinkTable { .. } => 7,
-            State::ReadCow { .. } => 8,
-            State::CopyRead { .. } | State::CopyWrite { .. } => 9,
+            State::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
+            State::Cow { .. } => 9,
             State::WriteData { .. } => 10,
             State::Publish { .. } | State::PublishRoom { .. } => 11,
             State::Swept => 13,
@@ -522,13 +519,7 @@ impl Qcow2 {
                 self.table_copied(at, (l1_index, done, buf), result, cx)
             }
             (State::LinkTable { at, l1_index }, Woken) => self.link_table(at, l1_index, cx),
-            (State::ReadCow { claim }, Io(result)) => self.cow_read(claim, result, cx),
-            (State::CopyRead { claim, from }, Io(result)) => {
-                self.copy_read(claim, from, result, cx)
-            }
-            (State::CopyWrite { claim, from }, Io(result)) => {
-                self.copy_written(claim, from, result, cx)
-            }
+            (State::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (State::Publish { claim }, Woken) => self.publish(claim, cx),
             (State::PublishRoom { claim, attempt }, Woken) => {
                 self.publish_in_room(claim, attempt, cx)

@@ -1075,9 +1075,10 @@ impl Qcow2 {
                 }
                 // What the piece is on disk, nobody knows. It is written again if it counts what is in
                 // use; what was to be counted down is leaked.
-                if !self.reserve.uncounted {
+                if !self.reserve.uncounted || mutant!("qcow2_failed_count_forgotten") {
                     self.reserve.piece = None;
                     self.reserve.piece_dirty = false;
+                    self.reserve.uncounted = false;
                 }
                 self.reserve_done(Err(errno), cx)
             }

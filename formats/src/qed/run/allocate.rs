@@ -9,15 +9,15 @@
 //! neighbouring updates merge, and no two writes of one sector are ever in flight (R63).
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
+use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Around;
-use crate::parts::cow::{self, Edges};
+use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
 use crate::qed::disk::layout::Entry;
-use crate::qed::run::{Backing, Qed, SLICE_BITS, State};
+use crate::qed::run::{Qed, SLICE_BITS, State};
 
 /// Guest clusters being allocated, or being made zero clusters.
 #[derive(Clone, Hash, Debug)]
@@ -31,9 +31,10 @@ pub(super) struct Claim {
     /// The guest range that this piece writes.
     at: u64,
     end: u64,
-    /// Is the rest of the clusters copied from the backing file, and the data fenced?
-    cow: bool,
-    bufs: [Option<BufId>; 2],
+    /// The rest of the clusters.
+    cow: Cow,
+    /// Does the backing file show there? Then the data is fenced.
+    owes: bool,
     link: Link,
     waiters: WaitList,
 }
@@ -135,8 +136,8 @@ impl Qed {
             entry,
             at,
             end,
-            cow,
-            bufs: [None; 2],
+            cow: self.cow_of(first, count, (at, end), cow && zero.is_none()),
+            owes: cow,
             link: Link::No,
             waiters: WaitList::new(),
         };
@@ -144,7 +145,10 @@ impl Qed {
         if mutant!("published_early") {
             self.publish(claim, cx);
         }
-        if zero.is_some() { self.link(claim, cx) } else { self.begin_cow(claim, cx) }
+        match zero {
+            Some(_) => self.link(claim, cx),
+            None => self.copy(claim, CowState::Bufs, Event::Start, cx),
+        }
     }
 
     /// How far one piece reaches: to where the backing file ends, and not beyond what one op can
@@ -173,158 +177,47 @@ impl Qed {
         offset.0 + (at - (claim.cluster << self.geometry.cluster_bits()))
     }
 
-    /// The guest ranges around the write that come from the backing file: in front, behind.
-    fn cow_ranges(&self, claim: &Claim) -> Edges {
-        let Some(backing) = self.backing.filter(|_| claim.cow) else { return [(0, 0); 2] };
+    /// What a write of `at..end` into `count` clusters from `first` on copies. The rest of new clusters
+    /// is zeros; where the data writes make the file longer, they write these too.
+    fn cow_of(&self, first: u64, count: u64, (at, end): (u64, u64), copies: bool) -> Cow {
         let bits = self.geometry.cluster_bits();
-        let start = claim.cluster << bits;
-        let clusters_end = (claim.cluster + claim.count) << bits;
-        // What lies behind the backing file's end is zeros, as the new cluster is.
-        let tail_end = clusters_end.min(self.copied_size(backing)).max(claim.end);
-        let tail_end = if mutant!("cow_tail_skipped") { claim.end } else { tail_end };
-        [(start, claim.at), (claim.end, tail_end)]
-    }
-
-    /// How far there is something to copy.
-    fn copied_size(&self, backing: Backing) -> u64 {
-        if self.space.grows_by_writes() { u64::MAX } else { backing.size }
-    }
-
-    /// Reads what the new clusters must hold around the write.
-    pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let ranges = self.cow_ranges(claim);
-        if ranges.iter().all(|(from, to)| from == to) {
-            return self.write_data(key, cx);
+        let (start, clusters_end) = (first << bits, (first + count) << bits);
+        let by_writes = self.space.grows_by_writes();
+        match self.backing.filter(|_| copies) {
+            Some(backing) => {
+                let limit = if by_writes { u64::MAX } else { backing.size };
+                let tail_end = clusters_end.min(limit).max(end);
+                let tail_end = if mutant!("cow_tail_skipped") { end } else { tail_end };
+                Cow::new([(start, at), (end, tail_end)], Fill::Read, limit)
+            }
+            None if by_writes => Cow::new([(at, at), (end, clusters_end)], Fill::Zeros, u64::MAX),
+            None => Cow::NONE,
         }
-        let Some(bufs) = cow::take_bufs(ranges, cx) else {
-            cx.park_for_bufs();
-            return Step::Wait(State::CowBufs { claim: key });
+    }
+
+    /// Goes on with what the new clusters must hold around the write; then the data is written.
+    pub(super) fn copy(
+        &mut self,
+        key: u32,
+        state: CowState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        let claim = &self.claims[key];
+        let (file, start, backing) = (self.file, claim.at, self.backing);
+        let place = Place { file, start, host: self.host_of(claim, start) };
+        let read = |from, to, buf, cx: &mut Cx<'_>| {
+            backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
-        self.claims[key].bufs = bufs;
-        if !cow::fit(ranges, cx.buf_size()) {
-            return self.copy_next(key, ranges[0].0, cx);
-        }
-        let mut reads = false;
-        for ((from, to), buf) in ranges.into_iter().zip(bufs) {
-            if let Some(buf) = buf {
-                reads |= self.read_below(from, to, buf, cx);
+        let claim = &mut self.claims[key];
+        match claim.cow.step(state, event, place, read, cx) {
+            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Failed(errno) => self.fail(key, errno, cx),
+            Copied::Ready => {
+                claim.cow.write(claim.at, claim.end, place, cx);
+                Step::Wait(State::WriteData { claim: key })
             }
         }
-        if reads { Step::Wait(State::ReadCow { claim: key }) } else { self.write_data(key, cx) }
-    }
-
-    /// Reads `from..to` of the backing file into the start of `buf`, zeros behind its end. False:
-    /// all of it lies there, there is nothing to wait for.
-    fn read_below(&self, from: u64, to: u64, buf: BufId, cx: &mut Cx<'_>) -> bool {
-        let backing = self.backing.expect("only an overlay copies");
-        let there = to.min(backing.size).max(from);
-        cx.mem().pool_mut(buf)[(there - from) as usize..(to - from) as usize].fill(0);
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: (there - from) as u32 };
-        let from = if mutant!("cow_from_wrong_cluster") {
-            from & (self.geometry.cluster_size() - 1)
-        } else {
-            from
-        };
-        if seg.len > 0 {
-            cx.issue(Op::read(Target::Node(backing.node), from, Segs::one(seg)));
-        }
-        seg.len > 0
-    }
-
-    pub(super) fn cow_read(
-        &mut self,
-        key: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match result {
-            Ok(()) => self.write_data(key, cx),
-            Err(errno) => self.fail(key, errno, cx),
-        }
-    }
-
-    /// The next stretch to copy from `from` on: the rest of the head, then the tail. What lies
-    /// behind the backing file's end is zeros in the new cluster already.
-    fn copy_range(&self, claim: &Claim, from: u64, buf_size: u64) -> Option<(u64, u64)> {
-        let size = self.backing.map_or(0, |backing| self.copied_size(backing));
-        let there = self.cow_ranges(claim).map(|(from, to)| (from, to.min(size)));
-        cow::stretch(there, from, buf_size)
-    }
-
-    /// Clusters larger than a buffer: their rest is copied a buffer at a time.
-    fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let buf = claim.bufs[0].expect("a copy has a buffer");
-        match self.copy_range(claim, from, cx.buf_size()) {
-            Some((from, to)) => {
-                if !self.read_below(from, to, buf, cx) {
-                    return self.copy_read(key, from, Ok(()), cx);
-                }
-                Step::Wait(State::CopyRead { claim: key, from })
-            }
-            None => {
-                self.give_bufs(key, cx);
-                self.write_data(key, cx)
-            }
-        }
-    }
-
-    pub(super) fn copy_read(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        if let Err(errno) = result {
-            return self.fail(key, errno, cx);
-        }
-        let claim = &self.claims[key];
-        let (from, to) = self.copy_range(claim, from, cx.buf_size()).expect("it was just read");
-        let buf = claim.bufs[0].expect("a copy has a buffer");
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
-        cx.issue(Op::write(self.file, self.host_of(claim, from), Segs::one(seg)));
-        Step::Wait(State::CopyWrite { claim: key, from: to })
-    }
-
-    pub(super) fn copy_written(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match result {
-            Ok(()) => self.copy_next(key, from, cx),
-            Err(errno) => self.fail(key, errno, cx),
-        }
-    }
-
-    /// Head, data and tail go out as one write. What it does not cover of the new clusters is
-    /// zeros already.
-    fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (to - from) as u32);
-        let io = cx.io();
-        let mut segs = Segs::none();
-        let mut start = claim.at;
-        if let Some(buf) = claim.bufs[0] {
-            segs.push(Seg { base: Base::Pool(buf), off: 0, len: head });
-            start -= u64::from(head);
-        }
-        segs.push(match io.kind {
-            IoKind::Write { .. } => cx.guest(claim.at - io.offset, claim.end - claim.at),
-            _ => Seg::zeros((claim.end - claim.at) as u32),
-        });
-        if let Some(buf) = claim.bufs[1] {
-            segs.push(Seg { base: Base::Pool(buf), off: 0, len: tail });
-        } else if !claim.cow && self.space.grows_by_writes() {
-            let clusters_end = (claim.cluster + claim.count) << self.geometry.cluster_bits();
-            segs.push(Seg::zeros((clusters_end - claim.end) as u32));
-        }
-        cx.issue(Op::write(self.file, self.host_of(claim, start), segs));
-        Step::Wait(State::WriteData { claim: key })
     }
 
     pub(super) fn data_written(
@@ -333,7 +226,7 @@ impl Qed {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<State> {
-        self.give_bufs(key, cx);
+        self.claims[key].cow.give_bufs(cx);
         if let Err(errno) = result
             && !mutant!("data_error_ignored")
         {
@@ -342,18 +235,12 @@ impl Qed {
         // An entry that points past the file's end is dropped by the check, and the backing file
         // shown instead, also where there were zeros.
         let may_be_dropped = self.space.grows_by_writes() && self.backing.is_some();
-        let owed = self.claims[key].cow || may_be_dropped;
+        let owed = self.claims[key].owes || may_be_dropped;
         if owed && !mutant!("no_fence_before_link") {
             self.flush(cx);
             return Step::Wait(State::Fence { claim: key });
         }
         self.link(key, cx)
-    }
-
-    fn give_bufs(&mut self, key: u32, cx: &mut Cx<'_>) {
-        for buf in std::mem::take(&mut self.claims[key].bufs).into_iter().flatten() {
-            cx.give_buf(buf);
-        }
     }
 
     /// The data is there: have the entries written, or see what became of them.
@@ -480,7 +367,7 @@ impl Qed {
     /// Gives up. What was allocated is leaked; what was there before is still there.
     pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
         if mutant!("claim_kept_on_error") {
-            self.give_bufs(key, cx);
+            self.claims[key].cow.give_bufs(cx);
             return Step::Done(Err(errno));
         }
         if mutant!("no_wake_on_error") {
@@ -491,7 +378,7 @@ impl Qed {
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        self.give_bufs(key, cx);
+        self.claims[key].cow.give_bufs(cx);
         let start = self.claims[key].cluster << self.geometry.cluster_bits();
         let mut claim = self.claims.remove(key, start);
         if !mutant!("slice_not_pinned") {

@@ -6,10 +6,11 @@
 
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::op::{Op, OpKind, Segs};
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::units::{Errno, GuestOffset, HostOffset, align_down};
 
+use crate::parts::backing;
 use crate::qed::disk::layout::Entry;
 use crate::qed::run::{PIECES, Qed, SLICE_BITS, SLICE_BYTES, State};
 
@@ -263,7 +264,7 @@ impl Qed {
                 Some(run_end)
             }
             (IoKind::Read, _) => {
-                *issued |= self.read_backing(at, run_end, cx);
+                *issued |= backing::read(self.backing, at, run_end, cx);
                 Some(run_end)
             }
             (IoKind::Write { .. }, _) => None,
@@ -278,22 +279,6 @@ impl Qed {
             },
             _ => None,
         }
-    }
-
-    /// Reads `at..end` from below; what the backing file is too short for reads as zeros.
-    fn read_backing(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> bool {
-        let from = at - cx.io().offset;
-        let (node, there) = match self.backing {
-            Some(backing) => (Some(backing.node), end.min(backing.size.max(at))),
-            None => (None, at),
-        };
-        if there < end && !mutant!("short_backing_not_zeroed") {
-            cx.zero_guest(from + (there - at), end - there);
-        }
-        let Some(node) = node.filter(|_| there > at) else { return false };
-        let segs = Segs::one(cx.guest(from, there - at));
-        cx.issue(Op::read(Target::Node(node), at, segs));
-        true
     }
 
     fn load_slice(&mut self, at: u64, table: HostOffset, cx: &mut Cx<'_>) -> Step<State> {

@@ -42,10 +42,12 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, NodeId, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time};
 use cowbell_engine::wait::WaitList;
 
+use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
+use crate::parts::cow::CowState;
 use crate::parts::growth::{FILE_MAX, Growth, Space};
 use crate::parts::past_end::PastEnd;
 use crate::qed::disk::layout::{Bounds, Geometry};
@@ -78,15 +80,6 @@ impl Default for QedOptions {
     fn default() -> Self {
         QedOptions { cache_slices: 2048, growth: Growth::default(), unmark_after_ms: 5000 }
     }
-}
-
-/// The layer below.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Backing {
-    /// The node that reads it.
-    pub node: NodeId,
-    /// Its virtual size; zeros behind it.
-    pub size: u64,
 }
 
 /// An opened QED image: all of its state.
@@ -130,14 +123,8 @@ pub enum State {
     TakeL1 { at: u64, l1_index: u32 },
     /// That sector, written from `buf`.
     WriteL1 { at: u64, l1_index: u32, buf: BufId },
-    /// Buffers for copy-on-write.
-    CowBufs { claim: u32 },
-    /// The backing file's bytes around the write, in the claim's buffers.
-    ReadCow { claim: u32 },
-    /// A buffer full of them, read: clusters larger than a buffer are copied in a loop.
-    CopyRead { claim: u32, from: u64 },
-    /// That buffer, written.
-    CopyWrite { claim: u32, from: u64 },
+    /// What the new clusters hold around the write.
+    Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
     /// The data, stable: the entry that exposes it may be written.
@@ -341,9 +328,9 @@ impl Driver for Qed {
             State::WriteMark { .. } => 4,
             State::TakeL1 { .. } => 6,
             State::WriteL1 { .. } => 7,
-            State::CowBufs { .. } => 8,
-            State::ReadCow { .. } => 9,
-            State::CopyRead { .. } | State::CopyWrite { .. } => 10,
+            State::Cow { state: CowState::Bufs, .. } => 8,
+            State::Cow { state: CowState::Read, .. } => 9,
+            State::Cow { .. } => 10,
             State::WriteData { .. } => 11,
             State::Fence { .. } => 12,
             State::Link { .. } => 13,
@@ -430,14 +417,7 @@ impl Driver for Qed {
             (State::WriteL1 { at, l1_index, buf }, Event::Io(result)) => {
                 self.l1_written(at, l1_index, buf, result, cx)
             }
-            (State::CowBufs { claim }, Event::Woken) => self.begin_cow(claim, cx),
-            (State::ReadCow { claim }, Event::Io(result)) => self.cow_read(claim, result, cx),
-            (State::CopyRead { claim, from }, Event::Io(result)) => {
-                self.copy_read(claim, from, result, cx)
-            }
-            (State::CopyWrite { claim, from }, Event::Io(result)) => {
-                self.copy_written(claim, from, result, cx)
-            }
+            (State::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (State::WriteData { claim }, Event::Io(result)) => self.data_written(claim, result, cx),
             (State::Fence { claim }, Event::Io(Ok(()))) => self.link(claim, cx),
             (State::Fence { claim }, Event::Io(Err(errno))) => self.fail(claim, errno, cx),

@@ -400,6 +400,31 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
+/// Entries as they are on disk.
+pub(crate) fn entry_bytes(entries: &[u32]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+}
+
+/// The end of a stream whose grains and tables end at sector `at`: its directory, in whole sectors,
+/// the footer and the end mark.
+pub fn end_of_stream(header: &Header, at: u64, directory: &[u32]) -> Vec<u8> {
+    let footer = Header { directory_at: at + 1, ..header.clone() };
+    let sector = |marker: Marker, sectors: u64| {
+        let mut bytes = vec![0; SECTOR as usize];
+        bytes[..16].copy_from_slice(&marker.encode(sectors));
+        bytes
+    };
+    let directory = entry_bytes(directory);
+    [
+        sector(Marker::Directory, directory.len() as u64 >> SECTOR_BITS),
+        directory,
+        sector(Marker::Footer, 1),
+        footer.encode().to_vec(),
+        sector(Marker::EndOfStream, 0),
+    ]
+    .concat()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

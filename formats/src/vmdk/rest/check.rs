@@ -19,9 +19,9 @@ use cowbell_engine::store::Store;
 
 use crate::chain::{Layer, LayerMeta};
 use crate::error::Error;
-use crate::vmdk::disk::grain::read_grain;
+use crate::vmdk::disk::layout::entry_bytes;
 use crate::vmdk::disk::layout::{Bounds, Entry, SECTOR, SECTOR_BITS};
-use crate::vmdk::rest::create::entry_bytes;
+use crate::vmdk::rest::grain::read_grain;
 use crate::vmdk::rest::open::{Extent, ExtentKind, Sparse, read_entries};
 
 pub use crate::qed::rest::check::Repair;

@@ -9,8 +9,8 @@ use cowbell_engine::store::Store;
 use crate::error::Error;
 use crate::vmdk::disk::descriptor::{FILES_MAX, Kind, NAME_MAX, NO_PARENT, TEXT_MAX};
 use crate::vmdk::disk::layout::{
-    AT_END, COMPRESSED, FILE_MAX, Header, MARKERS, Marker, NEWLINE_TEST, REDUNDANT, SECTOR,
-    SECTOR_BITS, ZEROED_GRAIN,
+    AT_END, COMPRESSED, FILE_MAX, Header, MARKERS, NEWLINE_TEST, REDUNDANT, SECTOR, SECTOR_BITS,
+    ZEROED_GRAIN, end_of_stream, entry_bytes,
 };
 
 /// Adapter types that a descriptor may name; the first is the default.
@@ -397,29 +397,4 @@ fn write_directory<F: Store>(file: &F, header: &Header, sector: u64) -> Result<(
     }
     file.write_at(sector * SECTOR, &entry_bytes(&directory))
         .map_err(Error::io("write a grain directory"))
-}
-
-/// Entries as they are on disk.
-pub(crate) fn entry_bytes(entries: &[u32]) -> Vec<u8> {
-    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
-}
-
-/// The end of a stream whose grains and tables end at sector `at`: its directory, in whole sectors,
-/// the footer and the end mark.
-pub fn end_of_stream(header: &Header, at: u64, directory: &[u32]) -> Vec<u8> {
-    let footer = Header { directory_at: at + 1, ..header.clone() };
-    let sector = |marker: Marker, sectors: u64| {
-        let mut bytes = vec![0; SECTOR as usize];
-        bytes[..16].copy_from_slice(&marker.encode(sectors));
-        bytes
-    };
-    let directory = entry_bytes(directory);
-    [
-        sector(Marker::Directory, directory.len() as u64 >> SECTOR_BITS),
-        directory,
-        sector(Marker::Footer, 1),
-        footer.encode().to_vec(),
-        sector(Marker::EndOfStream, 0),
-    ]
-    .concat()
 }

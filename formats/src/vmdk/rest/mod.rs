@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod create;
+pub mod grain;
 pub mod info;
 pub(crate) mod map;
 pub mod open;

@@ -7,13 +7,13 @@
 //! the file.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
+use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{BufId, Errno};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Around;
-use crate::parts::cow::{self, Edges};
+use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
 use crate::parts::growth::Taken;
 use crate::vmdk::disk::layout::{Entry, SECTOR_BITS};
 use crate::vmdk::run::lookup::Place;
@@ -33,9 +33,8 @@ pub(super) struct Claim {
     /// The guest range that this piece writes.
     at: u64,
     end: u64,
-    /// Is the rest of the grains copied from the parent?
-    cow: bool,
-    bufs: [Option<BufId>; 2],
+    /// The rest of the grains.
+    cow: Cow,
     waiters: WaitList,
 }
 
@@ -105,15 +104,20 @@ impl Vmdk {
             entry,
             at,
             end,
-            cow,
-            bufs: [None; 2],
+            cow: match cow && zero.is_none() {
+                true => self.cow_of((first, count), (at, end), place),
+                false => Cow::NONE,
+            },
             waiters: WaitList::new(),
         };
         let claim = self.insert_claim(claim, place);
         if mutant!("vmdk_published_early") {
             self.publish(claim, cx);
         }
-        if zero.is_some() { self.published(claim, cx) } else { self.begin_cow(claim, cx) }
+        match zero {
+            Some(_) => self.published(claim, cx),
+            None => self.copy(claim, CowState::Bufs, Event::Start, cx),
+        }
     }
 
     /// Claims the grain of a stream that `at..end` is.
@@ -121,8 +125,8 @@ impl Vmdk {
         self.tables.pin(slot);
         let (part, grain) = (place.part, place.grain_of(at));
         let (entry, waiters) = (Entry::Unallocated, WaitList::new());
-        let (cow, bufs) = (false, [None; 2]);
-        let claim = Claim { part, grain, count: 1, slot, entry, at, end, cow, bufs, waiters };
+        let cow = Cow::NONE;
+        let claim = Claim { part, grain, count: 1, slot, entry, at, end, cow, waiters };
         self.insert_claim(claim, place)
     }
 
@@ -184,139 +188,43 @@ impl Vmdk {
         offset + (at - self.place(claim.part).grain_start(claim.grain))
     }
 
-    /// The guest ranges around the write that come from the parent: in front, behind.
-    fn cow_ranges(&self, claim: &Claim) -> Edges {
-        let Some(backing) = self.backing.filter(|_| claim.cow) else { return [(0, 0); 2] };
-        let place = self.place(claim.part);
-        let start = place.grain_start(claim.grain);
-        let grains_end = place.grain_start(claim.grain + claim.count).min(place.end);
-        // What lies behind the parent's end is zeros, as the new grain is.
-        let tail_end = grains_end.min(backing.size).max(claim.end);
-        let tail_end = if mutant!("vmdk_cow_tail_skipped") { claim.end } else { tail_end };
-        [(start, claim.at), (claim.end, tail_end)]
+    /// What a write of `at..end` into grains `first..first + count` copies from the parent. The rest of
+    /// new grains is zeros.
+    fn cow_of(&self, (first, count): (u64, u64), (at, end): (u64, u64), place: Place) -> Cow {
+        let Some(backing) = self.backing else { return Cow::NONE };
+        let start = place.grain_start(first);
+        let grains_end = place.grain_start(first + count).min(place.end);
+        let tail_end = grains_end.min(backing.size).max(end);
+        let tail_end = if mutant!("vmdk_cow_tail_skipped") { end } else { tail_end };
+        Cow::new([(start, at), (end, tail_end)], Fill::Read, backing.size)
     }
 
-    /// Reads what the new grains must hold around the write.
-    pub(super) fn begin_cow(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let ranges = self.cow_ranges(&self.claims[key]);
-        if ranges.iter().all(|(from, to)| from == to) {
-            return self.write_data(key, cx);
-        }
-        if self.parent_changed {
+    /// Goes on with what the new grains must hold around the write; then the data is written.
+    pub(super) fn copy(
+        &mut self,
+        key: u32,
+        state: CowState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<State> {
+        let claim = &self.claims[key];
+        if self.parent_changed && claim.cow.reads() {
             return self.fail(key, Errno::INVALID, cx);
         }
-        let Some(bufs) = cow::take_bufs(ranges, cx) else {
-            cx.park_for_bufs();
-            return Step::Wait(State::CowBufs { claim: key });
+        let (file, start, backing) = (self.parts[claim.part].file, claim.at, self.backing);
+        let place = cow::Place { file, start, host: self.host_of(claim, start) };
+        let read = |from, to, buf, cx: &mut Cx<'_>| {
+            backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
-        self.claims[key].bufs = bufs;
-        if !cow::fit(ranges, cx.buf_size()) {
-            return self.copy_next(key, ranges[0].0, cx);
-        }
-        for ((from, to), buf) in ranges.into_iter().zip(bufs) {
-            if let Some(buf) = buf {
-                self.read_below(from, to, buf, cx);
+        let claim = &mut self.claims[key];
+        match claim.cow.step(state, event, place, read, cx) {
+            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Failed(errno) => self.fail(key, errno, cx),
+            Copied::Ready => {
+                claim.cow.write(claim.at, claim.end, place, cx);
+                Step::Wait(State::WriteData { claim: key })
             }
         }
-        Step::Wait(State::ReadCow { claim: key })
-    }
-
-    /// Grains larger than a buffer: their rest is copied a buffer at a time, from `from` on.
-    fn copy_next(&mut self, key: u32, from: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        match self.stretch(claim, from, cx) {
-            Some((from, to)) => {
-                self.read_below(from, to, claim.bufs[0].expect("a copy has a buffer"), cx);
-                Step::Wait(State::CopyRead { claim: key, from })
-            }
-            None => {
-                self.give_bufs(key, cx);
-                self.write_data(key, cx)
-            }
-        }
-    }
-
-    fn stretch(&self, claim: &Claim, from: u64, cx: &Cx<'_>) -> Option<(u64, u64)> {
-        let [mut head, mut tail] = self.cow_ranges(claim);
-        // What lies behind the parent's end is zeros, as the new grain is.
-        head.1 = head.1.min(self.backing.map_or(0, |backing| backing.size));
-        if mutant!("vmdk_copy_ends_with_head") {
-            tail.1 = tail.0;
-        }
-        cow::stretch([head, tail], from, cx.buf_size())
-    }
-
-    pub(super) fn copy_read(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        if let Err(errno) = result {
-            return self.fail(key, errno, cx);
-        }
-        let claim = &self.claims[key];
-        let (from, to) = self.stretch(claim, from, cx).expect("it was just read");
-        let buf = claim.bufs[0].expect("a copy has a buffer");
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: (to - from) as u32 };
-        let file = self.parts[claim.part].file;
-        cx.issue(Op::write(file, self.host_of(claim, from), Segs::one(seg)));
-        Step::Wait(State::CopyWrite { claim: key, from: to })
-    }
-
-    pub(super) fn copy_written(
-        &mut self,
-        key: u32,
-        from: u64,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match result {
-            Err(errno) if !mutant!("vmdk_copy_error_ignored") => self.fail(key, errno, cx),
-            _ => self.copy_next(key, from, cx),
-        }
-    }
-
-    fn give_bufs(&mut self, key: u32, cx: &mut Cx<'_>) {
-        for buf in std::mem::take(&mut self.claims[key].bufs).into_iter().flatten() {
-            cx.give_buf(buf);
-        }
-    }
-
-    /// Reads `from..to` of the parent into the start of `buf`, zeros behind its end.
-    fn read_below(&self, from: u64, to: u64, buf: BufId, cx: &mut Cx<'_>) {
-        let backing = self.backing.expect("only an overlay copies");
-        let there = to.min(backing.size).max(from);
-        cx.mem().pool_mut(buf)[(there - from) as usize..(to - from) as usize].fill(0);
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: (there - from) as u32 };
-        if there > from {
-            cx.issue(Op::read(Target::Node(backing.node), from, Segs::one(seg)));
-        }
-    }
-
-    /// Head, data and tail go out as one write. What it does not cover of the new grains is zeros
-    /// already.
-    pub(super) fn write_data(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &self.claims[key];
-        let [head, tail] = self.cow_ranges(claim).map(|(from, to)| (to - from) as u32);
-        let io = cx.io();
-        let mut segs = Segs::none();
-        let mut start = claim.at;
-        if let Some(buf) = claim.bufs[0] {
-            segs.push(Seg { base: Base::Pool(buf), off: 0, len: head });
-            start -= u64::from(head);
-        }
-        segs.push(match io.kind {
-            IoKind::Write { .. } => cx.guest(claim.at - io.offset, claim.end - claim.at),
-            _ => Seg::zeros((claim.end - claim.at) as u32),
-        });
-        if let Some(buf) = claim.bufs[1] {
-            segs.push(Seg { base: Base::Pool(buf), off: 0, len: tail });
-        }
-        let file = self.parts[claim.part].file;
-        cx.issue(Op::write(file, self.host_of(claim, start), segs));
-        Step::Wait(State::WriteData { claim: key })
     }
 
     pub(super) fn data_written(
@@ -367,7 +275,7 @@ impl Vmdk {
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        self.give_bufs(key, cx);
+        self.claims[key].cow.give_bufs(cx);
         let Claim { part, grain, .. } = self.claims[key];
         let mut claim = self.claims.remove(key, self.place(part).grain_start(grain));
         self.tables.unpin(claim.slot);

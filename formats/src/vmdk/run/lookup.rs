@@ -10,6 +10,7 @@ use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{Errno, align_down};
 
+use crate::parts::backing;
 use crate::vmdk::disk::layout::Entry;
 use crate::vmdk::run::{Asked, COPY_AT, CidState, Grains, PIECES, PartKind, State, Vmdk};
 
@@ -463,21 +464,12 @@ impl Vmdk {
         Some(Ok(done))
     }
 
-    /// Reads `at..end` from below; what the parent is too short for reads as zeros.
+    /// Reads `at..end` of the parent; what it is too short for reads as zeros.
     fn read_parent(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Result<bool, Errno> {
-        let from = at - cx.io().offset;
-        let (node, there) = match self.backing {
-            Some(_) if self.parent_changed => return Err(Errno::INVALID),
-            Some(backing) => (Some(backing.node), end.min(backing.size.max(at))),
-            None => (None, at),
-        };
-        if there < end {
-            cx.zero_guest(from + (there - at), end - there);
+        if self.parent_changed {
+            return Err(Errno::INVALID);
         }
-        let Some(node) = node.filter(|_| there > at) else { return Ok(false) };
-        let segs = Segs::one(cx.guest(from, there - at));
-        cx.issue(Op::read(Target::Node(node), at, segs));
-        Ok(true)
+        Ok(backing::read(self.backing, at, end, cx))
     }
 
     fn load_table(&mut self, at: u64, table: u64, cx: &mut Cx<'_>) -> Step<State> {

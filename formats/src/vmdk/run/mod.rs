@@ -46,9 +46,10 @@ use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{BufId, Errno, FileId, RegionId, Time};
 use cowbell_engine::wait::WaitList;
 
+use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
+use crate::parts::cow::CowState;
 use crate::parts::growth::{Growth, Space};
-use crate::qed::run::Backing;
 use crate::vmdk::disk::grain::size_max;
 use crate::vmdk::disk::layout::{AT_END, Bounds, FILE_MAX, Header, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::open::{ExtentKind, Opened};
@@ -250,14 +251,8 @@ pub enum State {
     WriteTail,
     /// The new content id, written.
     WriteCid { at: u64, buf: BufId },
-    /// Buffers for copy-on-write.
-    CowBufs { claim: u32 },
-    /// The parent's bytes around the write, in the claim's buffers.
-    ReadCow { claim: u32 },
-    /// Grains larger than a buffer: the parent's bytes from `from` on, in the claim's buffer.
-    CopyRead { claim: u32, from: u64 },
-    /// Those, written; `from` is where the next ones begin.
-    CopyWrite { claim: u32, from: u64 },
+    /// What the new grains hold around the write.
+    Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
     /// A running writeback to end, and after that one that is number `target` or later.
@@ -496,9 +491,9 @@ impl Driver for Vmdk {
             State::Deflate { .. } | State::Append { .. } | State::AppendSpace { .. } => 15,
             State::WriteGrain { .. } | State::WriteTable { .. } => 9,
             State::WriteCid { .. } => 6,
-            State::CowBufs { .. } => 7,
-            State::ReadCow { .. } => 8,
-            State::CopyRead { .. } | State::CopyWrite { .. } => 16,
+            State::Cow { state: CowState::Bufs, .. } => 7,
+            State::Cow { state: CowState::Read, .. } => 8,
+            State::Cow { .. } => 16,
             State::WriteData { .. } => 9,
             State::Ride { .. } | State::FlushFiles { .. } | State::FlushOnly { .. } => 10,
             State::Fence { .. } => 11,
@@ -588,15 +583,7 @@ impl Driver for Vmdk {
             (State::WriteCid { at, buf }, Event::Io(result)) => {
                 self.cid_written(at, buf, result, cx)
             }
-            (State::CowBufs { claim }, Event::Woken) => self.begin_cow(claim, cx),
-            (State::ReadCow { claim }, Event::Io(Ok(()))) => self.write_data(claim, cx),
-            (State::ReadCow { claim }, Event::Io(Err(errno))) => self.fail(claim, errno, cx),
-            (State::CopyRead { claim, from }, Event::Io(result)) => {
-                self.copy_read(claim, from, result, cx)
-            }
-            (State::CopyWrite { claim, from }, Event::Io(result)) => {
-                self.copy_written(claim, from, result, cx)
-            }
+            (State::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (State::WriteData { claim }, Event::Io(result)) => self.data_written(claim, result, cx),
             (State::Ride { target }, Event::Woken) => self.ride(target, cx),
             (State::Fence { next }, Event::Io(Ok(()))) => self.fence(next, cx),

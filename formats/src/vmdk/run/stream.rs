@@ -19,8 +19,8 @@ use cowbell_engine::wait::WaitList;
 
 use crate::parts::growth::Taken;
 use crate::vmdk::disk::grain;
+use crate::vmdk::disk::layout::end_of_stream;
 use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
-use crate::vmdk::rest::create::end_of_stream;
 use crate::vmdk::run::compressed::compressed_key;
 use crate::vmdk::run::lookup::Place;
 use crate::vmdk::run::{Asked, PartKind, State, Vmdk};
