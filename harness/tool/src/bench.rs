@@ -8,12 +8,13 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
-use cowbell_engine::Finished;
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::Target;
 use cowbell_engine::stats::{Call, Held, Histogram, Stats};
 use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::{Finished, Limits};
 use cowbell_formats::Node;
 use cowbell_formats::parts::growth::{Grow, Growth};
 
@@ -96,6 +97,11 @@ pub struct Args {
     /// Native AIO that may block in a submission: without RWF_NOWAIT
     #[arg(long, help_heading = "Beyond QEMU")]
     may_block: bool,
+    /// How long one turn of the engine may hold the loop, about, in microseconds
+    ///
+    /// By default 500. Counting instructions on a slow emulation of this processor wants more.
+    #[arg(long, value_name = "US", help_heading = "Beyond QEMU", allow_hyphen_values = true)]
+    turn: Option<String>,
     /// How a QED file grows: truncate, allocate or write
     #[arg(long, value_name = "HOW", help_heading = "Beyond QEMU")]
     growth: Option<String>,
@@ -202,6 +208,12 @@ fn cache_and_how(args: &Args) -> Result<(Cache, Option<How>), Fail> {
     Ok((cache, if args.native { Some(How::Native) } else { how }))
 }
 
+fn turn(args: &Args) -> Result<Duration, Fail> {
+    let text = args.turn.as_deref();
+    let micros = text.map(|text| count("turn", text, 1, 60_000_000)).transpose()?;
+    Ok(micros.map_or(Limits::default().turn, Duration::from_micros))
+}
+
 /// What counts for `--loop` too.
 fn given(args: &Args, cache: Cache, how: Option<How>) -> Result<device::Given<'_>, Fail> {
     let default = if cache.direct { How::Native } else { How::Threads };
@@ -212,6 +224,7 @@ fn given(args: &Args, cache: Cache, how: Option<How>) -> Result<device::Given<'_
         cache,
         how: how.unwrap_or(default),
         may_block: args.may_block,
+        turn: turn(args)?,
         seed: args.random.unwrap_or(1),
         quiet: args.quiet,
         json: args.json,
@@ -268,6 +281,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         cache,
         how,
         may_block: args.may_block,
+        turn: turn(args)?,
         depth: depth as usize + 1,
         growth,
     };

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::time::Duration;
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
@@ -31,6 +32,8 @@ pub struct Setup {
     pub how: Option<How>,
     /// Native AIO that never blocks.
     pub may_block: bool,
+    /// How long one turn of the engine may hold the loop, about.
+    pub turn: Duration,
     /// The most requests at a time.
     pub depth: usize,
     /// How QED files grow.
@@ -44,6 +47,7 @@ impl Default for Setup {
             cache: Cache::WRITEBACK,
             how: None,
             may_block: false,
+            turn: Limits::default().turn,
             depth: 64,
             growth: None,
         }
@@ -89,7 +93,8 @@ impl Session {
             locking::warn(&chain.unlockable());
         }
         let depth = setup.depth.max(1);
-        let limits = Limits { requests: depth, ops: (depth * 4).max(1024), ..Limits::default() };
+        let (requests, ops, turn) = (depth, (depth * 4).max(1024), setup.turn);
+        let limits = Limits { requests, ops, turn, ..Limits::default() };
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
         let backend = Disk::new(how, depth * 2, setup.may_block).map_err(opened)?;

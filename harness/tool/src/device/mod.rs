@@ -49,7 +49,7 @@ pub struct Looped {
     /// 8 % discards, 4 % flushes, of 4 to 64 KiB each, at multiples of 4 KiB, no two that are in
     /// flight on the same block. By default 4000 requests, 128 at a time, past the page cache, by
     /// native AIO. FILE is a folder on the file system to try; that for temporary files if not said.
-    /// Of the other options -c, -d, -t, -i, -q, --random, --may-block and --json count.
+    /// Of the other options -c, -d, -t, -i, -q, --random, --may-block, --turn and --json count.
     #[arg(long = "loop", help_heading = "With --loop")]
     pub is_asked: bool,
     /// Go on for so many seconds, whatever the count
@@ -83,6 +83,7 @@ pub struct Given<'a> {
     pub cache: Cache,
     pub how: How,
     pub may_block: bool,
+    pub turn: Duration,
     pub seed: u64,
     pub quiet: bool,
     pub json: bool,
@@ -177,6 +178,7 @@ pub fn run(args: &Looped, given: &Given<'_>) -> Result<u8, Fail> {
     let limits = Limits {
         requests: depth.max(defaults.requests),
         ops: (depth * 4).max(defaults.ops),
+        turn: given.turn,
         ..defaults
     };
     let mut engine = Engine::new(backend, limits);
