@@ -52,6 +52,13 @@ pub(crate) struct Job {
     state: State,
 }
 
+impl Job {
+    /// Is it for an op on this file?
+    pub fn is_on(&self, file: FileId) -> bool {
+        self.file == file
+    }
+}
+
 /// Named by what is awaited.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum State {
@@ -175,7 +182,7 @@ pub(crate) fn spawn_give_back(core: &mut Core, file: FileId) {
     core.files[file.index()].given_up.is_going_on = true;
     let op = Op::bare(OpKind::Discard, file, 0, 0);
     let job = Job { op, file, at: 0, buf: None, state: State::Gate };
-    begin(core, job, NodeId::default(), Origin::Chore);
+    begin(core, job, NodeId::NONE, Origin::Chore);
 }
 
 /// Something has ended: who has closed a gate looks again whether all has.
@@ -463,7 +470,7 @@ impl Machine<'_> {
         if let Some(whole) = self.whole_blocks_in_place(left) {
             return whole;
         }
-        let Some(buf) = self.job.buf.or_else(|| self.core.take_bounce()) else {
+        let Some(buf) = self.job.buf.or_else(|| self.core.take_bounce(self.me)) else {
             let mut list = self.core.bounce_waiters;
             self.core.park(self.me, &mut list);
             self.core.bounce_waiters = list;

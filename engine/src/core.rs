@@ -5,13 +5,15 @@
 //! driver that is being stepped is borrowed too.
 
 use std::hash::{Hash, Hasher};
+use std::io;
 
 use slab::Slab;
 
 use crate::align::{self, Job};
-use crate::backend::Completion;
+use crate::backend::{Completion, FileInfo};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::FileState;
+use crate::life::{NodeRecord, Stage};
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
@@ -21,7 +23,7 @@ use crate::queue::Queue;
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
 use crate::step::{Io, IoKind};
-use crate::units::{BufId, Errno, FileId, NodeId, OpId, ReqId, Time};
+use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
 #[derive(Debug)]
@@ -34,9 +36,19 @@ pub(crate) struct Core {
     /// Requests with an event to deliver, oldest first.
     pub ready: Queue<ReqId>,
     pub files: Vec<FileState>,
+    /// Places in it that are vacant.
+    pub files_free: Vec<usize>,
+    pub nodes: Vec<NodeRecord>,
+    pub nodes_free: Vec<usize>,
+    /// Nodes to which something happens by itself.
+    pub moving: usize,
+    /// Regions of the node that is added next.
+    pub loose_regions: Vec<RegionId>,
     pub jobs: Slab<Job>,
     pub mem: Memory,
     pub bufs_free: Vec<BufId>,
+    /// Of each buffer that is taken: the node it is taken for.
+    pub buf_owner: Vec<usize>,
     pub buf_waiters: WaitList,
     pub bounce_free: Vec<BufId>,
     pub bounce_waiters: WaitList,
@@ -55,14 +67,32 @@ pub(crate) struct Core {
     pub asked: Vec<NodeId>,
     /// Guest requests that have ended, oldest first, until they are polled.
     pub finished: Queue<ReqId>,
-    /// The first error of a chore, since somebody last asked.
-    pub chore_failed: Option<Errno>,
     pub serial: u32,
     /// See [`Cx::end_epoch`](crate::step::Cx::end_epoch).
     pub epoch: u32,
     pub stats: Stats,
-    /// Not in the statistics yet.
-    pub ended: Ended,
+    /// Nodes with ends that are not in the statistics yet.
+    pub touched: Vec<NodeId>,
+}
+
+/// What disks have shares of.
+#[derive(Clone, Copy, Debug)]
+enum Share {
+    /// Pool buffers, for drivers.
+    Bufs,
+    /// Bounce buffers.
+    Bounces,
+}
+
+impl Share {
+    /// With so many a disk goes on: the least values of [`Limits::buffers`] and
+    /// [`Limits::bounce_buffers`].
+    fn enough(self) -> usize {
+        match self {
+            Share::Bufs => 2,
+            Share::Bounces => 1,
+        }
+    }
 }
 
 /// How long after it was given up space goes back to the file system, so that much goes at once.
@@ -79,9 +109,15 @@ impl Core {
             out: Queue::with_capacity(limits.ops),
             ready: Queue::with_capacity(slots),
             files: Vec::new(),
+            files_free: Vec::new(),
+            nodes: Vec::new(),
+            nodes_free: Vec::new(),
+            moving: 0,
+            loose_regions: Vec::new(),
             jobs: Slab::with_capacity(slots),
             mem: Memory::new(slots, buffers, limits.buffer_size),
             bufs_free: ids(0, limits.buffers),
+            buf_owner: vec![0; buffers],
             buf_waiters: WaitList::new(),
             bounce_free: ids(limits.buffers, buffers),
             bounce_waiters: WaitList::new(),
@@ -92,11 +128,10 @@ impl Core {
             corrupt: Vec::new(),
             asked: Vec::with_capacity(4),
             finished: Queue::with_capacity(limits.requests),
-            chore_failed: None,
             serial: 0,
             epoch: 0,
             stats: Stats::default(),
-            ended: Ended::default(),
+            touched: Vec::with_capacity(4),
             limits,
         }
     }
@@ -111,6 +146,11 @@ impl Core {
         (slot.issued, slot.cause, slot.waits, slot.label) =
             (false, Cause::Begin, Waits::Nothing, 0);
         self.serial = self.serial.wrapping_add(1);
+        if origin != Origin::Guest
+            && let Some(record) = self.nodes.get_mut(node.index())
+        {
+            record.inner += 1;
+        }
         self.ready.push(id);
         id
     }
@@ -178,19 +218,18 @@ impl Core {
 
     /// When space is to be given back next.
     pub fn give_back_due(&self) -> Option<Time> {
-        let given_up = self.files.iter().map(|file| &file.given_up);
+        let given_up = self.files.iter().filter(|file| !file.is_held).map(|file| &file.given_up);
         let waiting = given_up.filter(|given_up| !given_up.is_empty() && !given_up.is_going_on);
         waiting.map(|given_up| given_up.due).min()
     }
 
-    /// Begins to give back the space that is due; without a time all. Is there some?
-    pub fn give_back(&mut self, until: Option<Time>) -> bool {
+    /// Begins to give back the space that was given up of the files that `wants` picks. Is there some?
+    pub fn give_back(&mut self, wants: impl Fn(&FileState) -> bool) -> bool {
         let mut began = false;
         for at in 0..self.files.len() {
-            let given_up = &self.files[at].given_up;
-            let is_due = until.is_none_or(|now| given_up.due <= now);
-            if !given_up.is_empty() && !given_up.is_going_on && is_due {
-                align::spawn_give_back(self, FileId(at as u32));
+            let file = &self.files[at];
+            if !file.given_up.is_empty() && !file.given_up.is_going_on && wants(file) {
+                align::spawn_give_back(self, file.id);
                 began = true;
             }
         }
@@ -317,18 +356,43 @@ impl Core {
         let Some(slot) = self.ops.take_passed(done) else {
             return self.complete_otherwise(done);
         };
-        let (label, submitted) = (slot.label, slot.submitted);
-        if let Some(others) = self.ended.add(label, submitted) {
-            self.stats.record(others, self.now, self.limits.measure);
+        let (node, label, submitted) = (slot.node, slot.label, slot.submitted);
+        let (is_read, len) = (matches!(slot.io.kind, IoKind::Read), slot.io.len);
+        let batch = &mut self.nodes[node.index()].batch;
+        if batch.is_of(label, submitted) {
+            batch.add(is_read, len);
+        } else {
+            self.begin_batch(node, Ended::of(label, submitted, is_read, len));
         }
         self.finished.push(ReqId(done.op.0));
     }
 
+    /// Others have ended before, if any, than those that end now.
+    #[inline(never)]
+    fn begin_batch(&mut self, node: NodeId, batch: Ended) {
+        let before = std::mem::replace(&mut self.nodes[node.index()].batch, batch);
+        if before.requests() > 0 {
+            self.record(node, before);
+        } else {
+            self.touched.push(node);
+        }
+    }
+
+    /// Guests' requests have ended.
+    fn record(&mut self, node: NodeId, ended: Ended) {
+        let record = &mut self.nodes[node.index()];
+        record.ended += ended.requests() as u32;
+        self.stats.record(ended, self.now, self.limits.measure);
+        if self.limits.measure {
+            record.stats.record(ended, self.now);
+        }
+    }
+
     /// All completions of a harvest are taken in.
     pub fn completed(&mut self) {
-        let ended = std::mem::take(&mut self.ended);
-        if ended.requests > 0 {
-            self.stats.record(ended, self.now, self.limits.measure);
+        while let Some(node) = self.touched.pop() {
+            let ended = std::mem::take(&mut self.nodes[node.index()].batch);
+            self.record(node, ended);
         }
         if !self.write_waiters.is_empty() {
             self.wake_write_waiters();
@@ -350,11 +414,14 @@ impl Core {
 
     /// Keeps an event for the embedder.
     pub fn tell(&mut self, event: NodeEvent) {
-        let NodeEvent::Corrupt { node, .. } = event;
-        if !self.corrupt.contains(&node) {
+        let is_corruption = |event: &&NodeEvent| matches!(event, NodeEvent::Corrupt { .. });
+        if let NodeEvent::Corrupt { node, .. } = event
+            && !self.corrupt.contains(&node)
+        {
             self.corrupt.push(node);
         }
-        if self.events.len() < EVENTS_MAX && !self.events.contains(&event) {
+        let is_full = self.events.iter().filter(is_corruption).count() >= EVENTS_MAX;
+        if !is_full && !self.events.contains(&event) {
             self.events.push(event);
         }
     }
@@ -487,20 +554,30 @@ impl Core {
             Origin::Guest => {
                 slot.failed = result.err();
                 slot.waits = Waits::Poll;
+                let record = &mut self.nodes[slot.node.index()];
+                record.ended += 1;
                 if self.limits.measure {
-                    self.stats.latency.record(self.now.since(slot.submitted));
+                    let nanos = self.now.since(slot.submitted);
+                    self.stats.latency.record(nanos);
+                    record.stats.record_one(&slot.io, result, nanos);
                 }
                 self.finished.push(request);
             }
             Origin::Child(parent) => {
                 let slot = self.ops.free_slot(request);
+                self.nodes[slot.node.index()].inner -= 1;
                 (slot.work, slot.base, slot.base_off) = (Work::Node, Base::Guest(request), 0);
                 self.child_done(parent, result);
             }
             Origin::Chore => {
                 let slot = self.ops.free_slot(request);
                 slot.work = Work::Node;
-                self.chore_failed = self.chore_failed.or(result.err());
+                if let Some(record) = self.nodes.get_mut(slot.node.index()) {
+                    record.inner -= 1;
+                    if record.stage == Stage::Settling {
+                        record.chore_failed = record.chore_failed.or(result.err());
+                    }
+                }
             }
         }
     }
@@ -543,22 +620,32 @@ impl Core {
         while self.wake_first(list).is_some() {}
     }
 
-    pub fn take_bufs<const N: usize>(&mut self) -> Option<[BufId; N]> {
-        let left = self.bufs_free.len().checked_sub(N)?;
+    /// Takes `N` buffers for `request`, if its disk may have them.
+    pub fn take_bufs<const N: usize>(&mut self, request: ReqId) -> Option<[BufId; N]> {
+        let disk = self.disk_of(request);
+        if !self.may_take(Share::Bufs, disk, N) {
+            return None;
+        }
+        let left = self.bufs_free.len() - N;
         let mut bufs = [BufId(0); N];
         bufs.copy_from_slice(&self.bufs_free[left..]);
         self.bufs_free.truncate(left);
-        bufs.iter().for_each(|&buf| self.mem.buf_taken(buf, self.limits.buffer_size));
+        bufs.iter().for_each(|&buf| self.taken(Share::Bufs, buf, disk));
         Some(bufs)
     }
 
-    pub fn take_bounce(&mut self) -> Option<BufId> {
+    pub fn take_bounce(&mut self, request: ReqId) -> Option<BufId> {
+        let disk = self.disk_of(request);
+        if !self.may_take(Share::Bounces, disk, 1) {
+            return None;
+        }
         let buf = self.bounce_free.pop()?;
-        self.mem.buf_taken(buf, self.limits.buffer_size);
+        self.taken(Share::Bounces, buf, disk);
         Some(buf)
     }
 
     pub fn give_bounce(&mut self, buf: BufId) {
+        self.given(Share::Bounces, buf);
         self.bounce_free.push(buf);
         let mut waiters = std::mem::take(&mut self.bounce_waiters);
         self.wake_all(&mut waiters);
@@ -566,9 +653,106 @@ impl Core {
 
     pub fn give_buf(&mut self, buf: BufId) {
         debug_assert!(!self.bufs_free.contains(&buf), "{buf:?} given back twice");
+        self.given(Share::Bufs, buf);
         self.bufs_free.push(buf);
         let mut waiters = std::mem::take(&mut self.buf_waiters);
         self.wake_all(&mut waiters);
+    }
+
+    fn taken(&mut self, share: Share, buf: BufId, disk: usize) {
+        self.mem.buf_taken(buf, self.limits.buffer_size);
+        self.buf_owner[buf.index()] = disk;
+        if let Some(record) = self.nodes.get_mut(disk) {
+            record.shares[share as usize] += 1;
+        }
+    }
+
+    fn given(&mut self, share: Share, buf: BufId) {
+        if let Some(record) = self.nodes.get_mut(self.buf_owner[buf.index()]) {
+            record.shares[share as usize] -= 1;
+        }
+    }
+
+    /// The disk that a request works for, whichever layer it is of: its node's index.
+    fn disk_of(&self, mut request: ReqId) -> usize {
+        while let Origin::Child(parent) = self.ops.slot(request).origin {
+            request = parent;
+        }
+        self.ops.slot(request).node.index()
+    }
+
+    /// May this disk take so many more? Enough to go on with are kept for each other disk, and for
+    /// one more, that has fewer: a disk whose storage hangs does not have all there are.
+    fn may_take(&self, share: Share, disk: usize, count: usize) -> bool {
+        let (free, all) = match share {
+            Share::Bufs => (self.bufs_free.len(), self.limits.buffers),
+            Share::Bounces => (self.bounce_free.len(), self.limits.bounce_buffers),
+        };
+        let enough = share.enough();
+        let Some(left) = free.checked_sub(count) else { return false };
+        if left >= (self.nodes.len() + 1) * enough {
+            return true;
+        }
+        let held = |record: &NodeRecord| record.shares[share as usize];
+        if let Some(its) = self.nodes.get(disk)
+            && its.is_top
+            && held(its) + count <= enough
+        {
+            return true;
+        }
+        let others = self.nodes.iter().enumerate();
+        let others = others.filter(|&(at, record)| record.is_top && at != disk);
+        let kept: usize = others.map(|(_, record)| enough.saturating_sub(held(record))).sum();
+        let for_one_more = if all >= 4 * enough { enough } else { 0 };
+        left >= (kept + for_one_more).min(all - enough)
+    }
+
+    /// What was kept for a disk that is gone is for others.
+    pub fn wake_for_shares(&mut self) {
+        let mut waiters = std::mem::take(&mut self.buf_waiters);
+        self.wake_all(&mut waiters);
+        let mut waiters = std::mem::take(&mut self.bounce_waiters);
+        self.wake_all(&mut waiters);
+    }
+
+    /// The id of the next file, which is attached if `attach` says so.
+    pub fn add_file(
+        &mut self,
+        attach: impl FnOnce(FileId) -> io::Result<FileInfo>,
+    ) -> io::Result<(FileId, FileInfo)> {
+        let free = self.files_free.iter().min().map(|&at| self.files[at].id);
+        let id = free.unwrap_or(FileId(self.files.len() as u32));
+        if free.is_none() && self.files.len() >= FileId::MAX {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        let info = attach(id)?;
+        let state = FileState::new(id, info, &self.limits);
+        match free {
+            Some(_) => self.files[id.index()] = state,
+            None => self.files.push(state),
+        }
+        self.files_free.retain(|&at| at != id.index());
+        Ok((id, info))
+    }
+
+    /// A file goes: its memory is freed, its place is for the next one.
+    pub fn free_file(&mut self, file: FileId) {
+        let is_in_use = !self.is_file_quiet(file) && !mutant!("close_waits_for_nothing");
+        assert!(!is_in_use, "{file:?} goes with ops in flight");
+        let next = file.next_generation();
+        self.files[file.index()] = FileState::vacant(next.unwrap_or(file));
+        if next.is_some() {
+            self.files_free.push(file.index());
+        }
+    }
+
+    /// Is this a file, and nothing in flight on it?
+    pub fn is_file_quiet(&self, file: FileId) -> bool {
+        let target = Target::File(file);
+        let state = self.files.get(file.index());
+        state.is_some_and(|state| !state.is_vacant && !state.given_up.is_going_on)
+            && !self.ops.iter().any(|(_, record)| record.op.target == target)
+            && !self.jobs.iter().any(|(_, job)| job.is_on(file))
     }
 
     /// Is anything left undone inside? For tests: when nothing runs, nothing may be left.
@@ -611,9 +795,15 @@ impl Core {
             out: self.out.clone(),
             ready: self.ready.clone(),
             files: self.files.clone(),
+            files_free: self.files_free.clone(),
+            nodes: self.nodes.clone(),
+            nodes_free: self.nodes_free.clone(),
+            moving: self.moving,
+            loose_regions: self.loose_regions.clone(),
             jobs: self.jobs.clone(),
             mem,
             bufs_free: self.bufs_free.clone(),
+            buf_owner: self.buf_owner.clone(),
             buf_waiters: self.buf_waiters,
             bounce_free: self.bounce_free.clone(),
             bounce_waiters: self.bounce_waiters,
@@ -624,11 +814,10 @@ impl Core {
             corrupt: self.corrupt.clone(),
             asked: self.asked.clone(),
             finished: self.finished.clone(),
-            chore_failed: self.chore_failed,
             serial: self.serial,
             epoch: self.epoch,
             stats: self.stats.clone(),
-            ended: self.ended,
+            touched: self.touched.clone(),
         }
     }
 }
@@ -654,5 +843,6 @@ impl Core {
         self.mem.hash_but_free(&[&self.bufs_free, &self.bounce_free], h);
         (self.buf_waiters, self.bounce_waiters, self.write_waiters, self.past_waiters).hash(h);
         (self.bufs_free.len(), &self.corrupt).hash(h);
+        self.nodes.iter().for_each(|record| record.decisive().hash(h));
     }
 }

@@ -8,15 +8,14 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use crate::align;
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::core::Core;
-use crate::events::NodeEvent;
-use crate::file::FileState;
+use crate::life::Left;
 use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
 use crate::mutant;
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
 use crate::slots::{Cause, Origin, Renamed, Waits, Work};
-use crate::stats::{Call, STATES_MAX, Stats};
+use crate::stats::{Call, NodeStats, STATES_MAX, Stats};
 use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
@@ -37,13 +36,20 @@ pub struct Finished {
 /// Why a request was not taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Why {
-    /// As many requests as [`Limits::requests`] are in flight. Try again after `poll`.
+    /// As many requests as [`Limits::requests`] are in flight, or as many of this node as it may have
+    /// ([`Engine::set_quota`]). Try again after `poll`.
     Full,
     /// The engine is being drained. Try again when [`Engine::drained`] answers.
     Draining,
-    /// The node is of another engine, or its files were taken away ([`Engine::detach`]). Trying
-    /// again does not help.
+    /// The node is of another engine, it was closed, or its files were taken away
+    /// ([`Engine::detach`]). Trying again does not help.
     NoSuchNode,
+    /// The node is being closed ([`Engine::close`]). Trying again does not help.
+    Closing,
+    /// The node is paused. Try again after [`Engine::resume`].
+    Paused,
+    /// Another node reads from this one: it cannot be closed. No answer to a request.
+    InUse,
 }
 
 /// A request that was not taken, and its memory back.
@@ -86,38 +92,36 @@ pub struct Progress {
 /// more: requests are left as a crash would leave them, and an image may want a check.
 pub struct Engine<D: Driver, B: Backend> {
     /// First, so that it is dropped first: it waits for ops in flight, which name memory below.
-    backend: B,
-    nodes: Vec<D>,
+    pub(crate) backend: B,
+    pub(crate) nodes: Vec<Option<D>>,
     /// Their sizes: only a truncation changes one.
     sizes: Vec<u64>,
     /// The states of requests, by slab key; taken out for the time of a step.
     states: Vec<Option<D::State>>,
-    core: Core,
+    pub(crate) core: Core,
     completions: Vec<Completion>,
     /// Guest requests that were not polled yet.
-    guests: usize,
+    pub(crate) guests: usize,
     /// How many there may be: the limit, or none while it is being drained.
-    open_to: usize,
+    pub(crate) open_to: usize,
     /// Ops that the backend takes in a quarter of a turn, about.
     pace: usize,
-    drain: Drain,
+    pub(crate) drain: Drain,
     /// What its nodes' ids carry.
     tag: u16,
-    /// Files that were taken away: nodes that use one take no more requests.
-    gone: Vec<FileId>,
+    /// Files of nodes that were closed.
+    pub(crate) left: Vec<Left<B::File>>,
 }
 
 /// The tag of the next engine.
 static TAGS: AtomicU16 = AtomicU16::new(0);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Drain {
+pub(crate) enum Drain {
     /// Requests are taken.
     Open,
-    /// No more requests; those in flight run to their end.
-    Finishing,
-    /// Every node leaves its image clean.
-    Settling,
+    /// No more requests; nodes settle, each for itself.
+    Going,
     /// Nothing is in flight, every image is clean (or why not).
     Drained(Result<(), Errno>),
 }
@@ -146,87 +150,101 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             drain: Drain::Open,
             // It only tells engines apart. After 65 536 of them tags repeat.
             tag: TAGS.fetch_add(1, Ordering::Relaxed),
-            gone: Vec::new(),
+            left: Vec::new(),
         }
     }
 
-    /// Makes a file known to the engine and its backend. May wait: before the loop, not in it.
+    /// Makes a file known to the engine and its backend, at any time: whatever else is in flight goes
+    /// on. Takes the time that the backend takes to look at the file, and never waits for requests.
     ///
     /// # Errors
     ///
-    /// The backend's.
+    /// The backend's; EMFILE if there are [`FileId::MAX`] already. Nothing has changed then.
     ///
     /// # Panics
     ///
     /// If the file's blocks are larger than [`Limits::buffer_size`].
     pub fn attach(&mut self, file: B::File) -> io::Result<(FileId, FileInfo)> {
-        let id = FileId(self.core.files.len() as u32);
-        let info = self.backend.attach(id, file)?;
+        let backend = &mut self.backend;
+        let (id, info) = self.core.add_file(|id| backend.attach(id, file))?;
         assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
         assert!(info.hole_align.is_power_of_two());
         assert!(info.request_align as usize <= self.core.limits.buffer_size);
-        self.core.files.push(FileState::new(info, &self.core.limits));
         Ok((id, info))
     }
 
     /// The file back. Nodes that use it take no more requests ([`Why::NoSuchNode`]), and have
     /// nothing left to do when the engine is drained again; requests of a node above them that
-    /// come to them fail.
+    /// come to them fail. To take a whole disk out of an engine at work, [`close`](Engine::close)
+    /// it: this is for files that no node came to use, and for the end of all.
     ///
     /// `None`, and nothing has changed: the backend has no such file (any more); or nodes use it and
     /// the engine is not drained, so that they may have work in flight or changes in memory that are
     /// not on disk. See [`Engine::drain`]. A drain that ended with an error is enough: whoever takes
     /// the file after that has been told what is lost.
     pub fn detach(&mut self, file: FileId) -> Option<B::File> {
-        let is_used = self.nodes.iter().any(|node| node.uses(file));
+        let is_its = self.core.files.get(file.index()).is_some_and(|its| its.id == file);
+        if !is_its || !self.core.is_file_quiet(file) {
+            return None;
+        }
+        let is_used = self.nodes.iter().flatten().any(|node| node.uses(file));
         let is_at_rest = self.is_idle() && matches!(self.drain, Drain::Drained(_));
-        if is_used && !is_at_rest || !self.is_idle() {
+        if is_used && !is_at_rest {
             return None;
         }
         let taken = self.backend.detach(file)?;
-        self.gone.push(file);
+        for (node, record) in self.nodes.iter().zip(&mut self.core.nodes) {
+            if node.as_ref().is_some_and(|node| node.uses(file)) {
+                (record.is_gone, record.open_to) = (true, 0);
+            }
+        }
+        if !is_used {
+            self.core.free_file(file);
+        }
         Some(taken)
     }
 
-    /// `len` bytes of memory for a node's tables, for as long as the engine lives.
+    /// `len` bytes of memory, zeros, for the tables of the node that is [added](Engine::add) next,
+    /// for as long as that lives.
     pub fn region(&mut self, len: usize) -> RegionId {
-        self.core.mem.add_region(len)
+        let region = self.core.mem.add_region(len);
+        self.core.loose_regions.push(region);
+        region
     }
 
-    /// Adds an opened layer.
+    /// Adds an opened layer, at any time: whatever else is in flight goes on. The memory that was
+    /// asked for since the last one was added is the new one's.
     ///
     /// # Panics
     ///
-    /// If there are [`NodeId::MAX`] already.
+    /// If there are [`NodeId::MAX`] already, or the node [below](Driver::below) is not
+    /// [there](Engine::has) or is being closed.
     pub fn add(&mut self, node: D) -> NodeId {
-        self.sizes.push(node.size());
-        self.nodes.push(node);
-        self.id_of(self.nodes.len() - 1)
+        let is_ready = node.below().is_none_or(|below| self.may_be_read_from(below));
+        assert!(is_ready, "{:?} is not there to be read from", node.below());
+        if let Some(below) = node.below() {
+            self.core.nodes[below.index()].is_top = false;
+        }
+        let (size, index) = (node.size(), self.core.next_node(self.tag));
+        if index == self.nodes.len() {
+            self.nodes.push(None);
+            self.sizes.push(0);
+        }
+        (self.nodes[index], self.sizes[index]) = (Some(node), size);
+        if self.drain == Drain::Going {
+            self.begin_to_drain(index);
+        }
+        self.core.nodes[index].id
     }
 
     /// A node, to look at. What it says, such as its size, may change in `run`.
     ///
     /// # Panics
     ///
-    /// If `node` is of another engine.
+    /// If the engine does not [have](Engine::has) it.
     pub fn node(&self, node: NodeId) -> &D {
         assert!(self.has(node), "{node:?} is no node of this engine");
-        &self.nodes[node.index()]
-    }
-
-    fn id_of(&self, index: usize) -> NodeId {
-        NodeId::new(self.tag, index)
-    }
-
-    /// Is it a node of this engine?
-    #[inline(always)]
-    fn has(&self, node: NodeId) -> bool {
-        node.engine() == self.tag && node.index() < self.nodes.len()
-    }
-
-    /// Were files of this node taken away?
-    fn is_gone(&self, index: usize) -> bool {
-        self.gone.iter().any(|&file| self.nodes[index].uses(file))
+        self.nodes[node.index()].as_ref().expect("what is there has a driver")
     }
 
     #[inline(always)]
@@ -256,11 +274,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         tag: u64,
     ) -> Result<(), Refused> {
         let mem = mem.into();
-        if !self.has(node) || !self.gone.is_empty() && self.is_gone(node.index()) {
-            return Err(Refused { why: Why::NoSuchNode, mem });
-        }
-        if self.guests >= self.open_to
-            && let Err(why) = self.reopen()
+        let record = match self.core.nodes.get(node.index()) {
+            Some(record) if record.id == node => record,
+            _ => return Err(Refused { why: Why::NoSuchNode, mem }),
+        };
+        if (self.guests >= self.open_to || record.guests >= record.open_to)
+            && let Err(why) = self.why_not(node)
         {
             return Err(Refused { why, mem });
         }
@@ -278,21 +297,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.core.begin(node, io, Origin::Guest, tag, bits);
         self.core.mem.set_guest(id, mem);
         self.guests += 1;
+        self.core.nodes[node.index()].guests += 1;
         id
-    }
-
-    /// A drained engine takes requests again, if it is not full.
-    #[cold]
-    fn reopen(&mut self) -> Result<(), Why> {
-        if self.guests >= self.core.limits.requests {
-            return Err(Why::Full);
-        }
-        if !matches!(self.drain, Drain::Drained(_)) {
-            return Err(Why::Draining);
-        }
-        self.drain = Drain::Open;
-        self.open_to = self.core.limits.requests;
-        Ok(())
     }
 
     /// Nothing to do, or nothing that can be done: the request is not begun.
@@ -330,6 +336,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let mut turn = Turn { began, seen: began, is_over: false };
         self.core.now = now;
         let mut progress = Progress::default();
+        if !self.left.is_empty() {
+            self.drop_left();
+        }
         self.harvest();
         self.begin_chores(now);
         self.step_all(&mut turn, &mut progress);
@@ -401,7 +410,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                     return;
                 }
             }
-            if !self.go_on_draining() {
+            let moves = self.core.moving > 0 || self.drain == Drain::Going;
+            if !moves || !self.go_on_living() {
                 return;
             }
         }
@@ -456,17 +466,23 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     fn begin_chores(&mut self, now: Time) {
         if self.core.give_back_due().is_some_and(|due| due <= now) {
-            self.core.give_back(Some(now));
+            self.core.give_back(|file| file.given_up.due <= now && !file.is_held);
         }
         for i in 0..self.nodes.len() {
-            if self.nodes[i].deadline().is_some_and(|due| due <= now) && !self.is_gone(i) {
-                self.begin_chore(self.id_of(i), Chore::Deadline);
+            if self.deadline_of(i).is_some_and(|due| due <= now) {
+                self.begin_chore(self.core.nodes[i].id, Chore::Deadline);
             }
         }
     }
 
-    fn begin_chore(&mut self, node: NodeId, chore: Chore) {
-        if let Some(state) = self.nodes[node.index()].chore(chore) {
+    fn deadline_of(&self, index: usize) -> Option<Time> {
+        let deadline = self.nodes[index].as_ref()?.deadline();
+        deadline.filter(|_| self.core.nodes[index].may_begin_chores())
+    }
+
+    pub(crate) fn begin_chore(&mut self, node: NodeId, chore: Chore) {
+        let Some(driver) = &mut self.nodes[node.index()] else { return };
+        if let Some(state) = driver.chore(chore) {
             let io = Io { kind: IoKind::Flush, offset: 0, len: 0 };
             let id = self.core.begin(node, io, Origin::Chore, 0, 0);
             let slot = self.core.ops.slot_mut(id);
@@ -499,7 +515,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             IoKind::Write { fua } => OpKind::Write { fua },
             _ => return self.begin(id),
         };
-        let Some(pass) = self.nodes[slot.node.index()].pass_on(&slot.io, mem) else {
+        let driver = driver_of(&mut self.nodes, slot.node);
+        let Some(pass) = driver.pass_on(&slot.io, mem) else {
             return self.begin(id);
         };
         let file = &mut files[pass.file.index()];
@@ -519,7 +536,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[inline(never)]
     fn pass_on_carefully(&mut self, id: ReqId) {
         let slot = self.core.ops.slot(id);
-        let (io, driver) = (slot.io, &mut self.nodes[slot.node.index()]);
+        let (io, driver) = (slot.io, driver_of(&mut self.nodes, slot.node));
         let passed = driver.pass_on(&io, &self.core.mem);
         let Pass { file, offset, label } = passed.expect("asked again, it answers the same");
         let mut cx = Cx { core: &mut self.core, me: id };
@@ -535,7 +552,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Begins a request that is not merely passed on.
     #[inline(never)]
     fn begin(&mut self, id: ReqId) {
-        let driver = &mut self.nodes[self.core.ops.slot(id).node.index()];
+        let driver = driver_of(&mut self.nodes, self.core.ops.slot(id).node);
         let step = driver.begin(&mut Cx { core: &mut self.core, me: id });
         self.stepped(id, step);
     }
@@ -553,7 +570,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if let Work::Align(key) = slot.work {
             return self.step_job(id, key, event);
         }
-        let driver = &mut self.nodes[slot.node.index()];
+        let driver = driver_of(&mut self.nodes, slot.node);
         debug_assert_eq!(driver.size(), self.sizes[slot.node.index()], "nobody truncated it");
         self.core.stats.states[slot.label as usize].record(self.core.now, slot.entered, 1);
         let state = self.states[id.index()].take().expect("a request has a state");
@@ -582,14 +599,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// A truncation has made a step.
     #[cold]
     fn resized(&mut self, id: ReqId) {
-        let node = self.core.ops.slot(id).node.index();
-        self.sizes[node] = self.nodes[node].size();
+        let node = self.core.ops.slot(id).node;
+        self.sizes[node.index()] = driver_of(&mut self.nodes, node).size();
     }
 
     fn go_on(&mut self, id: ReqId, mut state: D::State) {
         for _ in 0..GO_MAX {
             let node = self.core.ops.slot(id).node;
-            let driver = &mut self.nodes[node.index()];
+            let driver = driver_of(&mut self.nodes, node);
             match driver.step(state, Event::Start, &mut Cx { core: &mut self.core, me: id }) {
                 Step::Go(next) => state = next,
                 next => return self.stepped(id, next),
@@ -643,48 +660,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.core.ready.push(id);
     }
 
-    /// Nothing is ready: is there a next stage of draining to begin?
-    fn go_on_draining(&mut self) -> bool {
-        if !self.is_idle() {
-            return false;
-        }
-        match self.drain {
-            Drain::Open | Drain::Drained(_) => false,
-            // What nodes give up when they settle goes, too.
-            _ if self.core.give_back(None) => true,
-            Drain::Finishing => {
-                self.drain = Drain::Settling;
-                self.core.chore_failed = None;
-                for i in (0..self.nodes.len()).filter(|&i| !self.is_gone(i)).collect::<Vec<_>>() {
-                    self.begin_chore(self.id_of(i), Chore::Settle);
-                }
-                true
-            }
-            Drain::Settling => {
-                let failed = self.core.chore_failed.take();
-                let corrupt = self.core.corrupt.iter().any(|node| !self.is_gone(node.index()));
-                let failed = failed.or(corrupt.then_some(Errno::IO));
-                let failed = failed.filter(|_| !mutant!("drain_error_forgotten"));
-                self.drain = Drain::Drained(failed.map_or(Ok(()), Err));
-                false
-            }
-        }
-    }
-
-    /// Begins to drain: no more requests are taken, those in flight run to their end, and every
-    /// node leaves its image clean and stable. Go on as ever, with `run` and `poll`, until
-    /// [`Engine::drained`] answers; `run` once before waiting. While it drains, calling it again
-    /// changes nothing.
-    pub fn drain(&mut self) {
-        if matches!(self.drain, Drain::Open | Drain::Drained(_)) {
-            self.drain = Drain::Finishing;
-            self.open_to = 0;
-        }
-    }
-
     /// Since [`Engine::drain`]: has everything ended, and how? An error is the first that kept an
     /// image from being left clean; those of requests come through `poll`. [`Errno::IO`] also if an
-    /// image was found corrupt, now or before ([`NodeEvent::Corrupt`]): all is written that could be.
+    /// image was found corrupt, now or before ([`NodeEvent::Corrupt`](crate::NodeEvent::Corrupt)): all is written that could be.
+    /// Nodes that are being closed are waited for; what became of them their own events tell.
     ///
     /// `Some` from the `run` that ends the last of it until the next `submit` or `drain`. There may
     /// be finished requests to poll.
@@ -695,12 +674,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
     }
 
-    /// What happened to a node since it was last asked, oldest first. At most [`EVENTS_MAX`](crate::events::EVENTS_MAX) are
-    /// kept; the same one is kept once. May answer something new after any `run`.
-    pub fn poll_event(&mut self) -> Option<NodeEvent> {
-        (!self.core.events.is_empty()).then(|| self.core.events.remove(0))
-    }
-
     /// A finished request, oldest first. Makes room for another. `None`: there will be no more
     /// before the next `run`, or `submit` of a request that has nothing to do.
     #[inline(always)]
@@ -709,13 +682,16 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let slot = self.core.ops.free_slot(id);
         let (tag, result) = (slot.tag, slot.take_result());
         self.guests -= 1;
+        let record = &mut self.core.nodes[slot.node.index()];
+        record.guests -= 1;
+        record.ended -= 1;
         Some(Finished { tag, result, mem: self.core.mem.take_guest(id) })
     }
 
     /// When `run` must be called although nothing else happens; `None`: never. May change in every
     /// `run`. Being late leaves images marked as in use for longer, no more.
     pub fn next_deadline(&self) -> Option<Time> {
-        let nodes = self.nodes.iter().filter_map(Driver::deadline);
+        let nodes = (0..self.nodes.len()).filter_map(|index| self.deadline_of(index));
         nodes.chain(self.core.give_back_due()).min()
     }
 
@@ -745,6 +721,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Counts from zero.
     pub fn reset_stats(&mut self) {
         self.core.stats = Stats::default();
+        self.core.nodes.iter_mut().for_each(|record| record.stats = NodeStats::default());
     }
 
     /// The backend.
@@ -783,6 +760,20 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn assert_idle(&self) {
         self.core.assert_idle();
     }
+}
+
+/// The driver of a node that has requests: that is there.
+#[inline(always)]
+fn driver_of<D>(nodes: &mut [Option<D>], node: NodeId) -> &mut D {
+    match &mut nodes[node.index()] {
+        Some(driver) => driver,
+        None => no_driver(node),
+    }
+}
+
+#[cold]
+fn no_driver(node: NodeId) -> ! {
+    panic!("{node:?} has requests, and is gone")
 }
 
 /// Has a read or write the memory that it says?
@@ -830,7 +821,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
             pace: self.pace,
             drain: self.drain,
             tag: self.tag,
-            gone: self.gone.clone(),
+            left: Vec::new(),
         }
     }
 
@@ -843,7 +834,7 @@ impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
         self.completions.clear();
         (self.guests, self.open_to, self.drain) = (source.guests, source.open_to, source.drain);
         (self.tag, self.pace) = (source.tag, source.pace);
-        self.gone.clone_from(&source.gone);
+        self.left.clear();
     }
 }
 

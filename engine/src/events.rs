@@ -1,6 +1,6 @@
 //! What an engine tells its embedder beside the ends of requests.
 
-use crate::units::NodeId;
+use crate::units::{Errno, NodeId};
 
 /// Something that happened to a node, beside the ends of requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,7 +15,22 @@ pub enum NodeEvent {
         /// Where in the image's file, in bytes.
         at: u64,
     },
+    /// A node that was to be [closed](crate::Engine::close) is gone, with the layers below it that
+    /// nobody else reads from. Its files are to be [taken](crate::Engine::take_files).
+    Closed {
+        /// The node that was.
+        node: NodeId,
+        /// The first error that kept an image from being left clean, as
+        /// [`Engine::drained`](crate::Engine::drained) has it: not `Ok` if something is lost, or
+        /// the image was found corrupt ([`Errno::IO`]).
+        result: Result<(), Errno>,
+    },
+    /// Nothing is in flight any more of a node that was [paused](crate::Engine::pause).
+    Paused {
+        /// The node.
+        node: NodeId,
+    },
 }
 
-/// Events that are kept until somebody asks; those that come after are dropped.
+/// Events of corruption that are kept until somebody asks; those that come after are dropped.
 pub const EVENTS_MAX: usize = 64;

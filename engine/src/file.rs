@@ -24,6 +24,11 @@ pub(crate) struct Claim {
 
 #[derive(Clone, Debug)]
 pub(crate) struct FileState {
+    /// Whose this place is; if it is vacant: whose it will be.
+    pub id: FileId,
+    pub is_vacant: bool,
+    /// A node that uses it is paused: what was given up does not go back when its time comes.
+    pub is_held: bool,
     pub info: FileInfo,
     /// The bits that are 0 in an offset or length, and in an address, that the file takes.
     pub block_mask: u32,
@@ -70,9 +75,29 @@ pub(crate) struct Gate {
 
 impl FileState {
     /// A file of an engine of these limits.
-    pub fn new(info: FileInfo, limits: &Limits) -> FileState {
-        let requests = limits.requests;
+    pub fn new(id: FileId, info: FileInfo, limits: &Limits) -> FileState {
+        let (requests, discards) = (limits.requests, limits.discards_kept);
+        FileState::with_room(id, info, requests, discards)
+    }
+
+    /// A place for a file that is to come. It takes no memory.
+    pub fn vacant(id: FileId) -> FileState {
+        let align = 1;
+        let info = FileInfo {
+            request_align: align,
+            memory_align: align,
+            hole_align: align,
+            len: 0,
+            can_grow: false,
+        };
+        FileState { is_vacant: true, ..FileState::with_room(id, info, 0, 0) }
+    }
+
+    fn with_room(id: FileId, info: FileInfo, requests: usize, discards: usize) -> FileState {
         FileState {
+            id,
+            is_vacant: false,
+            is_held: false,
             info,
             block_mask: info.request_align - 1,
             hole_mask: u64::from(info.hole_align) - 1,
@@ -87,7 +112,7 @@ impl FileState {
             claims: Vec::with_capacity(requests),
             claim_waiters: WaitList::new(),
             gate: Gate::default(),
-            given_up: GivenUp::new(limits.discards_kept),
+            given_up: GivenUp::new(discards),
         }
     }
 
@@ -171,6 +196,7 @@ impl FileState {
 impl Hash for FileState {
     fn hash<H: Hasher>(&self, h: &mut H) {
         (self.info, self.len, self.changed, self.poisoned).hash(h);
+        (self.is_vacant, self.is_held).hash(h);
         (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
         (self.claim_waiters, &self.gate, &self.given_up).hash(h);
     }

@@ -156,6 +156,7 @@ pub mod events;
 pub mod faulty;
 mod file;
 mod given_up;
+mod life;
 mod limits;
 pub mod mem;
 pub mod mutants;

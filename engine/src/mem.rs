@@ -285,6 +285,8 @@ pub struct Memory {
     guest: Vec<Mem>,
     pool: Vec<Held>,
     regions: Vec<Held>,
+    /// Places in it that nobody has.
+    regions_free: Vec<RegionId>,
     /// See [`Memory::copy_but_free`].
     is_copy: bool,
 }
@@ -296,6 +298,7 @@ impl Memory {
             guest: Vec::with_capacity(requests),
             pool: (0..buffers).map(|_| Held::zeroed(size)).collect(),
             regions: Vec::new(),
+            regions_free: Vec::new(),
             is_copy: false,
         }
     }
@@ -305,6 +308,7 @@ impl Memory {
     pub(crate) fn copy_but_free(&mut self, source: &Memory, free: &[&[BufId]]) {
         self.guest.clone_from(&source.guest);
         self.regions.resize_with(source.regions.len(), Held::empty);
+        self.regions_free.clone_from(&source.regions_free);
         self.regions.iter_mut().zip(&source.regions).for_each(|(region, from)| region.copy(from));
         self.pool.resize_with(source.pool.len(), Held::empty);
         for (i, (buf, from)) in self.pool.iter_mut().zip(&source.pool).enumerate() {
@@ -365,9 +369,24 @@ impl Memory {
         self.guest.get_mut(request.index()).map(std::mem::take).unwrap_or_default()
     }
 
+    /// Frees a region's memory; its place is for the next one.
+    pub(crate) fn free_region(&mut self, id: RegionId) {
+        self.regions[id.index()] = Held::empty();
+        self.regions_free.push(id);
+    }
+
     pub(crate) fn add_region(&mut self, len: usize) -> RegionId {
+        if let Some(id) = self.regions_free.pop() {
+            self.regions[id.index()] = Held::zeroed(len);
+            return id;
+        }
         self.regions.push(Held::zeroed(len));
         RegionId(self.regions.len() as u32 - 1)
+    }
+
+    /// Places of regions, those that nobody has included.
+    pub fn region_count(&self) -> usize {
+        self.regions.len()
     }
 
     /// A region's bytes.

@@ -307,6 +307,11 @@ impl Ops {
         self.iter().any(|(_, record)| record.op.target == target && record.op.kind.modifies())
     }
 
+    /// Places of requests and of ops, those that nobody has included.
+    pub fn places(&self) -> usize {
+        self.requests.len() + self.others.len()
+    }
+
     /// Ops on their way.
     #[inline]
     pub fn len(&self) -> usize {

@@ -1,7 +1,8 @@
 //! Counters that stay on: where requests spend their time, and how long the loop is held.
 
 use crate::op::{Op, OpKind, Target};
-use crate::units::Time;
+use crate::step::{Io, IoKind};
+use crate::units::{Errno, Time};
 
 /// Counts of values in logarithmic buckets, 16 to each power of two: 6 % wide at worst.
 ///
@@ -117,23 +118,96 @@ impl StateStats {
 
 /// Guests' requests that were passed on in one `run`, and have ended in this one: they are counted
 /// together.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended {
     label: u8,
     submitted: Time,
-    pub requests: u64,
+    /// Writes and reads.
+    requests: [u64; 2],
+    bytes: [u64; 2],
 }
 
+impl Default for Ended {
+    /// None.
+    fn default() -> Ended {
+        Ended { label: NO_LABEL, submitted: Time(0), requests: [0; 2], bytes: [0; 2] }
+    }
+}
+
+/// No request's.
+const NO_LABEL: u8 = u8::MAX;
+
 impl Ended {
-    /// One more. What was collected before, if it was collected of others.
+    /// One read or write of `len` bytes.
+    pub(crate) fn of(label: u8, submitted: Time, is_read: bool, len: u64) -> Ended {
+        let mut ended = Ended { label, submitted, ..Ended::default() };
+        ended.add(is_read, len);
+        ended
+    }
+
+    /// Is a request of these to be added?
     #[inline(always)]
-    pub(crate) fn add(&mut self, label: u8, submitted: Time) -> Option<Ended> {
-        if self.submitted == submitted && self.label == label {
-            self.requests += 1;
-            return None;
+    pub(crate) fn is_of(&self, label: u8, submitted: Time) -> bool {
+        self.submitted == submitted && self.label == label
+    }
+
+    /// One more.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, is_read: bool, len: u64) {
+        self.requests[usize::from(is_read)] += 1;
+        self.bytes[usize::from(is_read)] += len;
+    }
+
+    /// How many they are.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests[0] + self.requests[1]
+    }
+}
+
+/// What the engine has counted of one node's requests, since it was added or since the last reset.
+#[derive(Clone, Debug, Default)]
+pub struct NodeStats {
+    /// Requests that ended, however.
+    pub requests: u64,
+    /// Those of them that failed.
+    pub failed: u64,
+    /// Reads that ended well, and their bytes.
+    pub reads: u64,
+    /// See [`NodeStats::reads`].
+    pub bytes_read: u64,
+    /// Writes that ended well, and their bytes; no zeroes, no discards.
+    pub writes: u64,
+    /// See [`NodeStats::writes`].
+    pub bytes_written: u64,
+    /// Of all that ended, as [`Stats::latency`].
+    pub latency: Histogram,
+}
+
+impl NodeStats {
+    /// They have ended well, now.
+    pub(crate) fn record(&mut self, ended: Ended, now: Time) {
+        let [writes, reads] = ended.requests;
+        self.requests += writes + reads;
+        (self.reads, self.writes) = (self.reads + reads, self.writes + writes);
+        self.bytes_read += ended.bytes[1];
+        self.bytes_written += ended.bytes[0];
+        self.latency.record_times(now.since(ended.submitted), writes + reads);
+    }
+
+    /// A request has ended so, after so many nanoseconds.
+    pub(crate) fn record_one(&mut self, io: &Io, result: Result<(), Errno>, nanos: u64) {
+        self.requests += 1;
+        self.latency.record(nanos);
+        match (result, io.kind) {
+            (Err(_), _) => self.failed += 1,
+            (Ok(()), IoKind::Read) => {
+                (self.reads, self.bytes_read) = (self.reads + 1, self.bytes_read + io.len);
+            }
+            (Ok(()), IoKind::Write { .. }) => {
+                (self.writes, self.bytes_written) = (self.writes + 1, self.bytes_written + io.len);
+            }
+            (Ok(()), IoKind::Flush | IoKind::Zero { .. } | IoKind::Discard | IoKind::Truncate) => {}
         }
-        let before = std::mem::replace(self, Ended { label, submitted, requests: 1 });
-        (before.requests > 0).then_some(before)
     }
 }
 
@@ -207,7 +281,8 @@ impl Stats {
 
     /// They have ended, now. There are some.
     pub(crate) fn record(&mut self, ended: Ended, now: Time, measure: bool) {
-        let Ended { label, submitted, requests } = ended;
+        let Ended { label, submitted, .. } = ended;
+        let requests = ended.requests();
         self.states[label as usize].record(now, submitted, requests);
         if measure {
             self.latency.record_times(now.since(submitted), requests);

@@ -119,7 +119,7 @@ pub struct Pass {
 pub enum Chore {
     /// The time that [`Driver::deadline`] named has come.
     Deadline,
-    /// The engine is being drained: leave the image clean.
+    /// The node is being drained or closed, nothing of it is in flight: leave the image clean.
     Settle,
     /// A step asked for it with [`Cx::ask`].
     Asked,
@@ -154,6 +154,13 @@ pub trait Driver {
 
     /// Does the node use this file?
     fn uses(&self, file: FileId) -> bool;
+
+    /// The node that it reads from where it has nothing itself ([`Target::Node`](crate::op::Target::Node)).
+    /// Always the same one, which was added before it.
+    #[inline]
+    fn below(&self) -> Option<NodeId> {
+        None
+    }
 
     /// A new request's first step; [`Cx::io`] tells what it wants. Its range is within the size
     /// and its memory fits.
@@ -305,9 +312,9 @@ impl Cx<'_> {
         self.core.asked.push(node);
     }
 
-    /// Takes `count` buffers of the pool, or none.
+    /// Takes `N` buffers of the pool, or none. Some are kept for other disks of the engine.
     pub fn take_bufs<const N: usize>(&mut self) -> Option<[BufId; N]> {
-        self.core.take_bufs()
+        self.core.take_bufs(self.me)
     }
 
     /// Gives a buffer back.

@@ -39,7 +39,6 @@ impl Hash for ReqId {
 }
 
 id!(OpId, "o", "An op on its way to the backend or back.", Hash);
-id!(FileId, "f", "A file attached to the engine and its backend.", Hash);
 id!(BufId, "b", "A buffer of the engine's pool.", Hash);
 id!(
     RegionId,
@@ -48,44 +47,96 @@ id!(
     Hash
 );
 
-/// An opened layer. It carries which engine it is of: another engine refuses it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct NodeId(u32);
+/// A file attached to the engine and its backend. Its index is used again when the file is gone; its
+/// generation is not, so that the id of a file that is gone is no other file's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct FileId(pub u32);
 
-impl NodeId {
-    /// The most nodes that an engine can have.
-    pub const MAX: usize = 1 << NodeId::INDEX_BITS;
+impl FileId {
+    /// The most files that an engine can have at once.
+    pub const MAX: usize = 1 << FileId::INDEX_BITS;
     const INDEX_BITS: u32 = 16;
 
-    /// Node number `index` of the engine that has this tag.
+    /// The id as an index.
+    #[inline(always)]
+    pub fn index(self) -> usize {
+        self.0 as usize & (FileId::MAX - 1)
+    }
+
+    /// How many files had the index before.
+    #[inline]
+    pub fn generation(self) -> u32 {
+        self.0 >> FileId::INDEX_BITS
+    }
+
+    /// The id of the next file at this index; `None`: there are no more, the index is used up.
+    pub(crate) fn next_generation(self) -> Option<FileId> {
+        self.0.checked_add(FileId::MAX as u32).map(FileId)
+    }
+}
+
+impl fmt::Debug for FileId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.generation() {
+            0 => write!(f, "f{}", self.index()),
+            generation => write!(f, "f{}.{generation}", self.index()),
+        }
+    }
+}
+
+/// An opened layer. It carries which engine it is of: another engine refuses it. Its index is used
+/// again when it is closed; its generation is not, so that the id of a closed node is refused for
+/// ever.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct NodeId {
+    index: u16,
+    engine: u16,
+    generation: u32,
+}
+
+impl NodeId {
+    /// The most nodes that an engine can have at once.
+    pub const MAX: usize = u16::MAX as usize;
+
+    /// No node: whose the file layer's own work is.
+    pub(crate) const NONE: NodeId = NodeId { index: u16::MAX, engine: 0, generation: 0 };
+
+    /// The first node with number `index` of the engine that has this tag.
+    ///
+    /// # Panics
+    ///
+    /// If there are [`NodeId::MAX`] already.
     pub(crate) fn new(engine: u16, index: usize) -> NodeId {
         assert!(index < NodeId::MAX, "an engine has at most {} nodes", NodeId::MAX);
-        NodeId(u32::from(engine) << NodeId::INDEX_BITS | index as u32)
+        NodeId { index: index as u16, engine, generation: 0 }
+    }
+
+    /// The id of the next node at this index; `None`: there are no more, the index is used up.
+    pub(crate) fn next_generation(self) -> Option<NodeId> {
+        let generation = self.generation.checked_add(1)?;
+        Some(NodeId { generation, ..self })
     }
 
     /// The id as an index.
-    #[inline]
+    #[inline(always)]
     pub fn index(self) -> usize {
-        self.0 as usize & (NodeId::MAX - 1)
-    }
-
-    /// The tag of its engine.
-    #[inline]
-    pub(crate) fn engine(self) -> u16 {
-        (self.0 >> NodeId::INDEX_BITS) as u16
+        self.index.into()
     }
 }
 
 impl Hash for NodeId {
     /// Engines that are in the same state are so whatever their tags.
     fn hash<H: Hasher>(&self, h: &mut H) {
-        self.index().hash(h);
+        (self.index(), self.generation).hash(h);
     }
 }
 
 impl fmt::Debug for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "n{}", self.index())
+        match self.generation {
+            0 => write!(f, "n{}", self.index),
+            generation => write!(f, "n{}.{generation}", self.index),
+        }
     }
 }
 

@@ -78,5 +78,5 @@ pub use disk_host::DiskHost;
 pub use error::Error;
 pub use locks::Locks;
 pub use name::Name;
-pub use node::{Node, RunOptions, attach};
+pub use node::{Node, RunOptions, attach, attach_overlay};
 pub use probe::{Foreign, Format, Probed};

@@ -4,7 +4,7 @@
 use std::io;
 
 use cowbell_engine::Engine;
-use cowbell_engine::backend::{Backend, FileInfo};
+use cowbell_engine::backend::Backend;
 use cowbell_engine::mem::Memory;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::store::Store;
@@ -55,6 +55,9 @@ pub struct RunOptions {
     /// Let the guest of an image whose format was only probed write what it likes, another
     /// format's header included.
     pub trust_probed: bool,
+    /// How many of the engine's requests may be this disk's; `None`: all. See
+    /// [`Engine::set_quota`].
+    pub quota: Option<usize>,
     /// For QED images.
     pub qed: QedOptions,
     /// For qcow2 images.
@@ -63,25 +66,81 @@ pub struct RunOptions {
     pub vmdk: VmdkOptions,
 }
 
-/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node.
+/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. At any time:
+/// other nodes' requests go on, and none is waited for. A chain whose files are `Send` may have been
+/// opened on another thread, where opening may take its time.
 ///
 /// # Errors
 ///
 /// Whatever the backend says of a file; [`io::ErrorKind::Unsupported`] for an encrypted image,
-/// which opens to be described. Layers already handed over stay there, unused.
+/// which opens to be described. The engine is as it was; the chain is gone.
 pub fn attach<B: Backend<File: Store>>(
     engine: &mut Engine<Node, B>,
     chain: Chain<B::File>,
     options: &RunOptions,
 ) -> io::Result<NodeId> {
-    let mut below: Option<Backing> = None;
+    attach_over(engine, chain, None, options)
+}
+
+/// The same, for a chain whose lowest layer reads from a node that is there already, such as an image
+/// that several disks are overlays of: it is open once, with one cache. It stays until the last
+/// overlay of it is closed. (Whoever opens such a chain opens it without its backing file, and
+/// answers for it that this is the one.)
+///
+/// # Errors
+///
+/// As [`attach`]; [`io::ErrorKind::InvalidInput`] if the node below is not there, or is being closed,
+/// or if the lowest layer is raw, or names no backing file.
+pub fn attach_overlay<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
+    chain: Chain<B::File>,
+    below: NodeId,
+    options: &RunOptions,
+) -> io::Result<NodeId> {
+    let names_one = chain.layers.last().is_some_and(|layer| layer.backing_name().is_some());
+    if !engine.may_be_read_from(below) || !names_one {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let size = engine.node(below).size();
+    attach_over(engine, chain, Some(Backing { node: below, size }), options)
+}
+
+fn attach_over<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
+    chain: Chain<B::File>,
+    mut below: Option<Backing>,
+    options: &RunOptions,
+) -> io::Result<NodeId> {
+    // Whatever can fail does so before the engine has anything of it.
+    for layer in &chain.layers {
+        if let LayerMeta::Qcow2(opened) = &layer.meta
+            && opened.header.refuse_encryption().is_err()
+        {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+    }
+    let mut layers = Vec::with_capacity(chain.layers.len());
+    let mut files = Vec::new();
     let depth = chain.layers.len();
     for (i, layer) in chain.layers.into_iter().rev().enumerate() {
         let writable = i + 1 == depth && layer.file.is_writable();
         let (probed, size) = (layer.probed, layer.size());
-        let (file, info) = engine.attach(layer.file)?;
-        let more = attach_all(engine, layer.more)?;
-        let node = match layer.meta {
+        let from = files.len();
+        for file in [layer.file].into_iter().chain(layer.more) {
+            match engine.attach(file) {
+                Ok(attached) => files.push(attached),
+                Err(why) => {
+                    files.iter().for_each(|&(file, _)| drop(engine.detach(file)));
+                    return Err(why);
+                }
+            }
+        }
+        layers.push((layer.meta, writable, probed, size, from..files.len()));
+    }
+    for (meta, writable, probed, size, range) in layers {
+        let (file, info) = files[range.start];
+        let more = &files[range.start + 1..range.end];
+        let node = match meta {
             LayerMeta::Raw { .. } => {
                 let guarded = writable && probed && !options.trust_probed;
                 Node::Raw(Raw::new(file, size, writable, guarded, info.can_grow))
@@ -92,9 +151,6 @@ pub fn attach<B: Backend<File: Store>>(
                 Node::Qed(Box::new(Qed::new(file, opened, writable, below, tables, options.qed)))
             }
             LayerMeta::Qcow2(opened) => {
-                if opened.header.refuse_encryption().is_err() {
-                    return Err(io::Error::from(io::ErrorKind::Unsupported));
-                }
                 let geometry = opened.geometry();
                 let (data, data_info) = *more.first().unwrap_or(&(file, info));
                 let options = options.qcow2;
@@ -104,7 +160,7 @@ pub fn attach<B: Backend<File: Store>>(
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
             }
             LayerMeta::Vmdk(opened) => {
-                let files = [file].into_iter().chain(more.into_iter().map(|(id, _)| id)).collect();
+                let files = [file].into_iter().chain(more.iter().map(|&(id, _)| id)).collect();
                 let options = options.vmdk;
                 let regions = vmdk::Regions::new(&opened, &options, |len| engine.region(len));
                 Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
@@ -112,15 +168,15 @@ pub fn attach<B: Backend<File: Store>>(
         };
         below = Some(Backing { node: engine.add(node), size });
     }
-    Ok(below.expect("a chain has at least one layer").node)
+    let top = below.expect("a chain has at least one layer").node;
+    engine.set_quota(top, options.quota);
+    Ok(top)
 }
 
-fn attach_all<B: Backend<File: Store>>(
-    engine: &mut Engine<Node, B>,
-    files: Vec<B::File>,
-) -> io::Result<Vec<(FileId, FileInfo)>> {
-    files.into_iter().map(|file| engine.attach(file)).collect()
-}
+// What is opened on one thread may be run on another.
+const fn assert_send<T: Send>() {}
+const _: () = assert_send::<Chain<cowbell_engine::sys::disk::DiskFile>>();
+const _: () = assert_send::<Node>();
 
 impl Node {
     /// The image's format.
@@ -210,6 +266,15 @@ impl Driver for Node {
             Node::Qed(qed) => qed.uses(file),
             Node::Qcow2(qcow2) => qcow2.uses(file),
             Node::Vmdk(vmdk) => vmdk.uses(file),
+        }
+    }
+
+    fn below(&self) -> Option<NodeId> {
+        match self {
+            Node::Raw(raw) => raw.below(),
+            Node::Qed(qed) => qed.below(),
+            Node::Qcow2(qcow2) => qcow2.below(),
+            Node::Vmdk(vmdk) => vmdk.below(),
         }
     }
 

@@ -158,6 +158,7 @@ fn run_options(rng: &mut Rng) -> RunOptions {
     let small = |rng: &mut Rng| 1 + rng.below(3);
     RunOptions {
         trust_probed: true,
+        quota: None,
         qed: QedOptions { cache_slices: 1, growth, unmark_after_ms: 5 },
         qcow2: Qcow2Options {
             cache_slices: 1 + rng.below(2) as usize,

@@ -12,6 +12,7 @@ mod check_counts_as_qemu_does;
 mod check_finds_and_repairs;
 mod common;
 mod completions_never_nest;
+mod disks_come_and_go;
 mod draining_ends_what_was_begun;
 mod entries_past_the_end_lead_nowhere;
 mod every_request_ends_whatever_fails;

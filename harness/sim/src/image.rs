@@ -187,7 +187,7 @@ impl Image {
             pass_discards: self.pass_discards && self.state != State::Holes,
             writeback_depth: self.buffers,
         };
-        RunOptions { trust_probed: false, qed, qcow2, vmdk }
+        RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk }
     }
 
     fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {

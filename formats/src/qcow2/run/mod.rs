@@ -51,7 +51,7 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Compute, Op, Segs, Target};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, RegionId, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, NodeId, RegionId, Time};
 
 use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
@@ -438,6 +438,10 @@ impl Driver for Qcow2 {
 
     fn uses(&self, file: FileId) -> bool {
         file == self.file || file == self.data
+    }
+
+    fn below(&self) -> Option<NodeId> {
+        self.backing.map(|backing| backing.node)
     }
 
     #[inline(always)]

@@ -42,7 +42,7 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, NodeId, Time};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::backing::Backing;
@@ -353,6 +353,10 @@ impl Driver for Qed {
 
     fn uses(&self, file: FileId) -> bool {
         file == self.file
+    }
+
+    fn below(&self) -> Option<NodeId> {
+        self.backing.map(|backing| backing.node)
     }
 
     #[inline(always)]

@@ -43,7 +43,7 @@ use cowbell_engine::op::Op;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, IoKind, Step};
 use cowbell_engine::sys::random;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, FileId, RegionId, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, NodeId, RegionId, Time};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::backing::Backing;
@@ -510,6 +510,10 @@ impl Driver for Vmdk {
 
     fn uses(&self, file: FileId) -> bool {
         self.files.contains(&file)
+    }
+
+    fn below(&self) -> Option<NodeId> {
+        self.backing.map(|backing| backing.node)
     }
 
     #[inline(always)]
