@@ -289,6 +289,8 @@ pub struct SimBackend {
     /// Files from this on are another disk's: nothing happens to them.
     beside_from: usize,
     left_behind: bool,
+    /// Files that were taken away: what they hold is looked at, and nobody else may use them.
+    detached: Vec<usize>,
     /// See [`SimBackend::take_held`].
     held: u64,
 }
@@ -308,6 +310,7 @@ impl SimBackend {
             broken: None,
             beside_from: NO_FILE,
             left_behind: false,
+            detached: Vec::new(),
             held: 0,
         }
     }
@@ -392,6 +395,11 @@ impl SimBackend {
     pub fn reads_below(&self, file: usize) -> impl Iterator<Item = (OpName, OpId)> + '_ {
         let below = move |flying: &&Flying| flying.kind == OpKind::Read && flying.file < file;
         self.flying.iter().filter(below).map(|flying| (flying.name, flying.op))
+    }
+
+    /// Is nothing in flight on files of this disk, those of the one beside apart?
+    pub fn is_still(&self) -> bool {
+        !self.flying.iter().any(|flying| flying.file < self.beside_from)
     }
 
     /// How many ops are in flight.
@@ -821,10 +829,16 @@ impl Backend for SimBackend {
     type File = SimFile;
 
     fn attach(&mut self, id: FileId, file: SimFile) -> io::Result<FileInfo> {
-        assert_eq!(id.index(), self.files.len(), "files are attached in order");
         let contents = file.contents();
         let len = contents.len();
-        self.files.push(File::new(contents));
+        if let Some(place) = self.files.get_mut(id.index()) {
+            assert!(self.detached.contains(&id.index()), "{id:?} is there already");
+            self.detached.retain(|&file| file != id.index());
+            *place = File::new(contents);
+        } else {
+            assert_eq!(id.index(), self.files.len(), "files are attached in order");
+            self.files.push(File::new(contents));
+        }
         Ok(FileInfo {
             request_align: self.device.request_align,
             memory_align: self.device.memory_align,
@@ -835,6 +849,9 @@ impl Backend for SimBackend {
     }
 
     fn detach(&mut self, id: FileId) -> Option<SimFile> {
+        let is_used = self.flying.iter().any(|flying| flying.file == id.index());
+        assert!(!is_used, "{id:?} is taken away with ops in flight");
+        self.detached.push(id.index());
         Some(SimFile::new(self.files[id.index()].now().clone(), true))
     }
 

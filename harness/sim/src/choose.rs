@@ -16,6 +16,12 @@ pub enum Choice {
     Submit(u32),
     /// The guest of the disk beside submits its next request.
     Beside,
+    /// The disk is closed, whatever is in flight.
+    Close,
+    /// The disk is paused.
+    Pause,
+    /// It is resumed.
+    Unpause,
     /// An op in flight ends.
     End(OpName, Outcome),
     /// The loop goes on with what the last turn left.
@@ -54,6 +60,9 @@ impl fmt::Display for Choice {
             Choice::Submit(which) => write!(f, "submit {which}"),
             Choice::End(name, outcome) => write!(f, "end {name} {}", outcome.name()),
             Choice::Beside => f.write_str("beside"),
+            Choice::Close => f.write_str("close"),
+            Choice::Pause => f.write_str("pause"),
+            Choice::Unpause => f.write_str("unpause"),
             Choice::Turn => f.write_str("turn"),
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
@@ -82,6 +91,9 @@ impl FromStr for Choice {
                 Ok(Choice::End(OpName { request, ordinal }, outcome))
             }
             ["beside"] => Ok(Choice::Beside),
+            ["close"] => Ok(Choice::Close),
+            ["pause"] => Ok(Choice::Pause),
+            ["unpause"] => Ok(Choice::Unpause),
             ["turn"] => Ok(Choice::Turn),
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),
@@ -104,7 +116,7 @@ pub trait Chooser {
 /// What a run without surprises does: everything is submitted, then the oldest op ends well.
 fn calm(among: &[Choice], newest: bool) -> usize {
     let rank = |choice: &Choice| match choice {
-        Choice::Resume | Choice::Turn => 0,
+        Choice::Resume | Choice::Unpause | Choice::Turn => 0,
         Choice::Submit(_) | Choice::Beside => 1,
         Choice::End(_, Outcome::Done) => 2,
         // All that a broken device does.

@@ -457,7 +457,38 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
         let write = Request::write(image.place(0, 0), 1024);
         vec![Workload::new([write]), Workload::new([Request::write_fua(image.place(0, 0), 1024)])]
     };
-    scopes_on([image], breaks, few)
+    let closes = Budget { faults: 1, closes: 1, ..QUIET };
+    let pauses = Budget { pauses: 1, ..closes };
+    let closes_twice = Budget { closes: 2, ..QUIET };
+    let pairs = |image: &Image| {
+        let at = |table, cluster| image.place(table, cluster);
+        let head = Request::write(at(0, 0), 1024);
+        let discard = Request::discard(at(0, 0), image.cluster());
+        vec![
+            Workload::new([head, Request::write(at(1, 0), 1024)]),
+            Workload::new([head, Request::read(at(0, 0), image.cluster())]),
+            Workload::new([discard, Request::zero(at(0, 0), image.cluster())]),
+            Workload::new([head, Request::flush()]),
+        ]
+    };
+    let shared = match format {
+        Format::Qed | Format::Qcow2 => vec![Image { backing: true, shares: true, ..image }],
+        _ => Vec::new(),
+    };
+    let shared = shared.into_iter().map(|image| Image { beside: Some(format), ..image });
+    let alone = Image { beside: None, ..image };
+    let warm = Image { state: State::Warm, ..alone };
+    let lives = if format == Format::Raw { vec![alone] } else { vec![alone, warm] };
+    [
+        scopes_on([image], breaks, few),
+        scopes_on([image], closes, few),
+        scopes_on([image], pauses, few),
+        scopes_on([image], closes_twice, pairs),
+        scopes_on([image], Budget { pauses: 1, quota: true, ..QUIET }, pairs),
+        scopes_on(lives, Budget { pauses: 1, ..closes }, pairs),
+        scopes_on(shared, Budget { closes: 1, ..QUIET }, few),
+    ]
+    .concat()
 }
 
 /// Runs the gate.
@@ -639,7 +670,15 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
         let Budget { faults, ticks, crashes, drains, breaks, mends, reopens, .. } = scope.budget;
         let drains = if drains > 0 { format!(", {drains} drains") } else { String::new() };
-        let words = [(", opened again", reopens), (", breaks", breaks), (", is mended", mends)];
+        let Budget { closes, pauses, quota, .. } = scope.budget;
+        let words = [
+            (", opened again", reopens),
+            (", breaks", breaks),
+            (", is mended", mends),
+            (", closed", closes > 0),
+            (", paused", pauses > 0),
+            (", one at a time", quota),
+        ];
         let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();
         let name = format!(
             "{requests} requests, {faults} faults, {ticks} deadlines, {crashes} crashes{drains}{more}: {}",

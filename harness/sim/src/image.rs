@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use cowbell_engine::Limits;
-use cowbell_engine::step::Io;
+use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
@@ -16,7 +16,7 @@ use cowbell_formats::qed::QedOptions;
 use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, create, map,
+    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
 };
 
 use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
@@ -106,6 +106,8 @@ pub struct Image {
     pub probed: bool,
     /// Another disk of the engine, of this format.
     pub beside: Option<Format>,
+    /// Is that an overlay of the same backing file, and reads from the same node?
+    pub shares: bool,
     /// See [`Lie`].
     pub lie: Option<Lie>,
 }
@@ -136,6 +138,7 @@ impl Image {
             can_zero: true,
             probed: false,
             beside: None,
+            shares: false,
             lie: None,
         }
     }
@@ -413,7 +416,26 @@ impl Subject for Image {
     }
 
     fn beside(&self) -> Option<Image> {
-        self.beside.map(Image::new)
+        let beside = |format| Image { backing: self.shares, ..Image::new(format) };
+        self.beside.map(beside)
+    }
+
+    fn shares(&self) -> bool {
+        self.shares
+    }
+
+    fn open_beside(
+        &self,
+        host: &SimHost,
+        engine: &mut SimEngine<Node>,
+        main: NodeId,
+    ) -> Result<NodeId, String> {
+        let Some(below) = engine.node(main).below().filter(|_| self.backing) else {
+            return self.open(host, engine);
+        };
+        let mut chain = self.chain(host, true)?;
+        chain.layers.truncate(1);
+        attach_overlay(engine, chain, below, &self.run_options()).map_err(|why| why.to_string())
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
@@ -605,6 +627,9 @@ impl fmt::Display for Image {
         if let Some(beside) = self.beside {
             write!(f, "beside={beside} ")?;
         }
+        if self.shares {
+            write!(f, "shares=true ")?;
+        }
         write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
         write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
     }
@@ -645,6 +670,7 @@ impl FromStr for Image {
                 "device" => image.medium = Medium::Device(number(value)?),
                 "slow" => image.slow = flag()?,
                 "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
+                "shares" => image.shares = value == "true",
                 "pass-discards" => image.pass_discards = flag()?,
                 "frees" => image.frees = number(value)? as usize,
                 "cluster" => image.cluster = number(value)?,

@@ -79,6 +79,13 @@ pub const MUTANTS: &[Mutant] = &[
     raw("drain_error_forgotten", "a drain that could not make all stable says that it did"),
     raw("failed_flush_tried_again", "the flush after a failed one counts for what that lost"),
     raw("failed_flush_poisons_others", "a failed flush of one disk fails those of another"),
+    raw("close_waits_for_nothing", "a disk is closed with requests in flight"),
+    raw("closed_node_takes_requests", "a disk that is being closed takes requests"),
+    raw("id_used_again", "the id of a closed disk is the next one's"),
+    raw("resumed_node_takes_nothing", "a disk that was paused takes no requests again"),
+    raw("quota_ignored", "a disk has more requests than are its share"),
+    qed("close_takes_shared_layer", "a disk that goes takes along what another reads from"),
+    qcow2("close_settles_nothing", "a disk that is closed does not write its tables back"),
     qed("no_fence_before_link", "an entry may be stable before the copied data is"),
     qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
     qed("never_marked", "the need-check mark is never set"),
@@ -401,6 +408,14 @@ pub fn special(format: Format) -> Vec<Scope> {
             scope(image, 0, 0, &[Request::zero(0, 8192)]),
             scope(Image { beside: Some(Format::Raw), ..image }, 1, 0, &[head(0, 0), flush]),
             scope(Image { slow: true, ..image }, 0, 0, &[zero, head(0, 2), head(0, 3)]),
+            Scope {
+                budget: Budget { closes: 1, pauses: 1, ..QUIET },
+                ..scope(image, 0, 0, &[head(0, 0), flush])
+            },
+            Scope {
+                budget: Budget { quota: true, ..QUIET },
+                ..scope(image, 0, 0, &[head(0, 0), flush])
+            },
         ];
     }
     let overlay = Image { backing: true, ..image };
@@ -412,8 +427,11 @@ pub fn special(format: Format) -> Vec<Scope> {
     if format == Format::Qcow2 {
         return special_qcow2(image);
     }
+    // On one base.
+    let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
     vec![
         scope(overlay, 0, 0, &[middle(0, 0)]),
+        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(shared, 0, 0, &[head(0, 0)]) },
         scope(zeros, 0, 0, &[middle(0, 0)]),
         scope(large, 1, 0, &[middle(0, 0)]),
         scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
@@ -470,6 +488,7 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
         workloads: vec![Workload::new(requests.iter().copied())],
     };
     vec![
+        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(image, 0, &[head(0, 0)]) },
         scope(overlay, 0, &[middle(0, 0), flush]),
         scope(zeros, 0, &[middle(0, 0), flush]),
         scope(overlay, 0, &[head(0, 0), middle(0, 0)]),

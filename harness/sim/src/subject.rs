@@ -83,6 +83,22 @@ pub trait Subject: Clone + Debug {
         None
     }
 
+    /// Does it read from the same node that this one reads from?
+    fn shares(&self) -> bool {
+        false
+    }
+
+    /// Opens it as the disk beside `main`, on the node that this reads from if it has a backing file.
+    fn open_beside(
+        &self,
+        host: &SimHost,
+        engine: &mut SimEngine<Self::Driver>,
+        main: NodeId,
+    ) -> Result<NodeId, String> {
+        let _ = main;
+        self.open(host, engine)
+    }
+
     /// See [`SimBackend::watch_metadata`].
     fn metadata(&self) -> Option<IsMetadata>;
 

@@ -104,9 +104,15 @@ impl Trace {
     }
 
     fn head(&self) -> Vec<String> {
-        let Budget { faults, ticks, crashes, drains, stalls, reopens, breaks, mends } = self.budget;
-        let mut more = if drains > 0 { format!(" drains={drains}") } else { String::new() };
-        for (key, set) in [("reopens", reopens), ("breaks", breaks), ("mends", mends)] {
+        let Budget { faults, ticks, crashes, drains, stalls, reopens, breaks, mends, .. } =
+            self.budget;
+        let Budget { closes, pauses, quota, .. } = self.budget;
+        let mut more = String::new();
+        for (key, count) in [("drains", drains), ("closes", closes), ("pauses", pauses)] {
+            more += &if count > 0 { format!(" {key}={count}") } else { String::new() };
+        }
+        let set = [("reopens", reopens), ("breaks", breaks), ("mends", mends), ("quota", quota)];
+        for (key, set) in set {
             more += &if set { format!(" {key}=true") } else { String::new() };
         }
         let mut lines = vec![
@@ -208,6 +214,9 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             "ticks" => budget.ticks = small()?,
             "crashes" => budget.crashes = small()?,
             "drains" => budget.drains = small()?,
+            "closes" => budget.closes = small()?,
+            "pauses" => budget.pauses = small()?,
+            "quota" => budget.quota = value == "true",
             "breaks" => budget.breaks = value == "true",
             "mends" => budget.mends = value == "true",
             "reopens" => budget.reopens = value == "true",

@@ -11,8 +11,8 @@ use std::hash::{Hash, Hasher};
 
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, IoKind};
-use cowbell_engine::units::{NodeId, Time};
-use cowbell_engine::{Limits, Progress};
+use cowbell_engine::units::{Errno, NodeId, Time};
+use cowbell_engine::{Limits, NodeEvent, Progress, Why};
 
 use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
@@ -65,6 +65,13 @@ pub struct Budget {
     pub breaks: bool,
     /// May it be mended?
     pub mends: bool,
+    /// Times that the disk is closed with whatever is in flight; if that went well, it is attached
+    /// again to the engine, which goes on meanwhile.
+    pub closes: u8,
+    /// Times that it is paused.
+    pub pauses: u8,
+    /// May it have one request at a time?
+    pub quota: bool,
 }
 
 /// Nothing goes wrong, and nothing happens but requests.
@@ -77,6 +84,9 @@ pub const QUIET: Budget = Budget {
     reopens: false,
     breaks: false,
     mends: false,
+    closes: 0,
+    pauses: 0,
+    quota: false,
 };
 
 impl Default for Budget {
@@ -100,7 +110,7 @@ impl<S: Subject> Base<S> {
                 let host = SimHost::new();
                 other.make(&host)?;
                 engine.backend_mut().begin_beside();
-                Some(other.open(&host, &mut engine)?)
+                Some(other.open_beside(&host, &mut engine, node)?)
             }
             None => None,
         };
@@ -120,9 +130,15 @@ impl<S: Subject> Base<S> {
         let (subject, workload) = (subject.clone(), workload.clone());
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
         let plan = Plan { subject, workload, cut, verdicts: verdicts.clone() };
+        let Budget { closes, pauses, quota, .. } = budget;
+        let mut engine = engine.clone();
+        if quota {
+            engine.set_quota(*node, Some(1));
+        }
         World {
             plan: Shared::new(plan),
-            engine: engine.clone(),
+            engine,
+            life: Life { closes, pauses, quota, ..Life::default() },
             node: *node,
             beside: *beside,
             beside_next: 0,
@@ -226,7 +242,24 @@ struct Plan<S> {
 enum Stage {
     Running,
     Draining,
+    /// The disk is being closed; the one beside goes on.
+    Closing,
+    /// It is gone.
+    Closed,
     Over,
+}
+
+/// The disk's comings and goings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Life {
+    closes: u8,
+    pauses: u8,
+    quota: bool,
+    is_paused: bool,
+    /// It is paused, and the engine has said that nothing is in flight.
+    lies_still: bool,
+    /// It could not be closed clean.
+    is_lost: bool,
 }
 
 /// See the module.
@@ -235,6 +268,7 @@ pub struct World<S: Subject> {
     plan: Shared<Plan<S>>,
     engine: SimEngine<S::Driver>,
     node: NodeId,
+    life: Life,
     beside: Option<NodeId>,
     /// Requests to the disk beside that were submitted, and that have ended.
     beside_next: u8,
@@ -284,7 +318,8 @@ impl<S: Subject> Clone for World<S> {
         let World { stage, now, is_behind, steps, crashes, crashed, drains, breaks, .. } = *source;
         let World { beside, beside_next, beside_ended, .. } = *source;
         (self.beside, self.beside_next, self.beside_ended) = (beside, beside_next, beside_ended);
-        let World { reopens, mends, room, flush_failed, sure, .. } = *source;
+        let World { reopens, mends, room, flush_failed, sure, life, .. } = *source;
+        self.life = life;
         self.plan.clone_from(&source.plan);
         self.shadow.clone_from(&source.shadow);
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
@@ -304,7 +339,7 @@ impl<S: Subject> Hash for World<S> {
             .hash(h);
         (self.crashes, self.crashed, self.drains).hash(h);
         (self.room, self.flush_failed, self.sure).hash(h);
-        (self.beside_next, self.beside_ended).hash(h);
+        (self.beside_next, self.beside_ended, self.life).hash(h);
     }
 }
 
@@ -352,11 +387,24 @@ impl<S: Subject> World<S> {
             out.push(Choice::Mend);
         }
         let beside = self.beside_next == self.beside_ended;
-        if running && beside && self.beside.is_some() && self.beside_next < BESIDE.len() as u8 {
+        let goes_on = matches!(self.stage, Stage::Running | Stage::Closing | Stage::Closed);
+        if goes_on && beside && self.beside.is_some() && self.beside_next < BESIDE.len() as u8 {
             out.push(Choice::Beside);
         }
+        // Before the first request there is nothing to be kept or lost.
+        if running && self.next > 0 {
+            if self.life.closes > 0 {
+                out.push(Choice::Close);
+            }
+            match self.life.is_paused {
+                true => out.push(Choice::Unpause),
+                false if self.life.pauses > 0 => out.push(Choice::Pause),
+                false => {}
+            }
+        }
         let early = self.drains > 0 && 0 < self.next && self.ended == self.next;
-        if running && beside && (self.ended == all || early) {
+        let is_gone = self.stage == Stage::Closed;
+        if beside && (running && (self.ended == all || early) || is_gone) {
             out.push(Choice::Drain);
         }
         // Before the first request and after the last nothing would follow.
@@ -373,6 +421,9 @@ impl<S: Subject> World<S> {
             request.kind == IoKind::Truncate && request.offset < self.disk_size()
         };
         let (next, alone) = (self.next as usize, self.ended == self.next);
+        if self.life.is_paused || self.life.quota && !alone {
+            return false;
+        }
         alone || !shrinks(&requests[next]) && !shrinks(&requests[next - 1])
     }
 
@@ -409,7 +460,7 @@ impl<S: Subject> World<S> {
             return Err(format!("not over after {limit} steps\n{:?}", self.engine));
         }
         match choice {
-            Choice::Submit(which) => self.submit(which as usize),
+            Choice::Submit(which) => self.submit(which as usize)?,
             Choice::Beside => self.submit_beside(),
             Choice::End(name, outcome) => {
                 let is_broken = self.engine.backend().broken().is_some();
@@ -439,7 +490,25 @@ impl<S: Subject> World<S> {
             Choice::Drain => {
                 self.drains -= u8::from(self.next < self.plan.workload.requests.len() as u32);
                 self.stage = Stage::Draining;
+                self.life.lies_still = false;
                 self.engine.drain();
+            }
+            Choice::Close => {
+                self.life.closes -= 1;
+                (self.life.is_paused, self.life.lies_still) = (false, false);
+                self.stage = Stage::Closing;
+                self.engine.close(self.node).map_err(|why| format!("not closed: {why:?}"))?;
+                self.is_refused(self.node, Why::Closing)?;
+            }
+            Choice::Pause => {
+                self.life.pauses -= 1;
+                self.life.is_paused = true;
+                self.engine.pause(self.node).map_err(|why| format!("not paused: {why:?}"))?;
+                self.is_refused(self.node, Why::Paused)?;
+            }
+            Choice::Unpause => {
+                (self.life.is_paused, self.life.lies_still) = (false, false);
+                self.engine.resume(self.node).map_err(|why| format!("not resumed: {why:?}"))?;
             }
         }
         let Progress { steps, is_over, .. } = self.engine.run(self.now);
@@ -450,7 +519,79 @@ impl<S: Subject> World<S> {
             return Err(format!("it does not come to rest: {steps} steps in one run"));
         }
         self.take_finished()?;
+        self.see_events()?;
+        if self.life.lies_still && !self.engine.backend().is_still() {
+            return Err("a paused disk is used".into());
+        }
         self.see_drained()
+    }
+
+    /// A request that is not to be taken is not taken.
+    fn is_refused(&mut self, node: NodeId, expected: Why) -> Result<(), String> {
+        match self.engine.submit(node, Request::flush().io(), Mem::None, PROBE_TAG) {
+            Err(refused) if refused.why == expected => Ok(()),
+            Err(refused) => Err(format!("refused as {:?}, not as {expected:?}", refused.why)),
+            Ok(()) => Err(format!("{node:?} takes a request, although {expected:?}")),
+        }
+    }
+
+    fn see_events(&mut self) -> Result<(), String> {
+        while let Some(event) = self.engine.poll_event() {
+            match event {
+                NodeEvent::Corrupt { .. } => {}
+                NodeEvent::Paused { node } => {
+                    let is_so = self.engine.backend().is_still() && self.ended == self.next;
+                    if node != self.node || !self.life.is_paused || !is_so {
+                        return Err("told to lie still, and does not".into());
+                    }
+                    // In a drain it is written to.
+                    self.life.lies_still = self.stage == Stage::Running;
+                }
+                NodeEvent::Closed { node, result } => {
+                    if node != self.node || self.stage != Stage::Closing || self.ended != self.next
+                    {
+                        return Err(format!("{node:?} is closed at work"));
+                    }
+                    self.see_closed(result)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The disk is gone. If all is well it is attached again, beside what else goes on; its old id is
+    /// refused nevertheless.
+    fn see_closed(&mut self, result: Result<(), Errno>) -> Result<(), String> {
+        let gone = self.node;
+        self.is_refused(gone, Why::NoSuchNode)?;
+        self.engine.take_files(gone);
+        self.stage = Stage::Closed;
+        match result {
+            Err(errno) if !self.faulted => {
+                return Err(format!("closing failed although nothing did: {errno}"));
+            }
+            Err(_) => {
+                self.life.is_lost = true;
+                return Ok(());
+            }
+            Ok(()) => self.shadow.settle(),
+        }
+        let Plan { subject, workload, .. } = &*self.plan;
+        let files = files_of(&self.engine);
+        let files = &files[..subject.files().len()];
+        let done = &workload.requests[self.room.from as usize..self.next as usize];
+        if !self.faulted {
+            self.room.judge(subject.cluster(), done, files)?;
+        }
+        // Its layer below is the other's, too.
+        if subject.shares() {
+            return Ok(());
+        }
+        self.room = Room { from: self.next, ..Room::of(subject, files) };
+        let opened = subject.open(&host_of(subject, files), &mut self.engine);
+        self.node = opened.map_err(|why| format!("attached again: {why}"))?;
+        self.stage = Stage::Running;
+        self.is_refused(gone, Why::NoSuchNode)
     }
 
     /// A run ends when the turn does, or with the op that is being handed over then.
@@ -465,7 +606,7 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
-    fn submit(&mut self, which: usize) {
+    fn submit(&mut self, which: usize) -> Result<(), String> {
         let request = self.plan.workload.requests[which];
         if self.must_succeed(&request) {
             self.sure |= 1 << which;
@@ -477,8 +618,12 @@ impl<S: Subject> World<S> {
         }
         let mem = request.memory(which).map_or(Mem::None, Mem::Owned);
         let taken = self.engine.submit(self.node, request.io(), mem, which as u64);
-        taken.expect("the base was made for as many requests");
+        taken.map_err(|refused| format!("request {which} is refused: {:?}", refused.why))?;
         self.next += 1;
+        if self.life.quota {
+            self.is_refused(self.node, Why::Full)?;
+        }
+        Ok(())
     }
 
     fn submit_beside(&mut self) {
@@ -590,9 +735,12 @@ impl<S: Subject> World<S> {
     fn see_drained(&mut self) -> Result<(), String> {
         match self.engine.drained() {
             Some(result) if self.stage == Stage::Draining => {
-                let over = self.next == self.plan.workload.requests.len() as u32;
+                let is_gone = !self.engine.has(self.node);
+                let over = is_gone || self.next == self.plan.workload.requests.len() as u32;
                 self.stage = if over { Stage::Over } else { Stage::Running };
                 match result {
+                    // Of the disk beside alone.
+                    Ok(()) if is_gone => {}
                     Ok(()) => {
                         self.shadow.settle();
                         self.end_session(over)?;
@@ -640,9 +788,14 @@ impl<S: Subject> World<S> {
             return Err(format!("stuck: nothing can happen any more\n{:?}", self.engine));
         }
         self.engine.assert_idle();
-        self.plan.subject.assert_idle(self.engine.node(self.node));
+        if self.engine.has(self.node) {
+            self.plan.subject.assert_idle(self.engine.node(self.node));
+        }
         let mut files = files_of(&self.engine);
-        let beside = files.split_off(self.plan.subject.files().len());
+        let mut beside = files.split_off(self.plan.subject.files().len());
+        if self.plan.subject.shares() {
+            beside.insert(0, files[0].clone());
+        }
         if let Some(other) = self.plan.subject.beside() {
             let found = self.inspect_beside(&other, &beside);
             found.map_err(|why| format!("the disk beside: {why}"))?;
@@ -650,7 +803,8 @@ impl<S: Subject> World<S> {
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
         self.read_again(&files, &image)?;
         // What was not flushed and could not be written back is lost with the memory it was in.
-        let is_lost = self.plan.subject.writes_back() && self.engine.drained() != Some(Ok(()));
+        let is_lost = self.life.is_lost || self.engine.drained() != Some(Ok(()));
+        let is_lost = self.plan.subject.writes_back() && is_lost;
         match is_lost {
             true => self.shadow.check_crash(&image.found)?,
             false => self.shadow.check_live(&image.found)?,
@@ -785,6 +939,9 @@ const BESIDE: [Request; 2] = [Request::write(0, 1024), Request::flush()];
 
 /// How its requests are known; and whose pattern it is written with.
 const BESIDE_TAG: u64 = 2000;
+
+/// How requests are known that are not to be taken.
+const PROBE_TAG: u64 = 3000;
 
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
