@@ -80,14 +80,15 @@ pub struct Progress {
 /// [`fd`](Engine::fd), or deadline: call [`run`](Engine::run), then [`poll`](Engine::poll) until
 /// it answers `None`.** Completions never call back into the embedder.
 ///
-/// 1. setting up: `attach` a file, `add` a node;
+/// 1. disks that come and go, at any time: `attach` a file, `add` a node; `pause`, `resume` and
+///    `close` it, which only begin: `poll_event` tells when it is done;
 /// 2. `submit`: only records, never does I/O;
 /// 3. `run(now)`: collects completions, steps every request that has an event, submits the ops
 ///    they issued in one batch. It never waits;
-/// 4. asking: `poll`, `fd`, `next_deadline`, `stats`. Their answers change only in `submit`,
-///    `run` and `drain`.
+/// 4. asking: `poll`, `poll_event`, `fd`, `next_deadline`, `stats`. Their answers change only in
+///    calls of the other kinds.
 ///
-/// To end: [`drain`](Engine::drain), and go on until [`drained`](Engine::drained) answers. An engine
+/// To end one disk: [`close`](Engine::close). To end all: [`drain`](Engine::drain), and go on until [`drained`](Engine::drained) answers. An engine
 /// that is merely dropped waits for the ops in flight, since they name its memory, and begins no
 /// more: requests are left as a crash would leave them, and an image may want a check.
 pub struct Engine<D: Driver, B: Backend> {

@@ -66,7 +66,8 @@ impl Deref for Buf {
     type Target = [u8];
     #[inline(always)]
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.start()..][..self.size()]
+        // A stand-in has no page to start on.
+        self.bytes.get(self.start()..).map_or(&[], |bytes| &bytes[..self.size()])
     }
 }
 
@@ -74,7 +75,7 @@ impl DerefMut for Buf {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [u8] {
         let (start, size) = (self.start(), self.size());
-        &mut self.bytes[start..][..size]
+        self.bytes.get_mut(start..).map_or(&mut [], |bytes| &mut bytes[..size])
     }
 }
 
@@ -713,6 +714,26 @@ mod tests {
             mem.zero(&Segs::one(byte(Base::Pool(buf))), 0, 1);
             assert_eq!(hash(&mem), at_first, "{what}, undone");
         }
+    }
+
+    #[test]
+    fn a_region_that_is_freed_takes_no_memory_and_its_place_is_used_again() {
+        let mut mem = Memory::new(1, 1, LEN);
+        let [first, second] = [mem.add_region(LEN), mem.add_region(LEN)];
+        mem.region_mut(first)[7] = 1;
+        let before = hash(&mem);
+        mem.free_region(first);
+        assert_ne!(hash(&mem), before);
+        assert!(mem.region(first).is_empty());
+        let mut copy = Memory::default();
+        copy.copy_but_free(&mem, &[]);
+        for mem in [&mut mem, &mut copy] {
+            let again = mem.add_region(2 * LEN);
+            assert_eq!((again, mem.region_count()), (first, 2));
+            assert!(mem.region(again).iter().all(|&byte| byte == 0));
+            assert_eq!((mem.region(again).len(), mem.region(second).len()), (2 * LEN, LEN));
+        }
+        assert_eq!(hash(&mem), hash(&copy));
     }
 
     #[test]

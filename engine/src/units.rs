@@ -242,3 +242,28 @@ pub fn align_up(value: u64, align: u64) -> Option<u64> {
     debug_assert!(align.is_power_of_two());
     Some(value.checked_add(align - 1)? & !(align - 1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_never_anothers() {
+        let mut file = FileId(3);
+        for generation in 0..u32::from(u16::MAX) {
+            assert_eq!((file.index(), file.generation()), (3, generation));
+            file = file.next_generation().expect("there are more");
+        }
+        assert_eq!(file.next_generation(), None, "the index is used up");
+        let node = NodeId::new(7, 3);
+        let next = node.next_generation().expect("there are more");
+        assert_eq!(node.index(), next.index());
+        assert!(node != next && node != NodeId::new(8, 3) && node < next);
+        let last = NodeId { generation: u32::MAX, ..node };
+        assert_eq!(last.next_generation(), None, "the index is used up");
+        assert_eq!(
+            format!("{:?} {:?} {:?} {:?}", node, next, FileId(3), file),
+            "n3 n3.1 f3 f3.65535"
+        );
+    }
+}

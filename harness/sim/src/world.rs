@@ -488,7 +488,8 @@ impl<S: Subject> World<S> {
             Choice::Mend => self.engine.backend_mut().mend(),
             Choice::Crash(pick) => self.crash(pick)?,
             Choice::Drain => {
-                self.drains -= u8::from(self.next < self.plan.workload.requests.len() as u32);
+                let is_early = self.next < self.plan.workload.requests.len() as u32;
+                self.drains -= u8::from(is_early && self.stage == Stage::Running);
                 self.stage = Stage::Draining;
                 self.life.lies_still = false;
                 self.engine.drain();
