@@ -381,7 +381,7 @@ impl Core {
     /// Guests' requests have ended.
     fn record(&mut self, node: NodeId, ended: Ended) {
         let record = &mut self.nodes[node.index()];
-        record.ended += ended.requests() as u32;
+        record.guests -= ended.requests() as u32;
         self.stats.record(ended, self.now, self.limits.measure);
         if self.limits.measure {
             record.stats.record(ended, self.now);
@@ -555,7 +555,7 @@ impl Core {
                 slot.failed = result.err();
                 slot.waits = Waits::Poll;
                 let record = &mut self.nodes[slot.node.index()];
-                record.ended += 1;
+                record.guests -= 1;
                 if self.limits.measure {
                     let nanos = self.now.since(slot.submitted);
                     self.stats.latency.record(nanos);

@@ -275,14 +275,17 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         tag: u64,
     ) -> Result<(), Refused> {
         let mem = mem.into();
-        let record = match self.core.nodes.get(node.index()) {
+        let record = match self.core.nodes.get_mut(node.index()) {
             Some(record) if record.id == node => record,
             _ => return Err(Refused { why: Why::NoSuchNode, mem }),
         };
-        if (self.guests >= self.open_to || record.guests >= record.open_to)
-            && let Err(why) = self.why_not(node)
-        {
-            return Err(Refused { why, mem });
+        if self.guests < self.open_to && record.guests < record.open_to {
+            record.guests += 1;
+        } else {
+            if let Err(why) = self.why_not(node) {
+                return Err(Refused { why, mem });
+            }
+            self.core.nodes[node.index()].guests += 1;
         }
         if !self.is_valid(node, &io, &mem) {
             self.end_at_once(node, io, mem, tag);
@@ -298,7 +301,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.core.begin(node, io, Origin::Guest, tag, bits);
         self.core.mem.set_guest(id, mem);
         self.guests += 1;
-        self.core.nodes[node.index()].guests += 1;
         id
     }
 
@@ -683,9 +685,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let slot = self.core.ops.free_slot(id);
         let (tag, result) = (slot.tag, slot.take_result());
         self.guests -= 1;
-        let record = &mut self.core.nodes[slot.node.index()];
-        record.guests -= 1;
-        record.ended -= 1;
         Some(Finished { tag, result, mem: self.core.mem.take_guest(id) })
     }
 

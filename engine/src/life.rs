@@ -46,11 +46,9 @@ pub(crate) enum Stage {
 pub(crate) struct NodeRecord {
     /// Whose this place is; if it is vacant: whose it will be.
     pub id: NodeId,
-    /// Guests' requests that were not polled yet, and how many there may be now.
+    /// Guests' requests that have not ended, and how many there may be now.
     pub guests: u32,
     pub open_to: u32,
-    /// Those of them that have ended.
-    pub ended: u32,
     /// What is in flight besides: pieces of other nodes' requests, chores, the file layer's machines.
     pub inner: u32,
     /// Guests' requests that ended together, not in the statistics yet.
@@ -86,7 +84,6 @@ impl NodeRecord {
             id,
             guests: 0,
             open_to: u32::MAX,
-            ended: 0,
             inner: 0,
             batch: Ended::default(),
             quota: u32::MAX,
@@ -107,7 +104,7 @@ impl NodeRecord {
 
     /// Is nothing of it in flight, its files apart?
     fn is_quiet(&self) -> bool {
-        self.guests == self.ended && self.inner == 0
+        self.guests == 0 && self.inner == 0
     }
 
     /// Does something happen to it by itself, so that it is to be looked at?
@@ -146,9 +143,7 @@ impl Core {
 
     /// The place of the next node: its index.
     pub fn next_node(&mut self, tag: u16) -> usize {
-        // Not one with requests that are to be polled: those are counted there.
-        let free = self.nodes_free.iter().position(|&at| self.nodes[at].guests == 0);
-        let index = free.map(|free| self.nodes_free.swap_remove(free)).unwrap_or_else(|| {
+        let index = self.nodes_free.pop().unwrap_or_else(|| {
             self.nodes.push(NodeRecord::new(NodeId::new(tag, self.nodes.len())));
             self.nodes.len() - 1
         });
@@ -163,14 +158,15 @@ impl Core {
         let record = &mut self.nodes[index];
         let is_at_rest = record.is_quiet() && record.shares == [0; 2];
         assert!(is_at_rest || mutant!("close_waits_for_nothing"), "{record:?} goes at work");
-        let (id, guests, ended) = (record.id, record.guests, record.ended);
+        let id = record.id;
         let regions = std::mem::take(&mut record.regions);
         let next = id.next_generation();
-        // Requests that have ended may not be polled yet: they are counted on.
-        let vacant =
-            NodeRecord { guests, ended, is_vacant: true, is_top: false, ..NodeRecord::new(id) };
-        let vacant = NodeRecord { open_to: 0, ..vacant };
-        *record = NodeRecord { id: next.unwrap_or(NodeId::NONE), ..vacant };
+        *record = NodeRecord {
+            is_vacant: true,
+            is_top: false,
+            open_to: 0,
+            ..NodeRecord::new(next.unwrap_or(NodeId::NONE))
+        };
         regions.into_iter().for_each(|region| self.mem.free_region(region));
         self.corrupt.retain(|&node| node != id);
         if next.is_some() {
@@ -231,8 +227,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.core.recount_moving();
     }
 
-    /// At most so many of the engine's requests, from `submit` to `poll`, may be this node's: one
-    /// more is refused with [`Why::Full`], whatever room there is for others. `None`, which is what
+    /// At most so many of the engine's requests may be this node's, those apart that have ended and
+    /// are to be polled: one more is refused with [`Why::Full`], whatever room there is for others. `None`, which is what
     /// a node begins with: no bound but [`Limits::requests`](crate::Limits::requests). 0 refuses
     /// all. May be changed at any time; requests that are there stay. False: there is no such node.
     ///

@@ -89,9 +89,8 @@ impl fmt::Debug for FileId {
 /// ever.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct NodeId {
-    index: u16,
-    engine: u16,
-    generation: u32,
+    /// The tag of its engine and its index; the generation.
+    parts: [u32; 2],
 }
 
 impl NodeId {
@@ -99,7 +98,7 @@ impl NodeId {
     pub const MAX: usize = u16::MAX as usize;
 
     /// No node: whose the file layer's own work is.
-    pub(crate) const NONE: NodeId = NodeId { index: u16::MAX, engine: 0, generation: 0 };
+    pub(crate) const NONE: NodeId = NodeId { parts: [u16::MAX as u32, 0] };
 
     /// The first node with number `index` of the engine that has this tag.
     ///
@@ -108,34 +107,34 @@ impl NodeId {
     /// If there are [`NodeId::MAX`] already.
     pub(crate) fn new(engine: u16, index: usize) -> NodeId {
         assert!(index < NodeId::MAX, "an engine has at most {} nodes", NodeId::MAX);
-        NodeId { index: index as u16, engine, generation: 0 }
+        NodeId { parts: [u32::from(engine) << 16 | index as u32, 0] }
     }
 
     /// The id of the next node at this index; `None`: there are no more, the index is used up.
     pub(crate) fn next_generation(self) -> Option<NodeId> {
-        let generation = self.generation.checked_add(1)?;
-        Some(NodeId { generation, ..self })
+        let [place, generation] = self.parts;
+        Some(NodeId { parts: [place, generation.checked_add(1)?] })
     }
 
     /// The id as an index.
     #[inline(always)]
     pub fn index(self) -> usize {
-        self.index.into()
+        self.parts[0] as usize & 0xffff
     }
 }
 
 impl Hash for NodeId {
     /// Engines that are in the same state are so whatever their tags.
     fn hash<H: Hasher>(&self, h: &mut H) {
-        (self.index(), self.generation).hash(h);
+        (self.index(), self.parts[1]).hash(h);
     }
 }
 
 impl fmt::Debug for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.generation {
-            0 => write!(f, "n{}", self.index),
-            generation => write!(f, "n{}.{generation}", self.index),
+        match self.parts[1] {
+            0 => write!(f, "n{}", self.index()),
+            generation => write!(f, "n{}.{generation}", self.index()),
         }
     }
 }
@@ -259,7 +258,7 @@ mod tests {
         let next = node.next_generation().expect("there are more");
         assert_eq!(node.index(), next.index());
         assert!(node != next && node != NodeId::new(8, 3) && node < next);
-        let last = NodeId { generation: u32::MAX, ..node };
+        let last = NodeId { parts: [node.parts[0], u32::MAX] };
         assert_eq!(last.next_generation(), None, "the index is used up");
         assert_eq!(
             format!("{:?} {:?} {:?} {:?}", node, next, FileId(3), file),
