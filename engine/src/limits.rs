@@ -12,9 +12,11 @@ pub struct Limits {
     /// Ops in flight or waiting for the backend: what requests of many pieces are cut to. At
     /// least 4. (Each request has room for one op besides.)
     pub ops: usize,
-    /// Buffers for drivers (copy-on-write, table writes). At least 2.
+    /// Buffers for drivers (copy-on-write, table writes). At least 2. Of these, two are kept for each
+    /// disk of the engine that has fewer, as far as they go; of 8 and more, two for one more disk.
     pub buffers: usize,
-    /// Buffers for unaligned requests. At least 1.
+    /// Buffers for unaligned requests. At least 1. One is kept for each disk that has none, as far as
+    /// they go; of 4 and more, one for one more disk.
     pub bounce_buffers: usize,
     /// Bytes in each buffer: a power of two, at least 4096.
     pub buffer_size: usize,

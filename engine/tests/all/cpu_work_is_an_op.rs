@@ -111,7 +111,9 @@ fn run(backend: impl Backend<File = DiskFile>, odd: &[(usize, u8)]) -> Vec<Finis
     let options = DiskOptions { direct: true, create: Create::No, ..DiskOptions::default() };
     let file = DiskFile::open(&path, &options).expect("it opens");
 
-    let limits = Limits { requests: BLOCKS as usize, ..Limits::default() };
+    // Two are kept for another disk that may come.
+    let (requests, buffers) = (BLOCKS as usize, BLOCKS as usize + 2);
+    let limits = Limits { requests, buffers, ..Limits::default() };
     let mut engine = Engine::new(backend, limits);
     let region = engine.region(16 * limits.buffers);
     let (file, _) = engine.attach(file).expect("it attaches");
