@@ -28,6 +28,7 @@ use crate::name::{self, Name};
 use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
 use crate::qcow2;
 use crate::qed;
+use crate::vdi;
 use crate::vmdk;
 use crate::vmdk::disk::descriptor::FILES_MAX;
 
@@ -220,13 +221,15 @@ pub enum LayerMeta {
     Vmdk(vmdk::Opened),
     /// Header and tables.
     Qcow2(qcow2::Opened),
+    /// Header and block map.
+    Vdi(vdi::Opened),
 }
 
 impl LayerMeta {
     /// The names of the other files that the image consists of, as it spells them.
     pub fn files(&self) -> Vec<&Path> {
         match self {
-            LayerMeta::Raw { .. } | LayerMeta::Qed(_) => Vec::new(),
+            LayerMeta::Raw { .. } | LayerMeta::Qed(_) | LayerMeta::Vdi(_) => Vec::new(),
             LayerMeta::Vmdk(image) => image.files(),
             LayerMeta::Qcow2(image) => {
                 image.header.data_file_name().map(path_of).into_iter().collect()
@@ -252,7 +255,8 @@ impl<F: Store> Layer<F> {
             LayerMeta::Qcow2(image) if image.header.has_data_file() && self.more.is_empty() => {
                 return Err(Error::Invalid("'data-file' is required for this image".into()));
             }
-            LayerMeta::Qcow2(_) | LayerMeta::Raw { .. } | LayerMeta::Qed(_) => {}
+            LayerMeta::Qcow2(_) | LayerMeta::Raw { .. } | LayerMeta::Qed(_) | LayerMeta::Vdi(_) => {
+            }
         }
         Ok(())
     }
@@ -279,13 +283,14 @@ impl<F> Layer<F> {
             LayerMeta::Qed(image) => image.header.image_size,
             LayerMeta::Vmdk(image) => image.size,
             LayerMeta::Qcow2(image) => image.header.disk_size(),
+            LayerMeta::Vdi(image) => image.header.size,
         }
     }
 
     /// The backing file's name as the image spells it.
     pub fn backing_name(&self) -> Option<&Path> {
         match &self.meta {
-            LayerMeta::Raw { .. } => None,
+            LayerMeta::Raw { .. } | LayerMeta::Vdi(_) => None,
             LayerMeta::Qed(image) => image.backing_name.as_deref().map(path_of),
             LayerMeta::Qcow2(image) => image.header.backing_name().map(path_of),
             LayerMeta::Vmdk(image) => image.parent(),
@@ -592,6 +597,7 @@ fn open_meta<F: Store>(
             LayerMeta::Qed(qed::rest::open::open(file, access)?)
         }
         Format::Vmdk => LayerMeta::Vmdk(vmdk::rest::open::open(file)?),
+        Format::Vdi => LayerMeta::Vdi(vdi::rest::open::open(file, options.write)?),
         Format::Qcow2 => {
             let access = match (options.write, options.ignore_need_check) {
                 (false, _) => qcow2::rest::open::Access::Read,

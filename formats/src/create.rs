@@ -26,6 +26,7 @@ use crate::qcow2;
 use crate::qcow2::disk::header::Compression;
 use crate::qed;
 use crate::qed::disk::layout::{Header, OFFSET_MAX, SECTOR};
+use crate::vdi;
 use crate::vmdk;
 
 /// What a new image shall be.
@@ -40,11 +41,14 @@ pub struct CreateOptions {
     /// Do not look at the backing file; then the size has to be said.
     pub backing_unchecked: bool,
     /// Bytes in a cluster, a power of two. QED: from 4 KiB to 64 MiB; qcow2: from 512 to 2 MiB.
-    /// 64 KiB if not said.
+    /// 64 KiB if not said. VDI: bytes in a block, from 4 KiB to 256 MiB, 1 MiB if not said; QEMU
+    /// reads no other.
     pub cluster_size: Option<u64>,
     /// QED: clusters in a table, a power of two from 1 to 16. 4 if not said.
     pub table_size: Option<u64>,
-    /// Raw and qcow2: how to take the space. Off if not said.
+    /// VDI: all blocks are there from the start. Off if not said.
+    pub fixed: Option<bool>,
+    /// Raw, qcow2 and fixed VDI: how to take the space. Off if not said.
     pub preallocation: Option<Preallocation>,
     /// Ask the file system not to copy what is written over, where it would (btrfs); others need
     /// no asking. A wish: nothing fails for it.
@@ -103,7 +107,8 @@ impl CreateOptions {
             }
             (Format::Qed | Format::Qcow2, "cluster_size") => self.cluster_size = Some(number()?),
             (Format::Qed, "table_size") => self.table_size = Some(number()?),
-            (Format::Raw | Format::Qcow2, "preallocation") => {
+            (Format::Vdi, "static") => self.fixed = Some(switch(key, value)?),
+            (Format::Raw | Format::Qcow2 | Format::Vdi, "preallocation") => {
                 let how = Preallocation::from_name(value).filter(|how| how.suits(format));
                 self.preallocation = Some(how.ok_or_else(|| match format {
                     Format::Qcow2 => not_accepted(key, value),
@@ -333,6 +338,7 @@ enum Made {
     Qed { header: Header },
     Qcow2(Box<qcow2::rest::create::Plan>),
     Vmdk(Box<vmdk::rest::create::Options>),
+    Vdi { header: Box<vdi::disk::layout::Header>, preallocation: Preallocation },
 }
 
 /// Finds out what image `options` ask for. Reads the backing file's size, and nothing else;
@@ -356,9 +362,9 @@ pub fn plan<H: Host>(
     let mut parent = None;
     if options.backing_file.is_none() && options.backing_format.is_some() {
         match format {
-            Format::Raw => {
-                let what = "Backing file format not supported for file format 'raw'";
-                return Err(Error::Invalid(what.into()));
+            Format::Raw | Format::Vdi => {
+                let what = format!("Backing file format not supported for file format '{format}'");
+                return Err(Error::Invalid(what));
             }
             Format::Qcow2 => {
                 let what = "Backing format cannot be used without backing file";
@@ -372,7 +378,7 @@ pub fn plan<H: Host>(
         return Err(Error::Invalid("Expected backing file name, got empty string".into()));
     }
     if let Some(name) = &options.backing_file {
-        if format == Format::Raw {
+        if matches!(format, Format::Raw | Format::Vdi) {
             return Err(no_backing_for(format));
         }
         let Some(backing_format) = options.backing_format else {
@@ -409,7 +415,17 @@ pub fn plan<H: Host>(
             let made = options.vmdk.options(name, size, parent, host.entropy())?;
             Made::Vmdk(Box::new(made))
         }
-        _ => Made::Raw {
+        Format::Vdi => {
+            let uuid = || (0..4).fold(0, |uuid, _| uuid << 32 | u128::from(host.entropy()));
+            let (block, fixed) = (
+                options.cluster_size.unwrap_or(vdi::disk::layout::DEFAULT_BLOCK),
+                options.fixed == Some(true),
+            );
+            let header = vdi::disk::layout::Header::new(size, block, fixed, [uuid(), uuid()])?;
+            let preallocation = options.preallocation.unwrap_or(Preallocation::Off);
+            Made::Vdi { header: Box::new(header), preallocation }
+        }
+        Format::Raw => Made::Raw {
             size: size
                 .checked_next_multiple_of(SECTOR)
                 .filter(|&size| size <= OFFSET_MAX)
@@ -444,6 +460,7 @@ impl Plan {
             Made::Qed { header } => header.image_size,
             Made::Qcow2(plan) => plan.disk_size(),
             Made::Vmdk(options) => options.size,
+            Made::Vdi { header, .. } => header.size,
         }
     }
 
@@ -470,6 +487,9 @@ impl Plan {
         say("backing_fmt", options.backing_format.as_ref().map(|value| value as _));
         if let Made::Qed { header } = &self.made {
             say("cluster_size", Some(&header.geometry.cluster_size()));
+        }
+        if self.format == Format::Vdi {
+            say("static", Some(&if options.fixed == Some(true) { "on" } else { "off" }));
         }
         say("table_size", options.table_size.as_ref().map(|value| value as _));
         say("preallocation", options.preallocation.as_ref().map(|value| value as _));
@@ -500,6 +520,9 @@ impl Plan {
             Made::Raw { size, preallocation } => write_raw(file, *size, *preallocation),
             Made::Qed { header } => qed::rest::create::write(file, header),
             Made::Qcow2(plan) => plan.write(file),
+            Made::Vdi { header, preallocation } => {
+                vdi::rest::create::write(file, header, *preallocation)
+            }
             Made::Vmdk(vmdk) => vmdk::rest::create::write_file(file, vmdk, parts),
         }
     }
@@ -517,7 +540,7 @@ impl Plan {
                 let path = |name: &Vec<u8>| self.path.with_file_name(OsStr::from_bytes(name));
                 names.iter().map(path).collect()
             }
-            Made::Raw { .. } | Made::Qed { .. } => Vec::new(),
+            Made::Raw { .. } | Made::Qed { .. } | Made::Vdi { .. } => Vec::new(),
         }
     }
 
@@ -696,11 +719,12 @@ fn foreign_option(format: Format, options: &CreateOptions) -> Option<&'static st
     let only = |formats: &[Format], is_set: bool, key| {
         (is_set && !formats.contains(&format)).then_some(key)
     };
-    use Format::{Qcow2, Qed, Raw, Vmdk};
+    use Format::{Qcow2, Qed, Raw, Vdi, Vmdk};
     [
-        only(&[Qed, Qcow2], options.cluster_size.is_some(), "cluster_size"),
+        only(&[Qed, Qcow2, Vdi], options.cluster_size.is_some(), "cluster_size"),
         only(&[Qed], options.table_size.is_some(), "table_size"),
-        only(&[Raw, Qcow2], options.preallocation.is_some(), "preallocation"),
+        only(&[Vdi], options.fixed.is_some(), "static"),
+        only(&[Raw, Qcow2, Vdi], options.preallocation.is_some(), "preallocation"),
         only(&[Qcow2], options.preallocation == Some(Preallocation::Metadata), "preallocation"),
         only(&[Qcow2], compat.is_some(), "compat"),
         only(&[Qcow2], data_file.is_some(), "data_file"),

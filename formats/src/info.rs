@@ -82,6 +82,7 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
             (Some(image.geometry().cluster_size()), image.header.needs_check())
         }
         LayerMeta::Qcow2(image) => (Some(image.geometry().cluster_size()), image.header.is_dirty()),
+        LayerMeta::Vdi(image) => (Some(image.header.block_size()), false),
         LayerMeta::Vmdk(image) => (vmdk::rest::info::grain_size(image), false),
     };
     let name = layer.backing_name();

@@ -70,6 +70,7 @@ pub mod probe;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+pub mod vdi;
 pub mod vmdk;
 
 pub use chain::{Chain, Host, Layer, LayerMeta, OpenOptions, Policy, open};

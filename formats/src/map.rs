@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::qcow2;
 use crate::qed;
 use crate::qed::disk::layout::Entry;
+use crate::vdi;
 use crate::vmdk;
 
 /// A stretch of the disk that is all of one kind.
@@ -225,6 +226,7 @@ fn piece<F: Store>(chain: &Chain<F>, offset: u64, len: u64, holes: Holes) -> Res
         let (kind, n) = match &layer.meta {
             LayerMeta::Raw { .. } => raw(&layer.file, offset, len, holes)?,
             LayerMeta::Qed(image) => qed(&layer.file, image, offset, len)?,
+            LayerMeta::Vdi(image) => vdi::rest::map::piece(&layer.file, image, offset, len, holes)?,
             LayerMeta::Vmdk(image) => {
                 let extent = image.extent_at(offset);
                 number = extent.file;

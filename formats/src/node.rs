@@ -16,6 +16,7 @@ use crate::probe::Format;
 use crate::qcow2::run::{self as qcow2, Qcow2, Qcow2Options};
 use crate::qed::run::{self as qed, Qed, QedOptions};
 use crate::raw::{self, Raw};
+use crate::vdi::run::{self as vdi, Vdi, VdiOptions};
 use crate::vmdk::run::{self as vmdk, Vmdk, VmdkOptions};
 
 /// An opened layer of any format.
@@ -31,6 +32,8 @@ pub enum Node {
     Qcow2(Box<Qcow2>),
     /// VMDK
     Vmdk(Box<Vmdk>),
+    /// VDI
+    Vdi(Box<Vdi>),
 }
 
 /// The state of a request to it.
@@ -44,6 +47,8 @@ pub enum NodeState {
     Qcow2(qcow2::State),
     /// Of a VMDK image.
     Vmdk(vmdk::State),
+    /// Of a VDI image.
+    Vdi(vdi::State),
 }
 
 // States are moved at each step: they stay within a cache line.
@@ -64,6 +69,8 @@ pub struct RunOptions {
     pub qcow2: Qcow2Options,
     /// For VMDK images.
     pub vmdk: VmdkOptions,
+    /// For VDI images.
+    pub vdi: VdiOptions,
 }
 
 /// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. At any time:
@@ -159,6 +166,9 @@ fn attach_over<B: Backend<File: Store>>(
                 let files = (file, data);
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
             }
+            LayerMeta::Vdi(opened) => {
+                Node::Vdi(Box::new(Vdi::new(file, opened, writable, options.vdi)))
+            }
             LayerMeta::Vmdk(opened) => {
                 let files = [file].into_iter().chain(more.iter().map(|&(id, _)| id)).collect();
                 let options = options.vmdk;
@@ -186,6 +196,7 @@ impl Node {
             Node::Qed(_) => Format::Qed,
             Node::Qcow2(_) => Format::Qcow2,
             Node::Vmdk(_) => Format::Vmdk,
+            Node::Vdi(_) => Format::Vdi,
         }
     }
 
@@ -196,6 +207,7 @@ impl Node {
             Node::Qed(qed) => qed.assert_idle(),
             Node::Qcow2(qcow2) => qcow2.assert_idle(),
             Node::Vmdk(vmdk) => vmdk.assert_idle(),
+            Node::Vdi(vdi) => vdi.assert_idle(),
         }
     }
 }
@@ -214,7 +226,8 @@ fn map<S>(step: Step<S>, wrap: impl Fn(S) -> NodeState, labels: usize) -> Step<N
 const QED_LABELS: usize = Raw::STATES.len();
 const QCOW2_LABELS: usize = QED_LABELS + Qed::STATES.len();
 const VMDK_LABELS: usize = QCOW2_LABELS + Qcow2::STATES.len();
-const LABELS: usize = VMDK_LABELS + Vmdk::STATES.len();
+const VDI_LABELS: usize = VMDK_LABELS + Vmdk::STATES.len();
+const LABELS: usize = VDI_LABELS + Vdi::STATES.len();
 
 /// The names of all formats' states, one after the other.
 const STATES: [&str; LABELS] = {
@@ -227,8 +240,10 @@ const STATES: [&str; LABELS] = {
             Qed::STATES[i - QED_LABELS]
         } else if i < VMDK_LABELS {
             Qcow2::STATES[i - QCOW2_LABELS]
-        } else {
+        } else if i < VDI_LABELS {
             Vmdk::STATES[i - VMDK_LABELS]
+        } else {
+            Vdi::STATES[i - VDI_LABELS]
         };
         i += 1;
     }
@@ -247,6 +262,7 @@ impl Driver for Node {
             NodeState::Qed(state) => QED_LABELS + Qed::label(state),
             NodeState::Qcow2(state) => QCOW2_LABELS + Qcow2::label(state),
             NodeState::Vmdk(state) => VMDK_LABELS + Vmdk::label(state),
+            NodeState::Vdi(state) => VDI_LABELS + Vdi::label(state),
         }
     }
 
@@ -257,6 +273,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.size(),
             Node::Qcow2(qcow2) => qcow2.size(),
             Node::Vmdk(vmdk) => vmdk.size(),
+            Node::Vdi(vdi) => vdi.size(),
         }
     }
 
@@ -266,6 +283,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.uses(file),
             Node::Qcow2(qcow2) => qcow2.uses(file),
             Node::Vmdk(vmdk) => vmdk.uses(file),
+            Node::Vdi(vdi) => vdi.uses(file),
         }
     }
 
@@ -286,6 +304,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.pass_on(io, mem).map(|pass| passed(pass, QED_LABELS)),
             Node::Qcow2(qcow2) => qcow2.pass_on(io, mem).map(|pass| passed(pass, QCOW2_LABELS)),
             Node::Vmdk(_) => None,
+            Node::Vdi(vdi) => vdi.pass_on(io, mem).map(|pass| passed(pass, VDI_LABELS)),
         }
     }
 
@@ -295,6 +314,7 @@ impl Driver for Node {
             Node::Qed(qed) => map(qed.begin(cx), NodeState::Qed, QED_LABELS),
             Node::Qcow2(qcow2) => map(qcow2.begin(cx), NodeState::Qcow2, QCOW2_LABELS),
             Node::Vmdk(vmdk) => map(vmdk.begin(cx), NodeState::Vmdk, VMDK_LABELS),
+            Node::Vdi(vdi) => map(vdi.begin(cx), NodeState::Vdi, VDI_LABELS),
         }
     }
 
@@ -304,6 +324,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.chore(chore).map(NodeState::Qed),
             Node::Qcow2(qcow2) => qcow2.chore(chore).map(NodeState::Qcow2),
             Node::Vmdk(vmdk) => vmdk.chore(chore).map(NodeState::Vmdk),
+            Node::Vdi(vdi) => vdi.chore(chore).map(NodeState::Vdi),
         }
     }
 
@@ -314,6 +335,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.deadline(),
             Node::Qcow2(qcow2) => qcow2.deadline(),
             Node::Vmdk(vmdk) => vmdk.deadline(),
+            Node::Vdi(vdi) => vdi.deadline(),
         }
     }
 
@@ -331,6 +353,9 @@ impl Driver for Node {
             }
             (Node::Vmdk(vmdk), NodeState::Vmdk(state)) => {
                 map(vmdk.step(state, event, cx), NodeState::Vmdk, VMDK_LABELS)
+            }
+            (Node::Vdi(vdi), NodeState::Vdi(state)) => {
+                map(vdi.step(state, event, cx), NodeState::Vdi, VDI_LABELS)
             }
             (node, state) => panic!("{state:?} is no state of {node:?}"),
         }

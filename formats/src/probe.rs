@@ -12,6 +12,8 @@
 
 use std::fmt;
 
+use crate::vdi::disk::layout as vdi;
+
 /// As many first bytes as a format may be told by. Fewer do for a shorter file.
 pub const PROBE_BYTES: usize = 512;
 
@@ -27,11 +29,14 @@ pub enum Format {
     /// VMware virtual disk: a sparse extent or a descriptor file. (COWD and seSparse extents are
     /// recognised, and refused.)
     Vmdk,
+    /// VirtualBox disk image, dynamic or fixed. (Differencing images are recognised, and refused.)
+    Vdi,
 }
 
 impl Format {
     /// Every format there is.
-    pub const ALL: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+    pub const ALL: [Format; 5] =
+        [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 
     /// The name used on command lines.
     pub fn name(self) -> &'static str {
@@ -40,6 +45,7 @@ impl Format {
             Format::Qed => "qed",
             Format::Qcow2 => "qcow2",
             Format::Vmdk => "vmdk",
+            Format::Vdi => "vdi",
         }
     }
 
@@ -50,6 +56,7 @@ impl Format {
             Format::Qed => "QED",
             Format::Qcow2 => "qcow2",
             Format::Vmdk => "VMDK",
+            Format::Vdi => "VDI",
         }
     }
 
@@ -85,8 +92,6 @@ pub enum Foreign {
     Parallels,
     /// QEMU copy-on-write, version 1.
     Qcow,
-    /// VirtualBox' VDI.
-    Vdi,
     /// Hyper-V's VHDX.
     Vhdx,
     /// Virtual PC's VHD.
@@ -95,14 +100,13 @@ pub enum Foreign {
 
 impl Foreign {
     /// Every one that is recognised.
-    pub const ALL: [Foreign; 9] = [
+    pub const ALL: [Foreign; 8] = [
         Foreign::Bochs,
         Foreign::Cloop,
         Foreign::Dmg,
         Foreign::Luks,
         Foreign::Parallels,
         Foreign::Qcow,
-        Foreign::Vdi,
         Foreign::Vhdx,
         Foreign::Vpc,
     ];
@@ -116,7 +120,6 @@ impl Foreign {
             Foreign::Luks => "luks",
             Foreign::Parallels => "parallels",
             Foreign::Qcow => "qcow",
-            Foreign::Vdi => "vdi",
             Foreign::Vhdx => "vhdx",
             Foreign::Vpc => "vpc",
         }
@@ -131,7 +134,6 @@ impl Foreign {
             Foreign::Luks => "LUKS",
             Foreign::Parallels => "Parallels",
             Foreign::Qcow => "qcow (version 1)",
-            Foreign::Vdi => "VDI",
             Foreign::Vhdx => "VHDX",
             Foreign::Vpc => "VHD",
         }
@@ -162,6 +164,8 @@ pub fn probe(first: &[u8]) -> Probed {
         [b'K', b'D', b'M', b'V', ..] | [b'C', b'O', b'W', b'D', ..] => Format::Vmdk,
         [0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0, ..] => Format::Vmdk,
         [b'#' | b'\n' | b' ' | b'\r' | b'v', ..] if is_vmdk_descriptor(first) => Format::Vmdk,
+        // Text for people comes first.
+        _ if first.get(vdi::MAGIC_AT..vdi::MAGIC_AT + 4) == Some(&vdi::MAGIC) => Format::Vdi,
         _ => return probe_foreign(first).map_or(Probed::Handled(Format::Raw), Probed::Known),
     };
     Probed::Handled(format)
@@ -178,14 +182,7 @@ const STARTS: [(&[u8], Foreign); 8] = [
     (b"vhdxfile", Foreign::Vhdx),
     (b"conectix", Foreign::Vpc),
 ];
-/// VDI images start with text for people; this comes behind it.
-const VDI_MAGIC: [u8; 4] = 0xbeda_107fu32.to_le_bytes();
-const VDI_MAGIC_AT: usize = 64;
-
 fn probe_foreign(first: &[u8]) -> Option<Foreign> {
-    if first.get(VDI_MAGIC_AT..VDI_MAGIC_AT + 4) == Some(&VDI_MAGIC) {
-        return Some(Foreign::Vdi);
-    }
     STARTS.into_iter().find(|(start, _)| first.starts_with(start)).map(|(_, foreign)| foreign)
 }
 
@@ -257,7 +254,7 @@ mod tests {
         assert_eq!(probe(b"QFI\xfb\0\0\0\x01"), Probed::Known(Foreign::Qcow));
         let mut vdi = [b' '; 512];
         vdi[64..68].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
-        assert_eq!(probe(&vdi), Probed::Known(Foreign::Vdi));
+        assert_eq!(probe(&vdi), Probed::Handled(Format::Vdi));
         assert_eq!(probe(&vdi[..67]), Probed::Handled(Format::Raw));
     }
 

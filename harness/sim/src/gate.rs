@@ -155,7 +155,7 @@ fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
 /// behind the old end, flushed.
 fn resizes(image: &Image) -> Vec<Workload> {
     let sizes: &[Shape] = match image.format {
-        Format::Vmdk => &[],
+        Format::Vmdk | Format::Vdi => &[],
         Format::Qed | Format::Qcow2 => &[Shape::Grow],
         Format::Raw => &[Shape::Grow, Shape::Shrink],
     };
@@ -223,6 +223,15 @@ pub fn images(format: Format) -> Vec<Image> {
             Image { backing: true, state: State::Zeros, ..plain },
             Image { align: 4096, buffers: 2, ..plain },
         ],
+        Format::Vdi => {
+            let tight = Image { layout: Layout::Tight, ..plain };
+            vec![
+                plain,
+                Image { state: State::Warm, ..tight },
+                Image { state: State::Holes, ..tight },
+                Image { align: 4096, buffers: 2, ..tight },
+            ]
+        }
         Format::Qcow2 => {
             let plain = Image { ahead: 8, ..plain };
             vec![
@@ -248,7 +257,7 @@ fn growing_images(format: Format) -> Vec<Image> {
     // Clusters larger than a buffer.
     let large = Image { cluster: 2 * CLUSTER, backing: true, buffers: 2, ..plain };
     match format {
-        Format::Raw | Format::Qcow2 => Vec::new(),
+        Format::Raw | Format::Qcow2 | Format::Vdi => Vec::new(),
         Format::Vmdk => vec![large],
         Format::Qed => vec![
             Image { grow: Grow::Write, ..plain },

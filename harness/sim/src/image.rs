@@ -14,6 +14,7 @@ use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::qcow2::{self, Qcow2Options};
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::qed::rest::check::{Repair, check};
+use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
     CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
@@ -23,6 +24,7 @@ use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
 use crate::subject::{Checked, SimEngine, Subject};
+use crate::vdi;
 use crate::vmdk;
 use crate::workload::{Request, number};
 
@@ -51,7 +53,7 @@ pub enum Medium {
     Device(u64),
 }
 
-/// How a VMDK image is laid out.
+/// How a VMDK or VDI image is laid out.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Layout {
     /// One extent, with all its tables.
@@ -60,6 +62,8 @@ pub enum Layout {
     Split,
     /// One extent; its tables are allocated when they are needed.
     Lazy,
+    /// A VDI image as QEMU makes it: its map in the header's block, its data right behind.
+    Tight,
 }
 
 /// An image and how it is run.
@@ -152,7 +156,7 @@ impl Image {
     pub fn span(&self) -> u64 {
         match self.format {
             Format::Qed | Format::Qcow2 => self.cluster * self.cluster / 8,
-            Format::Vmdk => 128 * self.cluster,
+            Format::Vmdk | Format::Vdi => 128 * self.cluster,
             _ => 8 * CLUSTER,
         }
     }
@@ -164,7 +168,7 @@ impl Image {
 
     /// Can its disk be made larger?
     pub fn can_grow(&self) -> bool {
-        self.format != Format::Vmdk
+        !matches!(self.format, Format::Vmdk | Format::Vdi)
     }
 
     /// Can its disk be made smaller?
@@ -190,7 +194,8 @@ impl Image {
             pass_discards: self.pass_discards && self.state != State::Holes,
             writeback_depth: self.buffers,
         };
-        RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk }
+        let vdi = VdiOptions { growth };
+        RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk, vdi }
     }
 
     fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {
@@ -234,7 +239,7 @@ impl Image {
                 _ => ask(&mut engine, node, Request::write(at, self.cluster))?,
             }
         }
-        for &(table, cluster) in holes {
+        for &(table, cluster) in holes.iter().filter(|_| self.format != Format::Vdi) {
             let at = self.place(table, cluster);
             ask(&mut engine, node, Request::discard(at, self.cluster))?;
         }
@@ -246,6 +251,9 @@ impl Image {
         for (i, name) in self.files().into_iter().enumerate() {
             let file = engine.backend().file(cowbell_engine::units::FileId(i as u32));
             host.put(name, file.now().clone());
+        }
+        if self.format == Format::Vdi && self.state == State::Holes {
+            vdi::forget(host, HOLES.map(|(table, cluster)| table * 128 + cluster))?;
         }
         if self.state == State::Shared {
             let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
@@ -355,6 +363,9 @@ impl Subject for Image {
             ..CreateOptions::default()
         };
         create(host, Path::new(TOP), self.format, &options).map_err(|why| why.to_string())?;
+        if self.layout == Layout::Tight {
+            vdi::make_tight(host)?;
+        }
         self.put_on_device(host);
         if self.state == State::Cold { Ok(()) } else { self.fill(host) }
     }
@@ -377,6 +388,7 @@ impl Subject for Image {
             Format::Qcow2 if self.cluster < CLUSTER => None,
             Format::Qcow2 => Some(qcow2_holes(file)),
             Format::Qed | Format::Vmdk => Some(0),
+            Format::Vdi if self.state != State::Holes => Some(0),
             _ => None,
         }
     }
@@ -442,6 +454,7 @@ impl Subject for Image {
         match self.format {
             Format::Qed => Some(is_qed_metadata),
             Format::Vmdk => Some(vmdk::is_metadata),
+            Format::Vdi => Some(vdi::is_metadata),
             Format::Qcow2 => Some(is_qcow2_metadata),
             _ => None,
         }
@@ -472,6 +485,14 @@ impl Subject for Image {
                 }
                 // Copies that differ are what a crash between the two leaves, as leaks are.
                 Ok(Checked { marked: false, corruptions, leaks: report.leaks + report.stale })
+            }
+            LayerMeta::Vdi(_) => {
+                let report = cowbell_formats::vdi::rest::check::check(&top.file, Repair::None);
+                let report = report.map_err(|why| why.to_string())?;
+                // What is used of them may be used up.
+                let holes = if self.state == State::Holes { HOLES.len() as u64 } else { 0 };
+                let leaks = report.leaks.saturating_sub(holes);
+                Ok(Checked { marked: false, corruptions: report.corruptions, leaks })
             }
             LayerMeta::Qcow2(opened) => {
                 let report = qcow2::rest::check::check(&top.file, Repair::None);
@@ -513,6 +534,10 @@ impl Subject for Image {
                 cowbell_formats::vmdk::rest::check::check(&layer, Repair::All).map(|_| ())
             }
             Format::Qcow2 => qcow2::rest::check::check(&layer.file, Repair::All).map(|_| ()),
+            Format::Vdi => {
+                let file = &layer.file;
+                cowbell_formats::vdi::rest::check::check(file, Repair::All).map(|_| ())
+            }
             _ => check(&layer.file, Repair::All).map(|_| ()),
         };
         repaired.map_err(|why| why.to_string())
@@ -600,6 +625,7 @@ impl fmt::Display for Image {
             Layout::Plain => "",
             Layout::Split => "layout=split ",
             Layout::Lazy => "layout=lazy ",
+            Layout::Tight => "layout=tight ",
         };
         let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
         write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
@@ -664,6 +690,7 @@ impl FromStr for Image {
                         "plain" => Layout::Plain,
                         "split" => Layout::Split,
                         "lazy" => Layout::Lazy,
+                        "tight" => Layout::Tight,
                         _ => return Err(wrong()),
                     };
                 }

@@ -24,6 +24,7 @@ mod shared;
 pub mod shrink;
 pub mod subject;
 pub mod trace;
+mod vdi;
 pub mod verdicts;
 mod vmdk;
 pub mod workload;

@@ -65,15 +65,19 @@ impl Plan {
 /// The plan of a seed; `format` as given, or drawn.
 pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let mut draw = Draw(splitmix(seed));
-    let all = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+    let all = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
     let format = format.unwrap_or_else(|| draw.of(&all));
     let raw = format == Format::Raw;
     let state = draw.of(&[State::Cold, State::Warm, State::Zeros]);
     let layout = draw.of(&[Layout::Plain, Layout::Split, Layout::Lazy]);
     let image = Image {
         state: if raw { State::Cold } else { state },
-        backing: !raw && draw.one_in(2),
-        layout: if format == Format::Vmdk { layout } else { Layout::Plain },
+        backing: !raw && draw.one_in(2) && format != Format::Vdi,
+        layout: match format {
+            Format::Vmdk => layout,
+            Format::Vdi if draw.one_in(2) => Layout::Tight,
+            _ => Layout::Plain,
+        },
         cache: 1 + draw.below(3) as usize,
         buffers: 2 + draw.below(4) as usize,
         align: draw.of(&[1, 512, 512, 4096]),

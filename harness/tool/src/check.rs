@@ -8,7 +8,7 @@ use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_named_in_header, open_whole_layer, probe_file};
 use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::rest::check::{Event, Repair, Report, Watch, check_watched};
-use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vmdk};
+use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vdi, vmdk};
 
 use crate::cache::check_source_cache;
 use crate::fail::Fail;
@@ -176,6 +176,7 @@ fn check(
         Format::Qed => check_qed(store, repair),
         Format::Qcow2 => check_qcow2(store, repair, args),
         Format::Vmdk => check_vmdk(image, repair),
+        Format::Vdi => check_vdi(store, repair),
     };
     report.map_err(|why| image.failed(why))
 }
@@ -201,6 +202,18 @@ fn check_qcow2(store: &DiskFile, repair: Repair, args: &Args) -> Result<Report, 
     let report = check_watched(store, repair, &mut teller);
     teller.clear();
     report
+}
+
+fn check_vdi(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
+    let found = vdi::rest::check::check(store, repair)?;
+    // QEMU says nothing of how much is allocated.
+    Ok(Report {
+        corruptions: found.corruptions,
+        corruptions_fixed: found.corruptions_fixed,
+        leaks: found.leaks,
+        leaks_fixed: found.leaks_fixed,
+        ..Report::default()
+    })
 }
 
 /// A VMDK image is more than its own file.

@@ -122,6 +122,11 @@ fn help(format: &str, with_file: bool) -> Result<u8, Fail> {
              refcount_bits=<num>    - Width of a reference count entry in bits\n  \
              size=<size>            - Virtual disk size\n"
         }
+        Format::Vdi => {
+            "  preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)\n  \
+             size=<size>            - Virtual disk size\n  \
+             static=<bool (on/off)> - VDI static (pre-allocated) image\n"
+        }
         Format::Vmdk => {
             "  adapter_type=<str>     - Virtual adapter type, can be one of ide (default), lsilogic, \
              buslogic or legacyESX\n  \

@@ -237,6 +237,7 @@ fn make(
         "qed" => Format::Qed,
         "qcow2" | "overlay" => Format::Qcow2,
         "vmdk" => Format::Vmdk,
+        "vdi" => Format::Vdi,
         _ => return Err(Fail::other(format!("'{kind}' is no kind of disk"))),
     };
     let path = folder.path().join(format!("{n}.{kind}"));

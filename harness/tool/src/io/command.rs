@@ -691,6 +691,7 @@ impl Runner {
             cowbell_formats::Node::Qcow2(qcow2) => {
                 (Format::Qcow2, Some(qcow2.geometry().cluster_size()))
             }
+            cowbell_formats::Node::Vdi(vdi) => (Format::Vdi, Some(vdi.block_size())),
             cowbell_formats::Node::Vmdk(vmdk) => (Format::Vmdk, vmdk.grain_size()),
         };
         writeln!(self.out, "format name: {name}")?;

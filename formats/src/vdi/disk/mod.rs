@@ -1,0 +1,3 @@
+//! What an image is on disk.
+
+pub mod layout;

@@ -1,0 +1,6 @@
+//! A VDI image at rest: what works on files that may be waited for.
+
+pub mod check;
+pub mod create;
+pub mod map;
+pub mod open;
