@@ -5,9 +5,9 @@
 //! and that no entry names.
 //!
 //! A repair takes the first kind of entry off: their blocks read as zeros. Of a block named twice,
-//! each entry but the first gets a copy: all read as before. Leaks are filled with what lies behind
-//! them, and the file's end is cut off. What an entry is to lead to is stable and counted before
-//! it does.
+//! each entry but the first gets a copy: all read as before. Leaks at the file's end are cut off; those
+//! between blocks stay, for new blocks to fill. What an entry is to lead to is stable and counted
+//! before it does.
 
 use cowbell_engine::store::Store;
 
@@ -47,12 +47,11 @@ pub fn check<F: Store>(file: &F, repair: Repair) -> Result<Report, Error> {
     let end = image.end();
     let too_low = image.header.allocated < end;
     let errors = (past.len() + again.len()) as u64 + u64::from(too_low);
-    let named = image.owners.iter().flatten().count() as u64;
-    let leaks = u64::from(image.header.allocated).max(image.owners.len() as u64) - named;
+    let leaks = u64::from(image.header.allocated).max(image.owners.len() as u64) - image.named();
     (report.corruptions, report.leaks) = (errors, leaks);
     if repair == Repair::All && errors > 0 {
         // As many as there may be when all have a block of their own.
-        let counted = image.header.allocated.max(end) + again.len() as u32;
+        let counted = image.header.allocated.max(end).saturating_add(again.len() as u32);
         image.count(counted.min(image.header.blocks))?;
         for index in past {
             image.put(index, UNALLOCATED)?;
@@ -61,11 +60,11 @@ pub fn check<F: Store>(file: &F, repair: Repair) -> Result<Report, Error> {
         (report.corruptions, report.corruptions_fixed) = (0, errors);
     }
     if repair != Repair::None && report.corruptions == 0 && (leaks > 0 || errors > 0) {
-        image.fill_holes()?;
         let end = image.end();
         image.count(end)?;
         file.set_len(image.header.offset_of(end)).map_err(Error::io("cut off the image's end"))?;
-        (report.leaks, report.leaks_fixed) = (0, leaks);
+        report.leaks = u64::from(end) - image.named();
+        report.leaks_fixed = leaks.saturating_sub(report.leaks);
     }
     Ok(report)
 }
@@ -82,6 +81,10 @@ impl<F: Store> Image<'_, F> {
     /// The first block behind the last that is named.
     fn end(&self) -> u32 {
         self.owners.iter().rposition(Option::is_some).map_or(0, |last| last as u32 + 1)
+    }
+
+    fn named(&self) -> u64 {
+        self.owners.iter().flatten().count() as u64
     }
 
     fn count(&mut self, blocks: u32) -> Result<(), Error> {
@@ -134,23 +137,5 @@ impl<F: Store> Image<'_, F> {
             self.copy(index, self.map[index as usize], to as u32)?;
         }
         Ok(())
-    }
-
-    /// Moves the last blocks to where none is named.
-    fn fill_holes(&mut self) -> Result<(), Error> {
-        let mut to = 0;
-        loop {
-            let end = self.end();
-            self.owners.truncate(end as usize);
-            while self.owners.get(to).is_some_and(Option::is_some) {
-                to += 1;
-            }
-            let Some(Some(index)) = self.owners.last().copied().filter(|_| to < self.owners.len())
-            else {
-                return Ok(());
-            };
-            self.copy(index, end - 1, to as u32)?;
-            self.owners.pop();
-        }
     }
 }
