@@ -10,7 +10,7 @@ use cowbell_benches::{image, scattered};
 use cowbell_engine::step::Io;
 use cowbell_formats::Format;
 
-const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 
 /// Where there is a tmpfs, and where the build is.
 fn places() -> Vec<(&'static str, PathBuf)> {

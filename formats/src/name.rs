@@ -523,7 +523,7 @@ mod tests {
             (r#"{"driver":"qcow2","file.filename":"a","encrypt.key-secret":"s"}"#, "encrypt.key"),
             (r#"{"driver":"qcow2","file.filename":"a","data-file.filename":"b"}"#, "data-file."),
             (r#"{"driver":"foo","file.filename":"a"}"#, "Unknown driver 'foo'"),
-            (r#"{"driver":"vdi","file.filename":"a"}"#, "VDI images are not supported"),
+            (r#"{"driver":"vhdx","file.filename":"a"}"#, "VHDX images are not supported"),
             (r#"{"file":{"driver":"nbd","host":"a"}}"#, "Unknown protocol 'nbd'"),
             (r#"{"driver":"qcow2"}"#, "A block device must be specified for \"file\""),
             (r#"{"filename":"a"}"#, "Must specify either driver or file"),

@@ -13,7 +13,7 @@ use cowbell_formats::qcow2::rest::check::Repair;
 use cowbell_formats::qcow2::rest::open::read_header;
 use cowbell_formats::qcow2::rest::preallocate::preallocate_from;
 use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
-use cowbell_formats::{Format, Host, OpenOptions, map, open, qcow2, qed, vmdk};
+use cowbell_formats::{Format, Host, OpenOptions, map, open, qcow2, qed, vdi, vmdk};
 
 /// A host of one file, whatever its name.
 struct One<F>(F);
@@ -57,6 +57,7 @@ fn repair<F: Store + Clone>(file: &F, format: Format) -> u64 {
     match format {
         Format::Qed => qed::rest::check::check(file, Repair::All).expect("checked").corruptions,
         Format::Qcow2 => qcow2::rest::check::check(file, Repair::All).expect("checked").corruptions,
+        Format::Vdi => vdi::rest::check::check(file, Repair::All).expect("checked").corruptions,
         Format::Vmdk => {
             let options =
                 OpenOptions { format: Some(format), write: true, ..OpenOptions::default() };
@@ -101,6 +102,28 @@ fn of_a_qed_image() {
     file.poke_u64(l1 + 8, 1 << 41);
     file.write_at(end, &[9; 8192]).expect("memory");
     crash_in_repair(&file.bytes(), Format::Qed);
+}
+
+#[test]
+fn of_a_vdi_image() {
+    let host = crate::common::MemHost::default();
+    let options = cowbell_formats::CreateOptions {
+        size: Some(12 << 12),
+        cluster_size: Some(4096),
+        ..Default::default()
+    };
+    let made = cowbell_formats::create(&host, Path::new("/a"), Format::Vdi, &options);
+    made.expect("it is made");
+    let file = host.get("/a").expect("made");
+    let data = file.bytes().len() as u64;
+    file.write_at(data, &[1, 2, 3, 4, 5].map(|byte| [byte; 4096]).concat()).expect("memory");
+    // A block named twice, another three times, entries that cannot be, a count too low, a leak
+    // between and one at the end.
+    for (index, block) in [0, 1, 1, 3, 3, 7, 1 << 30, 3].into_iter().enumerate() {
+        file.write_at(4096 + index as u64 * 4, &u32::to_le_bytes(block)).expect("memory");
+    }
+    file.write_at(0x184, &[2]).expect("memory");
+    crash_in_repair(&file.bytes(), Format::Vdi);
 }
 
 #[test]

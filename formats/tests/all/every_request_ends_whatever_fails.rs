@@ -27,7 +27,7 @@ use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
     CreateOptions, DiskHost, Format, Host, Node, OpenOptions, RunOptions, attach, create, open,
-    qcow2, qed, vmdk,
+    qcow2, qed, vdi, vmdk,
 };
 
 const SIZE: u64 = 192 << 10;
@@ -115,7 +115,8 @@ const SHAPES: [Shape; 6] = [
 
 impl Shape {
     fn make(self, path: &Path) {
-        let own = matches!(self.format, Format::Qed | Format::Qcow2).then_some(self.cluster);
+        let own = matches!(self.format, Format::Qed | Format::Qcow2 | Format::Vdi)
+            .then_some(self.cluster);
         let options = CreateOptions {
             size: Some(SIZE),
             cluster_size: own,
@@ -143,6 +144,11 @@ impl Shape {
                 let report = qcow2::rest::check::check(&file, Repair::None).expect("it is checked");
                 (report.corruptions + report.check_errors, report.leaks)
             }
+            Format::Vdi => {
+                let file = host.open(path, false).expect("it opens");
+                let report = vdi::rest::check::check(&file, Repair::None).expect("it is checked");
+                (report.corruptions, report.leaks)
+            }
             Format::Vmdk => {
                 let layer = open_whole_layer(&host, path, &options).expect("it opens");
                 let report = vmdk::rest::check::check(&layer, Repair::None).expect("it is checked");
@@ -159,6 +165,7 @@ fn run_options(rng: &mut Rng) -> RunOptions {
     RunOptions {
         trust_probed: true,
         quota: None,
+        vdi: vdi::VdiOptions { growth },
         qed: QedOptions { cache_slices: 1, growth, unmark_after_ms: 5 },
         qcow2: Qcow2Options {
             cache_slices: 1 + rng.below(2) as usize,

@@ -9,7 +9,7 @@ use cowbell_engine::units::FileId;
 use cowbell_engine::{Engine, Limits, Why};
 use cowbell_formats::{Format, Node};
 
-const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 
 fn engine() -> Engine<Node, Inline> {
     Engine::new(Inline::new(), Limits::default())

@@ -14,7 +14,7 @@ use cowbell_formats::{
 };
 use tempfile::TempDir;
 
-const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 
 fn made(dir: &TempDir, format: Format, options: CreateOptions) -> PathBuf {
     let path = dir.path().join(format!("disk.{format}"));

@@ -14,7 +14,7 @@ use cowbell_formats::{
     CreateOptions, DiskHost, Format, Node, OpenOptions, RunOptions, attach, create, open,
 };
 
-const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 const SIZE: u64 = 64 << 20;
 const CLUSTER: u64 = 64 << 10;
 const DEPTH: usize = 32;

@@ -14,7 +14,7 @@ use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
 use crate::gate::{FULL, Scope, scopes, scopes_with};
-use crate::image::{Image, Medium, State};
+use crate::image::{Image, Layout, Medium, State};
 use crate::random::run_once;
 use crate::subject::Subject;
 use crate::trace::Trace;
@@ -44,6 +44,10 @@ const fn qcow2(name: &'static str, title: &'static str) -> Mutant {
 
 const fn vmdk(name: &'static str, title: &'static str) -> Mutant {
     Mutant { name, title, format: Format::Vmdk, lie: None }
+}
+
+const fn vdi(name: &'static str, title: &'static str) -> Mutant {
+    Mutant { name, title, format: Format::Vdi, lie: None }
 }
 
 const fn raw(name: &'static str, title: &'static str) -> Mutant {
@@ -117,6 +121,24 @@ pub const MUTANTS: &[Mutant] = &[
     qed("cow_from_wrong_cluster", "copy-on-write copies another cluster"),
     qed("zero_cluster_shows_backing", "a write to a zero cluster brings back the backing file"),
     qed("short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
+    vdi("vdi_no_claims", "two requests allocate one block of the disk at once"),
+    vdi("vdi_published_early", "an entry is used before the write that makes it true"),
+    vdi("vdi_data_error_ignored", "an entry is written for data that was not"),
+    vdi("vdi_link_error_ignored", "an entry is used although its write failed"),
+    vdi(
+        "vdi_failed_link_not_reread",
+        "a failed write of the map is taken for one that did not happen",
+    ),
+    vdi("vdi_two_map_writes", "two writes of one sector of the map are in flight"),
+    vdi("vdi_growth_not_stable", "blocks are handed out before length and count are stable"),
+    vdi("vdi_count_not_written", "blocks are handed out that the header does not count"),
+    vdi("vdi_count_not_exact", "a closed image counts more blocks than there are"),
+    vdi("vdi_count_not_raised", "an open leaves a count that is too low, and adds blocks to it"),
+    vdi("vdi_spare_end_kept", "what a failed cut may have taken is handed out"),
+    vdi("vdi_hole_not_filled", "what was in a block before is around what is written"),
+    vdi("vdi_hole_not_fenced", "an entry may be stable before what fills its block is"),
+    vdi("vdi_hole_used_twice", "two entries get one block"),
+    vdi("vdi_no_wake_on_error", "a failed request wakes nobody"),
     vmdk("vmdk_no_claims", "two requests allocate one grain at once"),
     vmdk("vmdk_published_early", "an entry leads to data that is not there yet"),
     vmdk("vmdk_data_error_ignored", "an entry leads to data whose write failed"),
@@ -427,6 +449,9 @@ pub fn special(format: Format) -> Vec<Scope> {
     if format == Format::Qcow2 {
         return special_qcow2(image);
     }
+    if format == Format::Vdi {
+        return special_vdi(image);
+    }
     // On one base.
     let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
     vec![
@@ -451,6 +476,32 @@ pub fn special(format: Format) -> Vec<Scope> {
             budget: Budget { faults: 1, drains: 1, ..QUIET },
             ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
         },
+    ]
+}
+
+/// The same for VDI: holes, the count, what a drain cuts off.
+fn special_vdi(image: Image) -> Vec<Scope> {
+    let image = Image { layout: Layout::Tight, ..image };
+    let holes = Image { state: State::Holes, ..image };
+    let scarce = Image { ahead: 1, ..image };
+    let write = |cluster| Request::write(image.place(0, cluster) + 1024, 1024);
+    let flush = Request::flush();
+    let scope = |image: Image, budget: Budget, requests: &[Request]| Scope {
+        image,
+        budget,
+        workloads: vec![Workload::new(requests.iter().copied())],
+    };
+    let fault = Budget { faults: 1, ..QUIET };
+    vec![
+        scope(holes, QUIET, &[write(3)]),
+        scope(holes, QUIET, &[write(3), write(4)]),
+        scope(image, QUIET, &[write(0), Request::read(0, image.cluster)]),
+        scope(image, QUIET, &[write(0), write(0)]),
+        scope(image, fault, &[write(0), flush]),
+        scope(image, fault, &[write(0), write(0)]),
+        scope(image, fault, &[write(0), Request::read(0, image.cluster), flush]),
+        scope(image, Budget { faults: 1, drains: 1, ..QUIET }, &[write(0), write(1)]),
+        scope(scarce, Budget { crashes: 1, ..QUIET }, &[write(0), write(1), write(2)]),
     ]
 }
 

@@ -24,7 +24,8 @@ pub fn make_tight(host: &SimHost) -> Result<(), String> {
     write(0x158, &data.to_le_bytes())
 }
 
-/// These entries of the map name no block any more.
+/// These entries of the map name no block any more, and fewer blocks are counted than there are: an
+/// open puts that right.
 pub fn forget(host: &SimHost, entries: impl IntoIterator<Item = u64>) -> Result<(), String> {
     let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
     let image = open(&file, false).map_err(|why| why.to_string())?;
@@ -32,7 +33,7 @@ pub fn forget(host: &SimHost, entries: impl IntoIterator<Item = u64>) -> Result<
         let written = file.write_at(image.entry_offset(entry), &UNALLOCATED.to_le_bytes());
         written.map_err(|why| why.to_string())?;
     }
-    Ok(())
+    file.write_at(0x184, &1_u32.to_le_bytes()).map_err(|why| why.to_string())
 }
 
 /// Does `start..end` of a VDI image touch its header or map?

@@ -247,7 +247,7 @@ impl Vdi {
         cx: &mut Cx<'_>,
     ) -> Step<State> {
         let (first, seg) = self.unit_of(key, buf);
-        if result.is_ok() {
+        if result.is_ok() && !mutant!("vdi_failed_link_not_reread") {
             let entries = cx.memory().pool(buf)[..seg.len as usize].as_chunks::<4>().0;
             for claim in
                 self.claims.iter_mut().filter(|claim| matches!(claim.link, Link::Failed(_)))
@@ -276,6 +276,9 @@ impl Vdi {
 
     /// Gives up. What was allocated is leaked, until the image is opened again.
     pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+        if mutant!("vdi_no_wake_on_error") {
+            self.claims[key].waiters = WaitList::new();
+        }
         self.end_claim(key, cx);
         Step::Done(Err(errno))
     }

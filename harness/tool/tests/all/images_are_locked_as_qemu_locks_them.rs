@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::common::{Place, have_qemu, read};
 
-const FORMATS: [&str; 4] = ["raw", "qed", "qcow2", "vmdk"];
+const FORMATS: [&str; 5] = ["raw", "qed", "qcow2", "vmdk", "vdi"];
 
 /// A program that has an image open until this is dropped.
 struct Holder {

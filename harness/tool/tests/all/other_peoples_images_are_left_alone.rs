@@ -6,9 +6,7 @@ use std::process::{Command, Output};
 
 use crate::common::{Place, have_qemu, read};
 
-const FORMATS: [(&str, &str, &str); 10] = [
-    ("vdi", "", "VDI"),
-    ("vdi", "-o static=on", "VDI"),
+const FORMATS: [(&str, &str, &str); 8] = [
     ("vpc", "", "VHD"),
     ("vpc", "-o subformat=fixed", "VHD"),
     ("vpc", "-o subformat=fixed,force_size=on", "VHD"),

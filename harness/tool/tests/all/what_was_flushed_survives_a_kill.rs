@@ -92,7 +92,7 @@ fn in_images_of_all_formats_over_io_uring() {
         let _ = std::io::stderr().write_all(format!("SKIPPED: {said}").as_bytes());
         return;
     }
-    for (at, format) in ["raw", "qed", "qcow2", "vmdk"].into_iter().enumerate() {
+    for (at, format) in ["raw", "qed", "qcow2", "vmdk", "vdi"].into_iter().enumerate() {
         lives(format, false, &["-n", "-i", "io_uring"], 15, 8 + at as u64);
         lives(format, false, &["-t", "writeback", "-i", "io_uring"], 10, 18 + at as u64);
     }

@@ -112,7 +112,7 @@ fn cuts(fs: &str, mkfs: &str) {
     let count = number("COWBELL_CUTS").unwrap_or(2);
     let mut random = Random(number("COWBELL_SEED").unwrap_or(1));
     let mut rounds = 0;
-    for format in ["raw", "qed", "qcow2", "vmdk"] {
+    for format in ["raw", "qed", "qcow2", "vmdk", "vdi"] {
         for mode in [&["-n", "-i", "native"][..], &["-t", "writeback"]] {
             let place = Place::new_in(&disk.path("inner"));
             place.ok(&format!("cowbell create -q -f {format} image {SIZE}"));
