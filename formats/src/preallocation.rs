@@ -48,7 +48,7 @@ impl Preallocation {
             Preallocation::Off => true,
             Preallocation::Metadata => format == Format::Qcow2,
             Preallocation::Falloc | Preallocation::Full => {
-                matches!(format, Format::Raw | Format::Qcow2)
+                matches!(format, Format::Raw | Format::Qcow2 | Format::Vdi)
             }
         }
     }

@@ -11,6 +11,7 @@ mod other_peoples_images_are_left_alone;
 mod output_is_that_of_qemu;
 mod the_seeds_scripts_run_unchanged;
 mod the_simulator_answers;
+mod vdi_images_interoperate_with_qemu;
 mod vmdk_images_interoperate_with_qemu;
 mod what_was_flushed_survives_a_kill;
 mod what_was_flushed_survives_a_power_cut;
