@@ -163,6 +163,7 @@ fn new_size(
         ));
     }
     match session.engine.node(session.node).format() {
+        Format::Vdi => Err(Fail::other("Image format driver does not support resize")),
         Format::Qed if new < old => {
             Err(Fail::at(file, "Shrinking images is currently not supported"))
         }

@@ -663,6 +663,9 @@ impl Runner {
         let node = self.image_node();
         let only_grows = matches!(self.image().engine.node(node), cowbell_formats::Node::Qed(_));
         let prefix = self.prefix();
+        if matches!(self.image().engine.node(node), cowbell_formats::Node::Vdi(_)) {
+            return Err(Bad::Err(format!("{prefix}Image format driver does not support resize\n")));
+        }
         if only_grows && offset < self.image().size() {
             let text = format!("{prefix}Shrinking images is currently not supported\n");
             return Err(Bad::Err(text));
