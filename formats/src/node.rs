@@ -293,6 +293,7 @@ impl Driver for Node {
             Node::Qed(qed) => qed.below(),
             Node::Qcow2(qcow2) => qcow2.below(),
             Node::Vmdk(vmdk) => vmdk.below(),
+            Node::Vdi(vdi) => vdi.below(),
         }
     }
 

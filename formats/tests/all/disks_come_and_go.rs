@@ -23,10 +23,10 @@ use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::{
     Chain, CreateOptions, DiskHost, Format, Host, Node, OpenOptions, Policy, RunOptions, attach,
-    attach_overlay, map, open, qcow2, qed, vmdk,
+    attach_overlay, map, open, qcow2, qed, vdi, vmdk,
 };
 
-const FORMATS: [Format; 4] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk];
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 1024;
 const SIZE: u64 = BLOCK * BLOCKS;
@@ -118,6 +118,11 @@ fn check(path: &Path, format: Format) -> (u64, u64) {
         Format::Qcow2 => {
             let file = host.open(path, false).expect("it opens");
             let report = qcow2::rest::check::check(&file, Repair::None).expect("it is checked");
+            (report.corruptions + report.check_errors, report.leaks)
+        }
+        Format::Vdi => {
+            let file = host.open(path, false).expect("it opens");
+            let report = vdi::rest::check::check(&file, Repair::None).expect("it is checked");
             (report.corruptions + report.check_errors, report.leaks)
         }
         Format::Vmdk => {
@@ -515,7 +520,7 @@ fn a_base_stays_until_its_last_overlay_goes() {
 #[test]
 fn what_could_not_be_written_is_told() {
     let folder = folder();
-    for format in [Format::Qed, Format::Qcow2, Format::Vmdk] {
+    for format in [Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi] {
         let path = folder.path().join(format.name());
         make(&path, format, SIZE);
         let mut engine = engine_of(Faulty::new(Inline::new()), 8);
@@ -634,7 +639,7 @@ fn requests_are_counted_for_their_disk() {
         let run = RunOptions { trust_probed: true, ..RunOptions::default() };
         attach(&mut engine, chain(&path, format, false), &run).expect("it attaches")
     });
-    let [_, _, one, other] = disks;
+    let [_, _, one, other, _] = disks;
     for at in 0..4 {
         write(&mut engine, one, at * BLOCK, 1);
         write(&mut engine, other, at * BLOCK, 1);
