@@ -696,6 +696,8 @@ impl Qcow2 {
         let offset = self.piece_offset(piece << self.piece_bits()).ok().flatten();
         let offset = offset.expect("it was loaded from there");
         let kind = OpKind::Write { fua: self.reserve.uncounted };
+        // The writeback that waits for it asks whether it failed, not whether one before did.
+        self.reserve.result = Ok(());
         cx.issue(Op { kind, ..Op::write(self.file, offset, Segs::one(self.counts_seg())) });
         Step::Wait(State::Reserve(ReserveState::Write))
     }
