@@ -40,7 +40,7 @@ const FIXED: u32 = 2;
 /// The header, checked. Holds on to the bytes around its own fields.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Header {
-    sector: [u8; HEADER_BYTES],
+    sector: Box<[u8; HEADER_BYTES]>,
     /// Start of the block map in the file, on a sector's boundary.
     pub map_offset: u64,
     /// Start of block 0 in the file, on a sector's boundary behind the map.
@@ -160,13 +160,13 @@ impl Header {
             return corrupt("VDI data offset is invalid", 0x158);
         }
         let allocated = word(0x184);
-        let sector = *sector;
+        let sector = Box::new(*sector);
         Ok(Header { sector, map_offset, data_offset, size, block_bits, blocks, allocated })
     }
 
     /// The sector: these fields, and around them what was there when it was read.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut sector = self.sector;
+        let mut sector = *self.sector;
         sector[0x184..0x188].copy_from_slice(&self.allocated.to_le_bytes());
         sector
     }

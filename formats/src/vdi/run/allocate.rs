@@ -63,7 +63,7 @@ impl Vdi {
         let per_unit = self.image.header.map_unit() as u64 / 4;
         let in_unit = (index + 1).next_multiple_of(per_unit) - index;
         let mut count =
-            in_unit.min(PIECE_MAX >> bits).min((run_end.min(free_to) - 1 >> bits) + 1 - index);
+            in_unit.min(PIECE_MAX >> bits).min(((run_end.min(free_to) - 1) >> bits) + 1 - index);
         let hole = if mutant!("vdi_hole_used_twice") {
             self.image.holes.last().copied()
         } else {
