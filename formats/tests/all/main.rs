@@ -10,6 +10,7 @@ mod backing_files_obey_the_policy;
 mod bytes_beside_a_write_stay;
 mod check_counts_as_qemu_does;
 mod check_finds_and_repairs;
+#[path = "../common/mod.rs"]
 mod common;
 mod completions_never_nest;
 mod disks_come_and_go;

@@ -1,6 +1,7 @@
 //! One program with all tests of this crate: it is linked once.
 
 mod benchmarks_say_how_long_the_loop_is_held;
+#[path = "../common/mod.rs"]
 mod common;
 mod defects_of_qemu_do_not_occur;
 mod disks_are_resized_as_qemu_resizes_them;
