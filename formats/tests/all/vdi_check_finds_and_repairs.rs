@@ -73,6 +73,19 @@ fn qemu_agrees(file: &MemFile) {
     }
 }
 
+/// QEMU takes the count for the next free block, and would give a block away a second time.
+#[test]
+fn an_open_for_writing_raises_a_count_that_is_too_low() {
+    let file = image(&[3, 0, 9]);
+    let counted = |file: &MemFile| open(file, false).expect("sound").header.allocated;
+    file.poke_u32(COUNT, 1);
+    assert_eq!(counted(&file), 1, "a reader changes nothing");
+    open(&file, true).expect("it opens");
+    assert_eq!(counted(&file), 3);
+    assert_eq!(bytes(&file)[9], Some(10));
+    qemu_agrees(&file);
+}
+
 #[test]
 fn nothing_is_wrong_with_a_sound_one() {
     let file = image(&[3, 0, 9]);

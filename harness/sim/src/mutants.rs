@@ -133,7 +133,6 @@ pub const MUTANTS: &[Mutant] = &[
     vdi("vdi_growth_not_stable", "blocks are handed out before length and count are stable"),
     vdi("vdi_count_not_written", "blocks are handed out that the header does not count"),
     vdi("vdi_count_not_exact", "a closed image counts more blocks than there are"),
-    vdi("vdi_count_not_raised", "an open leaves a count that is too low, and adds blocks to it"),
     vdi("vdi_spare_end_kept", "what a failed cut may have taken is handed out"),
     vdi("vdi_hole_not_filled", "what was in a block before is around what is written"),
     vdi("vdi_hole_not_fenced", "an entry may be stable before what fills its block is"),

@@ -8,8 +8,9 @@
 
 use crate::error::Error;
 use crate::probe::Format;
-use crate::qed::disk::layout::SECTOR;
 
+/// The unit of the header and of its writes, in bytes.
+pub const SECTOR: u64 = 512;
 /// Where the magic number is: text for people is in front of it.
 pub const MAGIC_AT: usize = 64;
 /// The magic number.
