@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-use crate::common::drive::{folder, is_readable, make, make_with};
+use crate::common::drive::{check, folder, is_readable, make, make_with};
 use crate::common::shadow::Rng;
 use crate::common::{have_qemu, ok};
 use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Submission};
@@ -19,11 +19,9 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, NodeId, OpId, Time};
 use cowbell_engine::{Engine, Limits, NodeEvent, Why};
-use cowbell_formats::chain::open_whole_layer;
-use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::{
-    Chain, CreateOptions, DiskHost, Format, Host, Node, OpenOptions, Policy, RunOptions, attach,
-    attach_overlay, map, open, qcow2, qed, vdi, vmdk,
+    Chain, CreateOptions, DiskHost, Format, Node, OpenOptions, Policy, RunOptions, attach,
+    attach_overlay, map, open,
 };
 
 const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
@@ -103,34 +101,6 @@ fn chain(path: &Path, format: Format, direct: bool) -> Chain<DiskFile> {
 fn files_of<B: Backend>(engine: &Engine<Node, B>, node: NodeId) -> Vec<FileId> {
     let all = (0..64).map(FileId);
     all.filter(|&file| engine.node(node).uses(file)).collect()
-}
-
-/// Corruptions and leaks, by our check.
-fn check(path: &Path, format: Format) -> (u64, u64) {
-    let host = DiskHost::default();
-    match format {
-        Format::Raw => (0, 0),
-        Format::Qed => {
-            let file = host.open(path, false).expect("it opens");
-            let report = qed::rest::check::check(&file, Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Qcow2 => {
-            let file = host.open(path, false).expect("it opens");
-            let report = qcow2::rest::check::check(&file, Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Vdi => {
-            let file = host.open(path, false).expect("it opens");
-            let report = vdi::rest::check::check(&file, Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Vmdk => {
-            let layer = open_whole_layer(&host, path, &options(format, false)).expect("it opens");
-            let report = vmdk::rest::check::check(&layer, Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks + report.stale)
-        }
-    }
 }
 
 /// Is the image on disk clean, and does it hold these bytes?

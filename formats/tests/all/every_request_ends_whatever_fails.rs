@@ -8,6 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use crate::common::drive::check;
 use crate::common::have_qemu;
 use crate::common::shadow::Rng;
 use cowbell_engine::backend::Backend;
@@ -19,15 +20,12 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits};
-use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
-use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, DiskHost, Format, Host, Node, OpenOptions, RunOptions, attach, create, open,
-    qcow2, qed, vdi, vmdk,
+    CreateOptions, DiskHost, Format, Node, OpenOptions, RunOptions, attach, create, open, vdi,
 };
 
 const SIZE: u64 = 192 << 10;
@@ -127,35 +125,6 @@ impl Shape {
             ..CreateOptions::default()
         };
         create(&DiskHost::default(), path, self.format, &options).expect("it is made");
-    }
-
-    /// Corruptions and leaks.
-    fn check(self, path: &Path) -> (u64, u64) {
-        let host = DiskHost::default();
-        let options = OpenOptions { format: Some(self.format), ..OpenOptions::default() };
-        match self.format {
-            Format::Raw => (0, 0),
-            Format::Qed => {
-                let file = host.open(path, false).expect("it opens");
-                let report = qed::rest::check::check(&file, Repair::None).expect("it is checked");
-                (report.corruptions + report.check_errors, report.leaks)
-            }
-            Format::Qcow2 => {
-                let file = host.open(path, false).expect("it opens");
-                let report = qcow2::rest::check::check(&file, Repair::None).expect("it is checked");
-                (report.corruptions + report.check_errors, report.leaks)
-            }
-            Format::Vdi => {
-                let file = host.open(path, false).expect("it opens");
-                let report = vdi::rest::check::check(&file, Repair::None).expect("it is checked");
-                (report.corruptions, report.leaks)
-            }
-            Format::Vmdk => {
-                let layer = open_whole_layer(&host, path, &options).expect("it opens");
-                let report = vmdk::rest::check::check(&layer, Repair::None).expect("it is checked");
-                (report.corruptions + report.check_errors, report.leaks + report.stale)
-            }
-        }
     }
 }
 
@@ -357,7 +326,7 @@ impl Case {
         assert!(injected > 0 || drained.is_ok(), "nothing has failed: {drained:?}");
         drop(disk);
 
-        let (corruptions, leaks) = shape.check(path);
+        let (corruptions, leaks) = check(path, shape.format);
         assert_eq!(corruptions, 0, "our check");
         assert!(injected > 0 || leaks == 0, "nothing has failed, {leaks} leaks");
         // QEMU knows no VDI images of small blocks.
@@ -380,7 +349,7 @@ impl Case {
         assert_eq!(disk.read(&mut shadow, "at last"), Ok(()));
         assert_eq!(disk.drain(), Ok(()));
         drop(disk);
-        assert_eq!(shape.check(path).0, 0, "at last");
+        assert_eq!(check(path, shape.format).0, 0, "at last");
         injected
     }
 }
