@@ -7,14 +7,15 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──────┘
 //!  │ │ │ └─ compressed: ReadCompressed ─> Inflate ─> Next
 //!  │ │ └─── mapped, zero, or several pieces: Pieces (all ops joined) ─> Next
-//!  │ └───── allocate: [ReadCow] ─> WriteData ─> Publish ─> Next
+//!  │ └───── allocate: [Cow] ─> WriteData ─> Publish ─> Next
 //!  └─────── end of the range: [Swept] ─> done
 //!
-//! resize:  [ResizeSpace ─> ResizeSwept ─> WriteL1 ─> FlushRoot ─> WriteHeader ─> FlushHeader]
-//!          ─> [DataLength] ─> ClearBeyond ─> ResizeSwept, before WriteHeader ─> FlushHeader
-//!          if the disk grows, and after them if it shrinks          (resize.rs)
-//! chores:  Writeback ─> WritebackFence ─> WritebackWrite ─> [WritebackHeader] ─> WritebackFlush (writeback.rs)
-//!          Reserve ─> ReserveLoad / ReserveGrow / ReserveWrite / ReserveFlush (reserve.rs)
+//! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader ─> FlushHeader]
+//!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader ─> FlushHeader
+//!          if the disk grows, and after them if it shrinks                   (resize.rs)
+//! chores:  Writeback: Turn ─> [Fence] ─> Write ─> [Header] ─> Flush          (writeback.rs)
+//!          Reserve: Turn ─> Load, Grow, Write; Table ─> Link or Header       (reserve.rs)
+//!          Close: Turn ─> EmptyReserve ─> [CutEnd] ─> Flush                  (close.rs)
 //! ```
 //!
 //! Metadata is written back: a write is done when its data is, its L2 entry changed in memory. Two
@@ -22,12 +23,13 @@
 //!
 //! - the *writeback* writes changed L2 slices and L1 blocks, from copies, and makes them stable. A
 //!   guest's flush waits for the first writeback that begins after it came;
-//! - the *reserve* keeps clusters at hand whose refcount is 1 on disk already, stably, and which
-//!   nothing refers to. Requests allocate from it, in memory. Nobody else touches refcounts.
+//! - the *reserve* keeps clusters at hand whose refcount is 1, and which nothing refers to. Requests
+//!   allocate from it, in memory, while the count is on its way to disk; the writeback waits for
+//!   that. Nobody else touches refcounts.
 //!
 //! # Why a crash leaves leaks at worst
-//! See `DESIGN.md`; in short: (1) what an entry can point at is counted, stably, before the entry
-//! exists even in memory; (2) an entry that exposes bytes which would be wrong if the data were
+//! See `DESIGN.md`; in short: (1) what an entry can point at is counted, stably, before a table with
+//! that entry is written; (2) an entry that exposes bytes which would be wrong if the data were
 //! lost *owes a fence*: its slice is written only after a flush of that data; (3) a reference is
 //! given up on disk only after the entry that held it is gone from disk, stably, and nobody in
 //! flight can still use what it led to; (4) tables come from space that reads as zeros, or are

@@ -3,11 +3,11 @@
 //! ```text
 //!            ┌────────────── look again ◄───────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────┤
-//!  │ │ │     │ first allocation ─> WriteMark ────────────────────────────┤
-//!  │ │ │     │ no L2 table ─> TakeL1 ─> WriteL1 ────────────────────┤
+//!  │ │ │     │ first allocation ─> WriteMark ───────────────────────────┤
+//!  │ │ │     │ no L2 table ─> TakeL1 ─> WriteL1 ────────────────────────┤
 //!  │ │ │     └ no space, a claim, a buffer, … : parked where it lacks ──┘
 //!  │ │ └─ mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └─── allocate: [ReadCow] ─> WriteData ─> [Fence] ─> Link ─> WriteSlice ─> Next
+//!  │ └─── allocate: [Cow] ─> WriteData ─> [Fence] ─> Link ─> WriteSlice ─> Next
 //!  └───── end of the range: [FlushEnd] ─> done
 //! ```
 //!

@@ -8,7 +8,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
 //!  │ │ └─── mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └───── allocate: [ReadCow, or CopyRead ─> CopyWrite …] ─> WriteData ─> published in memory ─> Next
+//!  │ └───── allocate: [Cow] ─> WriteData ─> published in memory ─> Next
 //!  └─────── flush: [Fence] ─> WriteTables ─> FlushFiles ─> WriteTables (the redundant ones)
 //! ```
 //!
