@@ -3,11 +3,18 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
 use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 
 use crate::chain::Host;
+
+/// How long the lock of a process that has ended may outlast it: so long is a lock asked for again
+/// that nobody seems to hold. (Another user's process may hold it, unseen; it is refused after that.)
+const LINGER: Duration = Duration::from_secs(1);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Opens files of this machine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,7 +48,17 @@ impl Host for DiskHost {
     }
 
     fn lock(&self, file: &mut DiskFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
-        file.lock(lock, locking)
+        let mut waited = Duration::ZERO;
+        loop {
+            let taken = file.lock(lock, locking);
+            let is_ownerless =
+                matches!(&taken, Err(LockError::Conflict { holders, .. }) if holders.is_empty());
+            if !is_ownerless || waited >= LINGER {
+                return taken;
+            }
+            std::thread::sleep(PAUSE);
+            waited += PAUSE;
+        }
     }
 
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {

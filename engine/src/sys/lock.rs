@@ -8,7 +8,8 @@
 //!
 //! They are open file description locks (`F_OFD_SETLK`): each open of the file is a holder of its
 //! own, in one process too, and a duplicate of the descriptor is the same holder. The kernel drops
-//! them with the last descriptor.
+//! them with the last reference to the open file. That may be a moment after the last process that
+//! had it has ended: an io_uring is taken apart later, and whoever reads `/proc` may still hold it.
 
 use std::fmt;
 use std::fs;
@@ -244,11 +245,15 @@ fn holders(fd: RawFd, byte: u64) -> Vec<Holder> {
             if looked_at > LOOKED_AT_MAX || found.len() == HOLDERS_MAX {
                 return found;
             }
-            let Ok(info) = fs::read_to_string(entry.path()) else { continue };
-            let holds = info.lines().any(|line| locks_byte(line, ours.1, byte));
             let number = entry.file_name();
             let path = format!("/proc/{pid}/fd/{}", number.to_string_lossy());
-            if holds && identity(&path) == Some(ours) {
+            // Other files' are not read: while one is, the kernel keeps it open, and its locks with
+            // it, even if its process ends meanwhile.
+            if identity(&path) != Some(ours) {
+                continue;
+            }
+            let Ok(info) = fs::read_to_string(entry.path()) else { continue };
+            if info.lines().any(|line| locks_byte(line, ours.1, byte)) {
                 let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
                 found.push(Holder { pid, command: command.trim_end().to_string() });
                 break;
