@@ -34,6 +34,12 @@ pub trait Store {
 
     /// Can the file be written?
     fn is_writable(&self) -> bool;
+
+    /// Does it keep its length, as a block device does? What nobody has written there may be anything.
+    /// [`Store::set_len`] then changes nothing.
+    fn has_fixed_len(&self) -> bool {
+        false
+    }
 }
 
 /// A stretch of a file that is all data or all hole.
@@ -69,5 +75,8 @@ impl<S: Store + ?Sized> Store for &S {
     }
     fn is_writable(&self) -> bool {
         (**self).is_writable()
+    }
+    fn has_fixed_len(&self) -> bool {
+        (**self).has_fixed_len()
     }
 }

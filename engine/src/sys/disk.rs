@@ -379,6 +379,10 @@ impl Store for DiskFile {
     fn is_writable(&self) -> bool {
         self.writable
     }
+
+    fn has_fixed_len(&self) -> bool {
+        self.is_block
+    }
 }
 
 /// The most bytes that one detour through aligned memory takes; a multiple of every alignment.

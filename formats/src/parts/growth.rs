@@ -70,8 +70,8 @@ pub(crate) enum Taken {
     At(u64),
     /// It will be there when the growth has ended: park on [`Space::waiters`].
     Later,
-    /// There is none.
-    TooBig,
+    /// There is none: the file would be too long, or its device is full.
+    None(Errno),
 }
 
 impl Space {
@@ -126,8 +126,10 @@ impl Space {
     /// makes the file grow. The flag: begin to grow.
     pub fn take(&mut self, bytes: u64, table: bool) -> (Taken, bool) {
         let by_write = self.growth.by == Grow::Write;
-        let Some(want) = self.end.checked_add(bytes).filter(|&want| want <= self.max) else {
-            return (Taken::TooBig, false);
+        let fits = |want: &u64| *want <= self.max || mutant!("device_grows");
+        let Some(want) = self.end.checked_add(bytes).filter(fits) else {
+            let is_full = self.max < FILE_MAX;
+            return (Taken::None(if is_full { Errno::NO_SPACE } else { Errno::TOO_BIG }), false);
         };
         if by_write && !table || want <= self.ready {
             let offset = self.end;

@@ -127,6 +127,8 @@ pub struct Contents {
     len: u64,
     /// The sum of all sectors' hashes, each mixed with its place.
     sum: u64,
+    /// A device's: its length does not change.
+    fixed: bool,
 }
 
 #[inline]
@@ -148,6 +150,17 @@ impl Contents {
         let end = contents.len;
         contents.zero_behind(end);
         contents
+    }
+
+    /// As of a device, which keeps its length from now on.
+    #[must_use]
+    pub fn with_fixed_len(self) -> Contents {
+        Contents { fixed: true, ..self }
+    }
+
+    /// Does it keep its length?
+    pub fn has_fixed_len(&self) -> bool {
+        self.fixed
     }
 
     /// Length in bytes.
@@ -207,6 +220,7 @@ impl Contents {
 
     /// Sets the length; what is gained reads as zeros.
     pub fn set_len(&mut self, len: u64) {
+        assert!(!self.fixed || len == self.len, "a device keeps its length");
         let count = len.div_ceil(SECTOR) as usize;
         if len < self.len {
             for index in count..self.sectors.len() {

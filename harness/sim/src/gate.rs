@@ -14,7 +14,7 @@ use cowbell_formats::parts::growth::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::image::{CLUSTER, Image, Layout, Medium, State};
+use crate::image::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
@@ -380,7 +380,7 @@ fn device_scopes(format: Format) -> Vec<Scope> {
             [scopes_on([device], fault, single), scopes_on([device], fault, core)].concat()
         }
         Format::Qcow2 => {
-            let roomy = Image { medium: Medium::Device(12), frees: 1, ahead: 2, ..image };
+            let roomy = Image { medium: Medium::Device(ROOMY), frees: 1, ahead: 2, ..image };
             let warm = Image { state: State::Warm, ..roomy };
             let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
             let room = |image: &Image| {
@@ -401,7 +401,19 @@ fn device_scopes(format: Format) -> Vec<Scope> {
             ]
             .concat()
         }
-        _ => Vec::new(),
+        Format::Qed | Format::Vmdk | Format::Vdi => {
+            // Only VDI says what is free, and finds room: twice what is there, or for one block.
+            let spare = if format == Format::Vdi { ROOMY } else { 0 };
+            let roomy = Image { medium: Medium::Device(spare), ahead: 2, ..image };
+            let warm = Image { state: State::Warm, ..roomy };
+            let full = Image { medium: Medium::Device(spare.min(FILLED.len() as u64 + 1)), ..warm };
+            [
+                scopes_on([roomy, warm], fault, single),
+                scopes_on([warm], fault, core),
+                scopes_on([full], QUIET, core),
+            ]
+            .concat()
+        }
     }
 }
 

@@ -201,6 +201,9 @@ impl Store for SimFile {
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64).filter(|&end| end <= LEN_MAX);
         let end = end.ok_or_else(|| error(Errno::TOO_BIG))?;
+        if self.has_fixed_len() && end > self.contents.borrow().len() {
+            return Err(error(Errno::NO_SPACE));
+        }
         self.change(offset, end, |contents| contents.write(offset, buf))
     }
 
@@ -217,12 +220,19 @@ impl Store for SimFile {
         if len > LEN_MAX {
             return Err(error(Errno::TOO_BIG));
         }
+        if self.has_fixed_len() {
+            let is_there = len <= self.contents.borrow().len();
+            return if is_there { Ok(()) } else { Err(error(Errno::NO_SPACE)) };
+        }
         self.change(len, u64::MAX, |contents| contents.set_len(len))
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset.checked_add(len).filter(|&end| end <= LEN_MAX);
         let end = end.ok_or_else(|| error(Errno::TOO_BIG))?;
+        if self.has_fixed_len() {
+            return self.set_len(end);
+        }
         self.change(offset, end, |contents| contents.set_len(contents.len().max(end)))
     }
 
@@ -233,6 +243,10 @@ impl Store for SimFile {
 
     fn is_writable(&self) -> bool {
         self.writable
+    }
+
+    fn has_fixed_len(&self) -> bool {
+        self.contents.borrow().has_fixed_len()
     }
 }
 

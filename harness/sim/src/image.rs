@@ -223,7 +223,24 @@ impl Image {
         let mut bytes = vec![0; image.len() as usize];
         image.read(0, &mut bytes);
         device.write(0, &bytes);
-        host.put(TOP, device);
+        host.put(TOP, device.with_fixed_len());
+    }
+
+    /// Fills it where it lies. QED and VMDK find no room on a device: there they are put when they
+    /// are full.
+    fn fill_on_medium(&self, host: &SimHost) -> Result<(), String> {
+        let needs_file = matches!(self.format, Format::Qed | Format::Vmdk);
+        if !needs_file {
+            self.put_on_device(host);
+        }
+        if self.state != State::Cold {
+            let image = if needs_file { Image { medium: Medium::File, ..*self } } else { *self };
+            image.fill(host)?;
+        }
+        if needs_file {
+            self.put_on_device(host);
+        }
+        Ok(())
     }
 
     /// Fills the clusters that a state says are there, through the engine, and closes the image.
@@ -281,8 +298,10 @@ fn ask(engine: &mut SimEngine<Node>, node: NodeId, request: Request) -> Result<(
 
 /// Bytes in a cluster: the least that QED has.
 pub(crate) const CLUSTER: u64 = 4096;
+/// As many clusters behind an image on a device are enough for all that a workload writes.
+pub(crate) const ROOMY: u64 = 12;
 /// What [`State::Warm`] fills: table and cluster.
-const FILLED: [(u64, u64); 3] = [(0, 0), (0, 1), (1, 0)];
+pub(crate) const FILLED: [(u64, u64); 3] = [(0, 0), (0, 1), (1, 0)];
 /// What [`State::Holes`] fills first and discards last.
 const HOLES: [(u64, u64); 4] = [(0, 3), (0, 4), (0, 5), (0, 6)];
 /// Whose pattern it is filled with: a request that no workload has.
@@ -341,7 +360,7 @@ impl Subject for Image {
         }
         if self.format == Format::Vmdk {
             vmdk::make(self, host)?;
-            return if self.state == State::Cold { Ok(()) } else { self.fill(host) };
+            return self.fill_on_medium(host);
         }
         if self.backing {
             // Where zeros are written as data, a few clusters are enough of them.
@@ -366,8 +385,7 @@ impl Subject for Image {
         if self.layout == Layout::Tight {
             vdi::make_tight(host)?;
         }
-        self.put_on_device(host);
-        if self.state == State::Cold { Ok(()) } else { self.fill(host) }
+        self.fill_on_medium(host)
     }
 
     fn files(&self) -> Vec<&'static str> {
@@ -390,6 +408,14 @@ impl Subject for Image {
             Format::Qed | Format::Vmdk => Some(0),
             Format::Vdi if self.state != State::Holes => Some(0),
             _ => None,
+        }
+    }
+
+    fn may_be_full(&self) -> bool {
+        match (self.medium, self.format) {
+            (Medium::Device(_), Format::Qed | Format::Vmdk) => true,
+            (Medium::Device(spare), Format::Vdi) => spare < ROOMY,
+            _ => false,
         }
     }
 

@@ -14,7 +14,7 @@ use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
 use crate::gate::{FULL, Scope, scopes, scopes_with};
-use crate::image::{Image, Layout, Medium, State};
+use crate::image::{Image, Layout, Medium, ROOMY, State};
 use crate::random::run_once;
 use crate::subject::Subject;
 use crate::trace::Trace;
@@ -135,6 +135,8 @@ pub const MUTANTS: &[Mutant] = &[
     vdi("vdi_count_not_exact", "a closed image counts more blocks than there are"),
     vdi("vdi_spare_end_kept", "what a failed cut may have taken is handed out"),
     vdi("vdi_hole_not_filled", "what was in a block before is around what is written"),
+    vdi("vdi_device_is_zeros", "a new block on a device is taken for zeros"),
+    qed("device_grows", "a new cluster is sought behind a device's end"),
     vdi("vdi_hole_not_fenced", "an entry may be stable before what fills its block is"),
     vdi("vdi_hole_used_twice", "two entries get one block"),
     vdi("vdi_no_wake_on_error", "a failed request wakes nobody"),
@@ -442,6 +444,7 @@ pub fn special(format: Format) -> Vec<Scope> {
     let overlay = Image { backing: true, ..image };
     let zeros = Image { state: State::Zeros, ..overlay };
     let warm = Image { state: State::Warm, ..image };
+    let device = Image { medium: Medium::Device(0), ..warm };
     // Larger than a buffer.
     let large = Image { cluster: 2 * image.cluster, ..overlay };
     let across = Request::write(at(0, 2) - 1024, 2048);
@@ -469,6 +472,7 @@ pub fn special(format: Format) -> Vec<Scope> {
         scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
         scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
         scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
+        scope(device, 0, 0, &[head(0, 2)]),
         // No space, and then space; what a drain could not cut off.
         scope(Image { ahead: 1, ..image }, 1, 0, &[head(0, 0), head(0, 1)]),
         Scope {
@@ -483,6 +487,7 @@ fn special_vdi(image: Image) -> Vec<Scope> {
     let image = Image { layout: Layout::Tight, ..image };
     let holes = Image { state: State::Holes, ..image };
     let scarce = Image { ahead: 1, ..image };
+    let device = Image { medium: Medium::Device(ROOMY), ..image };
     let write = |cluster| Request::write(image.place(0, cluster) + 1024, 1024);
     let flush = Request::flush();
     let scope = |image: Image, budget: Budget, requests: &[Request]| Scope {
@@ -500,6 +505,7 @@ fn special_vdi(image: Image) -> Vec<Scope> {
         scope(image, fault, &[write(0), write(0)]),
         scope(image, fault, &[write(0), Request::read(0, image.cluster), flush]),
         scope(image, Budget { faults: 1, drains: 1, ..QUIET }, &[write(0), write(1)]),
+        scope(device, QUIET, &[write(0)]),
         scope(scarce, Budget { crashes: 1, ..QUIET }, &[write(0), write(1), write(2)]),
     ]
 }

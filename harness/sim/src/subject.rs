@@ -46,6 +46,11 @@ pub trait Subject: Clone + Debug {
         None
     }
 
+    /// May a write find no room although nothing is wrong?
+    fn may_be_full(&self) -> bool {
+        false
+    }
+
     /// Opens it for writing in `engine`.
     fn open(&self, host: &SimHost, engine: &mut SimEngine<Self::Driver>) -> Result<NodeId, String>;
 

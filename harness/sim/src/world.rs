@@ -713,6 +713,7 @@ impl<S: Subject> World<S> {
             self.ended += 1;
             let beyond = self.beyond >> which & 1 == 1;
             match finished.result {
+                Err(Errno::NO_SPACE) if self.plan.subject.may_be_full() => {}
                 Err(errno) if self.sure >> which & 1 == 1 && !beyond => {
                     return Err(format!(
                         "request {which} failed although all is well again: {errno}"

@@ -77,6 +77,9 @@ impl Store for StoppableFile {
     fn is_writable(&self) -> bool {
         self.file.is_writable()
     }
+    fn has_fixed_len(&self) -> bool {
+        self.file.has_fixed_len()
+    }
 }
 
 impl Host for StoppableHost {

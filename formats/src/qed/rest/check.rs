@@ -109,7 +109,9 @@ pub fn check<F: Store>(file: &F, repair: Repair) -> Result<Report, Error> {
     walk.claim(walk.header.l1_offset, geometry.table_clusters());
     walk.l1(&mut Chunk::new(), &mut Chunk::new())?;
     let Walk { used, mut report, .. } = walk;
-    report.leaks = used.len - used.count;
+    // What lies behind the image on a device is not its own.
+    let end = if file.has_fixed_len() { used.end } else { used.len };
+    report.leaks = end - used.count;
     report.image_end = used.end << geometry.cluster_bits();
     if repair != Repair::None && report.is_sound() {
         finish(file, &mut header, file_len, &mut report)?;
@@ -124,7 +126,7 @@ fn finish<F: Store>(
     file_len: u64,
     report: &mut Report,
 ) -> Result<(), Error> {
-    if report.image_end < file_len {
+    if report.image_end < file_len && !file.has_fixed_len() {
         if header.autoclear_features != 0 {
             header.autoclear_features = 0;
             write_header(file, header)?;

@@ -28,6 +28,8 @@ pub struct Opened {
     pub l1: Vec<u64>,
     /// The file's length in bytes when it was opened, after any repair; as [`file_len`] has it.
     pub file_len: u64,
+    /// Does the file keep its length, as a block device does? Then there is no room for clusters more.
+    pub has_fixed_len: bool,
     /// The backing file's name as the image spells it, up to its first NUL; never empty.
     pub backing_name: Option<Vec<u8>>,
 }
@@ -94,7 +96,8 @@ pub fn open<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
     }
     let l1 = read_l1(file, &header)?;
     let file_len = file_len(file)?;
-    Ok(Opened { header, l1, file_len, backing_name })
+    let has_fixed_len = file.has_fixed_len();
+    Ok(Opened { header, l1, file_len, has_fixed_len, backing_name })
 }
 
 /// Reads and parses the header.

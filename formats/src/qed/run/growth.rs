@@ -24,7 +24,7 @@ impl Qed {
         }
         match taken {
             Taken::At(offset) => Ok(offset),
-            Taken::TooBig => Err(Step::Done(Err(Errno::TOO_BIG))),
+            Taken::None(errno) => Err(Step::Done(Err(errno))),
             Taken::Later => {
                 // Tidying up would cut off what is being grown, for it to be grown again.
                 self.header.unmark_at = None;

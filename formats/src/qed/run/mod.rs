@@ -176,6 +176,8 @@ impl Qed {
         let geometry = opened.geometry();
         let slots = tables.len();
         let slices = slices_of(geometry, opened.header.image_size);
+        // Nothing says which clusters of a device are free.
+        let max = if opened.has_fixed_len { opened.file_len } else { FILE_MAX };
         let mut image = Qed {
             file,
             geometry,
@@ -190,7 +192,7 @@ impl Qed {
             allocs: Vec::with_capacity(4),
             l1_busy: false,
             l1_waiters: WaitList::new(),
-            space: Space::new(opened.file_len, geometry.cluster_size(), FILE_MAX, options.growth),
+            space: Space::new(opened.file_len, geometry.cluster_size(), max, options.growth),
             header: Header::new(opened.header),
             options,
         };

@@ -47,7 +47,9 @@ pub fn check<F: Store>(file: &F, repair: Repair) -> Result<Report, Error> {
     let end = image.end();
     let too_low = image.header.allocated < end;
     let errors = (past.len() + again.len()) as u64 + u64::from(too_low);
-    let leaks = u64::from(image.header.allocated).max(image.owners.len() as u64) - image.named();
+    // What lies behind the image on a device is not its own.
+    let in_file = if file.has_fixed_len() { end as usize } else { image.owners.len() };
+    let leaks = u64::from(image.header.allocated).max(in_file as u64) - image.named();
     (report.corruptions, report.leaks) = (errors, leaks);
     if repair == Repair::All && errors > 0 {
         // As many as there may be when all have a block of their own.

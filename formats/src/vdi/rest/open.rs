@@ -23,6 +23,9 @@ pub struct Opened {
     pub holes: Vec<u32>,
     /// Blocks that more than one entry names, in order.
     pub doubled: Vec<u32>,
+    /// The length of a file that keeps it, as a block device does. Blocks that are not counted there
+    /// hold anything.
+    pub fixed_len: Option<u64>,
 }
 
 impl Opened {
@@ -87,11 +90,15 @@ pub fn open<F: Store>(file: &F, write: bool) -> Result<Opened, Error> {
         map,
         holes: Vec::new(),
         doubled: Vec::new(),
+        fixed_len: file.has_fixed_len().then_some(len),
     };
+    let named = image.entries().iter().filter(|&&raw| raw < image.file_blocks).max();
+    let counted = header.allocated.min(image.file_blocks).max(named.map_or(0, |max| max + 1));
+    if image.fixed_len.is_some() {
+        image.file_blocks = counted;
+    }
     if write {
-        let named = image.entries().iter().filter(|&&raw| raw < image.file_blocks).max();
-        let counted = header.allocated.min(image.file_blocks).max(named.map_or(0, |max| max + 1));
-        if len > header.offset_of(counted) {
+        if image.fixed_len.is_none() && len > header.offset_of(counted) {
             file.set_len(header.offset_of(counted))
                 .map_err(Error::io("cut off the image's end"))?;
             len = file_len(file)?;

@@ -21,8 +21,8 @@ pub(super) struct Claim {
     count: u64,
     /// Where the first one goes; the others follow.
     block: u32,
-    /// What is there is unknown: it is one block, written whole.
-    hole: bool,
+    /// What is there is unknown, as in a hole or on a device: it is one block, written whole.
+    unknown: bool,
     /// Where the guest range that this piece writes ends.
     end: u64,
     link: Link,
@@ -69,11 +69,12 @@ impl Vdi {
         } else {
             self.image.holes.pop()
         };
+        let unknown = hole.is_some() || self.is_device() && !mutant!("vdi_device_is_zeros");
+        if unknown {
+            count = 1;
+        }
         let block = match hole {
-            Some(block) => {
-                count = 1;
-                block
-            }
+            Some(block) => block,
             None => match self.take_blocks(&mut count, at, cx) {
                 Ok(block) => block,
                 Err(step) => return step,
@@ -84,7 +85,7 @@ impl Vdi {
             index,
             count,
             block,
-            hole: hole.is_some(),
+            unknown,
             end: run_end.min(blocks_end),
             link: Link::No,
             waiters: WaitList::new(),
@@ -96,7 +97,7 @@ impl Vdi {
         let claim = self.claims.insert(start..blocks_end, claim);
         let mut segs = Segs::one(cx.guest(at - cx.io().offset, end - at));
         let mut from = at;
-        if hole.is_some() && !mutant!("vdi_hole_not_filled") {
+        if unknown && !mutant!("vdi_hole_not_filled") {
             let data = segs;
             segs = Segs::none();
             if at > start {
@@ -121,7 +122,7 @@ impl Vdi {
     ) -> Result<u32, Step<State>> {
         let bits = self.image.header.block_bits;
         let (mut taken, mut grow) = self.space.take(*count << bits, false);
-        if matches!(taken, Taken::TooBig) {
+        if matches!(taken, Taken::None(_)) {
             *count = 1;
             (taken, grow) = self.space.take(1 << bits, false);
         }
@@ -133,8 +134,8 @@ impl Vdi {
                 self.exact = false;
                 Ok((offset >> bits) as u32)
             }
-            // All blocks that the map can name are taken: some are leaked.
-            Taken::TooBig => Err(Step::Done(Err(Errno::NO_SPACE))),
+            // The device is full, or all blocks that the map can name are taken: some are leaked.
+            Taken::None(errno) => Err(Step::Done(Err(errno))),
             Taken::Later => {
                 cx.park(&mut self.space.waiters);
                 Err(Step::Wait(State::Space { at, attempt: self.space.attempt }))
@@ -153,7 +154,7 @@ impl Vdi {
         {
             return self.fail(key, errno, cx);
         }
-        if self.claims[key].hole && !mutant!("vdi_hole_not_fenced") {
+        if self.claims[key].unknown && !mutant!("vdi_hole_not_fenced") {
             self.flush(cx);
             return Step::Wait(State::Fence { claim: key });
         }

@@ -14,6 +14,10 @@ use crate::vdi::run::{State, Vdi};
 impl Vdi {
     /// Makes the blocks take `to` bytes.
     pub(super) fn grow(&mut self, to: u64, exact: bool, cx: &mut Cx<'_>) -> Step<State> {
+        if self.is_device() {
+            // It is there: it is counted.
+            return self.write_count(to, cx);
+        }
         let mut op = self.space.op(self.file, to);
         op.offset += self.image.header.data_offset;
         cx.issue(op);
@@ -101,7 +105,7 @@ impl Vdi {
         };
         // In either order: no entry names a block in the spare end.
         self.write_header(if mutant!("vdi_count_not_exact") { u64::MAX } else { end }, buf, cx);
-        if spare {
+        if spare && !self.is_device() {
             let len = self.image.header.data_offset + end;
             cx.issue(Op::bare(OpKind::Truncate, self.file, len, 0));
         }

@@ -103,7 +103,10 @@ impl Vdi {
         let header = &opened.header;
         let bytes = |blocks: u32| u64::from(blocks) << header.block_bits;
         // An entry of more than that no program takes.
-        let max = bytes(header.blocks);
+        let max = bytes(header.blocks.min(match opened.fixed_len {
+            Some(len) => header.blocks_in(len),
+            None => header.blocks,
+        }));
         let space = Space::new(bytes(opened.file_blocks), header.block_size(), max, growth);
         Vdi {
             file,
@@ -127,6 +130,11 @@ impl Vdi {
         assert!(self.claims.is_empty(), "something is claimed");
         assert!(!self.writing && self.map_waiters.is_empty());
         self.space.assert_idle();
+    }
+
+    /// Does it lie on a block device? Nothing there is known to be zeros, nor cut off.
+    fn is_device(&self) -> bool {
+        self.image.fixed_len.is_some()
     }
 
     fn flush(&self, cx: &mut Cx<'_>) {

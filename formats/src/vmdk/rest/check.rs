@@ -443,7 +443,9 @@ impl<'a, F: Store> Walk<'a, F> {
             end = end.max(at + len);
         }
         let end = end.min(self.bounds.end);
-        self.report.leaks += (self.bounds.end - end) / grain;
+        // What lies behind the extent on a device is not its own.
+        let tail = if self.file.has_fixed_len() { 0 } else { self.bounds.end - end };
+        self.report.leaks += tail / grain;
         end
     }
 
@@ -451,7 +453,8 @@ impl<'a, F: Store> Walk<'a, F> {
     fn cut(&mut self, end: u64) -> Result<(), Error> {
         let report = &mut self.report;
         let sound = report.corruptions + report.check_errors == 0;
-        if self.repair == Repair::None || !sound || end >= self.bounds.end {
+        let has_tail = end < self.bounds.end && !self.file.has_fixed_len();
+        if self.repair == Repair::None || !sound || !has_tail {
             return Ok(());
         }
         // What the entries of the tables say must be on disk before what they left is gone.

@@ -77,6 +77,8 @@ pub struct Sparse {
     pub redundant_lost: bool,
     /// The file's length in bytes when it was opened.
     pub file_len: u64,
+    /// Does the file keep its length, as a block device does? Then there is no room for grains more.
+    pub has_fixed_len: bool,
     /// The directory was found through a footer.
     pub has_footer: bool,
 }
@@ -359,7 +361,8 @@ pub fn open_sparse<F: Store>(file: &F) -> Result<Sparse, Error> {
         return corrupt("VMDK header, descriptor and grain directories overlap", 28);
     }
     let directory = read_directory(file, &header, header.directory_at, file_len)?;
-    Ok(Sparse { header, directory, redundant, redundant_lost, file_len, has_footer })
+    let has_fixed_len = file.has_fixed_len();
+    Ok(Sparse { header, directory, redundant, redundant_lost, file_len, has_fixed_len, has_footer })
 }
 
 /// How far from a stream's end its footer may be, in bytes: some programs write zeros behind it.

@@ -174,7 +174,7 @@ impl Vmdk {
         let space = &mut self.grains_mut(place.part).space;
         match taken {
             Taken::At(offset) => Ok(offset),
-            Taken::TooBig => Err(Step::Done(Err(Errno::TOO_BIG))),
+            Taken::None(errno) => Err(Step::Done(Err(errno))),
             Taken::Later => {
                 cx.park(&mut space.waiters);
                 Err(Step::Wait(State::Space { at, part, attempt: space.attempt }))

@@ -306,7 +306,9 @@ impl Vmdk {
                     let compressed = sparse.header.is_compressed();
                     let unit = if compressed { SECTOR } else { sparse.header.grain_size() };
                     let end = sparse.grains_end();
-                    let space = Space::new(end, unit, FILE_MAX, options.growth);
+                    // Nothing says which grains of a device are free.
+                    let max = if sparse.has_fixed_len { end } else { FILE_MAX };
+                    let space = Space::new(end, unit, max, options.growth);
                     let mut header = sparse.header.clone();
                     if sparse.has_footer {
                         // A stream goes on where its directory is, and gets another behind it.

@@ -172,7 +172,7 @@ impl Vmdk {
         match taken {
             Taken::At(offset) => Ok(offset),
             Taken::Later => Err(Errno::AGAIN),
-            Taken::TooBig => Err(Errno::TOO_BIG),
+            Taken::None(errno) => Err(errno),
         }
     }
 
