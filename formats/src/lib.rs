@@ -3,7 +3,7 @@
 //! Two halves. The *online* half are the drivers: state machines on the engine of
 //! `cowbell-engine`, which serve requests. The *offline* half is everything that may wait: telling
 //! formats apart ([`probe`]), opening an image and its backing files ([`chain`]), making one
-//! ([`mod@create`]), checking and repairing it ([`qed::rest::check`]), saying what is where in it ([`map`])
+//! ([`mod@create`]), checking and repairing it ([`mod@check`]), saying what is where in it ([`map`])
 //! and what it is ([`info`]). It sees files through the blocking `Store` and a [`chain::Host`], so
 //! that it runs on the real disk ([`disk_host`]) and on a simulated one.
 //!
@@ -56,6 +56,7 @@
 //! bound, to a file that the caller's policy does not allow, or to a loop without an end.
 
 pub mod chain;
+pub mod check;
 pub mod create;
 pub mod disk_host;
 pub mod error;

@@ -5,4 +5,6 @@ pub mod backing;
 pub(crate) mod claims;
 pub mod cow;
 pub mod growth;
+pub(crate) mod length;
 pub(crate) mod past_end;
+pub mod report;

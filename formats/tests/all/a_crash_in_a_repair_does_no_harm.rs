@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use crate::common::crash::Logged;
 use crate::common::{MemFile, add_data, add_l2, have_qemu, ok, small_qed};
 use cowbell_engine::store::Store;
-use cowbell_formats::chain::open_whole_layer;
+use cowbell_formats::check::{Repair, Unwatched, check};
 use cowbell_formats::preallocation::Preallocation;
-use cowbell_formats::qcow2::rest::check::Repair;
 use cowbell_formats::qcow2::rest::open::read_header;
 use cowbell_formats::qcow2::rest::preallocate::preallocate_from;
 use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
-use cowbell_formats::{Format, Host, OpenOptions, map, open, qcow2, qed, vdi, vmdk};
+use cowbell_formats::{Format, Host, OpenOptions, map, open, qcow2};
 
 /// A host of one file, whatever its name.
 struct One<F>(F);
@@ -54,20 +53,10 @@ fn contents<F: Store + Clone>(file: &F, format: Format) -> Vec<Option<u8>> {
 
 /// Repairs all; the errors that are left.
 fn repair<F: Store + Clone>(file: &F, format: Format) -> u64 {
-    match format {
-        Format::Qed => qed::rest::check::check(file, Repair::All).expect("checked").corruptions,
-        Format::Qcow2 => qcow2::rest::check::check(file, Repair::All).expect("checked").corruptions,
-        Format::Vdi => vdi::rest::check::check(file, Repair::All).expect("checked").corruptions,
-        Format::Vmdk => {
-            let options =
-                OpenOptions { format: Some(format), write: true, ..OpenOptions::default() };
-            let layer = open_whole_layer(&One(file.clone()), Path::new("/a"), &options);
-            vmdk::rest::check::check(&layer.expect("it opens"), Repair::All)
-                .expect("checked")
-                .corruptions
-        }
-        Format::Raw => 0,
-    }
+    let options = OpenOptions { format: Some(format), ..OpenOptions::default() };
+    let host = One(file.clone());
+    let report = check(&host, Path::new("/a"), file, &options, Repair::All, &mut Unwatched);
+    report.expect("checked").map_or(0, |report| report.corruptions)
 }
 
 fn crash_in_repair(template: &[u8], format: Format) {

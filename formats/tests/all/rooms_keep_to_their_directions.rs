@@ -55,10 +55,8 @@ fn the_rooms_of_a_format_know_what_is_below_them() {
                     "crate::node".into(),
                 ],
             };
-            if room != "rest" {
-                let others = formats.iter().filter(|other| *other != format);
-                no.extend(others.map(|other| format!("crate::{other}::")));
-            }
+            let others = formats.iter().filter(|other| *other != format);
+            no.extend(others.map(|other| format!("crate::{other}::")));
             no
         };
         for room in ["disk", "run", "rest"] {

@@ -13,7 +13,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, NodeId};
 use cowbell_engine::{Engine, NodeEvent};
-use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::check::Repair;
 use cowbell_formats::vdi::disk::layout::{UNALLOCATED, ZERO};
 use cowbell_formats::vdi::rest::check::check;
 use cowbell_formats::vdi::rest::open::open;

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::common::{DISK, have_qemu, ok};
 use cowbell_formats::chain::{Chain, open_whole_layer};
+use cowbell_formats::check::Repair;
 use cowbell_formats::map::{extents, read};
-use cowbell_formats::qed::rest::check::Repair;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::vmdk::rest::check::check;
 use cowbell_formats::vmdk::rest::create::Wanted;

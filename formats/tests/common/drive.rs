@@ -7,11 +7,10 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::NodeId;
 use cowbell_engine::{Engine, Finished};
-use cowbell_formats::chain::open_whole_layer;
-use cowbell_formats::qed::rest::check::Repair;
+use cowbell_formats::check::{self, Repair, Unwatched};
 use cowbell_formats::{
     CreateOptions, DiskHost, Format, Host, Node, OpenOptions, Policy, RunOptions, attach, create,
-    open, qcow2, qed, vdi, vmdk,
+    open,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -33,29 +32,12 @@ pub fn make_with(path: &Path, format: Format, options: &CreateOptions) {
 /// Errors and leaks of an image, as our check counts them.
 pub fn check(path: &Path, format: Format) -> (u64, u64) {
     let host = DiskHost::default();
-    let file = || host.open(path, false).expect("it opens");
     // An engine may have it open still.
     let options = OpenOptions { format: Some(format), force_share: true, ..OpenOptions::default() };
-    match format {
-        Format::Raw => (0, 0),
-        Format::Qed => {
-            let report = qed::rest::check::check(&file(), Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Qcow2 => {
-            let report = qcow2::rest::check::check(&file(), Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Vdi => {
-            let report = vdi::rest::check::check(&file(), Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks)
-        }
-        Format::Vmdk => {
-            let layer = open_whole_layer(&host, path, &options).expect("it opens");
-            let report = vmdk::rest::check::check(&layer, Repair::None).expect("it is checked");
-            (report.corruptions + report.check_errors, report.leaks + report.stale)
-        }
-    }
+    let file = host.open(path, false).expect("it opens");
+    let report = check::check(&host, path, &file, &options, Repair::None, &mut Unwatched);
+    let report = report.expect("it is checked").unwrap_or_default();
+    (report.corruptions + report.check_errors, report.leaks + report.stale)
 }
 
 /// Opens an image for writing, past the page cache or not, and hands it to `engine`.

@@ -10,10 +10,10 @@ use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
+use cowbell_formats::check::{Repair, Unwatched, check_layer};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::qcow2::{self, Qcow2Options};
 use cowbell_formats::qed::QedOptions;
-use cowbell_formats::qed::rest::check::{Repair, check};
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
@@ -493,41 +493,26 @@ impl Subject for Image {
     fn check(&self, host: &SimHost) -> Result<Checked, String> {
         let chain = self.chain(host, false)?;
         let top = &chain.layers[0];
-        match &top.meta {
-            LayerMeta::Raw { .. } => Ok(Checked::default()),
-            LayerMeta::Qed(opened) => {
-                let report = check(&top.file, Repair::None).map_err(|why| why.to_string())?;
-                let corruptions = report.corruptions + report.check_errors;
-                let marked = opened.header.needs_check();
-                Ok(Checked { marked, corruptions, leaks: report.leaks })
-            }
-            LayerMeta::Vmdk(_) => {
-                let report = cowbell_formats::vmdk::rest::check::check(top, Repair::None);
-                let report = report.map_err(|why| why.to_string())?;
-                let mut corruptions = report.corruptions + report.check_errors;
-                if self.state == State::Cold && report.allocated_clusters > 0 {
-                    // Whoever has changed anything has said so first.
-                    corruptions += u64::from(vmdk::is_as_made(&top.meta));
-                }
-                // Copies that differ are what a crash between the two leaves, as leaks are.
-                Ok(Checked { marked: false, corruptions, leaks: report.leaks + report.stale })
-            }
-            LayerMeta::Vdi(_) => {
-                let report = cowbell_formats::vdi::rest::check::check(&top.file, Repair::None);
-                let report = report.map_err(|why| why.to_string())?;
-                // What is used of them may be used up.
-                let holes = if self.state == State::Holes { HOLES.len() as u64 } else { 0 };
-                let leaks = report.leaks.saturating_sub(holes);
-                Ok(Checked { marked: false, corruptions: report.corruptions, leaks })
-            }
-            LayerMeta::Qcow2(opened) => {
-                let report = qcow2::rest::check::check(&top.file, Repair::None);
-                let report = report.map_err(|why| why.to_string())?;
-                let corruptions = report.corruptions + report.check_errors;
-                let marked = opened.header.is_dirty() || opened.header.is_corrupt();
-                Ok(Checked { marked, corruptions, leaks: report.leaks })
-            }
-        }
+        let report = check_layer(top, Repair::None, &mut Unwatched);
+        let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
+        let marked = match &top.meta {
+            LayerMeta::Qed(opened) => opened.header.needs_check(),
+            LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
+            LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
+        };
+        // Whoever has changed anything has said so first.
+        let is_untold = self.state == State::Cold
+            && report.allocated_clusters > 0
+            && matches!(&top.meta, LayerMeta::Vmdk(_) if vmdk::is_as_made(&top.meta));
+        // What is used of them may be used up.
+        let is_holed = self.format == Format::Vdi && self.state == State::Holes;
+        let holes = if is_holed { HOLES.len() as u64 } else { 0 };
+        Ok(Checked {
+            marked,
+            corruptions: report.corruptions + report.check_errors + u64::from(is_untold),
+            // Copies that differ are what a crash between the two leaves, as leaks are.
+            leaks: (report.leaks + report.stale).saturating_sub(holes),
+        })
     }
 
     fn map(&self, host: &SimHost) -> Result<Vec<map::Extent>, String> {
@@ -555,17 +540,7 @@ impl Subject for Image {
             OpenOptions { write: true, ignore_need_check: true, files: Policy::Any, ..options };
         let layer = chain::open_whole_layer(host, Path::new(TOP), &options);
         let layer = layer.map_err(|why| why.to_string())?;
-        let repaired = match self.format {
-            Format::Vmdk => {
-                cowbell_formats::vmdk::rest::check::check(&layer, Repair::All).map(|_| ())
-            }
-            Format::Qcow2 => qcow2::rest::check::check(&layer.file, Repair::All).map(|_| ()),
-            Format::Vdi => {
-                let file = &layer.file;
-                cowbell_formats::vdi::rest::check::check(file, Repair::All).map(|_| ())
-            }
-            _ => check(&layer.file, Repair::All).map(|_| ()),
-        };
+        let repaired = check_layer(&layer, Repair::All, &mut Unwatched).map(|_| ());
         repaired.map_err(|why| why.to_string())
     }
 

@@ -6,9 +6,9 @@ use std::io::{self, IsTerminal, Write};
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_named_in_header, open_whole_layer, probe_file};
+use cowbell_formats::check::{self, Event, Repair, Report, Watch};
 use cowbell_formats::locks::lock_image;
-use cowbell_formats::qcow2::rest::check::{Event, Repair, Report, Watch, check_watched};
-use cowbell_formats::{DiskHost, Error, Format, Host, OpenOptions, qed, vdi, vmdk};
+use cowbell_formats::{DiskHost, Format, Host, OpenOptions};
 
 use crate::cache::check_source_cache;
 use crate::fail::Fail;
@@ -168,69 +168,25 @@ fn check(
     format: Format,
     repair: Repair,
 ) -> Result<Report, Fail> {
-    let report = match format {
-        Format::Raw => {
-            let what = "This image format does not support checks";
-            return Err(Fail::at(&image.given, what).with_code(UNSUPPORTED));
-        }
-        Format::Qed => check_qed(store, repair),
-        Format::Qcow2 => check_qcow2(store, repair, args),
-        Format::Vmdk => check_vmdk(image, repair),
-        Format::Vdi => check_vdi(store, repair),
-    };
-    report.map_err(|why| image.failed(why))
-}
-
-fn check_qed(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
-    let found = qed::rest::check::check(store, repair)?;
-    Ok(Report {
-        corruptions: found.corruptions,
-        corruptions_fixed: found.corruptions_fixed,
-        leaks: found.leaks,
-        leaks_fixed: found.leaks_fixed,
-        check_errors: found.check_errors,
-        total_clusters: found.total_clusters,
-        allocated_clusters: found.allocated_clusters,
-        fragmented_clusters: found.fragmented_clusters,
-        ..Report::default()
-    })
-}
-
-fn check_qcow2(store: &DiskFile, repair: Repair, args: &Args) -> Result<Report, Error> {
     let shows = !args.quiet && (args.progress || io::stderr().is_terminal());
     let mut teller = Teller { shows, shown: 0 };
-    let report = check_watched(store, repair, &mut teller);
+    let options = OpenOptions { format: Some(format), ..image.options(repair != Repair::None) };
+    let host = DiskHost::default();
+    let found = check::check(&host, image.path(), store, &options, repair, &mut teller);
     teller.clear();
-    report
-}
-
-fn check_vdi(store: &DiskFile, repair: Repair) -> Result<Report, Error> {
-    let found = vdi::rest::check::check(store, repair)?;
-    // QEMU says nothing of how much is allocated.
-    Ok(Report {
-        corruptions: found.corruptions,
-        corruptions_fixed: found.corruptions_fixed,
-        leaks: found.leaks,
-        leaks_fixed: found.leaks_fixed,
-        ..Report::default()
-    })
-}
-
-/// A VMDK image is more than its own file.
-fn check_vmdk(image: &Image, repair: Repair) -> Result<Report, Error> {
-    let options =
-        OpenOptions { format: Some(Format::Vmdk), ..image.options(repair != Repair::None) };
-    let layer = open_whole_layer(&DiskHost::default(), image.path(), &options)?;
-    let found = vmdk::rest::check::check(&layer, repair)?;
-    // QEMU says nothing of how much is allocated. Copies that lag behind do no more harm than
-    // leaks do.
-    Ok(Report {
-        corruptions: found.corruptions,
-        corruptions_fixed: found.corruptions_fixed,
-        leaks: found.leaks + found.stale,
-        leaks_fixed: found.leaks_fixed + found.stale_fixed,
-        check_errors: found.check_errors,
-        ..Report::default()
+    let Some(found) = found.map_err(|why| image.failed(why))? else {
+        let what = "This image format does not support checks";
+        return Err(Fail::at(&image.given, what).with_code(UNSUPPORTED));
+    };
+    // Copies that lag behind do no more harm than leaks do.
+    let leaks = found.leaks + found.stale;
+    let leaks_fixed = found.leaks_fixed + found.stale_fixed;
+    let report = Report { leaks, leaks_fixed, ..found };
+    // As QEMU tells it: of QED not where the image ends, of VMDK and VDI not how much is allocated.
+    Ok(match format {
+        Format::Qcow2 | Format::Raw => report,
+        Format::Qed => Report { image_end: 0, ..report },
+        Format::Vmdk | Format::Vdi => Report { total_clusters: 0, allocated_clusters: 0, ..report },
     })
 }
 

@@ -432,7 +432,7 @@ impl Entry {
 ///
 /// A cluster that the file ends in the middle of is out of bounds, as it is for QEMU: clusters are
 /// written whole, and one that a crash cut off was never acknowledged. (Less than a sector may be
-/// missing: see [`file_len`](crate::qed::rest::open::file_len).)
+/// missing: see [`file_len`](crate::parts::length::file_len).)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Bounds {
     /// Cluster and table sizes.

@@ -21,8 +21,11 @@ use cowbell_engine::store::Store;
 use cowbell_engine::units::HostOffset;
 
 use crate::error::Error;
+use crate::parts::length::file_len;
 use crate::qed::disk::layout::{Bounds, Entry, Header, SECTOR};
-use crate::qed::rest::open::{file_len, read_header, write_header};
+use crate::qed::rest::open::{read_header, write_header};
+
+pub use crate::parts::report::{Repair, Report};
 
 /// The most memory that the bitmap of used clusters may take, in bytes: enough for 2^31 clusters,
 /// which is a file of 8 TiB at 4 KiB a cluster and 128 TiB at 64 KiB.
@@ -30,52 +33,6 @@ pub const BITMAP_MAX: u64 = 256 << 20;
 
 /// Tables are read in pieces of this many bytes.
 const CHUNK: usize = 64 << 10;
-
-/// What to repair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repair {
-    /// Nothing; write nothing.
-    None,
-    /// Cut leaks off the end of the file.
-    Leaks,
-    /// Also set invalid entries to zero.
-    All,
-}
-
-/// What a check found. Numbers are those of `qemu-img check`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Invalid entries and double references that are (still) there.
-    pub corruptions: u64,
-    /// Invalid entries that were set to zero.
-    pub corruptions_fixed: u64,
-    /// Whole clusters that nothing refers to and that are (still) there.
-    pub leaks: u64,
-    /// Clusters that were cut off.
-    pub leaks_fixed: u64,
-    /// Pieces of tables that could not be read. With any, nothing is cut and the mark stays.
-    pub check_errors: u64,
-    /// Clusters in the disk that the guest sees.
-    pub total_clusters: u64,
-    /// Those that are allocated.
-    pub allocated_clusters: u64,
-    /// Those of them that do not follow the one before in the same table.
-    pub fragmented_clusters: u64,
-    /// First byte behind the last cluster that is referred to.
-    pub image_end: u64,
-}
-
-impl Report {
-    /// Nothing wrong is left, other than leaks.
-    pub fn is_sound(&self) -> bool {
-        self.corruptions == 0 && self.check_errors == 0
-    }
-
-    /// Nothing at all is left to complain about.
-    pub fn is_clean(&self) -> bool {
-        self.is_sound() && self.leaks == 0
-    }
-}
 
 /// Checks the image in `file`, and repairs it as told.
 ///

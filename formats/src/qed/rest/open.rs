@@ -10,7 +10,8 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
-use crate::qed::disk::layout::{Bounds, Geometry, HEADER_BLOCK, Header, SECTOR};
+use crate::parts::length::file_len;
+use crate::qed::disk::layout::{Bounds, Geometry, HEADER_BLOCK, Header};
 use crate::qed::rest::check::{self, Repair};
 
 /// [`Opened::l1`] is filled up to a multiple of this many entries, 4 KiB, so that any part of it
@@ -107,17 +108,6 @@ pub fn read_header<F: Store>(file: &F) -> Result<Header, Error> {
     let there = &mut block[..file_len.min(HEADER_BLOCK as u64) as usize];
     file.read_at(0, there).map_err(Error::io("read the header"))?;
     Header::parse(there, file_len)
-}
-
-/// The file's length, rounded up to a multiple of 512 as QEMU does: the bytes that are missing
-/// from a last sector read as zeros, and a cluster is not lost for want of them.
-///
-/// # Errors
-///
-/// [`Error::Io`].
-pub fn file_len<F: Store>(file: &F) -> Result<u64, Error> {
-    let len = file.len().map_err(Error::io("find the image's length"))?;
-    Ok(len.checked_next_multiple_of(SECTOR).unwrap_or(len))
 }
 
 /// Writes the header and makes it stable.

@@ -12,8 +12,8 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
-use crate::qed::rest::check::{Repair, Report};
-use crate::qed::rest::open::file_len;
+use crate::parts::length::file_len;
+use crate::parts::report::{Repair, Report};
 use crate::vdi::disk::layout::{Entry, Header, UNALLOCATED};
 use crate::vdi::rest::open::{read_header, read_map, write_header};
 

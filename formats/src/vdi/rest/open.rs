@@ -6,7 +6,7 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
-use crate::qed::rest::open::file_len;
+use crate::parts::length::file_len;
 use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header, NOWHERE};
 
 /// An open image: all of its metadata.

@@ -24,55 +24,10 @@ use crate::vmdk::disk::layout::{Bounds, Entry, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::grain::read_grain;
 use crate::vmdk::rest::open::{Extent, ExtentKind, Sparse, read_entries};
 
-pub use crate::qed::rest::check::Repair;
+pub use crate::parts::report::{Repair, Report};
 
 /// Grains that one extent may refer to, for a check: 256 MiB of memory, 2 TiB of data.
 pub const GRAINS_MAX: usize = 32 << 20;
-
-/// What a check found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Invalid entries, bad grains and double references that are (still) there.
-    pub corruptions: u64,
-    /// Invalid entries that were set right, or to zero.
-    pub corruptions_fixed: u64,
-    /// Entries of which the two copies (still) differ, both possible.
-    pub stale: u64,
-    /// Entries whose copies were made the same.
-    pub stale_fixed: u64,
-    /// Whole grains that nothing refers to and that are (still) there.
-    pub leaks: u64,
-    /// Grains that were cut off.
-    pub leaks_fixed: u64,
-    /// Tables that could not be read. With any, nothing is cut.
-    pub check_errors: u64,
-    /// Grains in the disk that the guest sees, flat extents apart.
-    pub total_clusters: u64,
-    /// Those that are allocated.
-    pub allocated_clusters: u64,
-}
-
-impl Report {
-    /// Both together.
-    fn plus(&self, other: &Report) -> Report {
-        Report {
-            corruptions: self.corruptions + other.corruptions,
-            corruptions_fixed: self.corruptions_fixed + other.corruptions_fixed,
-            stale: self.stale + other.stale,
-            stale_fixed: self.stale_fixed + other.stale_fixed,
-            leaks: self.leaks + other.leaks,
-            leaks_fixed: self.leaks_fixed + other.leaks_fixed,
-            check_errors: self.check_errors + other.check_errors,
-            total_clusters: self.total_clusters + other.total_clusters,
-            allocated_clusters: self.allocated_clusters + other.allocated_clusters,
-        }
-    }
-
-    /// Nothing at all is left to complain about.
-    pub fn is_clean(&self) -> bool {
-        self.corruptions + self.check_errors + self.leaks + self.stale == 0
-    }
-}
 
 /// Checks the image whose files `layer` holds, and repairs it as told.
 ///
@@ -118,8 +73,24 @@ fn check_extent<F: Store>(
     let mut walk = Walk::new(file, sparse, repair, shared, taken);
     let end = walk.all()?;
     walk.cut(end)?;
-    *report = report.plus(&walk.report);
+    *report = sum(report, &walk.report);
     Ok(())
+}
+
+/// What was found in several extents.
+fn sum(one: &Report, other: &Report) -> Report {
+    Report {
+        corruptions: one.corruptions + other.corruptions,
+        corruptions_fixed: one.corruptions_fixed + other.corruptions_fixed,
+        leaks: one.leaks + other.leaks,
+        leaks_fixed: one.leaks_fixed + other.leaks_fixed,
+        stale: one.stale + other.stale,
+        stale_fixed: one.stale_fixed + other.stale_fixed,
+        check_errors: one.check_errors + other.check_errors,
+        total_clusters: one.total_clusters + other.total_clusters,
+        allocated_clusters: one.allocated_clusters + other.allocated_clusters,
+        ..Report::default()
+    }
 }
 
 /// The check of one extent.

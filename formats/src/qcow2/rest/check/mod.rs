@@ -43,79 +43,12 @@ use disk::{Block, DiskRefs};
 use refs::Refs;
 use scan::{Before, Scan};
 
-pub use crate::qed::rest::check::Repair;
+pub use crate::parts::report::{Event, Repair, Report, Unwatched, Watch};
 
 /// At most this many entries of a refcount table may lead to a block that another one leads to.
 const BLOCKS_TWICE_MAX: u64 = 1024;
 /// At most this many clusters may be counted by such blocks.
 const TWICE_MAX: u64 = 1 << 20;
-
-/// What a check found. Numbers are those of `qemu-img check`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// What is wrong, and is (still) there.
-    pub corruptions: u64,
-    /// What was wrong and is repaired.
-    pub corruptions_fixed: u64,
-    /// Refcounts that are (still) too high.
-    pub leaks: u64,
-    /// Those that were lowered.
-    pub leaks_fixed: u64,
-    /// Pieces of tables that could not be read, and refcounts that are nowhere to be found.
-    pub check_errors: u64,
-    /// Clusters in the disk that the guest sees.
-    pub total_clusters: u64,
-    /// Those that are allocated.
-    pub allocated_clusters: u64,
-    /// Those of them that do not follow the one before in the same table.
-    pub fragmented_clusters: u64,
-    /// Those of them that are compressed.
-    pub compressed_clusters: u64,
-    /// First byte behind the last cluster that is in use, or counted as such.
-    pub image_end: u64,
-    /// The refcounts cannot be repaired in place: [`Repair::All`] makes new ones.
-    pub needs_rebuild: bool,
-}
-
-impl Report {
-    /// Nothing wrong is left, other than leaks.
-    pub fn is_sound(&self) -> bool {
-        self.corruptions == 0 && self.check_errors == 0
-    }
-
-    /// Nothing at all is left to complain about.
-    pub fn is_clean(&self) -> bool {
-        self.is_sound() && self.leaks == 0
-    }
-}
-
-/// What happens during a check.
-#[derive(Clone, Copy, Debug)]
-pub enum Event<'a> {
-    /// So many of so many tables are done.
-    Progress {
-        /// Tables done.
-        done: u64,
-        /// Of so many.
-        total: u64,
-    },
-    /// Something was found, or repaired: a line for people, in QEMU's words where it has some.
-    Found(fmt::Arguments<'a>),
-}
-
-/// Somebody who watches a check.
-pub trait Watch {
-    /// Something happens.
-    fn event(&mut self, event: Event<'_>);
-}
-
-/// Nobody.
-#[derive(Clone, Copy, Debug)]
-pub struct Unwatched;
-
-impl Watch for Unwatched {
-    fn event(&mut self, _: Event<'_>) {}
-}
 
 /// Checks the image in `file`, and repairs it as told.
 ///
