@@ -23,13 +23,10 @@ use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 use cowbell_engine::sys::random;
 
 use crate::error::{Error, Shown};
+use crate::format::{self, LayerMeta};
 use crate::locks::{self, Role};
 use crate::name::{self, Name};
 use crate::probe::{Foreign, Format, PROBE_BYTES, Probed, probe, probe_end};
-use crate::qcow2;
-use crate::qed;
-use crate::vdi;
-use crate::vmdk;
 use crate::vmdk::disk::descriptor::FILES_MAX;
 
 /// A chain has at most this many layers.
@@ -207,58 +204,10 @@ pub struct Layer<F> {
     pub meta: LayerMeta,
 }
 
-/// What a format keeps in memory of an open image.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum LayerMeta {
-    /// Nothing but its size.
-    Raw {
-        /// The disk's size in bytes: the file's, rounded up to a multiple of 512.
-        size: u64,
-    },
-    /// Header and L1 table.
-    Qed(qed::Opened),
-    /// Descriptor, extents and their grain directories.
-    Vmdk(vmdk::Opened),
-    /// Header and tables.
-    Qcow2(qcow2::Opened),
-    /// Header and block map.
-    Vdi(vdi::Opened),
-}
-
-impl LayerMeta {
-    /// The names of the other files that the image consists of, as it spells them.
-    pub fn files(&self) -> Vec<&Path> {
-        match self {
-            LayerMeta::Raw { .. } | LayerMeta::Qed(_) | LayerMeta::Vdi(_) => Vec::new(),
-            LayerMeta::Vmdk(image) => image.files(),
-            LayerMeta::Qcow2(image) => {
-                image.header.data_file_name().map(path_of).into_iter().collect()
-            }
-        }
-    }
-}
-
 impl<F: Store> Layer<F> {
     /// All files are open: reads what is in the others.
     fn complete(&mut self, options: &OpenOptions) -> Result<(), Error> {
-        let write = options.write;
-        if let (LayerMeta::Qcow2(image), false) = (&self.meta, options.describe) {
-            image.header.refuse_encryption()?;
-        }
-        match &mut self.meta {
-            LayerMeta::Vmdk(image) => {
-                image.complete(&self.more)?;
-                if write {
-                    image.check_writable()?;
-                }
-            }
-            LayerMeta::Qcow2(image) if image.header.has_data_file() && self.more.is_empty() => {
-                return Err(Error::Invalid("'data-file' is required for this image".into()));
-            }
-            LayerMeta::Qcow2(_) | LayerMeta::Raw { .. } | LayerMeta::Qed(_) | LayerMeta::Vdi(_) => {
-            }
-        }
-        Ok(())
+        self.meta.complete(&self.more, options)
     }
 }
 
@@ -278,48 +227,23 @@ impl<F> Layer<F> {
 
     /// The size of the disk in this image, in bytes; a multiple of 512.
     pub fn size(&self) -> u64 {
-        match &self.meta {
-            LayerMeta::Raw { size } => *size,
-            LayerMeta::Qed(image) => image.header.image_size,
-            LayerMeta::Vmdk(image) => image.size,
-            LayerMeta::Qcow2(image) => image.header.disk_size(),
-            LayerMeta::Vdi(image) => image.header.size,
-        }
+        self.meta.size()
     }
 
     /// The backing file's name as the image spells it.
     pub fn backing_name(&self) -> Option<&Path> {
-        match &self.meta {
-            LayerMeta::Raw { .. } | LayerMeta::Vdi(_) => None,
-            LayerMeta::Qed(image) => image.backing_name.as_deref().map(path_of),
-            LayerMeta::Qcow2(image) => image.header.backing_name().map(path_of),
-            LayerMeta::Vmdk(image) => image.parent(),
-        }
+        self.meta.backing_name()
     }
 
     /// The backing file's format as the image records it; `None`: not recorded, or no backing.
     pub fn backing_format(&self) -> Option<Format> {
-        match &self.meta {
-            LayerMeta::Qed(image)
-                if image.backing_name.is_some() && image.header.backing_is_raw() =>
-            {
-                Some(Format::Raw)
-            }
-            LayerMeta::Vmdk(image) => image.parent().map(|_| Format::Vmdk),
-            LayerMeta::Qcow2(_) => Format::from_name(self.backing_format_name()?.as_str()),
-            _ => None,
-        }
+        self.meta.backing_format()
     }
 
     /// The backing file's format as the image spells it: untrusted text, control characters
     /// escaped. Not every name is that of a format.
     pub fn backing_format_name(&self) -> Option<String> {
-        match &self.meta {
-            LayerMeta::Qcow2(image) => {
-                image.header.backing_format().map(|name| Shown(path_of(name)).to_string())
-            }
-            _ => self.backing_format().map(|format| format.to_string()),
-        }
+        self.meta.backing_format_name()
     }
 }
 
@@ -379,17 +303,12 @@ pub fn open_named<H: Host>(
     }
     // Nothing is written, not even a repair, before everything is known to open.
     if let (true, Some(top)) = (options.write, layers.first_mut()) {
-        top.meta = open_meta(&top.file, top.format, options)?;
+        top.meta = LayerMeta::open(&top.file, top.format, options)?;
         top.complete(options)?;
     }
     for i in 1..layers.len() {
-        let cid = match &layers[i].meta {
-            LayerMeta::Vmdk(below) => Some(below.descriptor.cid),
-            _ => None,
-        };
-        if let LayerMeta::Vmdk(image) = &mut layers[i - 1].meta {
-            image.parent_changed = cid != Some(image.descriptor.parent_cid);
-        }
+        let below = layers[i].meta.content_id();
+        layers[i - 1].meta.found_backing(below);
     }
     Ok(Chain { layers })
 }
@@ -423,11 +342,8 @@ pub fn open_named_in_header<H: Host>(
     format: Format,
     options: &OpenOptions,
 ) -> Result<Vec<H::File>, Error> {
-    if format != Format::Qcow2 {
-        return Ok(Vec::new());
-    }
-    let Ok(header) = qcow2::rest::open::describe_header(file) else { return Ok(Vec::new()) };
-    let names: Vec<&Path> = header.data_file_name().map(path_of).into_iter().collect();
+    let names = format::names_in_header(file, format);
+    let names: Vec<&Path> = names.iter().map(PathBuf::as_path).collect();
     let mut seen = vec![host.identity(file).map_err(Error::open(path))?];
     open_files(host, path, &names, options, &mut seen)
 }
@@ -501,7 +417,7 @@ pub fn layer_in<F: Store>(file: F, path: &Path, options: &OpenOptions) -> Result
         Some(format) => format,
         None => probe_file(&file)?,
     };
-    let meta = open_meta(&file, format, options)?;
+    let meta = LayerMeta::open(&file, format, options)?;
     let probed = options.format.is_none();
     Ok(Layer { path: path.to_path_buf(), format, probed, file, more: Vec::new(), meta })
 }
@@ -572,41 +488,6 @@ fn open_files_as<H: Host>(
         files.push(file);
     }
     Ok(files)
-}
-
-fn open_meta<F: Store>(
-    file: &F,
-    format: Format,
-    options: &OpenOptions,
-) -> Result<LayerMeta, Error> {
-    Ok(match format {
-        Format::Raw => {
-            let len = file.len().map_err(Error::io("find the image's length"))?;
-            let size = len.checked_next_multiple_of(qed::disk::layout::SECTOR);
-            let size = size.filter(|&size| size <= i64::MAX as u64);
-            LayerMeta::Raw {
-                size: size.ok_or_else(|| Error::Limit(format!("{len} bytes are too many")))?,
-            }
-        }
-        Format::Qed => {
-            let access = match (options.write, options.ignore_need_check) {
-                (false, _) => qed::rest::open::Access::Read,
-                (true, false) => qed::rest::open::Access::Write,
-                (true, true) => qed::rest::open::Access::WriteUnchecked,
-            };
-            LayerMeta::Qed(qed::rest::open::open(file, access)?)
-        }
-        Format::Vmdk => LayerMeta::Vmdk(vmdk::rest::open::open(file)?),
-        Format::Vdi => LayerMeta::Vdi(vdi::rest::open::open(file, options.write)?),
-        Format::Qcow2 => {
-            let access = match (options.write, options.ignore_need_check) {
-                (false, _) => qcow2::rest::open::Access::Read,
-                (true, false) => qcow2::rest::open::Access::Write,
-                (true, true) => qcow2::rest::open::Access::WriteUnchecked,
-            };
-            LayerMeta::Qcow2(qcow2::rest::open::open(file, access)?)
-        }
-    })
 }
 
 /// A file that an image names.
@@ -685,7 +566,7 @@ pub fn backing_name(overlay: &Path, name: &Path) -> Result<Name, Error> {
     Ok(Name::plain(folder_of(overlay).join(name), None))
 }
 
-fn path_of(name: &[u8]) -> &Path {
+pub(crate) fn path_of(name: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(name))
 }
 

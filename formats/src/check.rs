@@ -6,8 +6,9 @@ use cowbell_engine::store::Store;
 
 use crate::chain::{Host, Layer, OpenOptions, open_whole_layer, probe_file};
 use crate::error::Error;
+use crate::format::check_file;
 use crate::probe::Format;
-use crate::{qcow2, qed, vdi, vmdk};
+use crate::vmdk;
 
 pub use crate::parts::report::{Event, Repair, Report, Unwatched, Watch};
 
@@ -48,20 +49,5 @@ pub fn check_layer<F: Store, W: Watch>(
     match layer.format {
         Format::Vmdk => vmdk::rest::check::check(layer, repair).map(Some),
         format => check_file(&layer.file, format, repair, watch),
-    }
-}
-
-/// Of formats whose tables are all in one file.
-fn check_file<F: Store, W: Watch>(
-    file: &F,
-    format: Format,
-    repair: Repair,
-    watch: &mut W,
-) -> Result<Option<Report>, Error> {
-    match format {
-        Format::Raw | Format::Vmdk => Ok(None),
-        Format::Qed => qed::rest::check::check(file, repair).map(Some),
-        Format::Qcow2 => qcow2::rest::check::check_watched(file, repair, watch).map(Some),
-        Format::Vdi => vdi::rest::check::check(file, repair).map(Some),
     }
 }

@@ -17,7 +17,7 @@ use cowbell_engine::store::Store;
 use cowbell_engine::sys::lock::{Lock, Locking};
 use cowbell_engine::units::Errno;
 
-use crate::chain::{self, Host, Layer, LayerMeta, OpenOptions, Policy, backing_name};
+use crate::chain::{self, Host, Layer, OpenOptions, Policy, backing_name};
 use crate::error::{Error, Shown};
 use crate::locks;
 use crate::preallocation::{Preallocation, preallocate};
@@ -783,13 +783,7 @@ fn look_at_backing<H: Host>(
     name: &Path,
     format: Option<Format>,
 ) -> Result<(u64, Option<u32>, Format), Error> {
-    let said = |layer: &Layer<H::File>| {
-        let cid = match &layer.meta {
-            LayerMeta::Vmdk(image) => Some(image.descriptor.cid),
-            _ => None,
-        };
-        (layer.size(), cid, layer.format)
-    };
+    let said = |layer: &Layer<H::File>| (layer.size(), layer.meta.content_id(), layer.format);
     let path = backing_name(target, name)?.path;
     let (backing, files) = (Policy::Any, Policy::Any);
     // It is only asked for its size: others may have it open.

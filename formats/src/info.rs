@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
 
-use crate::chain::{Host, Layer, LayerMeta, OpenOptions, backing_name, open_layer};
+use crate::chain::{Host, Layer, OpenOptions, backing_name, open_layer};
 use crate::error::Error;
+use crate::format::LayerMeta;
 use crate::name::protocol;
 use crate::probe::Format;
 use crate::qcow2::disk::snapshot_table;
@@ -76,15 +77,6 @@ pub fn info<H: Host>(host: &H, path: &Path, format: Option<Format>) -> Result<In
 ///
 /// [`Error::Io`]; [`Error::Corrupt`] for bad tables of snapshots or bitmaps.
 pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
-    let (cluster_size, dirty) = match &layer.meta {
-        LayerMeta::Raw { .. } => (None, false),
-        LayerMeta::Qed(image) => {
-            (Some(image.geometry().cluster_size()), image.header.needs_check())
-        }
-        LayerMeta::Qcow2(image) => (Some(image.geometry().cluster_size()), image.header.is_dirty()),
-        LayerMeta::Vdi(image) => (Some(image.header.block_size()), false),
-        LayerMeta::Vmdk(image) => (vmdk::rest::info::grain_size(image), false),
-    };
     let name = layer.backing_name();
     Ok(Info {
         path: layer.path.clone(),
@@ -92,11 +84,11 @@ pub fn info_of<F: Store>(layer: &Layer<F>) -> Result<Info, Error> {
         probed: layer.probed,
         virtual_size: layer.size(),
         file_len: layer.file.len().map_err(Error::io("find the image's length"))?,
-        cluster_size,
+        cluster_size: layer.meta.cluster_size(),
         backing_file: name.map(Path::to_path_buf),
         full_backing_file: name.and_then(|name| full_name(&layer.path, name)),
         backing_format: layer.backing_format_name(),
-        dirty,
+        dirty: layer.meta.is_dirty(),
         encrypted: match &layer.meta {
             LayerMeta::Qcow2(image) => image.header.encryption.is_some(),
             _ => false,

@@ -7,15 +7,11 @@
 use std::ops::Range;
 
 use cowbell_engine::store::Store;
-use cowbell_engine::units::{GuestOffset, HostOffset};
+use cowbell_engine::units::HostOffset;
 
-use crate::chain::{Chain, Layer, LayerMeta};
+use crate::chain::Chain;
 use crate::error::Error;
-use crate::qcow2;
-use crate::qed;
-use crate::qed::disk::layout::Entry;
-use crate::vdi;
-use crate::vmdk;
+use crate::format;
 
 /// A stretch of the disk that is all of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,20 +189,14 @@ pub fn read<F: Store>(chain: &Chain<F>, offset: u64, buf: &mut [u8]) -> Result<(
                 let file = chain.layers[extent.depth].numbered(extent.file);
                 file.read_at(host.0, part).map_err(Error::io("read the image"))?;
             }
-            Kind::Compressed => read_compressed(&chain.layers[extent.depth], extent.start, part)?,
+            Kind::Compressed => {
+                format::read_compressed(&chain.layers[extent.depth], extent.start, part)?
+            }
             Kind::Zero(_) | Kind::Unallocated => part.fill(0),
         }
         done += part.len();
     }
     Ok(())
-}
-
-fn read_compressed<F: Store>(layer: &Layer<F>, at: u64, part: &mut [u8]) -> Result<(), Error> {
-    match &layer.meta {
-        LayerMeta::Vmdk(image) => vmdk::rest::grain::read(image, layer, at, part),
-        LayerMeta::Qcow2(image) => qcow2::rest::map::read_compressed(&layer.file, image, at, part),
-        _ => unreachable!("only qcow2 and VMDK images have compressed clusters"),
-    }
 }
 
 /// Whether the file system is asked where a raw file's holes are.
@@ -222,21 +212,7 @@ fn piece<F: Store>(chain: &Chain<F>, offset: u64, len: u64, holes: Holes) -> Res
     let mut depth = 0;
     loop {
         let layer = &chain.layers[depth];
-        let mut number = 0;
-        let (kind, n) = match &layer.meta {
-            LayerMeta::Raw { .. } => raw(&layer.file, offset, len, holes)?,
-            LayerMeta::Qed(image) => qed(&layer.file, image, offset, len)?,
-            LayerMeta::Vdi(image) => vdi::rest::map::piece(&layer.file, image, offset, len, holes)?,
-            LayerMeta::Vmdk(image) => {
-                let extent = image.extent_at(offset);
-                number = extent.file;
-                vmdk::rest::map::piece(layer.numbered(number), extent, offset, len, holes)?
-            }
-            LayerMeta::Qcow2(image) => {
-                number = usize::from(image.header.has_data_file());
-                qcow2::rest::map::lookup(&layer.file, image, offset, len)?
-            }
-        };
+        let (kind, n, number) = format::piece(layer, offset, len, holes)?;
         assert!((1..=len).contains(&n), "a lookup answers for 1 to {len} bytes, not {n}");
         // What has no place is in no file.
         let file = if matches!(kind, Kind::Zero(None) | Kind::Unallocated) { 0 } else { number };
@@ -249,12 +225,7 @@ fn piece<F: Store>(chain: &Chain<F>, offset: u64, len: u64, holes: Holes) -> Res
         if kind != Kind::Unallocated || rest == 0 {
             return Ok(extent);
         }
-        if let LayerMeta::Vmdk(image) = &layer.meta
-            && image.parent_changed
-        {
-            let what = "the parent has changed since this image was made: its CID is another";
-            return Err(Error::Corrupt { what, at: image.text_at });
-        }
+        layer.meta.check_backing()?;
         len = n.min(rest);
         depth += 1;
     }
@@ -278,64 +249,4 @@ pub(crate) fn raw<F: Store>(
     let end = if extent.end > offset { extent.end.min(file_len) } else { file_len };
     let kind = if extent.data { Kind::Data(here) } else { Kind::Zero(Some(here)) };
     Ok((kind, len.min(end - offset)))
-}
-
-fn qed<F: Store>(
-    file: &F,
-    image: &qed::Opened,
-    offset: u64,
-    len: u64,
-) -> Result<(Kind, u64), Error> {
-    let geometry = image.geometry();
-    let bounds = image.bounds();
-    let guest = GuestOffset(offset);
-    let l1_index = geometry.l1_index(guest);
-    let span_end = (l1_index + 1).saturating_mul(geometry.l2_span());
-    let table = match bounds.l1_entry(image.l1[l1_index as usize]) {
-        Some(Some(table)) => table,
-        Some(None) => {
-            let wanted = (len / geometry.l2_span() + 1) as usize;
-            let next = image.l1[l1_index as usize + 1..].iter().take(wanted);
-            let more = next.take_while(|&&raw| raw == 0).count() as u64;
-            let end = span_end.saturating_add(more.saturating_mul(geometry.l2_span()));
-            return Ok((Kind::Unallocated, len.min(end - offset)));
-        }
-        None => {
-            let at = image.header.l1_offset.0 + l1_index * 8;
-            return Err(Error::Corrupt { what: "invalid L1 entry", at });
-        }
-    };
-    // One sector of the table: 64 entries, and whatever disk it is on, no more than it has to read.
-    const SECTOR: u64 = 512;
-    let at = table.0 + geometry.l2_index(guest) * 8;
-    let mut sector = [0; SECTOR as usize];
-    file.read_at(at & !(SECTOR - 1), &mut sector).map_err(Error::io("read an L2 table"))?;
-    let first = (at % SECTOR) as usize / 8;
-    let mut entries = sector.as_chunks::<8>().0[first..].iter().map(|raw| u64::from_le_bytes(*raw));
-    let inside = geometry.offset_in_cluster(guest);
-    let size = geometry.cluster_size();
-    let entry = entries.next().and_then(|raw| bounds.l2_entry(raw));
-    let Some(entry) = entry else {
-        return Err(Error::Corrupt { what: "invalid L2 entry", at });
-    };
-    let mut covered = size - inside;
-    for raw in entries {
-        let goes_on = match entry {
-            Entry::Data(start) => {
-                // `covered` bytes from `offset`, that is `covered + inside` from the cluster.
-                Some(raw) == start.0.checked_add(covered + inside) && bounds.l2_entry(raw).is_some()
-            }
-            entry => Entry::decode(raw) == entry,
-        };
-        if covered >= len || !goes_on {
-            break;
-        }
-        covered += size;
-    }
-    let kind = match entry {
-        Entry::Unallocated => Kind::Unallocated,
-        Entry::Zero => Kind::Zero(None),
-        Entry::Data(start) => Kind::Data(HostOffset(start.0 + inside)),
-    };
-    Ok((kind, len.min(covered)))
 }

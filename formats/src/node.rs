@@ -10,7 +10,8 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{FileId, NodeId, Time};
 
-use crate::chain::{Chain, LayerMeta};
+use crate::chain::Chain;
+use crate::format::LayerMeta;
 use crate::parts::backing::Backing;
 use crate::probe::Format;
 use crate::qcow2::run::{self as qcow2, Qcow2, Qcow2Options};

@@ -5,8 +5,9 @@ use std::fmt;
 use cowbell_engine::store::Store;
 
 use crate::Format;
-use crate::chain::{Layer, LayerMeta};
+use crate::chain::Layer;
 use crate::error::Error;
+use crate::format::LayerMeta;
 use crate::qcow2;
 use crate::qcow2::disk::header::Header;
 use crate::qcow2::rest::bitmap::{self, Bitmap};

@@ -2,4 +2,5 @@
 
 pub mod check;
 pub mod create;
+pub(crate) mod map;
 pub mod open;

@@ -17,8 +17,9 @@ use std::collections::BTreeSet;
 
 use cowbell_engine::store::Store;
 
-use crate::chain::{Layer, LayerMeta};
+use crate::chain::Layer;
 use crate::error::Error;
+use crate::format::LayerMeta;
 use crate::vmdk::disk::layout::entry_bytes;
 use crate::vmdk::disk::layout::{Bounds, Entry, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::grain::read_grain;

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::chain::{Layer, LayerMeta};
+use crate::chain::Layer;
+use crate::format::LayerMeta;
 use crate::vmdk::Opened;
 use crate::vmdk::disk::descriptor::{Descriptor, Kind, Line, LineKind};
 use crate::vmdk::disk::layout::SECTOR_BITS;
