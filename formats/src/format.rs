@@ -13,6 +13,7 @@ use cowbell_engine::store::Store;
 use crate::chain::{Layer, OpenOptions, path_of};
 use crate::error::{Error, Shown};
 use crate::map::{self, Holes, Kind};
+use crate::parts::access::Access;
 use crate::parts::report::{Repair, Report, Watch};
 use crate::probe::Format;
 use crate::{qcow2, qed, vdi, vmdk};
@@ -42,6 +43,11 @@ impl LayerMeta {
         format: Format,
         options: &OpenOptions,
     ) -> Result<LayerMeta, Error> {
+        let access = match (options.write, options.ignore_need_check) {
+            (false, _) => Access::Read,
+            (true, false) => Access::Write,
+            (true, true) => Access::WriteUnchecked,
+        };
         Ok(match format {
             Format::Raw => {
                 let len = file.len().map_err(Error::io("find the image's length"))?;
@@ -51,24 +57,10 @@ impl LayerMeta {
                     size: size.ok_or_else(|| Error::Limit(format!("{len} bytes are too many")))?,
                 }
             }
-            Format::Qed => {
-                let access = match (options.write, options.ignore_need_check) {
-                    (false, _) => qed::rest::open::Access::Read,
-                    (true, false) => qed::rest::open::Access::Write,
-                    (true, true) => qed::rest::open::Access::WriteUnchecked,
-                };
-                LayerMeta::Qed(qed::rest::open::open(file, access)?)
-            }
+            Format::Qed => LayerMeta::Qed(qed::rest::open::open(file, access)?),
             Format::Vmdk => LayerMeta::Vmdk(vmdk::rest::open::open(file)?),
             Format::Vdi => LayerMeta::Vdi(vdi::rest::open::open(file, options.write)?),
-            Format::Qcow2 => {
-                let access = match (options.write, options.ignore_need_check) {
-                    (false, _) => qcow2::rest::open::Access::Read,
-                    (true, false) => qcow2::rest::open::Access::Write,
-                    (true, true) => qcow2::rest::open::Access::WriteUnchecked,
-                };
-                LayerMeta::Qcow2(qcow2::rest::open::open(file, access)?)
-            }
+            Format::Qcow2 => LayerMeta::Qcow2(qcow2::rest::open::open(file, access)?),
         })
     }
 

@@ -1,5 +1,6 @@
 //! What several formats are made of. A part has no policy: the format says what is to happen.
 
+pub mod access;
 pub(crate) mod attempts;
 pub mod backing;
 pub(crate) mod claims;

@@ -18,6 +18,8 @@ use crate::qcow2::disk::snapshot_table::{self, Snapshot};
 use crate::qcow2::rest::bitmap::{self, Bitmap};
 use crate::qcow2::rest::check::{self, Repair};
 
+pub use crate::parts::access::Access;
+
 /// The metadata of an open image that a driver keeps in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Opened {
@@ -51,17 +53,6 @@ impl Opened {
         let at = self.file_len.checked_next_multiple_of(size)?;
         (at <= i64::MAX as u64 - size).then_some(HostOffset(at))
     }
-}
-
-/// How to open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Write nothing. An encrypted image opens too, to be described.
-    Read,
-    /// For writing, after repairing what is dirty.
-    Write,
-    /// For writing, but leave a dirty image the way it is.
-    WriteUnchecked,
 }
 
 /// Opens the image in `file`.

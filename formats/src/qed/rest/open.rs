@@ -14,6 +14,8 @@ use crate::parts::length::file_len;
 use crate::qed::disk::layout::{Bounds, Geometry, HEADER_BLOCK, Header};
 use crate::qed::rest::check::{self, Repair};
 
+pub use crate::parts::access::Access;
+
 /// [`Opened::l1`] is filled up to a multiple of this many entries, 4 KiB, so that any part of it
 /// can be written back as whole sectors of any disk. Every table's size is a multiple of it too.
 pub const L1_BLOCK_ENTRIES: u64 = 512;
@@ -57,17 +59,6 @@ impl Opened {
         let size = self.geometry().cluster_size();
         self.file_len.checked_next_multiple_of(size).filter(|&at| at <= i64::MAX as u64 - size)
     }
-}
-
-/// How to open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Write nothing.
-    Read,
-    /// For writing: clear unknown autoclear bits; check and repair an image that needs it.
-    Write,
-    /// For writing, but leave an image marked as needing a check the way it is.
-    WriteUnchecked,
 }
 
 /// Opens the image in `file`.
