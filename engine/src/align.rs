@@ -37,8 +37,8 @@ use crate::core::Core;
 use crate::file::Claim;
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
+use crate::request::{Event, Io, IoKind, Step};
 use crate::slots::{Cause, Origin, Work};
-use crate::step::{Event, Io, IoKind, Step};
 use crate::units::{BufId, Errno, FileId, NodeId, ReqId, align_down, align_up};
 
 /// An op being taken apart.

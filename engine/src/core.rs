@@ -10,19 +10,19 @@ use std::io;
 use slab::Slab;
 
 use crate::align::{self, Job};
-use crate::backend::{Completion, FileInfo};
+use crate::backend::FileInfo;
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::FileState;
 use crate::life::{NodeRecord, Stage};
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
-use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
+use crate::op::{Base, Completion, Op, OpKind, Seg, Segs, Target};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
+use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
-use crate::step::{Io, IoKind};
 use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 

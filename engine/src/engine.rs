@@ -14,9 +14,10 @@ use crate::mem::{Mem, Memory};
 use crate::mutant;
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
+use crate::request::{Chore, Event, Io, IoKind, Pass, REQUEST_MAX, Step};
 use crate::slots::{Cause, Origin, Renamed, Waits, Work};
 use crate::stats::{Call, NodeStats, STATES_MAX, Stats};
-use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use crate::step::{Cx, Driver};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
 /// A finished request.
@@ -800,9 +801,6 @@ const STEPS_PER_LOOK: usize = 32;
 /// Ops in the first slice, before anything is known of the backend: twice as many in the next.
 const PACE_FIRST: usize = 1;
 const PACE_MAX: usize = 1024;
-
-/// The largest read or write, in bytes.
-pub const REQUEST_MAX: u64 = 1 << 31;
 
 /// `Go` steps in a row that no sound driver reaches.
 const GO_MAX: usize = 64;

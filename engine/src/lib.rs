@@ -163,6 +163,7 @@ pub mod mutants;
 pub mod op;
 pub mod ops;
 mod queue;
+mod request;
 mod slots;
 pub mod stats;
 pub mod step;
@@ -172,6 +173,7 @@ pub mod tables;
 pub mod units;
 pub mod wait;
 
-pub use engine::{Engine, Finished, Progress, REQUEST_MAX, Refused, Why};
+pub use engine::{Engine, Finished, Progress, Refused, Why};
 pub use events::NodeEvent;
 pub use limits::Limits;
+pub use request::REQUEST_MAX;

@@ -24,8 +24,9 @@ use crate::core::Core;
 use crate::engine::{Drain, Engine, Why};
 use crate::events::NodeEvent;
 use crate::mutant;
+use crate::request::Chore;
 use crate::stats::{Ended, NodeStats};
-use crate::step::{Chore, Driver};
+use crate::step::Driver;
 use crate::units::{Errno, FileId, NodeId, RegionId};
 
 /// How far a node is.
