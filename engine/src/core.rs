@@ -12,7 +12,7 @@ use slab::Slab;
 use crate::align::{self, Job};
 use crate::backend::FileInfo;
 use crate::events::{EVENTS_MAX, NodeEvent};
-use crate::file::FileState;
+use crate::file::{FileState, Flush, NextFlush};
 use crate::life::{NodeRecord, Stage};
 use crate::limits::Limits;
 use crate::mem::Memory;
@@ -234,6 +234,54 @@ impl Core {
             }
         }
         began
+    }
+
+    /// `request` wants everything that has completed on `file` to be stable.
+    pub fn issue_flush(&mut self, request: ReqId, file: FileId) {
+        match self.files[file.index()].ask_flush(request) {
+            Flush::Failed(errno) => {
+                let slot = self.ops.slot_mut(request);
+                slot.issued = true;
+                slot.failed = slot.failed.or(Some(errno));
+            }
+            Flush::NotOwed => self.ops.slot_mut(request).issued = true,
+            Flush::Issue => self.enqueue_flush(request, file),
+            Flush::Ride => self.expect_result(request),
+        }
+    }
+
+    fn enqueue_flush(&mut self, request: ReqId, file: FileId) {
+        let uncovered = self.ops.are_changing(file) && !mutant!("flush_covers_what_is_in_flight");
+        self.files[file.index()].flush_issued(uncovered);
+        self.stats.flushes += 1;
+        self.enqueue(request, Op::flush(file));
+    }
+
+    /// A flush of a file has come back.
+    fn complete_flush(&mut self, file: FileId, leader: ReqId, result: Result<(), Errno>) {
+        let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
+        let told = self.files[file.index()].flush_ended(leader, result);
+        if let Err(errno) = result
+            && mutant!("failed_flush_poisons_others")
+        {
+            self.files.iter_mut().for_each(|other| other.poison(errno));
+        }
+        for &rider in &told {
+            self.op_done(rider, result);
+        }
+        match self.files[file.index()].next_flush(told) {
+            NextFlush::NotOwed => {}
+            NextFlush::Issue(first) => {
+                self.ops.slot_mut(first).pending -= 1;
+                self.enqueue_flush(first, file);
+            }
+            NextFlush::Failed(waiting, errno) => {
+                for &rider in &waiting {
+                    self.op_done(rider, Err(errno));
+                }
+                self.files[file.index()].next_flush(waiting);
+            }
+        }
     }
 
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
