@@ -9,10 +9,10 @@ use std::io;
 
 use slab::Slab;
 
-use crate::align::{self, Job};
 use crate::backend::FileInfo;
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
+use crate::file_job::{self, Job};
 use crate::life::{NodeRecord, Stage};
 use crate::limits::Limits;
 use crate::mem::Memory;
@@ -166,7 +166,7 @@ impl Core {
 
     #[inline(never)]
     fn issue_to_file(&mut self, request: ReqId, file: FileId, op: Op) {
-        if op.kind.has_memory() && align::is_direct(self, file, &op) {
+        if op.kind.has_memory() && self.files[file.index()].is_direct(&op, &self.mem) {
             self.enqueue(request, op);
         } else {
             self.issue_otherwise(request, file, op);
@@ -178,17 +178,17 @@ impl Core {
         match op.kind {
             OpKind::Flush => self.issue_flush(request, file),
             OpKind::Discard => {
-                let op = align::within_blocks(self, file, op);
+                let op = self.files[file.index()].within_blocks(op);
                 if self.give_up(file, op.offset, op.end()) {
                     self.ops.slot_mut(request).issued = true;
                 } else {
-                    align::spawn(self, request, file, op);
+                    self.take_apart(request, file, op);
                 }
             }
             OpKind::Zero { unmap } if op.len <= self.limits.zeros_written => {
                 self.write_zeros(request, file, op, unmap);
             }
-            _ => align::spawn(self, request, file, op),
+            _ => self.take_apart(request, file, op),
         }
     }
 
@@ -199,7 +199,7 @@ impl Core {
         self.issue_to_file(request, file, Op::write(file, op.offset, segs));
         // A device may have other bytes after a discard.
         if unmap && self.files[file.index()].info.can_grow {
-            let hole = align::within_blocks(self, file, op);
+            let hole = self.files[file.index()].within_blocks(op);
             self.give_up(file, hole.offset, hole.end());
         }
     }
@@ -228,12 +228,48 @@ impl Core {
         let mut began = false;
         for at in 0..self.files.len() {
             let file = &self.files[at];
+            let id = file.id;
             if !file.given_up.is_empty() && !file.given_up.is_going_on && wants(file) {
-                align::spawn_give_back(self, file.id);
+                self.begin_give_back(id);
                 began = true;
             }
         }
         began
+    }
+
+    /// Begins to take an op of `request` apart: see `align.rs`.
+    #[cold]
+    fn take_apart(&mut self, request: ReqId, file: FileId, op: Op) {
+        let node = self.ops.slot(request).node;
+        let job = Job::new(file, op, file_job::State::Claim);
+        self.begin_job(job, node, Origin::Child(request));
+        self.expect_result(request);
+    }
+
+    fn begin_job(&mut self, job: Job, node: NodeId, origin: Origin) {
+        let io = Io { kind: IoKind::Read, offset: job.op.offset, len: job.op.len };
+        let key = self.jobs.insert(job) as u32;
+        let id = self.begin(node, io, origin, 0, 0);
+        let slot = self.ops.slot_mut(id);
+        (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
+    }
+
+    /// Begins to give back what was given up of a file.
+    fn begin_give_back(&mut self, file: FileId) {
+        self.files[file.index()].given_up.is_going_on = true;
+        let op = Op::bare(OpKind::Discard, file, 0, 0);
+        let job = Job::new(file, op, file_job::State::Gate);
+        self.begin_job(job, NodeId::NONE, Origin::Chore);
+    }
+
+    /// Something has ended: who has closed a gate looks again whether all has.
+    #[cold]
+    pub fn wake_closers(&mut self) {
+        for at in 0..self.files.len() {
+            let mut list = self.files[at].gate.quiet_waiter;
+            self.wake_all(&mut list);
+            self.files[at].gate.quiet_waiter = list;
+        }
     }
 
     /// `request` wants everything that has completed on `file` to be stable.
@@ -446,7 +482,7 @@ impl Core {
             self.wake_write_waiters();
         }
         if self.closed > 0 {
-            align::wake_closers(self);
+            self.wake_closers();
         }
         self.wake_past_waiters();
     }

@@ -10,6 +10,7 @@ use std::hash::{Hash, Hasher};
 use crate::backend::FileInfo;
 use crate::given_up::GivenUp;
 use crate::limits::Limits;
+use crate::mem::Memory;
 use crate::mutant;
 use crate::op::{Op, OpKind, Seg};
 use crate::units::{Errno, FileId, ReqId, Time, align_down, align_up};
@@ -207,6 +208,62 @@ impl FileState {
         if end > self.len {
             self.len = end;
         }
+    }
+
+    /// Can it take this read or write as it is, now?
+    pub fn is_direct(&self, op: &Op, mem: &Memory) -> bool {
+        (op.offset | op.len) & u64::from(self.block_mask) == 0
+            && mem.is_aligned(&op.segs, self.address_mask, self.block_mask)
+            && !self.is_closed()
+            && self.to_give_back(op).is_none()
+            && (!op.kind.modifies() || !self.is_claimed(op.offset, op.end()))
+    }
+
+    /// Does a read or write wait for somebody who has, or wants, the file to himself?
+    pub fn is_closed(&self) -> bool {
+        self.gate.closed_by.is_some() && !mutant!("gate_ignored")
+    }
+
+    /// Can it take this zeroing, discard or change of length as it is, now?
+    pub fn is_whole(&self, op: &Op) -> bool {
+        let cut = (op.offset | op.len) & self.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
+        let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || self.zero_unsupported);
+        let (start, end) = self.claim_of(op);
+        !written && self.moved_end(op).is_none() && !self.is_claimed(start, end)
+    }
+
+    /// Where a block of the file system is cut by the file's end, as it is or will be, if `op` moves it.
+    fn moved_end(&self, op: &Op) -> Option<u64> {
+        let end = match op.kind {
+            OpKind::Truncate => op.offset.min(self.len),
+            OpKind::Allocate | OpKind::Zero { .. } if op.end() > self.len => self.len,
+            _ => return None,
+        };
+        (end & self.hole_mask != 0 && !mutant!("file_end_cuts_unclaimed")).then_some(end)
+    }
+
+    /// The whole blocks, of the file and of its file system, that `op` changes something in.
+    pub fn claim_of(&self, op: &Op) -> (u64, u64) {
+        let (start, end) = match op.kind {
+            OpKind::Truncate => (op.offset.min(self.len), u64::MAX),
+            _ => (op.offset, op.end()),
+        };
+        let start = self.moved_end(op).map_or(start, |moved| start.min(moved));
+        let block = u64::from(self.info.request_align.max(self.info.hole_align));
+        (align_down(start, block), align_up(end, block).unwrap_or(u64::MAX))
+    }
+
+    /// A discard without the blocks that it cuts.
+    pub fn within_blocks(&self, op: Op) -> Op {
+        let block = self.hole_mask + 1;
+        let Some(start) = align_up(op.offset, block) else { return Op { len: 0, ..op } };
+        let end = align_down(op.end(), block);
+        Op { offset: start, len: end.saturating_sub(start), ..op }
+    }
+
+    /// Does somebody have a claim that overlaps this range?
+    pub fn is_claimed(&self, start: u64, end: u64) -> bool {
+        self.claims.iter().any(|claim| claim.start < end && start < claim.end)
     }
 
     /// `request` wants everything that has completed to be stable.

@@ -155,6 +155,7 @@ pub mod event_loop;
 pub mod events;
 pub mod faulty;
 mod file;
+mod file_job;
 mod given_up;
 mod life;
 mod limits;
