@@ -13,10 +13,10 @@ use crate::backend::FileInfo;
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
-use crate::life::{NodeRecord, Stage};
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
+use crate::node::{NodeRecord, Stage};
 use crate::op::{Base, Completion, Op, OpKind, Seg, Segs, Target};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
@@ -797,6 +797,53 @@ impl Core {
         self.wake_all(&mut waiters);
         let mut waiters = std::mem::take(&mut self.bounce_waiters);
         self.wake_all(&mut waiters);
+    }
+
+    /// Is this a node? Not one that was closed, nor another engine's.
+    #[inline]
+    pub fn has_node(&self, node: NodeId) -> bool {
+        self.nodes.get(node.index()).is_some_and(|record| record.id == node && !record.is_vacant)
+    }
+
+    /// A node begins to be looked at, or nothing is to be seen of it any more.
+    pub fn recount_moving(&mut self) {
+        self.moving = self.nodes.iter().filter(|node| node.is_moving()).count();
+    }
+
+    /// The place of the next node: its index.
+    pub fn next_node(&mut self, tag: u16) -> usize {
+        let index = self.nodes_free.pop().unwrap_or_else(|| {
+            self.nodes.push(NodeRecord::new(NodeId::new(tag, self.nodes.len())));
+            self.nodes.len() - 1
+        });
+        let record = &mut self.nodes[index];
+        *record = NodeRecord::new(record.id);
+        record.regions = std::mem::take(&mut self.loose_regions);
+        index
+    }
+
+    /// A node goes: its memory is freed, its place is for the next one.
+    pub fn free_node(&mut self, index: usize) {
+        let record = &mut self.nodes[index];
+        let is_at_rest = record.is_quiet() && record.shares == [0; 2];
+        assert!(is_at_rest || mutant!("close_waits_for_nothing"), "{record:?} goes at work");
+        let id = record.id;
+        let regions = std::mem::take(&mut record.regions);
+        let next = id.next_generation();
+        *record = NodeRecord {
+            is_vacant: true,
+            is_top: false,
+            open_to: 0,
+            ..NodeRecord::new(next.unwrap_or(NodeId::NONE))
+        };
+        regions.into_iter().for_each(|region| self.mem.free_region(region));
+        self.corrupt.retain(|&node| node != id);
+        if next.is_some() {
+            self.nodes_free.push(index);
+        }
+        if mutant!("id_used_again") {
+            self.nodes[index].id = id;
+        }
     }
 
     /// The id of the next file, which is attached if `attach` says so.

@@ -161,6 +161,7 @@ mod life;
 mod limits;
 pub mod mem;
 pub mod mutants;
+mod node;
 pub mod op;
 pub mod ops;
 mod queue;
@@ -174,7 +175,8 @@ pub mod tables;
 pub mod units;
 pub mod wait;
 
-pub use engine::{Engine, Finished, Progress, Refused, Why};
+pub use engine::{Engine, Finished, Progress, Refused};
 pub use events::NodeEvent;
+pub use life::Why;
 pub use limits::Limits;
 pub use request::REQUEST_MAX;
