@@ -23,6 +23,7 @@ use crate::queue::Queue;
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
+use crate::status::Status;
 use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
@@ -342,6 +343,27 @@ impl Core {
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (seg.base, seg.off);
         self.expect_result(request);
+    }
+
+    /// Has `node`, a layer below, answer what `request` asks, about `len` bytes at `offset`.
+    pub fn issue_status(&mut self, request: ReqId, node: NodeId, offset: u64, len: u64) {
+        let slot = self.ops.slot(request);
+        let IoKind::Status { depth } = slot.io.kind else {
+            panic!("{request:?} does not ask what is where: {:?}", slot.io)
+        };
+        let (base, base_off, bits) = (slot.base, slot.base_off, slot.base_bits);
+        let io = Io { kind: IoKind::Status { depth: depth.saturating_add(1) }, offset, len };
+        let child = self.begin(node, io, Origin::Child(request), 0, bits);
+        let slot = self.ops.slot_mut(child);
+        (slot.base, slot.base_off) = (base, base_off);
+        self.expect_result(request);
+    }
+
+    /// Puts the answer into the memory of a request that asks what is where.
+    pub fn answer_status(&mut self, request: ReqId, status: Status) {
+        let slot = self.ops.slot(request);
+        let (base, off, len) = (slot.base, slot.base_off, Status::BYTES as u32);
+        self.mem.scatter(&Segs::one(Seg { base, off, len }), 0, &status.to_bytes());
     }
 
     /// Sends a read or write on its way, of `len` bytes of the request's own memory from byte `off`

@@ -17,6 +17,7 @@ use crate::ops::Ops;
 use crate::request::{Chore, Event, Io, IoKind, Pass, REQUEST_MAX, Step};
 use crate::slots::{Cause, Origin, Renamed, Waits, Work};
 use crate::stats::{Call, NodeStats, STATES_MAX, Stats};
+use crate::status::Status;
 use crate::step::{Cx, Driver};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
@@ -220,7 +221,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// until [`poll`](Engine::poll) hands it back. `tag` comes back too; it need not be unique.
     ///
     /// Offset and length may be any bytes within the disk; for a read or write the length is that
-    /// of `mem`, and [`REQUEST_MAX`] at most. What does not fit is answered as every other failure:
+    /// of `mem`, and [`REQUEST_MAX`] at most; for a status `mem` has [`Status::BYTES`]. What does not fit is answered as every other failure:
     /// through `poll`, with [`Errno::INVALID`]. A length of 0 is a success.
     ///
     /// No order holds among requests in flight. Where their ranges overlap and one of them writes,
@@ -766,6 +767,7 @@ fn no_driver(node: NodeId) -> ! {
 fn mem_fits(io: &Io, mem: &Mem) -> bool {
     match io.kind {
         IoKind::Read | IoKind::Write { .. } => io.len == mem.len() as u64 && io.len <= REQUEST_MAX,
+        IoKind::Status { .. } => mem.len() == Status::BYTES,
         _ => true,
     }
 }

@@ -168,6 +168,7 @@ mod queue;
 mod request;
 mod slots;
 pub mod stats;
+pub mod status;
 pub mod step;
 pub mod store;
 pub mod sys;

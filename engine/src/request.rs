@@ -33,6 +33,13 @@ pub enum IoKind {
     /// format can shrink, and some disks cannot change. Requests in flight beyond the smaller size
     /// may fail, or undo it: wait for them first.
     Truncate,
+    /// Say what is at `offset`, and for how many of the `len` bytes from there: the request's memory,
+    /// of [`Status::BYTES`](crate::status::Status::BYTES), is filled with a
+    /// [`Status`](crate::status::Status).
+    Status {
+        /// Layers above the one that is asked.
+        depth: u8,
+    },
 }
 
 /// A request as the driver sees it.
@@ -60,6 +67,11 @@ impl Io {
     /// Flush.
     pub fn flush() -> Io {
         Io { kind: IoKind::Flush, offset: 0, len: 0 }
+    }
+
+    /// What is at `offset`, and for how many of `len` bytes?
+    pub fn status(offset: u64, len: u64) -> Io {
+        Io { kind: IoKind::Status { depth: 0 }, offset, len }
     }
 
     /// One past the last byte.

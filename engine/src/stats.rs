@@ -206,7 +206,14 @@ impl NodeStats {
             (Ok(()), IoKind::Write { .. }) => {
                 (self.writes, self.bytes_written) = (self.writes + 1, self.bytes_written + io.len);
             }
-            (Ok(()), IoKind::Flush | IoKind::Zero { .. } | IoKind::Discard | IoKind::Truncate) => {}
+            (
+                Ok(()),
+                IoKind::Flush
+                | IoKind::Zero { .. }
+                | IoKind::Discard
+                | IoKind::Truncate
+                | IoKind::Status { .. },
+            ) => {}
         }
     }
 }

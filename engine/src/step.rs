@@ -6,8 +6,10 @@ use std::hash::Hash;
 use crate::core::Core;
 use crate::events::NodeEvent;
 use crate::mem::Memory;
+use crate::mutant;
 use crate::op::{Op, OpKind, Seg, Segs};
-use crate::units::{BufId, FileId, NodeId, RegionId, ReqId, Time};
+use crate::status::{Status, StatusKind};
+use crate::units::{BufId, FileId, HostOffset, NodeId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
 pub use crate::request::{Chore, Event, Io, IoKind, Pass, Step};
@@ -169,6 +171,27 @@ impl Cx<'_> {
     /// Writes `len` bytes of the request's memory, from byte `off` on, to `file` at `offset`.
     pub fn write_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64, fua: bool) {
         self.core.transfer(self.me, OpKind::Write { fua }, (file, offset), (off, len));
+    }
+
+    /// Answers a request that asks what is where ([`IoKind::Status`]): from its first byte on there
+    /// are `len` bytes of this kind, at `host` if they have a place.
+    pub fn answer_status(
+        &mut self,
+        kind: StatusKind,
+        len: u64,
+        host: Option<(FileId, HostOffset)>,
+    ) {
+        let io = self.io();
+        let IoKind::Status { depth } = io.kind else { panic!("{io:?} asks for no status") };
+        debug_assert!((1..=io.len).contains(&len), "{len} bytes answered of {io:?}");
+        let len = if mutant!("status_of_all") { io.len } else { len };
+        self.core.answer_status(self.me, Status { kind, len, depth, host });
+    }
+
+    /// Has the layer below answer such a request, about its first `len` bytes: what that answers is
+    /// the request's answer.
+    pub fn ask_status_of(&mut self, below: NodeId, len: u64) {
+        self.core.issue_status(self.me, below, self.io().offset, len);
     }
 
     /// How many more ops a step may issue now; a request with many pieces issues as many, waits
