@@ -9,7 +9,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{Errno, HostOffset, align_down};
+use cowbell_engine::units::{Errno, FileId, HostOffset, align_down};
 
 use crate::parts::backing;
 use crate::vmdk::disk::layout::Entry;
@@ -77,6 +77,13 @@ impl Place {
             if end == self.end { end } else { self.start + align_down(end - self.start, size) };
         (first < last).then_some((first, last))
     }
+}
+
+/// Answers that the next `len` bytes are data, at `host`; how far that gets the request.
+#[inline(never)]
+fn status_at(len: u64, host: (FileId, HostOffset), cx: &mut Cx<'_>) -> u64 {
+    cx.answer_status(StatusKind::Data, len, Some(host));
+    cx.io().end()
 }
 
 impl Vmdk {
@@ -416,24 +423,33 @@ impl Vmdk {
         match io.kind {
             IoKind::Read => cx.read_guest(file, host, from, len),
             IoKind::Write { .. } => cx.write_guest(file, host, from, len, false),
-            IoKind::Zero { unmap, .. } => {
-                cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, len));
-            }
             IoKind::Status { .. } => {
-                cx.answer_status(StatusKind::Data, len, Some((file, HostOffset(host))));
-                return io.end();
+                return status_at(len, (file, HostOffset(host)), cx);
             }
-            _ => {
-                let whole = match grain {
-                    1 => Some((at, end)),
-                    _ => self.place(self.part_at(at)).whole_grains(at, end),
-                };
-                let Some((first, last)) = whole else { return end };
-                cx.issue(Op::bare(OpKind::Discard, file, host + (first - at), last - first));
+            IoKind::Zero { .. } | IoKind::Discard | IoKind::Flush | IoKind::Truncate => {
+                *issued |= self.clear_at(at, end, host, grain, cx);
+                return end;
             }
         }
         *issued = true;
         end
+    }
+
+    /// As [`Vmdk::at_host`], to zero or discard. Was there an op?
+    #[inline(never)]
+    fn clear_at(&self, at: u64, end: u64, host: u64, grain: u64, cx: &mut Cx<'_>) -> bool {
+        let file = self.parts[self.part_at(at)].file;
+        if let IoKind::Zero { unmap, .. } = cx.io().kind {
+            cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, end - at));
+            return true;
+        }
+        let whole = match grain {
+            1 => Some((at, end)),
+            _ => self.place(self.part_at(at)).whole_grains(at, end),
+        };
+        let Some((first, last)) = whole else { return false };
+        cx.issue(Op::bare(OpKind::Discard, file, host + (first - at), last - first));
+        true
     }
 
     /// As `in_place`, for a run without data of its own.
