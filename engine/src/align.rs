@@ -35,62 +35,11 @@
 
 use crate::core::Core;
 use crate::file::Claim;
+use crate::file_job::{Job, State};
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
-use crate::slots::{Cause, Origin, Work};
-use crate::step::{Event, Io, IoKind, Step};
-use crate::units::{BufId, Errno, FileId, NodeId, ReqId, align_down, align_up};
-
-/// An op being taken apart.
-#[derive(Clone, Hash, Debug)]
-pub(crate) struct Job {
-    op: Op,
-    file: FileId,
-    /// Bytes of the op done.
-    at: u64,
-    buf: Option<BufId>,
-    state: State,
-}
-
-impl Job {
-    /// Is it for an op on this file?
-    pub fn is_on(&self, file: FileId) -> bool {
-        self.file == file
-    }
-}
-
-/// Named by what is awaited.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum State {
-    /// The gate, which others have closed.
-    Gate,
-    /// Nothing is in flight on the file.
-    Quiet,
-    /// A range, given back to the file system.
-    GiveBack,
-    /// The same, of what the op would meet.
-    GiveBackFirst,
-    /// No other claim overlaps, and the gate is open.
-    Claim,
-    /// The op itself, once nothing stood in its way.
-    Direct,
-    /// No write in flight overlaps the claim.
-    Quiesce,
-    /// A bounce buffer.
-    Chunk,
-    /// The blocks that hold the next `len` bytes of a read.
-    ReadChunk { len: u64 },
-    /// The blocks at both ends of the next `len` bytes of a write.
-    ReadEdges { len: u64 },
-    /// The next `len` bytes.
-    WriteChunk { len: u64 },
-    /// The next `len` bytes, which the file zeroes by itself, if it can.
-    ZeroWhole { len: u64 },
-    /// The file's end put back: the last block reached past it.
-    Trim,
-    /// A flush: the file system has changed the block that the file's end cuts in memory.
-    Settle,
-}
+use crate::request::{Event, Step};
+use crate::units::{BufId, Errno, ReqId, align_down, align_up};
 
 /// What to zero next: so many bytes.
 enum Zeroing {
@@ -98,101 +47,6 @@ enum Zeroing {
     Whole(u64),
     /// In parts of such blocks.
     Cut(u64),
-}
-
-/// Can the file take this read or write as it is, now?
-pub(crate) fn is_direct(core: &Core, file: FileId, op: &Op) -> bool {
-    let state = &core.files[file.index()];
-    (op.offset | op.len) & u64::from(state.block_mask) == 0
-        && core.mem.is_aligned(&op.segs, state.address_mask, state.block_mask)
-        && !is_closed(core, file)
-        && state.to_give_back(op).is_none()
-        && (!op.kind.modifies() || !is_claimed(core, file, op.offset, op.end()))
-}
-
-/// Does a read or write wait for somebody who has, or wants, the file to himself?
-fn is_closed(core: &Core, file: FileId) -> bool {
-    core.files[file.index()].gate.closed_by.is_some() && !mutant!("gate_ignored")
-}
-
-/// Can the file take this zeroing, discard or change of length as it is, now?
-fn is_whole(core: &Core, file: FileId, op: &Op) -> bool {
-    let state = &core.files[file.index()];
-    let cut = (op.offset | op.len) & state.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
-    let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || state.zero_unsupported);
-    let (start, end) = claim_of(core, file, op);
-    let claimed = is_claimed(core, file, start, end);
-    !written && moved_end(core, file, op).is_none() && !claimed
-}
-
-/// Where a block of the file system is cut by the file's end, as it is or will be, if `op` moves it.
-fn moved_end(core: &Core, file: FileId, op: &Op) -> Option<u64> {
-    let state = &core.files[file.index()];
-    let end = match op.kind {
-        OpKind::Truncate => op.offset.min(state.len),
-        OpKind::Allocate | OpKind::Zero { .. } if op.end() > state.len => state.len,
-        _ => return None,
-    };
-    (end & state.hole_mask != 0 && !mutant!("file_end_cuts_unclaimed")).then_some(end)
-}
-
-/// The whole blocks, of the file and of its file system, that `op` changes something in.
-fn claim_of(core: &Core, file: FileId, op: &Op) -> (u64, u64) {
-    let state = &core.files[file.index()];
-    let (start, end) = match op.kind {
-        OpKind::Truncate => (op.offset.min(state.len), u64::MAX),
-        _ => (op.offset, op.end()),
-    };
-    let start = moved_end(core, file, op).map_or(start, |moved| start.min(moved));
-    let block = u64::from(state.info.request_align.max(state.info.hole_align));
-    (align_down(start, block), align_up(end, block).unwrap_or(u64::MAX))
-}
-
-/// A discard without the blocks that it cuts.
-pub(crate) fn within_blocks(core: &Core, file: FileId, op: Op) -> Op {
-    let block = core.files[file.index()].hole_mask + 1;
-    let Some(start) = align_up(op.offset, block) else { return Op { len: 0, ..op } };
-    let end = align_down(op.end(), block);
-    Op { offset: start, len: end.saturating_sub(start), ..op }
-}
-
-fn is_claimed(core: &Core, file: FileId, start: u64, end: u64) -> bool {
-    core.files[file.index()].claims.iter().any(|c| c.start < end && start < c.end)
-}
-
-/// Begins the machine for an op of `request`.
-#[cold]
-pub(crate) fn spawn(core: &mut Core, request: ReqId, file: FileId, op: Op) {
-    let node = core.ops.slot(request).node;
-    let job = Job { op, file, at: 0, buf: None, state: State::Claim };
-    begin(core, job, node, Origin::Child(request));
-    core.expect_result(request);
-}
-
-fn begin(core: &mut Core, job: Job, node: NodeId, origin: Origin) {
-    let io = Io { kind: IoKind::Read, offset: job.op.offset, len: job.op.len };
-    let key = core.jobs.insert(job) as u32;
-    let id = core.begin(node, io, origin, 0, 0);
-    let slot = core.ops.slot_mut(id);
-    (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
-}
-
-/// Begins to give back what was given up of a file.
-pub(crate) fn spawn_give_back(core: &mut Core, file: FileId) {
-    core.files[file.index()].given_up.is_going_on = true;
-    let op = Op::bare(OpKind::Discard, file, 0, 0);
-    let job = Job { op, file, at: 0, buf: None, state: State::Gate };
-    begin(core, job, NodeId::NONE, Origin::Chore);
-}
-
-/// Something has ended: who has closed a gate looks again whether all has.
-#[cold]
-pub(crate) fn wake_closers(core: &mut Core) {
-    for at in 0..core.files.len() {
-        let mut list = core.files[at].gate.quiet_waiter;
-        core.wake_all(&mut list);
-        core.files[at].gate.quiet_waiter = list;
-    }
 }
 
 /// Delivers an event; answers the result when the op has ended.
@@ -399,10 +253,10 @@ impl Machine<'_> {
             has_gate = false;
         }
         let op = &self.job.op;
-        let (start, end) = claim_of(self.core, file, op);
-        let is_claimed = op.kind.modifies() && is_claimed(self.core, file, start, end);
-        let waits =
-            is_closed(self.core, file) && !has_gate || is_claimed && !mutant!("rmw_without_claim");
+        let (start, end) = self.core.files[file.index()].claim_of(op);
+        let is_claimed = op.kind.modifies() && self.core.files[file.index()].is_claimed(start, end);
+        let waits = self.core.files[file.index()].is_closed() && !has_gate
+            || is_claimed && !mutant!("rmw_without_claim");
         if waits {
             let mut list = self.core.files[file.index()].claim_waiters;
             self.core.park(self.me, &mut list);
@@ -410,8 +264,10 @@ impl Machine<'_> {
             return Step::Wait(State::Claim);
         }
         let direct = match op.kind {
-            OpKind::Read | OpKind::Write { .. } => is_direct(self.core, file, op),
-            _ => is_whole(self.core, file, op),
+            OpKind::Read | OpKind::Write { .. } => {
+                self.core.files[file.index()].is_direct(op, &self.core.mem)
+            }
+            _ => self.core.files[file.index()].is_whole(op),
         };
         if direct {
             return self.direct();
@@ -643,7 +499,7 @@ impl Machine<'_> {
         self.core.wake_all(&mut list);
         self.open();
         if self.core.closed > 0 {
-            wake_closers(self.core);
+            self.core.wake_closers();
         }
     }
 }

@@ -28,7 +28,9 @@ use std::os::fd::BorrowedFd;
 use crate::mem::Memory;
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
-use crate::units::{Errno, FileId, OpId, Time};
+use crate::units::{FileId, OpId, Time};
+
+pub use crate::op::Completion;
 
 /// What the engine must know of a file before it may use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,52 +48,6 @@ pub struct FileInfo {
     pub len: u64,
     /// Can the file grow? A block device cannot.
     pub can_grow: bool,
-}
-
-/// How an op ended: the bytes it moved (0 for ops that move none), or why it failed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Completion {
-    /// Which op.
-    pub op: OpId,
-    /// As the kernel puts it: bytes, or an error number below 0.
-    answer: i64,
-}
-
-impl Completion {
-    /// `op` ended so.
-    #[inline]
-    pub fn new(op: OpId, result: Result<u64, Errno>) -> Completion {
-        let answer = match result {
-            Ok(moved) => moved as i64,
-            Err(Errno(number)) => -i64::from(number),
-        };
-        Completion { op, answer }
-    }
-
-    /// As the kernel answers.
-    #[inline(always)]
-    pub(crate) fn raw(op: OpId, answer: i64) -> Completion {
-        Completion { op, answer }
-    }
-
-    /// Bytes moved, or why it failed.
-    #[inline]
-    pub fn result(self) -> Result<u64, Errno> {
-        u64::try_from(self.answer)
-            .map_err(|_| Errno(i32::try_from(self.answer.wrapping_neg()).unwrap_or(Errno::IO.0)))
-    }
-
-    /// Did it move `len` bytes, no less?
-    #[inline(always)]
-    pub(crate) fn is(self, len: u64) -> bool {
-        self.answer as u64 == len
-    }
-}
-
-impl std::fmt::Debug for Completion {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}: {:?}", self.op, self.result())
-    }
 }
 
 /// What `submit` may see: the waiting ops, in order, and the memory they name.

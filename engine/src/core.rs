@@ -9,20 +9,21 @@ use std::io;
 
 use slab::Slab;
 
-use crate::align::{self, Job};
-use crate::backend::{Completion, FileInfo};
+use crate::backend::FileInfo;
 use crate::events::{EVENTS_MAX, NodeEvent};
-use crate::file::FileState;
-use crate::life::{NodeRecord, Stage};
+use crate::file::{FileState, Flush, NextFlush};
+use crate::file_job::{self, Job};
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
-use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
+use crate::node::{NodeRecord, Stage};
+use crate::op::{Base, Completion, Op, OpKind, Seg, Segs, Target};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
+use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
-use crate::step::{Io, IoKind};
+use crate::status::Status;
 use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
@@ -166,7 +167,7 @@ impl Core {
 
     #[inline(never)]
     fn issue_to_file(&mut self, request: ReqId, file: FileId, op: Op) {
-        if op.kind.has_memory() && align::is_direct(self, file, &op) {
+        if op.kind.has_memory() && self.files[file.index()].is_direct(&op, &self.mem) {
             self.enqueue(request, op);
         } else {
             self.issue_otherwise(request, file, op);
@@ -178,17 +179,17 @@ impl Core {
         match op.kind {
             OpKind::Flush => self.issue_flush(request, file),
             OpKind::Discard => {
-                let op = align::within_blocks(self, file, op);
+                let op = self.files[file.index()].within_blocks(op);
                 if self.give_up(file, op.offset, op.end()) {
                     self.ops.slot_mut(request).issued = true;
                 } else {
-                    align::spawn(self, request, file, op);
+                    self.take_apart(request, file, op);
                 }
             }
             OpKind::Zero { unmap } if op.len <= self.limits.zeros_written => {
                 self.write_zeros(request, file, op, unmap);
             }
-            _ => align::spawn(self, request, file, op),
+            _ => self.take_apart(request, file, op),
         }
     }
 
@@ -199,7 +200,7 @@ impl Core {
         self.issue_to_file(request, file, Op::write(file, op.offset, segs));
         // A device may have other bytes after a discard.
         if unmap && self.files[file.index()].info.can_grow {
-            let hole = align::within_blocks(self, file, op);
+            let hole = self.files[file.index()].within_blocks(op);
             self.give_up(file, hole.offset, hole.end());
         }
     }
@@ -228,12 +229,96 @@ impl Core {
         let mut began = false;
         for at in 0..self.files.len() {
             let file = &self.files[at];
+            let id = file.id;
             if !file.given_up.is_empty() && !file.given_up.is_going_on && wants(file) {
-                align::spawn_give_back(self, file.id);
+                self.begin_give_back(id);
                 began = true;
             }
         }
         began
+    }
+
+    /// Begins to take an op of `request` apart: see `align.rs`.
+    #[cold]
+    fn take_apart(&mut self, request: ReqId, file: FileId, op: Op) {
+        let node = self.ops.slot(request).node;
+        let job = Job::new(file, op, file_job::State::Claim);
+        self.begin_job(job, node, Origin::Child(request));
+        self.expect_result(request);
+    }
+
+    fn begin_job(&mut self, job: Job, node: NodeId, origin: Origin) {
+        let io = Io { kind: IoKind::Read, offset: job.op.offset, len: job.op.len };
+        let key = self.jobs.insert(job) as u32;
+        let id = self.begin(node, io, origin, 0, 0);
+        let slot = self.ops.slot_mut(id);
+        (slot.work, slot.cause) = (Work::Align(key), Cause::Start);
+    }
+
+    /// Begins to give back what was given up of a file.
+    fn begin_give_back(&mut self, file: FileId) {
+        self.files[file.index()].given_up.is_going_on = true;
+        let op = Op::bare(OpKind::Discard, file, 0, 0);
+        let job = Job::new(file, op, file_job::State::Gate);
+        self.begin_job(job, NodeId::NONE, Origin::Chore);
+    }
+
+    /// Something has ended: who has closed a gate looks again whether all has.
+    #[cold]
+    pub fn wake_closers(&mut self) {
+        for at in 0..self.files.len() {
+            let mut list = self.files[at].gate.quiet_waiter;
+            self.wake_all(&mut list);
+            self.files[at].gate.quiet_waiter = list;
+        }
+    }
+
+    /// `request` wants everything that has completed on `file` to be stable.
+    pub fn issue_flush(&mut self, request: ReqId, file: FileId) {
+        match self.files[file.index()].ask_flush(request) {
+            Flush::Failed(errno) => {
+                let slot = self.ops.slot_mut(request);
+                slot.issued = true;
+                slot.failed = slot.failed.or(Some(errno));
+            }
+            Flush::NotOwed => self.ops.slot_mut(request).issued = true,
+            Flush::Issue => self.enqueue_flush(request, file),
+            Flush::Ride => self.expect_result(request),
+        }
+    }
+
+    fn enqueue_flush(&mut self, request: ReqId, file: FileId) {
+        let uncovered = self.ops.are_changing(file) && !mutant!("flush_covers_what_is_in_flight");
+        self.files[file.index()].flush_issued(uncovered);
+        self.stats.flushes += 1;
+        self.enqueue(request, Op::flush(file));
+    }
+
+    /// A flush of a file has come back.
+    fn complete_flush(&mut self, file: FileId, leader: ReqId, result: Result<(), Errno>) {
+        let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
+        let told = self.files[file.index()].flush_ended(leader, result);
+        if let Err(errno) = result
+            && mutant!("failed_flush_poisons_others")
+        {
+            self.files.iter_mut().for_each(|other| other.poison(errno));
+        }
+        for &rider in &told {
+            self.op_done(rider, result);
+        }
+        match self.files[file.index()].next_flush(told) {
+            NextFlush::NotOwed => {}
+            NextFlush::Issue(first) => {
+                self.ops.slot_mut(first).pending -= 1;
+                self.enqueue_flush(first, file);
+            }
+            NextFlush::Failed(waiting, errno) => {
+                for &rider in &waiting {
+                    self.op_done(rider, Err(errno));
+                }
+                self.files[file.index()].next_flush(waiting);
+            }
+        }
     }
 
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
@@ -258,6 +343,27 @@ impl Core {
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (seg.base, seg.off);
         self.expect_result(request);
+    }
+
+    /// Has `node`, a layer below, answer what `request` asks, about `len` bytes at `offset`.
+    pub fn issue_status(&mut self, request: ReqId, node: NodeId, offset: u64, len: u64) {
+        let slot = self.ops.slot(request);
+        let IoKind::Status { depth } = slot.io.kind else {
+            panic!("{request:?} does not ask what is where: {:?}", slot.io)
+        };
+        let (base, base_off, bits) = (slot.base, slot.base_off, slot.base_bits);
+        let io = Io { kind: IoKind::Status { depth: depth.saturating_add(1) }, offset, len };
+        let child = self.begin(node, io, Origin::Child(request), 0, bits);
+        let slot = self.ops.slot_mut(child);
+        (slot.base, slot.base_off) = (base, base_off);
+        self.expect_result(request);
+    }
+
+    /// Puts the answer into the memory of a request that asks what is where.
+    pub fn answer_status(&mut self, request: ReqId, status: Status) {
+        let slot = self.ops.slot(request);
+        let (base, off, len) = (slot.base, slot.base_off, Status::BYTES as u32);
+        self.mem.scatter(&Segs::one(Seg { base, off, len }), 0, &status.to_bytes());
     }
 
     /// Sends a read or write on its way, of `len` bytes of the request's own memory from byte `off`
@@ -398,7 +504,7 @@ impl Core {
             self.wake_write_waiters();
         }
         if self.closed > 0 {
-            align::wake_closers(self);
+            self.wake_closers();
         }
         self.wake_past_waiters();
     }
@@ -713,6 +819,53 @@ impl Core {
         self.wake_all(&mut waiters);
         let mut waiters = std::mem::take(&mut self.bounce_waiters);
         self.wake_all(&mut waiters);
+    }
+
+    /// Is this a node? Not one that was closed, nor another engine's.
+    #[inline]
+    pub fn has_node(&self, node: NodeId) -> bool {
+        self.nodes.get(node.index()).is_some_and(|record| record.id == node && !record.is_vacant)
+    }
+
+    /// A node begins to be looked at, or nothing is to be seen of it any more.
+    pub fn recount_moving(&mut self) {
+        self.moving = self.nodes.iter().filter(|node| node.is_moving()).count();
+    }
+
+    /// The place of the next node: its index.
+    pub fn next_node(&mut self, tag: u16) -> usize {
+        let index = self.nodes_free.pop().unwrap_or_else(|| {
+            self.nodes.push(NodeRecord::new(NodeId::new(tag, self.nodes.len())));
+            self.nodes.len() - 1
+        });
+        let record = &mut self.nodes[index];
+        *record = NodeRecord::new(record.id);
+        record.regions = std::mem::take(&mut self.loose_regions);
+        index
+    }
+
+    /// A node goes: its memory is freed, its place is for the next one.
+    pub fn free_node(&mut self, index: usize) {
+        let record = &mut self.nodes[index];
+        let is_at_rest = record.is_quiet() && record.shares == [0; 2];
+        assert!(is_at_rest || mutant!("close_waits_for_nothing"), "{record:?} goes at work");
+        let id = record.id;
+        let regions = std::mem::take(&mut record.regions);
+        let next = id.next_generation();
+        *record = NodeRecord {
+            is_vacant: true,
+            is_top: false,
+            open_to: 0,
+            ..NodeRecord::new(next.unwrap_or(NodeId::NONE))
+        };
+        regions.into_iter().for_each(|region| self.mem.free_region(region));
+        self.corrupt.retain(|&node| node != id);
+        if next.is_some() {
+            self.nodes_free.push(index);
+        }
+        if mutant!("id_used_again") {
+            self.nodes[index].id = id;
+        }
     }
 
     /// The id of the next file, which is attached if `attach` says so.

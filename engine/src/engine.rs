@@ -8,16 +8,20 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use crate::align;
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::core::Core;
-use crate::life::Left;
+use crate::life::{self, Drain, Life, Move, Why};
 use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
 use crate::mutant;
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
+use crate::request::{Chore, Event, Io, IoKind, Pass, REQUEST_MAX, Step};
 use crate::slots::{Cause, Origin, Renamed, Waits, Work};
 use crate::stats::{Call, NodeStats, STATES_MAX, Stats};
-use crate::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use crate::status::Status;
+use crate::step::{Cx, Driver};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
+
+mod nodes;
 
 /// A finished request.
 #[derive(Debug)]
@@ -31,25 +35,6 @@ pub struct Finished {
     pub result: Result<(), Errno>,
     /// The memory given at submission: what was read, or what was written, unchanged.
     pub mem: Mem,
-}
-
-/// Why a request was not taken.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Why {
-    /// As many requests as [`Limits::requests`] are in flight, or as many of this node as it may have
-    /// ([`Engine::set_quota`]). Try again after `poll`.
-    Full,
-    /// The engine is being drained. Try again when [`Engine::drained`] answers.
-    Draining,
-    /// The node is of another engine, it was closed, or its files were taken away
-    /// ([`Engine::detach`]). Trying again does not help.
-    NoSuchNode,
-    /// The node is being closed ([`Engine::close`]). Trying again does not help.
-    Closing,
-    /// The node is paused. Try again after [`Engine::resume`].
-    Paused,
-    /// Another node reads from this one: it cannot be closed. No answer to a request.
-    InUse,
 }
 
 /// A request that was not taken, and its memory back.
@@ -93,39 +78,22 @@ pub struct Progress {
 /// more: requests are left as a crash would leave them, and an image may want a check.
 pub struct Engine<D: Driver, B: Backend> {
     /// First, so that it is dropped first: it waits for ops in flight, which name memory below.
-    pub(crate) backend: B,
-    pub(crate) nodes: Vec<Option<D>>,
+    backend: B,
+    life: Life<D, B::File>,
     /// Their sizes: only a truncation changes one.
     sizes: Vec<u64>,
     /// The states of requests, by slab key; taken out for the time of a step.
     states: Vec<Option<D::State>>,
-    pub(crate) core: Core,
+    core: Core,
     completions: Vec<Completion>,
-    /// Guest requests that were not polled yet.
-    pub(crate) guests: usize,
-    /// How many there may be: the limit, or none while it is being drained.
-    pub(crate) open_to: usize,
     /// Ops that the backend takes in a quarter of a turn, about.
     pace: usize,
-    pub(crate) drain: Drain,
     /// What its nodes' ids carry.
     tag: u16,
-    /// Files of nodes that were closed.
-    pub(crate) left: Vec<Left<B::File>>,
 }
 
 /// The tag of the next engine.
 static TAGS: AtomicU16 = AtomicU16::new(0);
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Drain {
-    /// Requests are taken.
-    Open,
-    /// No more requests; nodes settle, each for itself.
-    Going,
-    /// Nothing is in flight, every image is clean (or why not).
-    Drained(Result<(), Errno>),
-}
 
 impl<D: Driver, B: Backend> Engine<D, B> {
     /// An engine over `backend`. Takes all the memory that it will use, tables apart.
@@ -139,19 +107,15 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         assert!(limits.buffer_size.is_power_of_two() && limits.buffer_size >= 4096, "{limits:?}");
         assert!(D::STATES.len() <= STATES_MAX);
         Engine {
-            nodes: Vec::new(),
+            life: Life::new(limits.requests),
             sizes: Vec::new(),
             states: Vec::with_capacity(limits.requests * 4),
             core: Core::new(limits),
             backend,
             completions: Vec::with_capacity(limits.ops),
-            guests: 0,
-            open_to: limits.requests,
             pace: PACE_FIRST,
-            drain: Drain::Open,
             // It only tells engines apart. After 65 536 of them tags repeat.
             tag: TAGS.fetch_add(1, Ordering::Relaxed),
-            left: Vec::new(),
         }
     }
 
@@ -188,13 +152,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !is_its || !self.core.is_file_quiet(file) {
             return None;
         }
-        let is_used = self.nodes.iter().flatten().any(|node| node.uses(file));
-        let is_at_rest = self.is_idle() && matches!(self.drain, Drain::Drained(_));
+        let is_used = self.life.nodes.iter().flatten().any(|node| node.uses(file));
+        let is_at_rest = self.is_idle() && matches!(self.life.drain, Drain::Drained(_));
         if is_used && !is_at_rest {
             return None;
         }
         let taken = self.backend.detach(file)?;
-        for (node, record) in self.nodes.iter().zip(&mut self.core.nodes) {
+        for (node, record) in self.life.nodes.iter().zip(&mut self.core.nodes) {
             if node.as_ref().is_some_and(|node| node.uses(file)) {
                 (record.is_gone, record.open_to) = (true, 0);
             }
@@ -227,13 +191,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.core.nodes[below.index()].is_top = false;
         }
         let (size, index) = (node.size(), self.core.next_node(self.tag));
-        if index == self.nodes.len() {
-            self.nodes.push(None);
+        if index == self.life.nodes.len() {
+            self.life.nodes.push(None);
             self.sizes.push(0);
         }
-        (self.nodes[index], self.sizes[index]) = (Some(node), size);
-        if self.drain == Drain::Going {
-            self.begin_to_drain(index);
+        (self.life.nodes[index], self.sizes[index]) = (Some(node), size);
+        if self.life.drain == Drain::Going {
+            life::begin_to_drain(&mut self.core, index);
         }
         self.core.nodes[index].id
     }
@@ -245,7 +209,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// If the engine does not [have](Engine::has) it.
     pub fn node(&self, node: NodeId) -> &D {
         assert!(self.has(node), "{node:?} is no node of this engine");
-        self.nodes[node.index()].as_ref().expect("what is there has a driver")
+        self.life.nodes[node.index()].as_ref().expect("what is there has a driver")
     }
 
     #[inline(always)]
@@ -257,7 +221,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// until [`poll`](Engine::poll) hands it back. `tag` comes back too; it need not be unique.
     ///
     /// Offset and length may be any bytes within the disk; for a read or write the length is that
-    /// of `mem`, and [`REQUEST_MAX`] at most. What does not fit is answered as every other failure:
+    /// of `mem`, and [`REQUEST_MAX`] at most; for a status `mem` has [`Status::BYTES`]. What does not fit is answered as every other failure:
     /// through `poll`, with [`Errno::INVALID`]. A length of 0 is a success.
     ///
     /// No order holds among requests in flight. Where their ranges overlap and one of them writes,
@@ -279,10 +243,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Some(record) if record.id == node => record,
             _ => return Err(Refused { why: Why::NoSuchNode, mem }),
         };
-        if self.guests < self.open_to && record.guests < record.open_to {
+        if self.life.guests < self.life.open_to && record.guests < record.open_to {
             record.guests += 1;
         } else {
-            if let Err(why) = self.why_not(node) {
+            if let Err(why) = self.life.why_not(&mut self.core, node) {
                 return Err(Refused { why, mem });
             }
             self.core.nodes[node.index()].guests += 1;
@@ -300,7 +264,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let bits = mem.misaligned_bits();
         let id = self.core.begin(node, io, Origin::Guest, tag, bits);
         self.core.mem.set_guest(id, mem);
-        self.guests += 1;
+        self.life.guests += 1;
         id
     }
 
@@ -339,8 +303,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let mut turn = Turn { began, seen: began, is_over: false };
         self.core.now = now;
         let mut progress = Progress::default();
-        if !self.left.is_empty() {
-            self.drop_left();
+        if self.life.has_left() {
+            self.life.drop_left();
         }
         self.harvest();
         self.begin_chores(now);
@@ -413,11 +377,33 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                     return;
                 }
             }
-            let moves = self.core.moving > 0 || self.drain == Drain::Going;
+            let moves = self.core.moving > 0 || self.life.drain == Drain::Going;
             if !moves || !self.go_on_living() {
                 return;
             }
         }
+    }
+
+    /// Nothing is ready: is there something that nodes do by themselves?
+    #[cold]
+    #[inline(never)]
+    fn go_on_living(&mut self) -> bool {
+        let mut goes_on = false;
+        for index in 0..self.life.nodes.len() {
+            while self.core.nodes[index].is_moving() {
+                match self.life.move_on(&mut self.core, &mut self.backend, index) {
+                    Move::Waits => break,
+                    Move::On => {}
+                    Move::Settle(node) => self.begin_chore(node, Chore::Settle),
+                }
+                goes_on = true;
+            }
+        }
+        self.core.recount_moving();
+        if self.life.drain == Drain::Going && self.is_idle() {
+            self.life.end_drain(&self.core);
+        }
+        goes_on
     }
 
     #[inline(never)]
@@ -471,7 +457,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if self.core.give_back_due().is_some_and(|due| due <= now) {
             self.core.give_back(|file| file.given_up.due <= now && !file.is_held);
         }
-        for i in 0..self.nodes.len() {
+        for i in 0..self.life.nodes.len() {
             if self.deadline_of(i).is_some_and(|due| due <= now) {
                 self.begin_chore(self.core.nodes[i].id, Chore::Deadline);
             }
@@ -479,12 +465,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     fn deadline_of(&self, index: usize) -> Option<Time> {
-        let deadline = self.nodes[index].as_ref()?.deadline();
+        let deadline = self.life.nodes[index].as_ref()?.deadline();
         deadline.filter(|_| self.core.nodes[index].may_begin_chores())
     }
 
-    pub(crate) fn begin_chore(&mut self, node: NodeId, chore: Chore) {
-        let Some(driver) = &mut self.nodes[node.index()] else { return };
+    fn begin_chore(&mut self, node: NodeId, chore: Chore) {
+        let Some(driver) = &mut self.life.nodes[node.index()] else { return };
         if let Some(state) = driver.chore(chore) {
             let io = Io { kind: IoKind::Flush, offset: 0, len: 0 };
             let id = self.core.begin(node, io, Origin::Chore, 0, 0);
@@ -518,7 +504,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             IoKind::Write { fua } => OpKind::Write { fua },
             _ => return self.begin(id),
         };
-        let driver = driver_of(&mut self.nodes, slot.node);
+        let driver = driver_of(&mut self.life.nodes, slot.node);
         let Some(pass) = driver.pass_on(&slot.io, mem) else {
             return self.begin(id);
         };
@@ -539,7 +525,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[inline(never)]
     fn pass_on_carefully(&mut self, id: ReqId) {
         let slot = self.core.ops.slot(id);
-        let (io, driver) = (slot.io, driver_of(&mut self.nodes, slot.node));
+        let (io, driver) = (slot.io, driver_of(&mut self.life.nodes, slot.node));
         let passed = driver.pass_on(&io, &self.core.mem);
         let Pass { file, offset, label } = passed.expect("asked again, it answers the same");
         let mut cx = Cx { core: &mut self.core, me: id };
@@ -555,7 +541,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Begins a request that is not merely passed on.
     #[inline(never)]
     fn begin(&mut self, id: ReqId) {
-        let driver = driver_of(&mut self.nodes, self.core.ops.slot(id).node);
+        let driver = driver_of(&mut self.life.nodes, self.core.ops.slot(id).node);
         let step = driver.begin(&mut Cx { core: &mut self.core, me: id });
         self.stepped(id, step);
     }
@@ -573,7 +559,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if let Work::Align(key) = slot.work {
             return self.step_job(id, key, event);
         }
-        let driver = driver_of(&mut self.nodes, slot.node);
+        let driver = driver_of(&mut self.life.nodes, slot.node);
         debug_assert_eq!(driver.size(), self.sizes[slot.node.index()], "nobody truncated it");
         self.core.stats.states[slot.label as usize].record(self.core.now, slot.entered, 1);
         let state = self.states[id.index()].take().expect("a request has a state");
@@ -603,13 +589,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[cold]
     fn resized(&mut self, id: ReqId) {
         let node = self.core.ops.slot(id).node;
-        self.sizes[node.index()] = driver_of(&mut self.nodes, node).size();
+        self.sizes[node.index()] = driver_of(&mut self.life.nodes, node).size();
     }
 
     fn go_on(&mut self, id: ReqId, mut state: D::State) {
         for _ in 0..GO_MAX {
             let node = self.core.ops.slot(id).node;
-            let driver = driver_of(&mut self.nodes, node);
+            let driver = driver_of(&mut self.life.nodes, node);
             match driver.step(state, Event::Start, &mut Cx { core: &mut self.core, me: id }) {
                 Step::Go(next) => state = next,
                 next => return self.stepped(id, next),
@@ -671,7 +657,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// `Some` from the `run` that ends the last of it until the next `submit` or `drain`. There may
     /// be finished requests to poll.
     pub fn drained(&self) -> Option<Result<(), Errno>> {
-        match self.drain {
+        match self.life.drain {
             Drain::Drained(result) => Some(result),
             _ => None,
         }
@@ -684,14 +670,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.core.finished.pop()?;
         let slot = self.core.ops.free_slot(id);
         let (tag, result) = (slot.tag, slot.take_result());
-        self.guests -= 1;
+        self.life.guests -= 1;
         Some(Finished { tag, result, mem: self.core.mem.take_guest(id) })
     }
 
     /// When `run` must be called although nothing else happens; `None`: never. May change in every
     /// `run`. Being late leaves images marked as in use for longer, no more.
     pub fn next_deadline(&self) -> Option<Time> {
-        let nodes = (0..self.nodes.len()).filter_map(|index| self.deadline_of(index));
+        let nodes = (0..self.life.nodes.len()).filter_map(|index| self.deadline_of(index));
         nodes.chain(self.core.give_back_due()).min()
     }
 
@@ -705,7 +691,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Guest requests that have not ended: those submitted, less those that `poll` has given or
     /// will give. Nodes' own work is not counted: see [`Engine::is_idle`].
     pub fn in_flight(&self) -> usize {
-        self.guests - self.core.finished.len()
+        self.life.guests - self.core.finished.len()
     }
 
     /// Is nothing at all in flight, chores included? There may be finished requests to poll.
@@ -781,6 +767,7 @@ fn no_driver(node: NodeId) -> ! {
 fn mem_fits(io: &Io, mem: &Mem) -> bool {
     match io.kind {
         IoKind::Read | IoKind::Write { .. } => io.len == mem.len() as u64 && io.len <= REQUEST_MAX,
+        IoKind::Status { .. } => mem.len() == Status::BYTES,
         _ => true,
     }
 }
@@ -801,40 +788,31 @@ const STEPS_PER_LOOK: usize = 32;
 const PACE_FIRST: usize = 1;
 const PACE_MAX: usize = 1024;
 
-/// The largest read or write, in bytes.
-pub const REQUEST_MAX: u64 = 1 << 31;
-
 /// `Go` steps in a row that no sound driver reaches.
 const GO_MAX: usize = 64;
 
 impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
     fn clone(&self) -> Self {
         Engine {
-            nodes: self.nodes.clone(),
+            life: self.life.clone(),
             sizes: self.sizes.clone(),
             states: self.states.clone(),
             core: self.core.clone(),
             backend: self.backend.clone(),
             completions: Vec::new(),
-            guests: self.guests,
-            open_to: self.open_to,
             pace: self.pace,
-            drain: self.drain,
             tag: self.tag,
-            left: Vec::new(),
         }
     }
 
     fn clone_from(&mut self, source: &Self) {
-        self.nodes.clone_from(&source.nodes);
+        self.life.clone_from(&source.life);
         self.sizes.clone_from(&source.sizes);
         self.states.clone_from(&source.states);
         self.core.clone_from(&source.core);
         self.backend.clone_from(&source.backend);
         self.completions.clear();
-        (self.guests, self.open_to, self.drain) = (source.guests, source.open_to, source.drain);
         (self.tag, self.pace) = (source.tag, source.pace);
-        self.left.clear();
     }
 }
 
@@ -843,13 +821,13 @@ impl<D: Driver + Hash, B: Backend + Hash> Hash for Engine<D, B> {
     fn hash<H: Hasher>(&self, h: &mut H) {
         let names = self.core.ops.in_order();
         let h = &mut Renamed { names: &names, inner: h };
-        self.nodes.hash(h);
+        self.life.nodes.hash(h);
         for id in &names {
             self.states.get(id.index()).hash(h);
         }
         self.core.hash_in_order(&names, h);
         self.backend.hash(h);
-        self.drain.hash(h);
+        self.life.drain.hash(h);
     }
 }
 

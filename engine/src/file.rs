@@ -2,13 +2,15 @@
 //!
 //! Flushes are merged here. A flush in flight covers only what completed before it was issued, so
 //! whoever asks meanwhile rides on the next one, together with everybody else who asks (R55).
+//!
+//! A file does nothing by itself: it answers what is to be done, and `core.rs` does it.
 
 use std::hash::{Hash, Hasher};
 
 use crate::backend::FileInfo;
-use crate::core::Core;
 use crate::given_up::GivenUp;
 use crate::limits::Limits;
+use crate::mem::Memory;
 use crate::mutant;
 use crate::op::{Op, OpKind, Seg};
 use crate::units::{Errno, FileId, ReqId, Time, align_down, align_up};
@@ -71,6 +73,30 @@ pub(crate) struct Gate {
     pub since: Time,
     /// By how many in turn.
     pub turns: u32,
+}
+
+/// What is to be done for who asks for a flush.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Flush {
+    /// Nothing: an earlier one failed so.
+    Failed(Errno),
+    /// Nothing: all is stable.
+    NotOwed,
+    /// It is issued.
+    Issue,
+    /// Nothing but to wait: one that is in flight, or will be, is for him too.
+    Ride,
+}
+
+/// What is to be done when a flush has ended.
+#[derive(Debug)]
+pub(crate) enum NextFlush {
+    /// Nothing.
+    NotOwed,
+    /// The next one is issued, for him.
+    Issue(ReqId),
+    /// They are told that it failed, as those before were.
+    Failed(Vec<ReqId>, Errno),
 }
 
 impl FileState {
@@ -184,6 +210,122 @@ impl FileState {
         }
     }
 
+    /// Can it take this read or write as it is, now?
+    pub fn is_direct(&self, op: &Op, mem: &Memory) -> bool {
+        (op.offset | op.len) & u64::from(self.block_mask) == 0
+            && mem.is_aligned(&op.segs, self.address_mask, self.block_mask)
+            && !self.is_closed()
+            && self.to_give_back(op).is_none()
+            && (!op.kind.modifies() || !self.is_claimed(op.offset, op.end()))
+    }
+
+    /// Does a read or write wait for somebody who has, or wants, the file to himself?
+    pub fn is_closed(&self) -> bool {
+        self.gate.closed_by.is_some() && !mutant!("gate_ignored")
+    }
+
+    /// Can it take this zeroing, discard or change of length as it is, now?
+    pub fn is_whole(&self, op: &Op) -> bool {
+        let cut = (op.offset | op.len) & self.hole_mask != 0 && !mutant!("zeroes_cut_blocks");
+        let written = matches!(op.kind, OpKind::Zero { .. }) && (cut || self.zero_unsupported);
+        let (start, end) = self.claim_of(op);
+        !written && self.moved_end(op).is_none() && !self.is_claimed(start, end)
+    }
+
+    /// Where a block of the file system is cut by the file's end, as it is or will be, if `op` moves it.
+    fn moved_end(&self, op: &Op) -> Option<u64> {
+        let end = match op.kind {
+            OpKind::Truncate => op.offset.min(self.len),
+            OpKind::Allocate | OpKind::Zero { .. } if op.end() > self.len => self.len,
+            _ => return None,
+        };
+        (end & self.hole_mask != 0 && !mutant!("file_end_cuts_unclaimed")).then_some(end)
+    }
+
+    /// The whole blocks, of the file and of its file system, that `op` changes something in.
+    pub fn claim_of(&self, op: &Op) -> (u64, u64) {
+        let (start, end) = match op.kind {
+            OpKind::Truncate => (op.offset.min(self.len), u64::MAX),
+            _ => (op.offset, op.end()),
+        };
+        let start = self.moved_end(op).map_or(start, |moved| start.min(moved));
+        let block = u64::from(self.info.request_align.max(self.info.hole_align));
+        (align_down(start, block), align_up(end, block).unwrap_or(u64::MAX))
+    }
+
+    /// A discard without the blocks that it cuts.
+    pub fn within_blocks(&self, op: Op) -> Op {
+        let block = self.hole_mask + 1;
+        let Some(start) = align_up(op.offset, block) else { return Op { len: 0, ..op } };
+        let end = align_down(op.end(), block);
+        Op { offset: start, len: end.saturating_sub(start), ..op }
+    }
+
+    /// Does somebody have a claim that overlaps this range?
+    pub fn is_claimed(&self, start: u64, end: u64) -> bool {
+        self.claims.iter().any(|claim| claim.start < end && start < claim.end)
+    }
+
+    /// `request` wants everything that has completed to be stable.
+    pub fn ask_flush(&mut self, request: ReqId) -> Flush {
+        if let Some(errno) = self.poisoned
+            && !mutant!("failed_flush_tried_again")
+        {
+            return Flush::Failed(errno);
+        }
+        let owed = self.changed || !self.riders.is_empty();
+        if !owed || mutant!("flush_does_nothing") {
+            return Flush::NotOwed;
+        }
+        if self.riders.is_empty() {
+            self.riders.push(request);
+            return Flush::Issue;
+        }
+        if mutant!("flush_rides_on_one_in_flight") {
+            self.riders.push(request);
+        } else {
+            self.next_riders.push(request);
+        }
+        Flush::Ride
+    }
+
+    /// A flush is issued. `uncovered`: writes are in flight, which it does not cover.
+    pub fn flush_issued(&mut self, uncovered: bool) {
+        self.changed = uncovered;
+    }
+
+    /// Nobody knows any more what is stable.
+    pub fn poison(&mut self, errno: Errno) {
+        self.poisoned = Some(errno);
+    }
+
+    /// A flush has come back: whom it was for. They are told, then comes [`FileState::next_flush`].
+    pub fn flush_ended(&mut self, leader: ReqId, result: Result<(), Errno>) -> Vec<ReqId> {
+        debug_assert_eq!(self.riders.first(), Some(&leader));
+        if let Err(errno) = result {
+            (self.poisoned, self.changed) = (Some(errno), true);
+        }
+        std::mem::take(&mut self.riders)
+    }
+
+    /// `told` know how their flush ended. Who asked meanwhile is next.
+    pub fn next_flush(&mut self, mut told: Vec<ReqId>) -> NextFlush {
+        told.clear();
+        let waiting = std::mem::replace(&mut self.next_riders, told);
+        match (waiting.first(), self.poisoned) {
+            (Some(_), Some(errno)) => NextFlush::Failed(waiting, errno),
+            // It belongs to the first who asked for it; its result was announced to all.
+            (Some(&first), None) => {
+                self.riders = waiting;
+                NextFlush::Issue(first)
+            }
+            (None, _) => {
+                self.riders = waiting;
+                NextFlush::NotOwed
+            }
+        }
+    }
+
     pub fn assert_idle(&self) {
         assert!(self.riders.is_empty() && self.next_riders.is_empty(), "a flush was forgotten");
         assert!(self.claims.is_empty(), "claims left: {:?}", self.claims);
@@ -199,89 +341,5 @@ impl Hash for FileState {
         (self.is_vacant, self.is_held).hash(h);
         (&self.riders, &self.next_riders, self.zero_unsupported, &self.claims).hash(h);
         (self.claim_waiters, &self.gate, &self.given_up).hash(h);
-    }
-}
-
-impl Core {
-    /// `request` wants everything that has completed on `file` to be stable.
-    pub(crate) fn issue_flush(&mut self, request: ReqId, file: FileId) {
-        let state = &mut self.files[file.index()];
-        if let Some(errno) = state.poisoned
-            && !mutant!("failed_flush_tried_again")
-        {
-            let slot = self.ops.slot_mut(request);
-            slot.issued = true;
-            slot.failed = slot.failed.or(Some(errno));
-            return;
-        }
-        let owed = state.changed || !state.riders.is_empty();
-        if !owed || mutant!("flush_does_nothing") {
-            self.ops.slot_mut(request).issued = true;
-            return;
-        }
-        if state.riders.is_empty() {
-            state.riders.push(request);
-            self.enqueue_flush(request, file);
-        } else if mutant!("flush_rides_on_one_in_flight") {
-            state.riders.push(request);
-            self.expect_result(request);
-        } else {
-            state.next_riders.push(request);
-            self.expect_result(request);
-        }
-    }
-
-    /// A flush of a file has come back.
-    pub(crate) fn complete_flush(
-        &mut self,
-        file: FileId,
-        leader: ReqId,
-        result: Result<(), Errno>,
-    ) {
-        let state = &mut self.files[file.index()];
-        debug_assert_eq!(state.riders.first(), Some(&leader));
-        let result = if mutant!("flush_error_swallowed") { Ok(()) } else { result };
-        if let Err(errno) = result {
-            (state.poisoned, state.changed) = (Some(errno), true);
-            if mutant!("failed_flush_poisons_others") {
-                self.files.iter_mut().for_each(|other| other.poisoned = Some(errno));
-            }
-        }
-        let state = &mut self.files[file.index()];
-        let mut riders = std::mem::take(&mut state.riders);
-        let waiting = std::mem::take(&mut state.next_riders);
-        for &rider in &riders {
-            self.op_done(rider, result);
-        }
-        riders.clear();
-        self.files[file.index()].next_riders = riders;
-        let Some(&first) = waiting.first() else {
-            self.files[file.index()].riders = waiting;
-            return;
-        };
-        // The next flush belongs to the first who asked for it; its result was announced to all.
-        let state = &mut self.files[file.index()];
-        match state.poisoned {
-            Some(errno) => {
-                let mut waiting = waiting;
-                for &rider in &waiting {
-                    self.op_done(rider, Err(errno));
-                }
-                waiting.clear();
-                self.files[file.index()].riders = waiting;
-            }
-            None => {
-                state.riders = waiting;
-                self.ops.slot_mut(first).pending -= 1;
-                self.enqueue_flush(first, file);
-            }
-        }
-    }
-
-    fn enqueue_flush(&mut self, request: ReqId, file: FileId) {
-        let uncovered = self.ops.are_changing(file) && !mutant!("flush_covers_what_is_in_flight");
-        self.files[file.index()].changed = uncovered;
-        self.stats.flushes += 1;
-        self.enqueue(request, Op::flush(file));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::units::{BufId, Errno, FileId, NodeId, RegionId, ReqId};
+use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId};
 
 /// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -160,6 +160,61 @@ impl Op {
     #[inline]
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.len)
+    }
+}
+
+/// Names an op by its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OpOwner {
+    /// The request's place in the slab; [`Ops::serial`](crate::ops::Ops::serial) tells which it was in time.
+    pub request: ReqId,
+    /// Its number among that request's ops, from 0.
+    pub ordinal: u32,
+}
+
+/// How an op ended: the bytes it moved (0 for ops that move none), or why it failed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// Which op.
+    pub op: OpId,
+    /// As the kernel puts it: bytes, or an error number below 0.
+    answer: i64,
+}
+
+impl Completion {
+    /// `op` ended so.
+    #[inline]
+    pub fn new(op: OpId, result: Result<u64, Errno>) -> Completion {
+        let answer = match result {
+            Ok(moved) => moved as i64,
+            Err(Errno(number)) => -i64::from(number),
+        };
+        Completion { op, answer }
+    }
+
+    /// As the kernel answers.
+    #[inline(always)]
+    pub(crate) fn raw(op: OpId, answer: i64) -> Completion {
+        Completion { op, answer }
+    }
+
+    /// Bytes moved, or why it failed.
+    #[inline]
+    pub fn result(self) -> Result<u64, Errno> {
+        u64::try_from(self.answer)
+            .map_err(|_| Errno(i32::try_from(self.answer.wrapping_neg()).unwrap_or(Errno::IO.0)))
+    }
+
+    /// Did it move `len` bytes, no less?
+    #[inline(always)]
+    pub(crate) fn is(self, len: u64) -> bool {
+        self.answer as u64 == len
+    }
+}
+
+impl std::fmt::Debug for Completion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}: {:?}", self.op, self.result())
     }
 }
 

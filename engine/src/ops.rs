@@ -7,11 +7,12 @@
 use std::hash::{Hash, Hasher};
 use std::ops::{Index, IndexMut};
 
-use crate::backend::Completion;
-use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
+use crate::op::{Base, Completion, Op, OpKind, Seg, Segs, Target};
+use crate::request::Pass;
 use crate::slots::{Link, Origin, Slot, Waits, Work};
-use crate::step::Pass;
 use crate::units::{FileId, OpId, ReqId};
+
+pub use crate::op::OpOwner;
 
 /// An op on its way, as the engine keeps it.
 #[derive(Clone, Debug, Hash)]
@@ -24,15 +25,6 @@ pub struct OpRecord {
     pub owner: OpOwner,
     /// Is it on its way? Otherwise this is a place for the next.
     pub(crate) busy: bool,
-}
-
-/// Names an op by its request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct OpOwner {
-    /// The request's place in the slab; [`Ops::serial`] tells which it was in time.
-    pub request: ReqId,
-    /// The how-manieth op of that request.
-    pub ordinal: u32,
 }
 
 impl OpRecord {

@@ -2,9 +2,8 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::op::{Base, Seg};
-use crate::ops::OpOwner;
-use crate::step::Io;
+use crate::op::{Base, OpOwner, Seg};
+use crate::request::Io;
 use crate::units::{Errno, NodeId, ReqId, Time};
 
 /// What a request waits for: exactly one thing.

@@ -1,7 +1,7 @@
 //! Counters that stay on: where requests spend their time, and how long the loop is held.
 
 use crate::op::{Op, OpKind, Target};
-use crate::step::{Io, IoKind};
+use crate::request::{Io, IoKind};
 use crate::units::{Errno, Time};
 
 /// Counts of values in logarithmic buckets, 16 to each power of two: 6 % wide at worst.
@@ -206,7 +206,14 @@ impl NodeStats {
             (Ok(()), IoKind::Write { .. }) => {
                 (self.writes, self.bytes_written) = (self.writes + 1, self.bytes_written + io.len);
             }
-            (Ok(()), IoKind::Flush | IoKind::Zero { .. } | IoKind::Discard | IoKind::Truncate) => {}
+            (
+                Ok(()),
+                IoKind::Flush
+                | IoKind::Zero { .. }
+                | IoKind::Discard
+                | IoKind::Truncate
+                | IoKind::Status { .. },
+            ) => {}
         }
     }
 }

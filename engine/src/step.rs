@@ -6,124 +6,13 @@ use std::hash::Hash;
 use crate::core::Core;
 use crate::events::NodeEvent;
 use crate::mem::Memory;
+use crate::mutant;
 use crate::op::{Op, OpKind, Seg, Segs};
-use crate::units::{BufId, Errno, FileId, NodeId, RegionId, ReqId, Time};
+use crate::status::{Status, StatusKind};
+use crate::units::{BufId, FileId, HostOffset, NodeId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
-/// What a request wants of a node.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(u8)]
-pub enum IoKind {
-    /// Fill the request's memory.
-    Read,
-    /// Write the request's memory.
-    Write {
-        /// Finish only when it is stable.
-        fua: bool,
-    },
-    /// Make every write that had finished before this request was submitted stable.
-    Flush,
-    /// Make the range read as zeros.
-    Zero {
-        /// Space may be given back.
-        unmap: bool,
-        /// Finish only when it is stable.
-        fua: bool,
-    },
-    /// The range's contents are no longer needed. Whole clusters read as zeros afterwards where
-    /// the format can say so; in a raw image the bytes become zeros or stay, as the file system
-    /// likes. Bytes outside the range keep their contents.
-    Discard,
-    /// Set the virtual size to `offset`, a multiple of 512; what it gains reads as zeros. Not every
-    /// format can shrink, and some disks cannot change. Requests in flight beyond the smaller size
-    /// may fail, or undo it: wait for them first.
-    Truncate,
-}
-
-/// A request as the driver sees it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Io {
-    /// What.
-    pub kind: IoKind,
-    /// First byte, as the guest counts.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
-
-impl Io {
-    /// Read `len` bytes at `offset`.
-    pub fn read(offset: u64, len: u64) -> Io {
-        Io { kind: IoKind::Read, offset, len }
-    }
-
-    /// Write `len` bytes at `offset`.
-    pub fn write(offset: u64, len: u64) -> Io {
-        Io { kind: IoKind::Write { fua: false }, offset, len }
-    }
-
-    /// Flush.
-    pub fn flush() -> Io {
-        Io { kind: IoKind::Flush, offset: 0, len: 0 }
-    }
-
-    /// One past the last byte.
-    #[inline]
-    pub fn end(&self) -> u64 {
-        self.offset.saturating_add(self.len)
-    }
-}
-
-/// What a state is told. Each event is delivered once, to one state.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Event {
-    /// The first step of a chore, or the step after [`Step::Go`].
-    Start,
-    /// All ops of the step before have come back; the first error, if any failed.
-    Io(Result<(), Errno>),
-    /// Somebody woke the list this request was parked on. Nothing is promised about what was
-    /// waited for: look again.
-    Woken,
-}
-
-/// What a state answers.
-#[must_use]
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Step<S> {
-    /// Wait for what this step issued, or for the list it parked on, in this state.
-    Wait(S),
-    /// Go on in this state at once.
-    Go(S),
-    /// What this step issued is all that is left to do: its result is the request's.
-    Last {
-        /// What that is called in the statistics, as by [`Driver::label`].
-        label: u8,
-    },
-    /// The request has ended.
-    Done(Result<(), Errno>),
-}
-
-/// Where all bytes of a request are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Pass {
-    /// The file.
-    pub file: FileId,
-    /// The first byte's offset in it.
-    pub offset: u64,
-    /// What waiting for them is called in the statistics, as by [`Driver::label`].
-    pub label: u8,
-}
-
-/// Work that nobody submitted.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Chore {
-    /// The time that [`Driver::deadline`] named has come.
-    Deadline,
-    /// The node is being drained or closed, nothing of it is in flight: leave the image clean.
-    Settle,
-    /// A step asked for it with [`Cx::ask`].
-    Asked,
-}
+pub use crate::request::{Chore, Event, Io, IoKind, Pass, Step};
 
 /// A format: how requests to one node are done, one state after the other.
 ///
@@ -282,6 +171,27 @@ impl Cx<'_> {
     /// Writes `len` bytes of the request's memory, from byte `off` on, to `file` at `offset`.
     pub fn write_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64, fua: bool) {
         self.core.transfer(self.me, OpKind::Write { fua }, (file, offset), (off, len));
+    }
+
+    /// Answers a request that asks what is where ([`IoKind::Status`]): from its first byte on there
+    /// are `len` bytes of this kind, at `host` if they have a place.
+    pub fn answer_status(
+        &mut self,
+        kind: StatusKind,
+        len: u64,
+        host: Option<(FileId, HostOffset)>,
+    ) {
+        let io = self.io();
+        let IoKind::Status { depth } = io.kind else { panic!("{io:?} asks for no status") };
+        debug_assert!((1..=io.len).contains(&len), "{len} bytes answered of {io:?}");
+        let len = if mutant!("status_of_all") { io.len } else { len };
+        self.core.answer_status(self.me, Status { kind, len, depth, host });
+    }
+
+    /// Has the layer below answer such a request, about its first `len` bytes: what that answers is
+    /// the request's answer.
+    pub fn ask_status_of(&mut self, below: NodeId, len: u64) {
+        self.core.issue_status(self.me, below, self.io().offset, len);
     }
 
     /// How many more ops a step may issue now; a request with many pieces issues as many, waits

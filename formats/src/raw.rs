@@ -9,8 +9,9 @@
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs, Target};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
-use cowbell_engine::units::{BufId, Errno, FileId, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time};
 use cowbell_engine::wait::WaitList;
 
 use crate::probe::{Format, PROBE_BYTES, Probed, probe};
@@ -77,6 +78,12 @@ impl Raw {
     }
 
     fn begin_io(&mut self, io: Io, cx: &mut Cx<'_>) -> Step<State> {
+        if let IoKind::Status { .. } = io.kind {
+            // Where the file has holes only the file system knows, and asking it may take its time.
+            let host = (self.file, HostOffset(io.offset));
+            cx.answer_status(StatusKind::Data, io.len, Some(host));
+            return Step::Done(Ok(()));
+        }
         if self.writes == Writes::Refused && io.kind != IoKind::Flush {
             return Step::Done(Err(Errno::READ_ONLY));
         }
@@ -85,6 +92,7 @@ impl Raw {
         }
         let op = match io.kind {
             IoKind::Read | IoKind::Write { .. } => unreachable!("passed on"),
+            IoKind::Status { .. } => unreachable!("answered above"),
             IoKind::Flush => Op::flush(self.file),
             IoKind::Zero { unmap, fua } => {
                 cx.issue(Op::bare(OpKind::Zero { unmap }, self.file, io.offset, io.len));
@@ -194,7 +202,8 @@ impl Raw {
 /// Would this request change the sector that a format is told by? (What a truncation names as its
 /// offset is the new size.)
 fn changes_first_sector(io: Io) -> bool {
-    !matches!(io.kind, IoKind::Read | IoKind::Flush) && io.offset < PROBE_BYTES as u64
+    !matches!(io.kind, IoKind::Read | IoKind::Flush | IoKind::Status { .. })
+        && io.offset < PROBE_BYTES as u64
 }
 
 impl Driver for Raw {

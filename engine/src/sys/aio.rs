@@ -28,6 +28,9 @@ use crate::op::{OpKind, Target};
 use crate::ops::OpRecord;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::{Files, NOT_ATTACHED};
+use crate::sys::iocb::{
+    ContextId, FDSYNC, FLAG_RESFD, FROM_LANE, Iocb, PREAD, PREADV, PWRITE, PWRITEV, Submit,
+};
 use crate::sys::job::{Job, Pieces};
 use crate::sys::lane::Lane;
 use crate::sys::pool::{PoolOptions, PoolStats, Workers};
@@ -517,75 +520,6 @@ impl std::fmt::Debug for Batch {
     }
 }
 
-/// The kernel's control block (`struct iocb`).
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(super) struct Iocb {
-    data: u64,
-    #[cfg(target_endian = "little")]
-    key: u32,
-    rw_flags: i32,
-    #[cfg(target_endian = "big")]
-    key: u32,
-    opcode: u16,
-    priority: i16,
-    fd: u32,
-    buf: u64,
-    count: u64,
-    offset: i64,
-    reserved: u64,
-    flags: u32,
-    resfd: u32,
-}
-
-impl Iocb {
-    /// A read or write that may wait, signalled to `event`; its list is the job's.
-    pub(super) fn of(job: &Job, event: RawFd) -> Iocb {
-        let (opcode, rw_flags) = match job.kind {
-            OpKind::Write { fua: true } => (PWRITEV, libc::RWF_DSYNC),
-            OpKind::Write { fua: false } => (PWRITEV, 0),
-            _ => (PREADV, 0),
-        };
-        Iocb {
-            data: FROM_LANE | u64::from(job.op.0),
-            rw_flags,
-            opcode,
-            fd: job.file.fd as u32,
-            buf: job.pieces.as_ptr().expose_provenance() as u64,
-            count: job.pieces.len() as u64,
-            offset: job.offset as i64,
-            flags: FLAG_RESFD,
-            resfd: event as u32,
-            ..Iocb::ZERO
-        }
-    }
-
-    pub(super) const ZERO: Iocb = Iocb {
-        data: 0,
-        key: 0,
-        rw_flags: 0,
-        opcode: 0,
-        priority: 0,
-        fd: 0,
-        buf: 0,
-        count: 0,
-        offset: 0,
-        reserved: 0,
-        flags: 0,
-        resfd: 0,
-    };
-}
-
-/// Of the data of a control block, beside the op's id.
-const FROM_LANE: u64 = 1 << 32;
-
-const PREAD: u16 = 0;
-const PWRITE: u16 = 1;
-const FDSYNC: u16 = 3;
-const PREADV: u16 = 7;
-const PWRITEV: u16 = 8;
-const FLAG_RESFD: u32 = 1;
-
 /// The kernel's answer (`struct io_event`).
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -616,7 +550,6 @@ struct Ring {
 const RING_MAGIC: u32 = 0xa10a_10a1;
 
 const _: () = {
-    assert!(size_of::<Iocb>() == 64);
     assert!(size_of::<IoEvent>() == 32);
     assert!(size_of::<Ring>() == 32);
 };
@@ -628,12 +561,6 @@ struct Calls {
     destroy: unsafe fn(ContextId),
     use_ring: bool,
 }
-
-/// A name that is also the address of the ring.
-pub(super) type ContextId = libc::c_ulong;
-
-/// `io_submit`, or what a test has in its place.
-pub(super) type Submit = unsafe fn(ContextId, &[*mut Iocb]) -> Result<usize, Errno>;
 
 /// Hands control blocks to the kernel.
 ///

@@ -13,7 +13,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::sys::aio::{ContextId, Iocb, Submit};
+use crate::sys::iocb::{ContextId, Iocb, Submit};
 use crate::sys::job::Job;
 use crate::sys::pool::Outside;
 use crate::sys::syscalls;

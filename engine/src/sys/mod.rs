@@ -15,6 +15,7 @@ pub mod aio;
 pub mod disk;
 mod files;
 pub mod inline;
+mod iocb;
 mod job;
 mod lane;
 pub mod lock;

@@ -39,10 +39,10 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
-use crate::engine::REQUEST_MAX;
 use crate::mem::Memory;
 use crate::op::OpKind;
 use crate::ops::{OpRecord, Ops};
+use crate::request::REQUEST_MAX;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::Files;
 use crate::sys::job::Handle;

@@ -3,3 +3,4 @@
 mod contract;
 mod cpu_work_is_an_op;
 mod disk;
+mod files_know_what_is_below_them;

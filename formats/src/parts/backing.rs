@@ -2,6 +2,7 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::{BufId, NodeId};
 
@@ -26,6 +27,22 @@ impl Backing {
             cx.issue(Op::read(Target::Node(self.node), from, Segs::one(seg)));
         }
         seg.len > 0
+    }
+}
+
+/// Answers for `at..end`, where the request's own layer says nothing: the layer below knows, if there
+/// is one. False: there is nothing to wait for.
+pub(crate) fn status(backing: Option<Backing>, at: u64, end: u64, cx: &mut Cx<'_>) -> bool {
+    let there = backing.map_or(at, |backing| end.min(backing.size.max(at)));
+    match backing {
+        Some(backing) if there > at && !mutant!("status_stays_in_layer") => {
+            cx.ask_status_of(backing.node, there - at);
+            true
+        }
+        _ => {
+            cx.answer_status(StatusKind::Unallocated, end - at, None);
+            false
+        }
     }
 }
 

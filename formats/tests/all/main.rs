@@ -49,6 +49,7 @@ mod random_requests_match_a_shadow;
 mod rooms_keep_to_their_directions;
 mod running_without_need_is_harmless;
 mod sizes_change_at_work;
+mod status_says_what_the_map_says;
 mod steady_state_allocates_nothing;
 mod the_descriptor_tells_when_to_run;
 mod the_end_of_a_file_is_where_it_was_put;

@@ -60,6 +60,8 @@ enum Shape {
     WriteGrown,
     Shrink,
     Flush,
+    /// What is where, from the cluster on into the next.
+    Status,
 }
 
 impl Shape {
@@ -118,6 +120,7 @@ impl Shape {
             Shape::WriteGrown => Request::write(image.size() - 512, 1024),
             Shape::Shrink => Request::truncate(image.place(table, cluster) + whole + 512),
             Shape::Flush => Request::flush(),
+            Shape::Status => Request::status(at, 2 * whole),
         }
     }
 }
@@ -148,6 +151,30 @@ fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
     all.sort_unstable_by_key(|requests| Workload::new(requests.iter().copied()).to_string());
     all.dedup();
     all.retain(|requests| requests.iter().any(Request::modifies));
+    all.into_iter().map(Workload::new).collect()
+}
+
+/// What is where, asked beside and after what changes it there, and in the next cluster.
+fn statuses(image: &Image) -> Vec<Workload> {
+    let changes = [
+        Shape::WriteMiddle,
+        Shape::WriteStraddling,
+        Shape::ZeroWhole,
+        Shape::Discard,
+        Shape::Flush,
+    ];
+    let status = Shape::Status.at(image, HERE);
+    let mut all = vec![vec![status]];
+    for place in [HERE, (0, 1)] {
+        all.extend(changes.map(|shape| vec![shape.at(image, place), status]));
+        all.extend(changes.map(|shape| vec![status, shape.at(image, place)]));
+    }
+    // What is written must not pass for what it was, and what is zeroed not for more.
+    let write = Shape::WriteHead.at(image, HERE);
+    all.push(vec![write, status, Shape::ZeroWhole.at(image, HERE)]);
+    all.push(vec![Shape::ZeroWhole.at(image, HERE), write, status]);
+    all.sort_unstable_by_key(|requests| Workload::new(requests.iter().copied()).to_string());
+    all.dedup();
     all.into_iter().map(Workload::new).collect()
 }
 
@@ -338,6 +365,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         scopes_on(kinds().filter(|image| !is_shared(image)), fault, resizes),
         scopes_on(kinds().filter(is_shared), QUIET, resizes),
         scopes_on(kinds(), Budget { crashes: 1, ..QUIET }, core),
+        scopes_on(small(), fault, statuses),
         scopes_on(others(), fault, core),
         scopes_on(small(), QUIET, count(3)),
     ];

@@ -126,7 +126,8 @@ fn request(draw: &mut Draw, image: &Image, size: &mut u64) -> Request {
     let offset = (start + draw.below(cluster / unit) * unit).min(*size - 1);
     let len = (unit * (1 + draw.below(2 * cluster / unit))).min(*size - offset);
     match draw.below(12) {
-        0..=2 => Request::read(offset, len),
+        0..=1 => Request::read(offset, len),
+        2 => Request::status(offset, len),
         3..=6 => Request::write(offset, len),
         7 => Request::write_fua(offset, len),
         8 => Request::zero(offset, len),

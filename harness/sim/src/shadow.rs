@@ -25,6 +25,7 @@ use crate::shared::Shared as Rc;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
+use cowbell_engine::status::Status;
 use cowbell_engine::step::IoKind;
 
 use crate::disk::{Contents, SECTOR, Sector, fixed_hash};
@@ -268,8 +269,10 @@ struct Cell {
 struct Pending {
     which: usize,
     kind: IoKind,
+    /// What it is about.
+    range: Range<u64>,
     cells: Range<usize>,
-    /// Per cell. A read: what it may return. A write: what had ended when it was submitted. A
+    /// Per cell. A read, or who asks what is where: what it may find. A write: what had ended when it was submitted. A
     /// flush: what it takes from `crash`.
     sets: Vec<Writers>,
     /// A read: did nothing happen to what it reads?
@@ -331,21 +334,23 @@ impl Shadow {
         let sets: Vec<Writers> = self.cells[cells.clone()]
             .iter()
             .map(|cell| match request.kind {
-                IoKind::Read => cell.live,
+                IoKind::Read | IoKind::Status { .. } => cell.live,
                 IoKind::Flush => cell.crash & !cell.live,
                 _ => (cell.live | cell.crash) & !unended,
             })
             .collect();
         let quiet =
             !self.pending.iter().any(|other| other.modifies() && overlap(&other.cells, &cells));
-        let pending = Pending { which, kind: request.kind, cells, sets, quiet };
+        let range = request.offset..request.end();
+        let pending = Pending { which, kind: request.kind, range, cells, sets, quiet };
         if pending.modifies() {
             for cell in &mut self.cells[pending.cells.clone()] {
                 cell.live |= writer(which);
                 cell.crash |= writer(which);
             }
-            let is_read = |read: &&mut Pending| read.kind == IoKind::Read;
-            for read in self.pending.iter_mut().filter(is_read) {
+            let looks =
+                |read: &&mut Pending| matches!(read.kind, IoKind::Read | IoKind::Status { .. });
+            for read in self.pending.iter_mut().filter(looks) {
                 for (set, cell) in read.sets.iter_mut().zip(read.cells.clone()) {
                     if pending.cells.contains(&cell) {
                         *set |= writer(which);
@@ -373,6 +378,9 @@ impl Shadow {
         }
         match pending.kind {
             IoKind::Read => self.end_read(&pending, bytes.ok_or("a read without memory")?),
+            IoKind::Status { .. } => {
+                self.end_status(&pending, bytes.ok_or("a status without memory")?)
+            }
             IoKind::Flush => {
                 for (cell, gone) in self.cells.iter_mut().zip(&pending.sets) {
                     cell.crash &= !gone;
@@ -419,6 +427,31 @@ impl Shadow {
                 if cell.live & agreed != 0 && cell.live & self.failed == 0 {
                     cell.live &= agreed;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is said to be zeros is zeros, or was meanwhile. What is said to be data may be anything.
+    fn end_status(&self, pending: &Pending, bytes: &[u8]) -> Result<(), String> {
+        let Range { start, end } = pending.range;
+        if start == end {
+            return Ok(());
+        }
+        let status = Status::from_bytes(bytes).ok_or("no answer to what is where")?;
+        if !(1..=end - start).contains(&status.len) {
+            return Err(format!("an answer about {} bytes at {start:#x}", status.len));
+        }
+        if !status.kind.is_zero() {
+            return Ok(());
+        }
+        let zeros = [0; SECTOR as usize];
+        let inside = |piece: &&Piece| start <= piece.start && piece.end <= start + status.len;
+        for piece in self.cut.pieces_of(&pending.cells).filter(inside) {
+            let found = piece.recognise(&zeros[..(piece.end - piece.start) as usize]);
+            let legal = pending.sets[piece.cell - pending.cells.start];
+            if found & legal == 0 {
+                return Err(wrong("zeros are said to be there,", piece, found, legal));
             }
         }
         Ok(())
@@ -489,7 +522,7 @@ impl Shadow {
 
 impl Pending {
     fn modifies(&self) -> bool {
-        !matches!(self.kind, IoKind::Read | IoKind::Flush)
+        !matches!(self.kind, IoKind::Read | IoKind::Flush | IoKind::Status { .. })
     }
 }
 

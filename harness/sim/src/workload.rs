@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use cowbell_engine::mem::Buf;
+use cowbell_engine::status::Status;
 use cowbell_engine::step::{Io, IoKind};
 
 /// A guest's request.
@@ -56,6 +57,11 @@ impl Request {
         Request { kind: IoKind::Flush, offset: 0, len: 0 }
     }
 
+    /// Asks what is where.
+    pub fn status(offset: u64, len: u64) -> Request {
+        Request { kind: IoKind::Status { depth: 0 }, offset, len }
+    }
+
     /// One past the last byte.
     pub fn end(&self) -> u64 {
         self.offset + self.len
@@ -63,7 +69,7 @@ impl Request {
 
     /// May it change the disk?
     pub fn modifies(&self) -> bool {
-        !matches!(self.kind, IoKind::Read | IoKind::Flush)
+        !matches!(self.kind, IoKind::Read | IoKind::Flush | IoKind::Status { .. })
     }
 
     /// As the engine takes it.
@@ -76,6 +82,7 @@ impl Request {
         match self.kind {
             // A read that fills nothing must not look like zeros.
             IoKind::Read => Some(Buf::copied(&vec![UNREAD; self.len as usize])),
+            IoKind::Status { .. } => Some(Buf::copied(&[UNREAD; Status::BYTES])),
             IoKind::Write { .. } => {
                 let mut bytes = vec![0; self.len as usize];
                 pattern(which, self.offset, &mut bytes);
@@ -108,6 +115,7 @@ impl fmt::Display for Request {
             IoKind::Zero { unmap: false, fua: true } => ("zero", " fua"),
             IoKind::Zero { unmap: true, fua: true } => ("zero", " unmap fua"),
             IoKind::Discard => ("discard", ""),
+            IoKind::Status { .. } => ("status", ""),
             IoKind::Truncate => return write!(f, "truncate {:#x}", self.offset),
         };
         write!(f, "{verb} {:#x}+{:#x}{flags}", self.offset, self.len)
@@ -145,6 +153,7 @@ impl FromStr for Request {
             "write" => IoKind::Write { fua },
             "zero" => IoKind::Zero { unmap, fua },
             "discard" => IoKind::Discard,
+            "status" => IoKind::Status { depth: 0 },
             _ => return Err(format!("'{verb}' is no request")),
         };
         Ok(Request { kind, offset: number(offset)?, len: number(len)? })

@@ -209,7 +209,7 @@ impl Room {
         let needed = requests.iter().try_fold(0, |sum, request| {
             let clusters = request.end().div_ceil(cluster) - request.offset / cluster;
             match request.kind {
-                IoKind::Read | IoKind::Flush => Some(sum),
+                IoKind::Read | IoKind::Flush | IoKind::Status { .. } => Some(sum),
                 // Whatever there is of tables.
                 IoKind::Truncate => None,
                 // Its clusters, and a table; where they lie on a border of tables, two.

@@ -277,7 +277,7 @@ impl Mix {
                 }
                 Mem::None
             }
-            IoKind::Flush | IoKind::Truncate => {
+            IoKind::Flush | IoKind::Truncate | IoKind::Status { .. } => {
                 self.counts.flushes += 1;
                 Mem::None
             }

@@ -8,6 +8,7 @@
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Io, IoKind, Step};
 use cowbell_engine::units::{Errno, GuestOffset, HostOffset, align_down};
 
@@ -282,7 +283,7 @@ impl Qcow2 {
     /// where zeros are.
     fn needs_no_table(&self, at: u64, end: u64, kind: IoKind) -> bool {
         match kind {
-            IoKind::Read => true,
+            IoKind::Read | IoKind::Status { .. } => true,
             IoKind::Zero { .. } => !self.shows_backing(at) && !self.is_raw_external(),
             IoKind::Discard => {
                 !self.shows_backing(at)
@@ -336,9 +337,28 @@ impl Qcow2 {
                 return self.transfer(at, end, run, issued, cx);
             }
             (IoKind::Write { .. }, _) => return Piece::Lacks,
+            (IoKind::Status { .. }, _) => {
+                *issued |= self.answer_status(at, run, cx);
+                return Piece::To(io.end());
+            }
             _ => return self.clear(at, end, run, issued, cx),
         }
         Piece::To(run.end)
+    }
+
+    /// Says what the run that begins at `at` is. True: the layer below is asked.
+    #[inline(never)]
+    fn answer_status(&self, at: u64, run: Run, cx: &mut Cx<'_>) -> bool {
+        let inside = at & (self.geometry.cluster_size() - 1);
+        let place = |host: HostOffset| (self.data, HostOffset(host.0 + inside));
+        let (kind, host) = match run.mapping {
+            Mapping::Data(host) => (StatusKind::Data, Some(place(host))),
+            Mapping::Zero(host) => (StatusKind::Zero, host.map(place)),
+            Mapping::Compressed(_) => (StatusKind::Compressed, None),
+            Mapping::Unallocated(_) => return backing::status(self.backing, at, run.end, cx),
+        };
+        cx.answer_status(kind, run.end - at, host);
+        false
     }
 
     /// Reads or writes the run of data that begins at `at`, and those that follow it in the same

@@ -297,7 +297,7 @@ impl Qcow2 {
     fn begin_io(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match cx.io().kind {
             IoKind::Flush => self.flush(cx),
-            IoKind::Read => self.walk(cx.io().offset, cx),
+            IoKind::Read | IoKind::Status { .. } => self.walk(cx.io().offset, cx),
             _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
             IoKind::Truncate => self.resize(cx),
             _ => self.walk(cx.io().offset, cx),

@@ -7,6 +7,7 @@
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Segs};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::units::{Errno, GuestOffset, HostOffset, align_down};
 
@@ -185,7 +186,7 @@ impl Qed {
     /// where zeros are.
     fn needs_no_table(&self, at: u64, end: u64, cx: &Cx<'_>) -> bool {
         match cx.io().kind {
-            IoKind::Read => true,
+            IoKind::Read | IoKind::Status { .. } => true,
             IoKind::Zero { .. } => !self.shows_backing(at),
             IoKind::Discard => !self.shows_backing(at) || self.whole_clusters(at, end).is_none(),
             _ => false,
@@ -230,6 +231,10 @@ impl Qed {
         match io.kind {
             IoKind::Read => cx.read_guest(self.file, host, from, len),
             IoKind::Write { .. } => cx.write_guest(self.file, host, from, len, false),
+            IoKind::Status { .. } => {
+                cx.answer_status(StatusKind::Data, len, Some((self.file, HostOffset(host))));
+                return Some(io.end());
+            }
             _ => {
                 let Some(op) = self.clear_op(at, run_end, host, cx) else { return Some(run_end) };
                 cx.issue(op);
@@ -266,6 +271,14 @@ impl Qed {
             (IoKind::Read, _) => {
                 *issued |= backing::read(self.backing, at, run_end, cx);
                 Some(run_end)
+            }
+            (IoKind::Status { .. }, Entry::Zero) => {
+                cx.answer_status(StatusKind::Zero, run_end - at, None);
+                Some(io.end())
+            }
+            (IoKind::Status { .. }, _) => {
+                *issued |= backing::status(self.backing, at, run_end, cx);
+                Some(io.end())
             }
             (IoKind::Write { .. }, _) => None,
             (_, Entry::Zero) => Some(run_end),

@@ -269,7 +269,7 @@ impl Qed {
                 self.flush(cx);
                 Step::Last { label: FLUSH }
             }
-            IoKind::Read => self.walk(io.offset, Event::Start, cx),
+            IoKind::Read | IoKind::Status { .. } => self.walk(io.offset, Event::Start, cx),
             _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
             IoKind::Truncate => self.resize(cx),
             _ => self.walk(io.offset, Event::Start, cx),

@@ -22,8 +22,9 @@ use std::hash::Hash;
 
 use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Op, OpKind};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
-use cowbell_engine::units::{BufId, Errno, FileId, Time, align_down};
+use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time, align_down};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Claims;
@@ -157,6 +158,7 @@ impl Vdi {
                 return Step::Done(Err(Errno::IO));
             };
             match (entry, io.kind) {
+                (entry, IoKind::Status { .. }) => return self.answer_status(entry, at, end, cx),
                 (Entry::Block(block), _) => issued |= self.in_place(block, at, end, cx),
                 (Entry::Zero, IoKind::Read) => cx.zero_guest(at - io.offset, end - at),
                 (Entry::Zero, IoKind::Write { .. }) => {
@@ -183,6 +185,19 @@ impl Vdi {
             _ if issued => Step::Last { label: PIECES },
             _ => Step::Done(Ok(())),
         }
+    }
+
+    /// Says what `at..end` is.
+    fn answer_status(&self, entry: Entry, at: u64, end: u64, cx: &mut Cx<'_>) -> Step<State> {
+        let (kind, host) = match entry {
+            Entry::Block(block) => {
+                let host = HostOffset(self.image.host_of(block, at));
+                (StatusKind::Data, Some((self.file, host)))
+            }
+            Entry::Zero => (StatusKind::Zero, None),
+        };
+        cx.answer_status(kind, end - at, host);
+        Step::Done(Ok(()))
     }
 
     /// Does what is asked for to `at..end`, which is mapped from `block` on. Was there an op?
@@ -273,7 +288,7 @@ impl Driver for Vdi {
                 self.flush(cx);
                 Step::Last { label: FLUSH }
             }
-            IoKind::Read => self.walk(io.offset, cx),
+            IoKind::Read | IoKind::Status { .. } => self.walk(io.offset, cx),
             _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
             IoKind::Truncate => Step::Done(Err(Errno::NOT_SUPPORTED)),
             _ => self.walk(io.offset, cx),

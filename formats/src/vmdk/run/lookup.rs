@@ -7,8 +7,9 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{Errno, align_down};
+use cowbell_engine::units::{Errno, FileId, HostOffset, align_down};
 
 use crate::parts::backing;
 use crate::vmdk::disk::layout::Entry;
@@ -76,6 +77,13 @@ impl Place {
             if end == self.end { end } else { self.start + align_down(end - self.start, size) };
         (first < last).then_some((first, last))
     }
+}
+
+/// Answers that the next `len` bytes are data, at `host`; how far that gets the request.
+#[inline(never)]
+fn status_at(len: u64, host: (FileId, HostOffset), cx: &mut Cx<'_>) -> u64 {
+    cx.answer_status(StatusKind::Data, len, Some(host));
+    cx.io().end()
 }
 
 impl Vmdk {
@@ -161,11 +169,15 @@ impl Vmdk {
         };
         match found {
             Found::Flat { host, end } => {
-                self.at_host(at, end, host, 1, issued, cx);
-                return Ok(end);
+                return Ok(self.at_host(at, end, host, 1, issued, cx));
             }
             Found::Zeros { end } => {
-                cx.zero_guest(at - cx.io().offset, end - at);
+                let io = cx.io();
+                if let IoKind::Status { .. } = io.kind {
+                    cx.answer_status(StatusKind::Zero, end - at, None);
+                    return Ok(io.end());
+                }
+                cx.zero_guest(at - io.offset, end - at);
                 return Ok(end);
             }
             Found::Run { entry, end, .. } => {
@@ -335,7 +347,7 @@ impl Vmdk {
     fn needs_no_table(&self, at: u64, end: u64, cx: &Cx<'_>) -> bool {
         let place = self.place(self.part_at(at));
         match cx.io().kind {
-            IoKind::Read => true,
+            IoKind::Read | IoKind::Status { .. } => true,
             IoKind::Zero { .. } => !self.shows_parent(at, place),
             IoKind::Discard => {
                 !self.shows_parent(at, place)
@@ -375,6 +387,10 @@ impl Vmdk {
             return self.without_data(at, run_end, entry, place, issued, cx);
         };
         if self.is_compressed(place.part) {
+            if let IoKind::Status { .. } = cx.io().kind {
+                cx.answer_status(StatusKind::Compressed, run_end - at, None);
+                return Some(Ok(cx.io().end()));
+            }
             let is_read = cx.io().kind == IoKind::Read;
             return (is_read && self.read_compressed(at, run_end, place, cx))
                 .then_some(Ok(run_end));
@@ -386,11 +402,11 @@ impl Vmdk {
             return None;
         }
         let host = offset + ((at - place.start) & (place.grain_size() - 1));
-        self.at_host(at, run_end, host, place.grain_size(), issued, cx);
-        Some(Ok(run_end))
+        Some(Ok(self.at_host(at, run_end, host, place.grain_size(), issued, cx)))
     }
 
     /// Does `at..end` where it is: at byte `host` of its part's file, in grains of `grain` bytes.
+    /// Answers how far it got.
     #[inline(always)]
     fn at_host(
         &mut self,
@@ -400,26 +416,40 @@ impl Vmdk {
         grain: u64,
         issued: &mut bool,
         cx: &mut Cx<'_>,
-    ) {
+    ) -> u64 {
         let io = cx.io();
         let file = self.parts[self.part_at(at)].file;
         let (from, len) = (at - io.offset, end - at);
         match io.kind {
             IoKind::Read => cx.read_guest(file, host, from, len),
             IoKind::Write { .. } => cx.write_guest(file, host, from, len, false),
-            IoKind::Zero { unmap, .. } => {
-                cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, len));
+            IoKind::Status { .. } => {
+                return status_at(len, (file, HostOffset(host)), cx);
             }
-            _ => {
-                let whole = match grain {
-                    1 => Some((at, end)),
-                    _ => self.place(self.part_at(at)).whole_grains(at, end),
-                };
-                let Some((first, last)) = whole else { return };
-                cx.issue(Op::bare(OpKind::Discard, file, host + (first - at), last - first));
+            IoKind::Zero { .. } | IoKind::Discard | IoKind::Flush | IoKind::Truncate => {
+                *issued |= self.clear_at(at, end, host, grain, cx);
+                return end;
             }
         }
         *issued = true;
+        end
+    }
+
+    /// As [`Vmdk::at_host`], to zero or discard. Was there an op?
+    #[inline(never)]
+    fn clear_at(&self, at: u64, end: u64, host: u64, grain: u64, cx: &mut Cx<'_>) -> bool {
+        let file = self.parts[self.part_at(at)].file;
+        if let IoKind::Zero { unmap, .. } = cx.io().kind {
+            cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, end - at));
+            return true;
+        }
+        let whole = match grain {
+            1 => Some((at, end)),
+            _ => self.place(self.part_at(at)).whole_grains(at, end),
+        };
+        let Some((first, last)) = whole else { return false };
+        cx.issue(Op::bare(OpKind::Discard, file, host + (first - at), last - first));
+        true
     }
 
     /// As `in_place`, for a run without data of its own.
@@ -448,6 +478,17 @@ impl Vmdk {
                 Err(_) if *issued => return Some(Err(Step::Wait(State::Pieces { at }))),
                 Err(errno) => return Some(Err(Step::Done(Err(errno)))),
             },
+            (IoKind::Status { .. }, Entry::Zero) => {
+                cx.answer_status(StatusKind::Zero, run_end - at, None);
+                io.end()
+            }
+            (IoKind::Status { .. }, _) if self.parent_changed => {
+                return Some(Err(Step::Done(Err(Errno::INVALID))));
+            }
+            (IoKind::Status { .. }, _) => {
+                *issued |= backing::status(self.backing, at, run_end, cx);
+                io.end()
+            }
             (IoKind::Write { .. }, _) => return None,
             (_, Entry::Zero) => run_end,
             // Zero write or discard of an unallocated run.

@@ -408,6 +408,7 @@ impl Vmdk {
         let io = cx.io();
         match io.kind {
             IoKind::Flush => self.flush_all(cx),
+            IoKind::Status { .. } => self.walk_from(io.offset, Event::Start, cx),
             _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
             IoKind::Truncate => Step::Done(Err(Errno::NOT_SUPPORTED)),
             _ => self.walk_with_new_cid(io.offset, cx),
@@ -548,7 +549,9 @@ impl Driver for Vmdk {
 
     fn step(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
         match (state, event) {
-            (State::Next { at }, Event::Woken) if cx.io().kind != IoKind::Read => {
+            (State::Next { at }, Event::Woken)
+                if !matches!(cx.io().kind, IoKind::Read | IoKind::Status { .. }) =>
+            {
                 self.walk_with_new_cid(at, cx)
             }
             (State::Next { at }, Event::Start | Event::Woken) => self.walk_from(at, event, cx),

@@ -1,0 +1,124 @@
+//! What an embedder asks of a disk while others run: to pause, to close, to have a share. What that
+//! means is said in `life.rs`.
+
+use super::Engine;
+use crate::backend::Backend;
+use crate::events::NodeEvent;
+use crate::life::Why;
+use crate::stats::NodeStats;
+use crate::step::Driver;
+use crate::units::NodeId;
+
+impl<D: Driver, B: Backend> Engine<D, B> {
+    /// Does the engine have this node? Not one that was closed, nor another engine's.
+    #[inline]
+    pub fn has(&self, node: NodeId) -> bool {
+        self.core.has_node(node)
+    }
+
+    /// At most so many of the engine's requests may be this node's, those apart that have ended and
+    /// are to be polled: one more is refused with [`Why::Full`], whatever room there is for others. `None`, which is what
+    /// a node begins with: no bound but [`Limits::requests`](crate::Limits::requests). 0 refuses
+    /// all. May be changed at any time; requests that are there stay. False: there is no such node.
+    ///
+    /// The sum over all nodes may be more than the engine's. As long as it is not, no disk takes
+    /// another's place, not even one whose storage hangs.
+    pub fn set_quota(&mut self, node: NodeId, requests_max: Option<usize>) -> bool {
+        if !self.has(node) {
+            return false;
+        }
+        let record = &mut self.core.nodes[node.index()];
+        record.quota = requests_max.map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX));
+        record.set_open_to();
+        true
+    }
+
+    /// What was counted of a node's requests; kept if [`Limits::measure`](crate::Limits::measure)
+    /// says so. `None`: there is no such node.
+    pub fn node_stats(&self, node: NodeId) -> Option<&NodeStats> {
+        self.has(node).then(|| &self.core.nodes[node.index()].stats)
+    }
+
+    /// Begins to drain: no more requests are taken, those in flight run to their end, and every
+    /// node leaves its image clean and stable, paused ones too. Go on as ever, with `run` and `poll`,
+    /// until [`Engine::drained`] answers; `run` once before waiting. While it drains, calling it
+    /// again changes nothing.
+    ///
+    /// Nodes do not wait for each other: the images of some are clean while another's storage
+    /// hangs. To have one clean and gone while others go on, [`close`](Engine::close) it.
+    pub fn drain(&mut self) {
+        self.life.drain(&mut self.core);
+    }
+
+    /// Begins to close a node while others go on: no more requests are taken for it
+    /// ([`Why::Closing`]), those in flight run to their end, and it leaves its image clean and stable
+    /// and gives back what space was given up, all as [`drain`](Engine::drain) does. Then it goes,
+    /// with its files and memory; and so does each layer below it, one after the other, down to the
+    /// first that another node reads from. Go on as ever, with `run` and `poll`, until
+    /// [`poll_event`](Engine::poll_event) answers [`NodeEvent::Closed`]; `run` once before waiting.
+    /// From then on the id is refused ([`Why::NoSuchNode`]), for ever.
+    ///
+    /// Nobody waits for a node that is being closed, and it waits for nobody else: if its storage
+    /// hangs it stays, and others go on. Finished requests of it may come from `poll` even after the
+    /// event.
+    ///
+    /// # Errors
+    ///
+    /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`], it is being closed already;
+    /// [`Why::InUse`], another node reads from it: close that first.
+    pub fn close(&mut self, node: NodeId) -> Result<(), Why> {
+        self.life.close(&mut self.core, node)
+    }
+
+    /// May another node be added that reads from this one? It is there, and not being closed.
+    pub fn may_be_read_from(&self, node: NodeId) -> bool {
+        self.has(node) && !self.core.nodes[node.index()].is_closing
+    }
+
+    /// Is nothing of this node in flight: no request, no chore, nothing on its files? What `poll` has
+    /// to give does not count. Also of a node that is not there.
+    pub fn is_quiet(&self, node: NodeId) -> bool {
+        !self.has(node) || self.life.is_at_rest(&self.core, node.index())
+    }
+
+    /// From now on the node takes no requests ([`Why::Paused`]) and begins no work of its own; what
+    /// is in flight runs to its end. When it has, [`poll_event`](Engine::poll_event) answers
+    /// [`NodeEvent::Paused`], and from then until [`resume`](Engine::resume) nothing is read from or
+    /// written to its files. What they hold is what a crash would leave: flush first to have in it
+    /// what was written. A node that is being drained or closed leaves its image clean, paused or not.
+    ///
+    /// Requests are refused, not kept: the embedder has a queue, for [`Why::Full`], and a paused
+    /// disk shall not take the engine's places from others. Order is as it submits.
+    ///
+    /// # Errors
+    ///
+    /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already.
+    pub fn pause(&mut self, node: NodeId) -> Result<(), Why> {
+        self.life.pause(&mut self.core, node)
+    }
+
+    /// Ends a [`pause`](Engine::pause): requests are taken again, and what work of the node's own has
+    /// become due begins at the next `run`. If it was not paused, nothing changes.
+    ///
+    /// # Errors
+    ///
+    /// [`Why::NoSuchNode`]; [`Why::Closing`].
+    pub fn resume(&mut self, node: NodeId) -> Result<(), Why> {
+        self.life.resume(&mut self.core, node)
+    }
+
+    /// The files of a node that was closed, when [`poll_event`](Engine::poll_event) has said so and
+    /// until the next `run`, in the order in which they were attached; those of layers that went
+    /// with it come behind. What is not taken is dropped in that `run`: a loop that may not wait for
+    /// files to be closed takes them, and drops them elsewhere.
+    pub fn take_files(&mut self, node: NodeId) -> Vec<B::File> {
+        self.life.take_files(node)
+    }
+
+    /// What happened to a node since it was last asked, oldest first. At most
+    /// [`EVENTS_MAX`](crate::events::EVENTS_MAX) of [`NodeEvent::Corrupt`] are kept, the same one
+    /// once; none of the others is lost. May answer something new after any `run`.
+    pub fn poll_event(&mut self) -> Option<NodeEvent> {
+        self.life.poll_event(&mut self.core)
+    }
+}

@@ -1,0 +1,112 @@
+//! What the engine keeps of a node beside its driver: how far it is in its life, what is in flight.
+
+use crate::mutant;
+use crate::stats::{Ended, NodeStats};
+use crate::units::{Errno, NodeId, RegionId};
+
+/// How far a node is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Stage {
+    /// It takes requests, if nothing else is said.
+    Open,
+    /// It takes no more; what is in flight runs to its end.
+    Finishing,
+    /// It leaves its image clean.
+    Settling,
+    /// Its image is clean, or why not.
+    Settled(Result<(), Errno>),
+}
+
+/// What the engine keeps of a node beside its driver.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeRecord {
+    /// Whose this place is; if it is vacant: whose it will be.
+    pub id: NodeId,
+    /// Guests' requests that have not ended, and how many there may be now.
+    pub guests: u32,
+    pub open_to: u32,
+    /// What is in flight besides: pieces of other nodes' requests, chores, the file layer's machines.
+    pub inner: u32,
+    /// Guests' requests that ended together, not in the statistics yet.
+    pub batch: Ended,
+    /// How many requests it may have.
+    pub quota: u32,
+    pub stage: Stage,
+    pub is_vacant: bool,
+    /// No requests, no chores, until it is resumed.
+    pub is_paused: bool,
+    /// The embedder is still to be told that nothing is in flight any more.
+    pub owes_paused: bool,
+    /// When it has settled, it goes.
+    pub is_closing: bool,
+    /// What the layers above it had to say when they went: whose closing this is.
+    pub closing_for: Option<(NodeId, Result<(), Errno>)>,
+    /// Files of it were taken away.
+    pub is_gone: bool,
+    /// The first error of its chores since it began to settle.
+    pub chore_failed: Option<Errno>,
+    /// It is a disk: no other node reads from it.
+    pub is_top: bool,
+    /// Buffers that its requests hold, those in the layers below too: of the pool, and for bouncing.
+    pub shares: [usize; 2],
+    /// Memory of its own.
+    pub regions: Vec<RegionId>,
+    pub stats: NodeStats,
+}
+
+impl NodeRecord {
+    pub fn new(id: NodeId) -> NodeRecord {
+        NodeRecord {
+            id,
+            guests: 0,
+            open_to: u32::MAX,
+            inner: 0,
+            batch: Ended::default(),
+            quota: u32::MAX,
+            stage: Stage::Open,
+            is_vacant: false,
+            is_paused: false,
+            owes_paused: false,
+            is_closing: false,
+            closing_for: None,
+            is_gone: false,
+            chore_failed: None,
+            is_top: true,
+            shares: [0; 2],
+            regions: Vec::new(),
+            stats: NodeStats::default(),
+        }
+    }
+
+    /// Is nothing of it in flight, its files apart?
+    pub fn is_quiet(&self) -> bool {
+        self.guests == 0 && self.inner == 0
+    }
+
+    /// Does something happen to it by itself, so that it is to be looked at?
+    pub fn is_moving(&self) -> bool {
+        let drains = matches!(self.stage, Stage::Finishing | Stage::Settling);
+        !self.is_vacant && (drains || self.is_closing || self.owes_paused)
+    }
+
+    /// May its chores begin when their time comes?
+    pub fn may_begin_chores(&self) -> bool {
+        !(self.is_gone || self.is_paused && self.stage == Stage::Open)
+    }
+
+    /// Opens it to as many requests as may be, now.
+    pub fn set_open_to(&mut self) {
+        let takes = self.stage == Stage::Open && !self.is_paused && !self.is_gone;
+        self.open_to = if takes && !self.is_closing { self.quota } else { 0 };
+        if mutant!("closed_node_takes_requests") && self.is_closing {
+            self.open_to = self.quota;
+        }
+    }
+
+    /// Everything that decides what can happen next and does not follow from its requests.
+    pub fn decisive(&self) -> impl std::hash::Hash {
+        let NodeRecord { stage, is_paused, owes_paused, is_closing, is_gone, .. } = *self;
+        let flags = (is_paused, owes_paused, is_closing, is_gone, self.is_vacant);
+        (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares)
+    }
+}
