@@ -13,7 +13,7 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, HostOffset, NodeId};
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::chain::LayerMeta;
+use cowbell_formats::LayerMeta;
 use cowbell_formats::map::{Kind, extents};
 use cowbell_formats::{Chain, Node, OpenOptions, Policy, RunOptions, attach, open};
 
