@@ -147,7 +147,7 @@ impl ResizeStep<'_> {
         };
         match self.reserve.take_contiguous(count, cx) {
             Ok(first) => self.resize.l1_first = first,
-            Err(Short::Failed(errno)) => return Step::Done(Err(errno)),
+            Err(Short::Failed(errno)) => return self.resized(Err(errno), cx),
             Err(Short::Later(attempt)) => return Step::Wait(ResizeState::Space { attempt }),
         }
         // First everything that is changed in the old table, while nothing more is.
