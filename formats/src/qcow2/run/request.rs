@@ -230,6 +230,7 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
         match progress {
+            Progress::To(to) if to == cx.io().end() => self.end(cx),
             Progress::To(to) => self.walk(to, cx),
             Progress::Wait(state) => Step::Wait(wait(state)),
             Progress::LookAgain { at } => Step::Wait(RequestState::Next { at }),
