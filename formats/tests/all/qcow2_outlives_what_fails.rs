@@ -351,6 +351,10 @@ fn refcounts_that_are_wrong_end_allocation_and_nothing_else() {
     assert_eq!(write(&mut disk, 2 * cluster, 512, 1), Ok(()));
     assert_eq!(go(&mut disk, Io::flush(), Mem::None).0, Ok(()));
     assert_eq!(read(&mut disk, 2 * cluster, 512), vec![1; 512]);
+    // A longer L1 table needs clusters; the second finds that the first has ended.
+    let grow = Io { kind: IoKind::Truncate, offset: 1 << 30, len: 0 };
+    assert_eq!(go(&mut disk, grow, Mem::None).0, Err(Errno::IO));
+    assert_eq!(go(&mut disk, grow, Mem::None).0, Err(Errno::IO));
     let told = NodeEvent::Corrupt { node: disk.1, what: "refcount block is misplaced", at: table };
     assert_eq!(disk.0.poll_event(), Some(told));
     assert_eq!(drain(&mut disk, NOTHING), Err(Errno::IO));

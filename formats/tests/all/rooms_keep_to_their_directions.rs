@@ -1,6 +1,7 @@
-//! What may know of what: each folder of a format, the shared parts, the engine. And that the states
-//! of a request are told apart one by one.
+//! What may know of what: each folder of a format, the files that run it, the shared parts, the
+//! engine. And that the states of a request are told apart one by one.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -93,6 +94,90 @@ fn the_crates_know_what_is_below_them() {
         assert!(!depends(folder, no), "{folder} depends on {no}");
     }
     assert!(depends("formats", "cowbell-engine"), "what is looked for would be found");
+}
+
+/// Formats whose drivers are one object yet, which each file of theirs changes: it is made known by
+/// `mod.rs`, which routes to them all. Circles through that are not looked for.
+const ONE_OBJECT: [&str; 3] = ["qed", "vdi", "vmdk"];
+
+/// For each file of a folder, which others it names in paths that begin with `folder::`. What is no
+/// file's name is `mod`'s.
+fn named(files: &[(String, String)], folder: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let stem = |name: &str| Path::new(name).file_stem().expect("a name").display().to_string();
+    let stems: BTreeSet<String> = files.iter().map(|(name, _)| stem(name)).collect();
+    let mut all = BTreeMap::new();
+    for (name, code) in files {
+        let mut names = BTreeSet::new();
+        for (at, prefix) in code.match_indices(&format!("{folder}::")) {
+            let path = &code[at + prefix.len()..];
+            let paths = match path.strip_prefix('{') {
+                Some(list) => list.split('}').next().expect("a list").split(',').collect(),
+                None => vec![path],
+            };
+            for path in paths.into_iter().map(str::trim).filter(|path| !path.is_empty()) {
+                let word = path.split(|c: char| !c.is_alphanumeric() && c != '_').next();
+                let word = word.expect("a word");
+                names.insert(if stems.contains(word) { word } else { "mod" }.to_owned());
+            }
+        }
+        names.remove(&stem(name));
+        all.insert(stem(name), names);
+    }
+    all
+}
+
+/// Files that name one another in a circle: whatever is left when those that name none are taken
+/// away, again and again.
+fn circle(mut files: BTreeMap<String, BTreeSet<String>>) -> BTreeSet<String> {
+    loop {
+        let left: BTreeSet<String> = files.keys().cloned().collect();
+        files.retain(|_, names| names.iter().any(|name| left.contains(name)));
+        if files.len() == left.len() {
+            return left;
+        }
+    }
+}
+
+#[test]
+fn the_files_that_run_a_format_name_each_other_in_no_circle() {
+    for format in formats() {
+        let files = sources(&root().join("formats/src").join(&format).join("run"));
+        let mut named = named(&files, &format!("crate::{format}::run"));
+        if ONE_OBJECT.contains(&format.as_str()) {
+            named.remove("mod");
+        }
+        let circle = circle(named);
+        assert!(circle.is_empty(), "{format} has a circle within {circle:?}");
+    }
+    let file = |name: &str, code: &str| (format!("run/{name}.rs"), code.to_owned());
+    let mut planted = vec![
+        file("mod", "use crate::f::run::a::A;"),
+        file("a", "use crate::f::run::{b::B,\n    c};"),
+        file("b", "let c = crate::f::run::c::new();"),
+        file("c", ""),
+    ];
+    assert!(circle(named(&planted, "crate::f::run")).is_empty());
+    planted[3].1 = "use crate::f::run::a::A;".into();
+    let all = ["a", "b", "c", "mod"].map(String::from);
+    assert_eq!(circle(named(&planted, "crate::f::run")), all.into());
+    planted[3].1 = "use crate::f::run::State;".into();
+    assert_eq!(circle(named(&planted, "crate::f::run")).len(), 4);
+}
+
+/// Does the code name this type?
+fn names_type(code: &str, name: &str) -> bool {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name)
+}
+
+#[test]
+fn a_component_of_qcow2_does_not_know_the_whole_image() {
+    let files = sources(&root().join("formats/src/qcow2/run"));
+    let knowing = files.iter().filter(|(_, code)| names_type(code, "Qcow2"));
+    let mut knowing: Vec<&str> =
+        knowing.map(|(name, _)| name.rsplit('/').next().expect("a name")).collect();
+    knowing.sort_unstable();
+    assert_eq!(knowing, ["mod.rs", "request.rs"]);
+    assert!(names_type("impl Qcow2 {", "Qcow2") && !names_type("Qcow2Options", "Qcow2"));
 }
 
 /// The arms of the `match`es over a value that is called `state`: each one's pattern.

@@ -469,6 +469,13 @@ impl L2Entry {
     }
 }
 
+/// The subclusters of `from..to`, bytes of their cluster.
+pub fn units_mask(from: u64, to: u64, unit_bits: u32) -> u32 {
+    let (first, end) = ((from >> unit_bits) as u32, (to >> unit_bits) as u32);
+    debug_assert!(first < end && end <= SUBCLUSTERS);
+    (u32::MAX >> (SUBCLUSTERS - (end - first))) << first
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

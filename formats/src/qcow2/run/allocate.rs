@@ -9,16 +9,33 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
-use cowbell_engine::step::{Cx, Event, IoKind, Step};
+use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
-use crate::parts::claims::Around;
+use crate::parts::claims::{Around, Claims};
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
-use crate::qcow2::disk::layout::{L2Entry, Mapping};
+use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
+use crate::qcow2::run::compressed::Inflated;
+use crate::qcow2::run::image::{Disk, Image};
 use crate::qcow2::run::lookup::Run;
-use crate::qcow2::run::zero_discard::units_mask;
-use crate::qcow2::run::{Qcow2, State};
+use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::reserve::{Reserve, Short, Taken};
+use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::writeback::Writeback;
+
+/// What an allocating write awaits; `claim` is the key of its claim.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum AllocateState {
+    /// What the new clusters hold around the write.
+    Cow { claim: u32, state: CowState },
+    /// Head, guest data and tail, written as one.
+    WriteData { claim: u32 },
+    /// The turn to change a slice that a writeback is about to write.
+    Publish { claim: u32 },
+    /// Room for what the entries give up, that writeback number `attempt` was to make.
+    PublishRoom { claim: u32, attempt: u32 },
+}
 
 /// Guest bytes being allocated.
 #[derive(Clone, Hash, Debug)]
@@ -65,19 +82,30 @@ struct Plan {
 /// Bytes of zeros that are written at once.
 const ZEROS_MAX: u64 = 2 << 20;
 
-impl Qcow2 {
-    /// Claims clusters for the run at `at` and begins to fill them.
-    pub(super) fn allocate(&mut self, at: u64, run: Run, cx: &mut Cx<'_>) -> Step<State> {
-        let bits = self.geometry.cluster_bits();
-        if !self.owns_table(at) {
-            return self.provide_table(at, (at >> self.geometry.l2_span_bits()) as u32, cx);
+/// A step of an allocating write, and what it works with.
+pub(super) struct AllocateStep<'a> {
+    pub image: &'a Image,
+    pub disk: &'a Disk,
+    pub claims: &'a mut Claims<Claim>,
+    pub tables: &'a mut Tables,
+    pub inflated: &'a mut Inflated,
+    pub reserve: &'a mut Reserve,
+    pub writeback: &'a mut Writeback,
+}
+
+impl AllocateStep<'_> {
+    /// Claims clusters for the run at `at`, and begins to fill them.
+    pub fn begin(&mut self, at: u64, run: Run, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+        let bits = self.image.geometry.cluster_bits();
+        if !self.tables.owns_table(at) {
+            return Progress::ProvideTable { at };
         }
         let plan = self.plan(at, run);
         let mut to = run.end;
         if !matches!(cx.io().kind, IoKind::Write { .. }) {
             // A cut unit of a zero write is written as data, by itself; where a table cannot say
             // that the others are zeros, they are too.
-            let says_so = self.geometry.has_zero_clusters() || !self.shows_backing(at);
+            let says_so = self.image.geometry.has_zero_clusters() || !self.disk.shows_backing(at);
             let most = if says_so { plan.grain } else { plan.grain.max(ZEROS_MAX) };
             to = to.min(align_down(at, plan.grain) + most);
         }
@@ -88,7 +116,7 @@ impl Qcow2 {
             _ if mutant!("qcow2_no_claims") => {}
             Around::Within(key) => {
                 cx.park(&mut self.claims[key].waiters);
-                return Step::Wait(State::Next { at });
+                return Progress::LookAgain { at };
             }
             Around::Before(next) => to = to.min(next),
         }
@@ -100,26 +128,26 @@ impl Qcow2 {
         };
         let Some(bufs) = bufs else {
             cx.park_for_bufs();
-            return Step::Wait(State::Next { at });
+            return Progress::LookAgain { at };
         };
-        let (host, is_fresh, is_stable) = match plan.place {
-            Some(place) => (place, false, true),
-            None => match self.take_place(start, to, at, cx) {
-                Ok((host, count, is_fresh, is_stable)) => {
-                    to = to.min(start + (count << bits));
-                    (host, is_fresh, is_stable)
+        let (host, is_fresh, place_owes) = match plan.place {
+            Some(place) => (place, false, false),
+            None => match self.take(start, to, cx) {
+                Ok(taken) => {
+                    to = to.min(start + (taken.count << bits));
+                    (HostOffset(taken.first << bits), taken.is_zeros, taken.owes)
                 }
-                Err(step) => {
+                Err(short) => {
                     bufs.into_iter().flatten().for_each(|buf| cx.give_buf(buf));
-                    return step;
+                    return Progress::short(at, short);
                 }
             },
         };
         let edges = edges(at, to, plan.grain);
         let exposed = (edges[0].0, edges[1].1);
         let is_zeros = is_fresh && plan.was_zeros;
-        let owes_nothing = is_zeros && is_stable || mutant!("qcow2_no_fence_for_data");
-        self.tables.pin(run.slot.expect("a claim is made of what a slice says"));
+        let owes_nothing = is_zeros && !place_owes || mutant!("qcow2_no_fence_for_data");
+        self.tables.slices.pin(run.slot.expect("a claim is made of what a slice says"));
         let claim = Claim {
             start,
             end: to.next_multiple_of(reach),
@@ -145,71 +173,88 @@ impl Qcow2 {
         self.copy(key, CowState::Bufs, Event::Start, cx)
     }
 
+    #[inline]
+    pub fn run(
+        &mut self,
+        state: AllocateState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Progress<AllocateState> {
+        match (state, event) {
+            (AllocateState::WriteData { claim }, Event::Io(result)) => {
+                self.data_written(claim, result, cx)
+            }
+            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
+            (AllocateState::Publish { claim }, Event::Woken) => self.publish(claim, cx),
+            (AllocateState::PublishRoom { claim, attempt }, Event::Woken) => {
+                match self.writeback.no_room(attempt) {
+                    Some(errno) => self.fail(claim, errno, cx),
+                    None => self.publish(claim, cx),
+                }
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
     fn plan(&self, at: u64, run: Run) -> Plan {
-        let (cluster, unit) = (self.geometry.cluster_size(), self.geometry.unit_size());
+        let (cluster, unit) = (self.image.geometry.cluster_size(), self.image.geometry.unit_size());
         let (place, grain, was_zeros) = match run.mapping {
             Mapping::Data(_) | Mapping::Compressed(_) => (None, cluster, false),
             Mapping::Zero(Some(_)) | Mapping::Unallocated(Some(_)) if !run.copied => {
                 (None, cluster, false)
             }
             Mapping::Zero(place) => (place, unit, true),
-            Mapping::Unallocated(place) => (place, unit, !self.shows_backing(at)),
+            Mapping::Unallocated(place) => (place, unit, !self.disk.shows_backing(at)),
         };
         // The place is that of the run's first cluster, where the claim's may begin with.
         Plan { place, grain, was_zeros }
     }
 
-    /// New clusters for `start..to`: where, how many, are they zeros, and is the file known to hold
-    /// them after any crash? Or the step that waits.
-    fn take_place(
-        &mut self,
-        start: u64,
-        to: u64,
-        at: u64,
-        cx: &mut Cx<'_>,
-    ) -> Result<(HostOffset, u64, bool, bool), Step<State>> {
-        let bits = self.geometry.cluster_bits();
+    /// New clusters for `start..to`, or as many as there are. A data file has them where the guest
+    /// has them.
+    fn take(&mut self, start: u64, to: u64, cx: &mut Cx<'_>) -> Result<Taken, Short> {
+        let bits = self.image.geometry.cluster_bits();
         let count = (to - start).div_ceil(1 << bits);
-        if self.data != self.file {
-            return Ok((HostOffset(start), count, false, true));
+        if self.image.has_data_file() {
+            return Ok(Taken { first: start >> bits, count, is_zeros: false, owes: false });
         }
-        let taken = self.take_clusters(count, at, cx)?;
-        Ok((HostOffset(taken.first << bits), taken.count, taken.is_zeros, !taken.owes))
+        self.reserve.take(count, cx)
     }
 
     /// The host offset of the guest's byte `at` in a claim.
     fn host_of(&self, claim: &Claim, at: u64) -> u64 {
-        claim.host.0 + (at - align_down(claim.start, self.geometry.cluster_size()))
+        claim.host.0 + (at - align_down(claim.start, self.image.geometry.cluster_size()))
     }
 
     /// Goes on with what the entries will expose around the write; then the data is written.
-    pub(super) fn copy(
+    fn copy(
         &mut self,
         key: u32,
         state: CowState,
         event: Event,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    ) -> Progress<AllocateState> {
         let claim = &self.claims[key];
-        let (file, start) = (self.data, claim.at);
+        let (file, start) = (self.image.data, claim.at);
         let place = Place { file, start, host: self.host_of(claim, start) };
         let claim = &mut self.claims[key];
         match claim.cow.step(state, event, place, read_own, cx) {
-            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
             Copied::Ready => {
                 claim.cow.write(claim.at, claim.to, place, cx);
-                Step::Wait(State::WriteData { claim: key })
+                Progress::Wait(AllocateState::WriteData { claim: key })
             }
         }
     }
 
-    pub(super) fn data_written(
+    #[inline]
+    fn data_written(
         &mut self,
         key: u32,
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    ) -> Progress<AllocateState> {
         match result {
             Err(errno) if !mutant!("qcow2_data_error_ignored") => self.fail(key, errno, cx),
             _ => self.publish(key, cx),
@@ -218,49 +263,36 @@ impl Qcow2 {
 
     /// The data is there: the entries may say so, unless a writeback has just fenced what they would
     /// owe another fence for.
-    pub(super) fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+    fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
         let claim = &self.claims[key];
         let (slot, to, owes) = (claim.slot, claim.to, claim.owes);
         let waits = owes || self.reserve.is_uncounted();
-        if waits && self.slices[slot].is_sealed() && !mutant!("qcow2_seal_ignored") {
-            cx.park(self.tables.waiters(slot));
-            return Step::Wait(State::Publish { claim: key });
+        if waits && self.writeback.is_sealed(slot) && !mutant!("qcow2_seal_ignored") {
+            cx.park(self.tables.slices.waiters(slot));
+            return Progress::Wait(AllocateState::Publish { claim: key });
         }
         if !self.writeback.has_room_for_frees() {
-            let attempt = self.park_for_room(cx);
-            return Step::Wait(State::PublishRoom { claim: key, attempt });
+            let attempt = self.writeback.park_for_room(cx);
+            return Progress::Wait(AllocateState::PublishRoom { claim: key, attempt });
         }
         self.put_entries(key, cx);
-        self.touch(slot, owes);
+        self.writeback.touch(slot, owes, self.tables);
         self.end_claim(key, cx);
-        self.writeback_if_full(cx);
-        if to < cx.io().end() { self.walk(to, cx) } else { self.end(cx) }
-    }
-
-    /// A writeback has ended that was to make room for what the entries give up.
-    pub(super) fn publish_in_room(
-        &mut self,
-        key: u32,
-        attempt: u32,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match self.no_room(attempt) {
-            Some(errno) => self.fail(key, errno, cx),
-            None => self.publish(key, cx),
-        }
+        self.writeback.begin_if_full(cx);
+        Progress::To(to)
     }
 
     /// Puts a claim's entries into its slice, in memory.
     fn put_entries(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let geometry = self.geometry;
+        let geometry = self.image.geometry;
         let size = geometry.cluster_size();
         let claim = &self.claims[key];
         let (slot, exposed, is_new) = (claim.slot, claim.exposed, claim.is_new);
         let first = align_down(claim.start, size);
         let mut host = claim.host;
         for cluster in (first..claim.end).step_by(size as usize) {
-            let index = self.slice_index(cluster);
-            let bytes = self.tables.bytes_mut(slot, cx.mem());
+            let index = self.image.slice_index(cluster);
+            let bytes = self.tables.slices.bytes_mut(slot, cx.mem());
             let old = L2Entry::read(bytes, index, geometry);
             let new = if geometry.has_subclusters() {
                 let (from, to) = (exposed.0.max(cluster), exposed.1.min(cluster + size));
@@ -276,41 +308,37 @@ impl Qcow2 {
             };
             new.write(bytes, index, geometry);
             host.0 += size;
-            if is_new && let Ok(place) = old.place(geometry) {
-                self.free(place, old.is_copied(), false);
+            if is_new && let Ok(Some(place)) = old.place(geometry) {
+                if let Mapping::Compressed(old) = place {
+                    self.inflated.forget(old.host);
+                }
+                self.writeback.give_up(place, old.is_copied(), false, self.image);
             }
         }
     }
 
     /// Gives up. What was there before is still there.
-    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<AllocateState> {
         let claim = &self.claims[key];
-        if claim.is_new && !mutant!("qcow2_published_early") {
-            let count = (claim.end - claim.start) >> self.geometry.cluster_bits();
-            self.give_back(claim.host, count);
+        if claim.is_new && !self.image.has_data_file() && !mutant!("qcow2_published_early") {
+            let bits = self.image.geometry.cluster_bits();
+            let count = (claim.end - claim.start) >> bits;
+            self.reserve.give_back(claim.host.0 >> bits, count);
         }
         if mutant!("qcow2_claim_kept_on_error") {
-            return Step::Done(Err(errno));
+            return Progress::Failed(errno);
         }
         self.end_claim(key, cx);
-        Step::Done(Err(errno))
+        Progress::Failed(errno)
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         let start = self.claims[key].start;
         let mut claim = self.claims.remove(key, start);
         claim.cow.give_bufs(cx);
-        self.unpin(claim.slot, cx);
+        self.tables.unpin(claim.slot, cx);
         if !mutant!("qcow2_claim_never_wakes") {
             cx.wake_all(&mut claim.waiters);
-        }
-    }
-
-    /// Ends one pin of a slice, and wakes who needs its slot.
-    pub(super) fn unpin(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        self.tables.unpin(slot);
-        if !self.tables.full.is_empty() {
-            cx.wake_all(&mut self.tables.full);
         }
     }
 }

@@ -5,7 +5,10 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, Event, Step};
 
-use crate::qcow2::run::{Qcow2, State};
+use crate::qcow2::run::image::Image;
+use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::reserve::Reserve;
+use crate::qcow2::run::writeback::Writeback;
 
 /// What the chore awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -20,38 +23,37 @@ pub enum CloseState {
     Flush,
 }
 
-impl Qcow2 {
-    pub(super) fn step_close(
-        &mut self,
-        state: CloseState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
+/// A step of the chore, and what it works with.
+pub(super) struct CloseStep<'a> {
+    pub image: &'a Image,
+    pub header: &'a LiveHeader,
+    pub writeback: &'a mut Writeback,
+    pub reserve: &'a mut Reserve,
+}
+
+impl CloseStep<'_> {
+    pub fn run(&mut self, state: CloseState, event: Event, cx: &mut Cx<'_>) -> Step<CloseState> {
         match (state, event) {
-            (CloseState::Turn, Event::Start) if self.corrupt.are_counts() && !self.is_dirty() => {
-                self.flush_closed(cx)
-            }
-            (CloseState::Turn, Event::Start) if self.is_dirty() => {
-                self.park_for_writeback(cx);
-                Step::Wait(State::Close(CloseState::Turn))
+            (CloseState::Turn, Event::Start) if self.writeback.is_dirty(self.header) => {
+                self.writeback.park(cx);
+                Step::Wait(CloseState::Turn)
             }
             (CloseState::Turn, Event::Start) => self.empty_reserve(cx),
             (CloseState::Turn, Event::Woken) => match self.writeback.result() {
-                // What is in reserve stays counted: a leak.
-                Ok(()) if self.corrupt.are_counts() => self.flush_closed(cx),
                 Ok(()) => self.empty_reserve(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
-            (CloseState::EmptyReserve, Event::Woken) if !self.reserve.is_settled() => {
-                self.empty_reserve(cx)
+            (CloseState::EmptyReserve, Event::Woken) if !self.reserve.is_emptied() => {
+                self.reserve.empty(cx);
+                Step::Wait(CloseState::EmptyReserve)
             }
-            (CloseState::EmptyReserve, Event::Woken) => match self.reserve_emptied() {
+            (CloseState::EmptyReserve, Event::Woken) => match self.reserve.emptied() {
                 Ok(()) => self.cut_end(cx),
                 Err(errno) => Step::Done(Err(errno)),
             },
             (CloseState::CutEnd, Event::Io(Ok(()))) => {
                 self.reserve.cut();
-                self.flush_closed(cx)
+                self.flush(cx)
             }
             // The spare end may still be there, with whatever was in it: it is as it was before.
             (CloseState::CutEnd, Event::Io(Err(errno))) => {
@@ -65,18 +67,27 @@ impl Qcow2 {
         }
     }
 
-    fn cut_end(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn empty_reserve(&mut self, cx: &mut Cx<'_>) -> Step<CloseState> {
+        if self.reserve.is_corrupt() {
+            // What is in reserve stays counted: a leak.
+            return self.flush(cx);
+        }
+        self.reserve.empty(cx);
+        Step::Wait(CloseState::EmptyReserve)
+    }
+
+    fn cut_end(&mut self, cx: &mut Cx<'_>) -> Step<CloseState> {
         match self.reserve.spare_end() {
             Some(end) => {
-                cx.issue(Op::bare(OpKind::Truncate, self.file, end, 0));
-                Step::Wait(State::Close(CloseState::CutEnd))
+                cx.issue(Op::bare(OpKind::Truncate, self.image.file, end, 0));
+                Step::Wait(CloseState::CutEnd)
             }
-            None => self.flush_closed(cx),
+            None => self.flush(cx),
         }
     }
 
-    fn flush_closed(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        self.flush_files(cx);
-        Step::Wait(State::Close(CloseState::Flush))
+    fn flush(&mut self, cx: &mut Cx<'_>) -> Step<CloseState> {
+        self.image.flush_files(cx);
+        Step::Wait(CloseState::Flush)
     }
 }

@@ -9,16 +9,44 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
-use cowbell_engine::step::{Cx, Step};
+use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::units::{BufId, Errno, HostOffset};
 use cowbell_engine::wait::WaitList;
 
 use crate::qcow2::disk::layout::{L1Entry, Mapping};
-use crate::qcow2::run::{Qcow2, State};
+use crate::qcow2::run::image::Image;
+use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::reserve::Reserve;
+use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::writeback::Writeback;
+
+/// What the request awaits that provides a table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum TableState {
+    /// A new table's place, filled with zeros.
+    Zero,
+    /// A piece of a shared table, read; `done` bytes of the table are copied.
+    Read {
+        /// Bytes.
+        done: u32,
+        /// Of that piece.
+        buf: BufId,
+    },
+    /// That piece, written to the table's copy.
+    Copy {
+        /// Bytes.
+        done: u32,
+        /// Of that piece.
+        buf: BufId,
+    },
+    /// The turn to change an L1 block that a writeback is about to write.
+    Link,
+}
 
 /// An L2 table being provided.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct TableAlloc {
+struct TableAlloc {
     l1_index: u32,
     table: HostOffset,
     /// The shared table that it is a copy of.
@@ -29,27 +57,54 @@ pub(super) struct TableAlloc {
     waiters: WaitList,
 }
 
-impl Qcow2 {
-    /// Is there an L2 table for `at` that nobody shares?
-    pub(super) fn owns_table(&self, at: u64) -> bool {
-        let l1_index = at >> self.geometry.l2_span_bits();
-        let word = self.l1.get(l1_index as usize).copied().unwrap_or(0);
-        let entry = L1Entry::decode(word, self.geometry).ok().flatten();
-        entry.is_some_and(|entry| entry.copied) || mutant!("qcow2_shared_table_changed")
+/// The L2 tables that are being provided.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct NewTables(Vec<TableAlloc>);
+
+impl NewTables {
+    pub fn new() -> NewTables {
+        NewTables(Vec::with_capacity(4))
     }
 
-    /// Provides the L2 table of `l1_index` for the request, which is at `at`.
-    pub(super) fn provide_table(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let under_way = self.allocs.iter_mut().find(|alloc| alloc.l1_index == l1_index);
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn find(&self, l1_index: u32) -> usize {
+        let mine = self.0.iter().position(|alloc| alloc.l1_index == l1_index);
+        mine.expect("the request that provides a table holds its entry")
+    }
+}
+
+/// A step of providing the table for the guest's byte `at`, and what it works with.
+pub(super) struct TableStep<'a> {
+    pub at: u64,
+    pub image: &'a Image,
+    pub new: &'a mut NewTables,
+    pub tables: &'a mut Tables,
+    pub metadata: &'a mut Metadata,
+    pub reserve: &'a mut Reserve,
+    pub writeback: &'a mut Writeback,
+}
+
+impl TableStep<'_> {
+    fn l1_index(&self) -> u32 {
+        (self.at >> self.image.geometry.l2_span_bits()) as u32
+    }
+
+    /// Begins; or waits for who is providing it already.
+    pub fn begin(&mut self, cx: &mut Cx<'_>) -> Progress<TableState> {
+        let l1_index = self.l1_index();
+        let under_way = self.new.0.iter_mut().find(|alloc| alloc.l1_index == l1_index);
         if let Some(alloc) = under_way.filter(|_| !mutant!("qcow2_no_table_freeze")) {
             cx.park(&mut alloc.waiters);
-            return Step::Wait(State::Next { at });
+            return Progress::LookAgain { at: self.at };
         }
-        let Some(&word) = self.l1.get(l1_index as usize) else {
-            return Step::Done(Err(Errno::IO));
-        };
-        let old = match L1Entry::decode(word, self.geometry) {
-            Err(_) => return self.invalid_entry(at, cx),
+        if u64::from(l1_index) >= self.tables.l1_len() {
+            return Progress::Failed(Errno::IO);
+        }
+        let old = match self.tables.l1_entry(self.at) {
+            Err(_) => return Progress::Invalid { at: self.at },
             Ok(entry) => entry.map(|entry| entry.table),
         };
         let buf = match old {
@@ -58,132 +113,117 @@ impl Qcow2 {
                 Some([buf]) => Some(buf),
                 None => {
                     cx.park_for_bufs();
-                    return Step::Wait(State::Next { at });
+                    return Progress::LookAgain { at: self.at };
                 }
             },
         };
-        let taken = match self.take_clusters(1, at, cx) {
+        let taken = match self.reserve.take(1, cx) {
             Ok(taken) => taken,
-            Err(step) => {
+            Err(short) => {
                 buf.into_iter().for_each(|buf| cx.give_buf(buf));
-                return step;
+                return Progress::short(self.at, short);
             }
         };
-        let bits = self.geometry.cluster_bits();
-        let table = HostOffset(taken.first << bits);
-        self.metadata.insert(taken.first);
+        let table = HostOffset(taken.first << self.image.geometry.cluster_bits());
+        self.metadata.add(taken.first..taken.first + 1);
         let is_written = !taken.is_zeros || old.is_some();
         let owes = is_written || taken.owes;
-        self.allocs.push(TableAlloc { l1_index, table, old, owes, waiters: WaitList::new() });
+        self.new.0.push(TableAlloc { l1_index, table, old, owes, waiters: WaitList::new() });
         match buf {
-            Some(buf) => self.read_table(at, (l1_index, 0, buf), cx),
+            Some(buf) => self.read(0, buf, cx),
             None if is_written && !mutant!("qcow2_table_not_filled") => {
-                let zeros = Seg::zeros(self.geometry.cluster_size() as u32);
-                cx.issue(Op::write(self.file, table.0, Segs::one(zeros)));
-                Step::Wait(State::ZeroTable { at, l1_index })
+                let zeros = Seg::zeros(self.image.geometry.cluster_size() as u32);
+                cx.issue(Op::write(self.image.file, table.0, Segs::one(zeros)));
+                Progress::Wait(TableState::Zero)
             }
-            None => self.link_table(at, l1_index, cx),
+            None => self.link(cx),
         }
     }
 
-    fn alloc_of(&self, l1_index: u32) -> usize {
-        let mine = self.allocs.iter().position(|alloc| alloc.l1_index == l1_index);
-        mine.expect("the request that provides a table holds its entry")
+    pub fn run(
+        &mut self,
+        state: TableState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Progress<TableState> {
+        match (state, event) {
+            (TableState::Zero, Event::Io(result)) => self.filled(result, cx),
+            (TableState::Read { done, buf }, Event::Io(Ok(()))) => self.write(done, buf, cx),
+            (TableState::Copy { done, buf }, Event::Io(Ok(()))) => {
+                let done = done + self.piece(done, buf, cx).len;
+                if u64::from(done) < self.image.geometry.cluster_size() {
+                    return self.read(done, buf, cx);
+                }
+                cx.give_buf(buf);
+                self.filled(Ok(()), cx)
+            }
+            (TableState::Read { buf, .. } | TableState::Copy { buf, .. }, Event::Io(result)) => {
+                cx.give_buf(buf);
+                self.filled(result, cx)
+            }
+            (TableState::Link, Event::Woken) => self.link(cx),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
     }
 
     /// Bytes of the table from `done` on that one buffer takes.
-    fn table_piece(&self, done: u32, buf: BufId, cx: &Cx<'_>) -> Seg {
-        let left = self.geometry.cluster_size() - u64::from(done);
+    fn piece(&self, done: u32, buf: BufId, cx: &Cx<'_>) -> Seg {
+        let left = self.image.geometry.cluster_size() - u64::from(done);
         Seg { base: Base::Pool(buf), off: 0, len: left.min(cx.buf_size()) as u32 }
     }
 
-    fn read_table(
-        &mut self,
-        at: u64,
-        (l1_index, done, buf): (u32, u32, BufId),
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let old = self.allocs[self.alloc_of(l1_index)].old.expect("a copy has an original");
-        let seg = self.table_piece(done, buf, cx);
-        cx.issue(self.read_op(old.0 + u64::from(done), Segs::one(seg)));
-        Step::Wait(State::ReadTable { at, l1_index, done, buf })
+    fn alloc(&self) -> &TableAlloc {
+        &self.new.0[self.new.find(self.l1_index())]
     }
 
-    pub(super) fn table_read(
-        &mut self,
-        at: u64,
-        (l1_index, done, buf): (u32, u32, BufId),
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        if result.is_err() {
-            cx.give_buf(buf);
-            return self.table_filled(at, l1_index, result, cx);
-        }
-        let table = self.allocs[self.alloc_of(l1_index)].table;
-        let seg = self.table_piece(done, buf, cx);
-        cx.issue(Op::write(self.file, table.0 + u64::from(done), Segs::one(seg)));
-        Step::Wait(State::CopyTable { at, l1_index, done, buf })
+    fn read(&mut self, done: u32, buf: BufId, cx: &mut Cx<'_>) -> Progress<TableState> {
+        let old = self.alloc().old.expect("a copy has an original");
+        let seg = self.piece(done, buf, cx);
+        cx.issue(self.image.read_op(old.0 + u64::from(done), Segs::one(seg)));
+        Progress::Wait(TableState::Read { done, buf })
     }
 
-    pub(super) fn table_copied(
-        &mut self,
-        at: u64,
-        (l1_index, done, buf): (u32, u32, BufId),
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let done = done + self.table_piece(done, buf, cx).len;
-        if result.is_ok() && u64::from(done) < self.geometry.cluster_size() {
-            return self.read_table(at, (l1_index, done, buf), cx);
-        }
-        cx.give_buf(buf);
-        self.table_filled(at, l1_index, result, cx)
+    fn write(&mut self, done: u32, buf: BufId, cx: &mut Cx<'_>) -> Progress<TableState> {
+        let offset = self.alloc().table.0 + u64::from(done);
+        let seg = self.piece(done, buf, cx);
+        cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
+        Progress::Wait(TableState::Copy { done, buf })
     }
 
     /// The table is as it should be, but perhaps not stably.
-    pub(super) fn table_filled(
-        &mut self,
-        at: u64,
-        l1_index: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let Err(errno) = result else { return self.link_table(at, l1_index, cx) };
-        let mut alloc = self.allocs.remove(self.alloc_of(l1_index));
-        self.metadata.remove(&(alloc.table.0 >> self.geometry.cluster_bits()));
-        self.reserve.give_back(alloc.table.0 >> self.geometry.cluster_bits(), 1);
+    fn filled(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress<TableState> {
+        let Err(errno) = result else { return self.link(cx) };
+        let mut alloc = self.new.0.remove(self.new.find(self.l1_index()));
+        let cluster = alloc.table.0 >> self.image.geometry.cluster_bits();
+        self.metadata.remove(cluster..cluster + 1);
+        self.reserve.give_back(cluster, 1);
         cx.wake_all(&mut alloc.waiters);
-        Step::Done(Err(errno))
+        Progress::Failed(errno)
     }
 
     /// Links the table, in memory, unless a writeback has just fenced what its L1 block would owe
     /// another fence for.
-    pub(super) fn link_table(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let place = self.alloc_of(l1_index);
-        let owes = self.allocs[place].owes && !mutant!("qcow2_table_owes_nothing");
+    fn link(&mut self, cx: &mut Cx<'_>) -> Progress<TableState> {
+        let l1_index = self.l1_index();
+        let place = self.new.find(l1_index);
+        let owes = self.new.0[place].owes && !mutant!("qcow2_table_owes_nothing");
         let waits = owes || self.reserve.is_uncounted();
         let is_sealed = waits && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
-        let is_moving = self.resizing.moves_l1() && !mutant!("qcow2_root_linked_while_moving");
+        let is_moving = self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving");
         if is_sealed || is_moving {
-            cx.park(&mut self.writeback.l1_waiters);
-            return Step::Wait(State::LinkTable { at, l1_index });
+            self.writeback.park_for_l1(cx);
+            return Progress::Wait(TableState::Link);
         }
-        let mut alloc = self.allocs.remove(place);
-        let entry = L1Entry { table: alloc.table, copied: true };
-        self.l1[l1_index as usize] = entry.encode();
-        self.writeback.touch_l1(self.l1_block(l1_index), owes);
+        let mut alloc = self.new.0.remove(place);
+        self.tables.set_l1_entry(l1_index, L1Entry { table: alloc.table, copied: true });
+        // The block of the L1 table: what is written of it at once.
+        self.writeback.touch_l1(l1_index >> (self.image.geometry.slice_bits() - 3), owes);
         match alloc.old {
-            Some(old) => self.free(Some(Mapping::Data(old)), false, false),
+            Some(old) => self.writeback.give_up(Mapping::Data(old), false, false, self.image),
             // It is known to be zeros.
-            None => drop(self.tables.put_zeros(self.slice_key(at), cx)),
+            None => drop(self.tables.slices.put_zeros(self.image.slice_key(self.at), cx)),
         }
         cx.wake_all(&mut alloc.waiters);
-        self.walk(at, cx)
-    }
-
-    /// The block of the L1 table that holds an entry: what is written of it at once.
-    fn l1_block(&self, l1_index: u32) -> u32 {
-        l1_index >> (self.geometry.slice_bits() - 3)
+        Progress::To(self.at)
     }
 }

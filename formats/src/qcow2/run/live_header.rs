@@ -3,21 +3,21 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
-use cowbell_engine::step::{Cx, Step};
+use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
-use crate::qcow2::disk::header::{self, AUTOCLEAR_RAW_DATA, SECTOR};
-use crate::qcow2::rest::open::Opened;
-use crate::qcow2::run::{Qcow2, State};
+use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Header, SECTOR};
+use crate::qcow2::run::image::Image;
 
 /// The header of a running image.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Header {
+pub(super) struct LiveHeader {
+    image: Image,
     /// As it is on disk.
-    on_disk: header::Header,
+    on_disk: Header,
     /// As it is being written.
-    next: header::Header,
+    next: Header,
     /// Somebody is changing it; others wait.
     busy: bool,
     waiters: WaitList,
@@ -25,11 +25,10 @@ pub(super) struct Header {
     is_doubted: bool,
 }
 
-impl Header {
-    pub fn new(opened: &Opened) -> Header {
-        let on_disk = opened.header.clone();
+impl LiveHeader {
+    pub fn new(on_disk: Header, image: Image) -> LiveHeader {
         let (next, waiters) = (on_disk.clone(), WaitList::new());
-        Header { on_disk, next, busy: false, waiters, is_doubted: false }
+        LiveHeader { image, on_disk, next, busy: false, waiters, is_doubted: false }
     }
 
     pub fn l1_offset(&self) -> u64 {
@@ -52,40 +51,30 @@ impl Header {
     pub fn assert_idle(&self) {
         assert!(!self.busy && self.waiters.is_empty(), "the header is busy");
     }
-}
 
-impl Qcow2 {
-    /// Has the header written with a change, or waits for its turn: the request is in `state` then,
-    /// and asks again when it is woken. When the header is stable, or could not be written, the
-    /// request calls [`Qcow2::header_changed`].
-    pub(super) fn change_header(
-        &mut self,
-        state: State,
-        change: impl FnOnce(&mut header::Header),
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        if self.header.busy {
-            cx.park(&mut self.header.waiters);
-            return Step::Wait(state);
+    /// Writes the header with a change, or parks the request, which asks again when it is woken.
+    /// When the header is stable, or could not be written, the request calls [`LiveHeader::changed`].
+    pub fn change(&mut self, change: impl FnOnce(&mut Header), cx: &mut Cx<'_>) {
+        if self.busy {
+            cx.park(&mut self.waiters);
+            return;
         }
-        self.header.busy = true;
-        change(&mut self.header.next);
-        let bytes = cx.mem().region_mut(self.regions.header);
-        bytes[..SECTOR as usize].copy_from_slice(&self.header.next.sector());
-        let base = Base::Region(self.regions.header);
-        let seg = Seg { base, off: 0, len: SECTOR as u32 };
-        cx.issue(Op::write(self.file, 0, Segs::one(seg)));
-        Step::Wait(state)
+        self.busy = true;
+        change(&mut self.next);
+        let region = self.image.regions.header;
+        cx.mem().region_mut(region)[..SECTOR as usize].copy_from_slice(&self.next.sector());
+        let seg = Seg { base: Base::Region(region), off: 0, len: SECTOR as u32 };
+        cx.issue(Op::write(self.image.file, 0, Segs::one(seg)));
     }
 
     /// The header is on disk, stably, or nobody knows; the next one's turn.
-    pub(super) fn header_changed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) {
+    pub fn changed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) {
         match result {
-            Ok(()) => self.header.on_disk = self.header.next.clone(),
-            Err(_) => self.header.next = self.header.on_disk.clone(),
+            Ok(()) => self.on_disk = self.next.clone(),
+            Err(_) => self.next = self.on_disk.clone(),
         }
-        self.header.is_doubted = result.is_err() && !mutant!("qcow2_header_not_doubted");
-        self.header.busy = false;
-        cx.wake_all(&mut self.header.waiters);
+        self.is_doubted = result.is_err() && !mutant!("qcow2_header_not_doubted");
+        self.busy = false;
+        cx.wake_all(&mut self.waiters);
     }
 }

@@ -16,7 +16,7 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
-use cowbell_engine::step::{Cx, Event, Step};
+use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
@@ -25,10 +25,10 @@ use crate::parts::growth::Grow;
 use crate::qcow2::disk::header::{Header, REFTABLE_BYTES_MAX};
 use crate::qcow2::disk::layout::{HOST_MAX, Invalid};
 use crate::qcow2::rest::open::Opened;
-use crate::qcow2::run::close::CloseState;
-use crate::qcow2::run::resize::ResizeState;
-use crate::qcow2::run::writeback::Free;
-use crate::qcow2::run::{Qcow2, Qcow2Options, State};
+use crate::qcow2::run::corrupt::Corrupt;
+use crate::qcow2::run::image::{Image, Qcow2Options};
+use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::metadata::Metadata;
 
 /// What the chore awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -93,6 +93,27 @@ pub(super) struct Taken {
     pub owes: bool,
 }
 
+/// Why clusters were not taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Short {
+    Failed(Errno),
+    /// There are none now: the request is parked until the chore's attempt of this number has ended.
+    Later(u32),
+}
+
+/// References to clusters that were given up, one to each.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Free {
+    /// The first cluster.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// Was it the only reference?
+    pub sole: bool,
+    /// May the space be given back to the file system?
+    pub discard: bool,
+}
+
 /// What the chore is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Phase {
@@ -137,15 +158,82 @@ impl Area {
     }
 }
 
-/// See the module.
+/// The clusters in reserve.
 #[derive(Clone, Hash, Debug)]
-pub(super) struct Reserve {
-    /// In reserve, zeros.
+struct AtHand {
+    /// Zeros; the last is taken first.
     fresh: Vec<Run>,
-    /// In reserve, with whatever was there.
+    /// With whatever was there; the last is taken first.
     used: Vec<Run>,
     /// Clusters in both.
     total: u64,
+}
+
+impl AtHand {
+    /// Puts in another free cluster of the file: those that come first in it are taken first.
+    fn put(&mut self, cluster: u64, is_zeros: bool) {
+        self.total += 1;
+        let run = Run { first: cluster, count: 1 };
+        match (is_zeros, self.fresh.first_mut(), self.used.last_mut()) {
+            (true, Some(last), _) | (false, _, Some(last)) if last.end() == cluster => {
+                last.count += 1;
+            }
+            (true, ..) => self.fresh.insert(0, run),
+            (false, ..) => self.used.push(run),
+        }
+    }
+
+    /// Puts in clusters that were taken, or in use: the next to be taken.
+    fn give_back(&mut self, run: Run) {
+        self.total += run.count;
+        self.used.push(run);
+    }
+
+    /// Puts in clusters that are the last used ones to be taken.
+    fn put_last(&mut self, run: Run) {
+        self.total += run.count;
+        self.used.insert(0, run);
+    }
+
+    /// Takes up to `count` clusters, one after the other; are they zeros? Used ones first: they lie
+    /// within the file, which then stays as short as it can be.
+    fn take(&mut self, count: u64) -> Option<(Run, bool)> {
+        let is_zeros = match mutant!("qcow2_fresh_before_used") {
+            true => !self.fresh.is_empty(),
+            false => self.used.is_empty(),
+        };
+        let runs = if is_zeros { &mut self.fresh } else { &mut self.used };
+        let run = runs.last_mut()?;
+        let taken = Run { first: run.first, count: run.count.min(count) };
+        run.first += taken.count;
+        run.count -= taken.count;
+        if run.count == 0 {
+            runs.pop();
+        }
+        self.total -= taken.count;
+        Some((taken, is_zeros))
+    }
+
+    /// Takes `count` clusters in one run, off the end of a longer one; answers the first.
+    fn take_contiguous(&mut self, count: u64) -> Option<u64> {
+        let mut runs = self.used.iter_mut().chain(&mut self.fresh);
+        let run = runs.find(|run| run.count > count)?;
+        run.count -= count;
+        self.total -= count;
+        Some(run.end())
+    }
+
+    /// Takes all.
+    fn take_all(&mut self) -> impl Iterator<Item = Run> {
+        self.total = 0;
+        self.fresh.drain(..).chain(self.used.drain(..))
+    }
+}
+
+/// See the module.
+#[derive(Clone, Hash, Debug)]
+pub(super) struct Reserve {
+    at_hand: AtHand,
     /// Unreferenced on disk, but requests of that epoch may still be using them.
     returned: Vec<(u32, Free)>,
     /// Being given back to the file system; then in reserve.
@@ -189,19 +277,24 @@ pub(super) struct Reserve {
     /// Can the file be made longer?
     can_grow: bool,
     attempts: Attempts,
-    pub waiters: WaitList,
+    waiters: WaitList,
     /// The writeback that waits for counts.
     counting: WaitList,
     /// The chore that empties the reserve.
-    pub settler: WaitList,
+    settler: WaitList,
     result: Result<(), Errno>,
+    /// The refcounts are known to be wrong.
+    is_corrupt: bool,
     options: Qcow2Options,
     cluster_bits: u32,
+    /// log2 of the clusters that a piece of a refcount block counts.
+    piece_bits: u32,
 }
 
 impl Reserve {
     pub fn new(opened: &Opened, can_grow: bool, options: Qcow2Options) -> Reserve {
-        let cluster_bits = opened.header.cluster_bits;
+        let geometry = opened.geometry();
+        let cluster_bits = geometry.cluster_bits();
         // A file that ends within a cluster: its last bytes may be anything, that cluster is left.
         // A device ends with its last whole cluster.
         let end = match can_grow {
@@ -211,9 +304,7 @@ impl Reserve {
         // What the lists may need, so that they never grow.
         let with_room = || Vec::with_capacity(options.reserve_max.min(4096) as usize);
         Reserve {
-            fresh: with_room(),
-            used: with_room(),
-            total: 0,
+            at_hand: AtHand { fresh: with_room(), used: with_room(), total: 0 },
             returned: Vec::with_capacity(options.frees_max),
             discarded: Vec::with_capacity(options.frees_max),
             drops: with_room(),
@@ -243,8 +334,10 @@ impl Reserve {
             counting: WaitList::new(),
             settler: WaitList::new(),
             result: Ok(()),
+            is_corrupt: false,
             options,
             cluster_bits,
+            piece_bits: geometry.slice_bits() + 3 - geometry.refcount_order(),
         }
     }
 
@@ -277,8 +370,13 @@ impl Reserve {
     }
 
     /// Is nothing in reserve?
-    pub fn is_empty(&self) -> bool {
-        self.total == 0
+    pub fn has_nothing(&self) -> bool {
+        self.at_hand.total == 0
+    }
+
+    /// Have the refcounts been found to be wrong? Then no cluster is handed out, and none counted.
+    pub fn is_corrupt(&self) -> bool {
+        self.is_corrupt
     }
 
     /// Takes in clusters that nothing refers to on disk any more, stably.
@@ -286,59 +384,23 @@ impl Reserve {
         self.returned.extend(freed.map(|free| (epoch, free)));
     }
 
-    /// Another free cluster has been counted up.
-    fn put(&mut self, cluster: u64, is_zeros: bool) {
-        self.total += 1;
-        let run = Run { first: cluster, count: 1 };
-        // The first in the file are taken first.
-        match (is_zeros, self.fresh.first_mut(), self.used.last_mut()) {
-            (true, Some(last), _) | (false, _, Some(last)) if last.end() == cluster => {
-                last.count += 1;
-            }
-            (true, ..) => self.fresh.insert(0, run),
-            (false, ..) => self.used.push(run),
-        }
-    }
-
     /// Takes back clusters that nothing came to refer to.
     pub fn give_back(&mut self, first: u64, count: u64) {
-        self.total += count;
-        self.used.push(Run { first, count });
-    }
-
-    /// Used ones first: they lie within the file, which then stays as short as it can be.
-    fn take(&mut self, count: u64) -> Option<Taken> {
-        let is_zeros = match mutant!("qcow2_fresh_before_used") {
-            true => !self.fresh.is_empty(),
-            false => self.used.is_empty(),
-        };
-        let runs = if is_zeros { &mut self.fresh } else { &mut self.used };
-        let run = runs.last_mut()?;
-        let count = run.count.min(count);
-        let owes = (run.first + count) << self.cluster_bits > self.stable;
-        let owes = owes && !mutant!("qcow2_length_not_fenced");
-        let taken = Taken { first: run.first, count, is_zeros, owes };
-        run.first += taken.count;
-        run.count -= taken.count;
-        if run.count == 0 {
-            runs.pop();
-        }
-        self.total -= taken.count;
-        Some(taken)
+        self.at_hand.give_back(Run { first, count });
     }
 
     fn is_low(&self) -> bool {
-        self.total < self.batch.div_ceil(2)
+        self.at_hand.total < self.batch.div_ceil(2)
     }
 
-    /// How the last round went.
+    /// How the last round of the chore went.
     pub fn result(&self) -> Result<(), Errno> {
         self.result
     }
 
     /// Is nothing left to be counted down, or did that fail?
-    pub fn is_settled(&self) -> bool {
-        let is_empty = self.total == 0 && self.drops.is_empty() && self.returned.is_empty();
+    pub fn is_emptied(&self) -> bool {
+        let is_empty = self.at_hand.total == 0 && self.drops.is_empty() && self.returned.is_empty();
         is_empty || self.result.is_err()
     }
 
@@ -363,139 +425,138 @@ impl Reserve {
         assert!(self.waiters.is_empty() && self.settler.is_empty());
         assert!(!self.piece_dirty || self.uncounted);
     }
-}
 
-impl Qcow2 {
-    /// Up to `count` clusters, one after the other, for the request at `at`, or the step that
-    /// waits for them.
-    pub(super) fn take_clusters(
-        &mut self,
-        count: u64,
-        at: u64,
-        cx: &mut Cx<'_>,
-    ) -> Result<Taken, Step<State>> {
-        if self.corrupt.are_counts() {
-            return Err(Step::Done(Err(Errno::IO)));
+    /// Takes up to `count` clusters, one after the other.
+    pub fn take(&mut self, count: u64, cx: &mut Cx<'_>) -> Result<Taken, Short> {
+        if self.is_corrupt {
+            return Err(Short::Failed(Errno::IO));
         }
-        if let Some(taken) = self.reserve.take(count) {
-            if self.reserve.is_low() {
-                self.ask_for_reserve(cx);
+        if let Some((run, is_zeros)) = self.at_hand.take(count) {
+            if self.is_low() {
+                self.ask(cx);
             }
-            return Ok(taken);
+            let owes = run.end() << self.cluster_bits > self.stable;
+            let owes = owes && !mutant!("qcow2_length_not_fenced");
+            return Ok(Taken { first: run.first, count: run.count, is_zeros, owes });
         }
-        self.reserve.wanted = true;
-        self.ask_for_reserve(cx);
-        cx.park(&mut self.reserve.waiters);
-        Err(Step::Wait(State::Space { at, attempt: self.reserve.attempts.latest() }))
+        self.wanted = true;
+        Err(self.park(cx))
     }
 
-    fn ask_for_reserve(&mut self, cx: &mut Cx<'_>) {
-        let reserve = &mut self.reserve;
-        if !reserve.running && !reserve.asked {
-            reserve.asked = true;
-            reserve.attempts.begin();
+    /// Takes `count` clusters, one after the other, for a longer L1 table; answers the first.
+    pub fn take_contiguous(&mut self, count: u64, cx: &mut Cx<'_>) -> Result<u64, Short> {
+        if self.is_corrupt {
+            return Err(Short::Failed(Errno::IO));
+        }
+        if let Some(first) = self.at_hand.take_contiguous(count) {
+            return Ok(first);
+        }
+        if count < 1 << (self.piece_bits - 1) {
+            self.batch = self.batch.max(2 * count + self.at_hand.total);
+        } else {
+            self.wanted_run = Some(count + 1);
+        }
+        (self.wanted, self.wants_long_run) = (true, true);
+        Err(self.park(cx))
+    }
+
+    /// Parks the request until the chore has brought clusters, or failed.
+    fn park(&mut self, cx: &mut Cx<'_>) -> Short {
+        self.ask(cx);
+        cx.park(&mut self.waiters);
+        Short::Later(self.attempts.latest())
+    }
+
+    fn ask(&mut self, cx: &mut Cx<'_>) {
+        if !self.running && !self.asked {
+            self.asked = true;
+            self.attempts.begin();
             cx.ask();
         }
     }
 
     /// A writeback waits for the counts of what is in use: parks it.
-    pub(super) fn park_for_counts(&mut self, cx: &mut Cx<'_>) {
-        self.ask_for_reserve(cx);
-        cx.park(&mut self.reserve.counting);
+    pub fn park_for_counts(&mut self, cx: &mut Cx<'_>) {
+        self.ask(cx);
+        cx.park(&mut self.counting);
     }
 
     /// A writeback has ended: was something given up?
-    pub(super) fn reserve_if_low(&mut self, cx: &mut Cx<'_>) {
-        if !self.reserve.returned.is_empty() {
-            self.ask_for_reserve(cx);
+    pub fn ask_if_returned(&mut self, cx: &mut Cx<'_>) {
+        if !self.returned.is_empty() {
+            self.ask(cx);
         }
     }
 
-    /// `count` clusters, one after the other, for a longer L1 table; their first, or the step that
-    /// waits for them.
-    pub(super) fn take_contiguous(
-        &mut self,
-        count: u64,
-        cx: &mut Cx<'_>,
-    ) -> Result<u64, Step<State>> {
-        if self.corrupt.are_counts() {
-            return Err(Step::Done(Err(Errno::IO)));
+    /// Has everything that is in reserve counted down, and parks the request until then.
+    pub fn empty(&mut self, cx: &mut Cx<'_>) {
+        if !std::mem::replace(&mut self.settling, true) {
+            self.rest = self.end;
         }
-        let reserve = &mut self.reserve;
-        for runs in [&mut reserve.used, &mut reserve.fresh] {
-            if let Some(run) = runs.iter_mut().find(|run| run.count > count) {
-                run.count -= count;
-                reserve.total -= count;
-                return Ok(run.end());
-            }
-        }
-        if count < 1 << (self.geometry.slice_bits() + 2 - self.geometry.refcount_order()) {
-            reserve.batch = reserve.batch.max(2 * count + reserve.total);
-        } else {
-            reserve.wanted_run = Some(count + 1);
-        }
-        (reserve.wanted, reserve.wants_long_run) = (true, true);
-        self.ask_for_reserve(cx);
-        cx.park(&mut self.reserve.waiters);
-        Err(Step::Wait(State::Resize(ResizeState::Space {
-            attempt: self.reserve.attempts.latest(),
-        })))
-    }
-
-    /// Chore: has everything that is in reserve counted down.
-    pub(super) fn empty_reserve(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if !std::mem::replace(&mut self.reserve.settling, true) {
-            self.reserve.rest = self.reserve.end;
-        }
-        self.ask_for_reserve(cx);
-        cx.park(&mut self.reserve.settler);
-        Step::Wait(State::Close(CloseState::EmptyReserve))
+        self.ask(cx);
+        cx.park(&mut self.settler);
     }
 
     /// How that went.
-    pub(super) fn reserve_emptied(&mut self) -> Result<(), Errno> {
-        self.reserve.settling = false;
-        self.reserve.batch =
-            self.reserve.options.reserve_min.min(self.reserve.options.reserve_max).max(1);
-        self.reserve.result
+    pub fn emptied(&mut self) -> Result<(), Errno> {
+        self.settling = false;
+        self.batch = self.options.reserve_min.min(self.options.reserve_max).max(1);
+        self.result
     }
+}
 
-    pub(super) fn step_reserve(
-        &mut self,
-        state: ReserveState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
+/// How the chore goes on.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Wait(ReserveState),
+    /// It waits for a writeback, in this state.
+    WaitForWriteback(ReserveState),
+    Done(Result<(), Errno>),
+}
+
+/// A step of the chore: the reserve, and what it works with.
+pub(super) struct ReserveStep<'a> {
+    pub image: &'a Image,
+    pub reserve: &'a mut Reserve,
+    pub metadata: &'a mut Metadata,
+    pub header: &'a mut LiveHeader,
+    pub corrupt: &'a mut Corrupt,
+    /// How the last writeback ended.
+    pub writeback: Result<(), Errno>,
+    /// Is something on its way to the reserve that leaves with a writeback?
+    pub has_frees: bool,
+}
+
+impl ReserveStep<'_> {
+    pub fn run(&mut self, state: ReserveState, event: Event, cx: &mut Cx<'_>) -> Outcome {
         match (state, event) {
             // That failed before, and the writeback waits for it.
             (ReserveState::Turn, Event::Start) if self.reserve.uncounted => self.write_piece(cx),
-            (ReserveState::Turn, Event::Start) => self.begin_reserve_if_sure(cx),
-            (ReserveState::Turn, Event::Woken) if self.writeback.result().is_err() => {
-                self.reserve_done(self.writeback.result(), cx)
+            (ReserveState::Turn, Event::Start) => self.begin_if_sure(cx),
+            (ReserveState::Turn | ReserveState::Swept, Event::Woken) if self.writeback.is_err() => {
+                self.done(self.writeback, cx)
             }
-            (ReserveState::Swept, Event::Woken) if self.writeback.result().is_err() => {
-                self.reserve_done(self.writeback.result(), cx)
+            (ReserveState::Turn | ReserveState::Past | ReserveState::Swept, Event::Woken) => {
+                self.begin(cx)
             }
-            (ReserveState::Turn, Event::Woken)
-            | (ReserveState::Past | ReserveState::Swept, Event::Woken) => self.begin_reserve(cx),
             (ReserveState::Discard, Event::Io(_)) => self.discarded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
                 self.grown(cx)
             }
-            (state, Event::Io(Err(errno))) => self.reserve_op_failed(state, errno, cx),
+            (state, Event::Io(Err(errno))) => self.op_failed(state, errno, cx),
             (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
             (ReserveState::Write, Event::Io(_)) => self.piece_written(cx),
             (ReserveState::Table { from }, Event::Io(_)) => self.write_area(from, cx),
             (ReserveState::FlushTable, Event::Io(_)) => self.link_area(cx),
             (ReserveState::Link, Event::Io(_)) => {
-                self.flush_files(cx);
-                Step::Wait(State::Reserve(ReserveState::FlushLink))
+                self.image.flush_files(cx);
+                Outcome::Wait(ReserveState::FlushLink)
             }
             (ReserveState::Header, Event::Woken) => self.link_area(cx),
             (ReserveState::Header, Event::Io(_)) => {
-                self.flush_files(cx);
-                Step::Wait(State::Reserve(ReserveState::FlushHeader))
+                self.image.flush_files(cx);
+                Outcome::Wait(ReserveState::FlushHeader)
             }
             (ReserveState::FlushLink | ReserveState::FlushHeader, Event::Io(_)) => {
                 self.area_linked(cx)
@@ -505,25 +566,24 @@ impl Qcow2 {
     }
 
     /// What it is to count is the header's to say: it waits until that is known.
-    fn begin_reserve_if_sure(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn begin_if_sure(&mut self, cx: &mut Cx<'_>) -> Outcome {
         if self.header.is_doubted() {
-            self.park_for_writeback(cx);
-            return Step::Wait(State::Reserve(ReserveState::Turn));
+            return Outcome::WaitForWriteback(ReserveState::Turn);
         }
-        self.begin_reserve(cx)
+        self.begin(cx)
     }
 
-    fn begin_reserve(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn begin(&mut self, cx: &mut Cx<'_>) -> Outcome {
         match self.sort_returned(cx) {
-            true => Step::Wait(State::Reserve(ReserveState::Discard)),
-            false => self.reserve_next(cx),
+            true => Outcome::Wait(ReserveState::Discard),
+            false => self.next(cx),
         }
     }
 
     /// Sorts what was given up: into the reserve, or to be counted down. Answers whether some of it
     /// is being given back to the file system.
     fn sort_returned(&mut self, cx: &mut Cx<'_>) -> bool {
-        let bits = self.geometry.cluster_bits();
+        let bits = self.image.geometry.cluster_bits();
         let mut issued = false;
         let mut returned = std::mem::take(&mut self.reserve.returned);
         returned.retain(|&(epoch, free)| {
@@ -531,12 +591,12 @@ impl Qcow2 {
                 return true;
             }
             let run = Run { first: free.first, count: free.count };
-            let reserve = &mut self.reserve;
-            let fits =
-                reserve.total + run.count <= reserve.options.reserve_max && !reserve.settling;
+            let reserve = &mut *self.reserve;
+            let fits = reserve.at_hand.total + run.count <= reserve.options.reserve_max
+                && !reserve.settling;
             if free.discard && cx.room() > 0 {
                 let (from, len) = (run.first << bits, run.count << bits);
-                cx.issue(Op::bare(OpKind::Discard, self.data, from, len));
+                cx.issue(Op::bare(OpKind::Discard, self.image.data, from, len));
                 issued = true;
             }
             if !(free.sole && fits) {
@@ -553,21 +613,19 @@ impl Qcow2 {
     }
 
     /// What was given back to the file system may be used again. (A hint, taken or not.)
-    fn discarded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn discarded(&mut self, cx: &mut Cx<'_>) -> Outcome {
         while let Some(run) = self.reserve.discarded.pop() {
             self.reserve.give_back(run.first, run.count);
         }
-        self.reserve_next(cx)
+        self.next(cx)
     }
 
     /// The next thing to do.
-    fn reserve_next(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let reserve = &mut self.reserve;
+    fn next(&mut self, cx: &mut Cx<'_>) -> Outcome {
+        let reserve = &mut *self.reserve;
         reserve.phase = Phase::Idle;
         if reserve.settling {
-            let all = reserve.fresh.drain(..).chain(reserve.used.drain(..));
-            reserve.drops.extend(all);
-            reserve.total = 0;
+            reserve.drops.extend(reserve.at_hand.take_all());
         }
         // From the back, so that a settled file ends where its last cluster does.
         reserve.drops.sort_unstable_by_key(|run| std::cmp::Reverse(run.first));
@@ -575,48 +633,43 @@ impl Qcow2 {
             reserve.phase = Phase::Drop;
             return self.look_at(drop.first, cx);
         }
-        if self.corrupt.are_counts() {
-            return self.reserve_done(Err(Errno::IO), cx);
+        if reserve.is_corrupt {
+            return self.done(Err(Errno::IO), cx);
         }
-        if reserve.total > 0 && reserve.wanted {
+        if reserve.at_hand.total > 0 && reserve.wanted {
             cx.wake_all(&mut reserve.waiters);
         }
         if let Some(run) = reserve.wanted_run.take() {
             return self.make_run(run, cx);
         }
         if reserve.settling || !(reserve.wanted || reserve.is_low()) {
-            return self.reserve_done(Ok(()), cx);
+            return self.done(Ok(()), cx);
         }
         self.count_holes(cx)
     }
 
-    /// Bits of a cluster's number that say where in its piece of a block its refcount is.
-    fn piece_bits(&self) -> u32 {
-        self.geometry.slice_bits() + 3 - self.geometry.refcount_order()
-    }
-
     /// Where the refcount of `cluster` is: the offset of its piece of a block, if it has one.
     fn piece_offset(&self, cluster: u64) -> Result<Option<u64>, Invalid> {
-        let index = cluster >> self.geometry.block_bits();
+        let index = cluster >> self.image.geometry.block_bits();
         let block = self.reserve.table.get(index as usize).copied().unwrap_or(0);
         if block == 0 {
             return Ok(None);
         }
-        if !self.geometry.is_aligned(block) || block >= HOST_MAX {
+        if !self.image.geometry.is_aligned(block) || block >= HOST_MAX {
             return Err(Invalid);
         }
-        let inside = cluster & ((1 << self.geometry.block_bits()) - 1);
-        Ok(Some(block + ((inside >> self.piece_bits()) << self.geometry.slice_bits())))
+        let inside = cluster & ((1 << self.image.geometry.block_bits()) - 1);
+        Ok(Some(block + ((inside >> self.reserve.piece_bits) << self.image.geometry.slice_bits())))
     }
 
     fn counts_seg(&self) -> Seg {
-        let len = 1 << self.geometry.slice_bits();
-        Seg { base: Base::Region(self.regions.counts), off: 0, len }
+        let len = 1 << self.image.geometry.slice_bits();
+        Seg { base: Base::Region(self.image.regions.counts), off: 0, len }
     }
 
     /// Gets the piece that counts `cluster` into memory, and goes on with it.
-    fn look_at(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let piece = cluster >> self.piece_bits();
+    fn look_at(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Outcome {
+        let piece = cluster >> self.reserve.piece_bits;
         if self.reserve.piece == Some(piece) {
             return self.piece_loaded(cx);
         }
@@ -627,19 +680,25 @@ impl Qcow2 {
             Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
         };
         self.reserve.piece = Some(piece);
-        cx.issue(self.read_op(offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::Reserve(ReserveState::Load))
+        cx.issue(self.image.read_op(offset, Segs::one(self.counts_seg())));
+        Outcome::Wait(ReserveState::Load)
+    }
+
+    /// The refcounts cannot be right: `what`, at byte `at` of the file.
+    fn counts_are_wrong(&mut self, what: &'static str, at: u64, cx: &mut Cx<'_>) {
+        self.reserve.is_corrupt = true;
+        self.corrupt.mark(what, at, cx);
     }
 
     /// The refcount table's entry for `cluster` cannot be right.
-    fn stop_counting(&mut self, what: &'static str, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let index = cluster >> self.geometry.block_bits();
+    fn stop_counting(&mut self, what: &'static str, cluster: u64, cx: &mut Cx<'_>) -> Outcome {
+        let index = cluster >> self.image.geometry.block_bits();
         self.counts_are_wrong(what, self.reserve.table_offset + index * 8, cx);
         self.reserve.drops.clear();
-        self.reserve_done(Err(Errno::IO), cx)
+        self.done(Err(Errno::IO), cx)
     }
 
-    fn piece_loaded(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn piece_loaded(&mut self, cx: &mut Cx<'_>) -> Outcome {
         match self.reserve.phase {
             Phase::Drop => self.count_down(cx),
             Phase::Count { fresh } => self.count_up(fresh, cx),
@@ -648,11 +707,11 @@ impl Qcow2 {
     }
 
     /// Counts down the references in the piece at hand.
-    fn count_down(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let (geometry, bits) = (self.geometry, self.piece_bits());
+    fn count_down(&mut self, cx: &mut Cx<'_>) -> Outcome {
+        let (geometry, bits) = (self.image.geometry, self.reserve.piece_bits);
         let piece = self.reserve.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
-        let bytes = cx.mem().region_mut(self.regions.counts);
+        let bytes = cx.mem().region_mut(self.image.regions.counts);
         let mut drops = std::mem::take(&mut self.reserve.drops);
         let mut wrong = None;
         for i in 0..drops.len() {
@@ -684,40 +743,40 @@ impl Qcow2 {
         drops.retain(|run| run.count > 0);
         self.reserve.drops = drops;
         if let Some(cluster) = wrong {
-            let at = cluster << self.geometry.cluster_bits();
+            let at = cluster << self.image.geometry.cluster_bits();
             self.counts_are_wrong("cluster in use has refcount 0", at, cx);
         }
         self.write_piece(cx)
     }
 
-    fn write_piece(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn write_piece(&mut self, cx: &mut Cx<'_>) -> Outcome {
         self.reserve.piece_dirty = true;
         let piece = self.reserve.piece.expect("it was changed");
-        let offset = self.piece_offset(piece << self.piece_bits()).ok().flatten();
+        let offset = self.piece_offset(piece << self.reserve.piece_bits).ok().flatten();
         let offset = offset.expect("it was loaded from there");
         let kind = OpKind::Write { fua: self.reserve.uncounted };
         // The writeback that waits for it asks whether it failed, not whether one before did.
         self.reserve.result = Ok(());
-        cx.issue(Op { kind, ..Op::write(self.file, offset, Segs::one(self.counts_seg())) });
-        Step::Wait(State::Reserve(ReserveState::Write))
+        cx.issue(Op { kind, ..Op::write(self.image.file, offset, Segs::one(self.counts_seg())) });
+        Outcome::Wait(ReserveState::Write)
     }
 
     /// Counts are on disk, stably if there are new ones among them.
-    fn piece_written(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn piece_written(&mut self, cx: &mut Cx<'_>) -> Outcome {
         self.reserve.piece_dirty = false;
         if std::mem::take(&mut self.reserve.uncounted) {
             cx.wake_all(&mut self.reserve.counting);
         }
         match self.reserve.phase {
             Phase::Count { .. } if self.reserve.is_low() => self.count_holes(cx),
-            Phase::Count { .. } => self.reserve_done(Ok(()), cx),
-            Phase::Drop => self.reserve_next(cx),
-            Phase::Idle | Phase::Blocks(_) => self.begin_reserve_if_sure(cx),
+            Phase::Count { .. } => self.done(Ok(()), cx),
+            Phase::Drop => self.next(cx),
+            Phase::Idle | Phase::Blocks(_) => self.begin_if_sure(cx),
         }
     }
 
     /// Looks for holes where they were not looked for yet; then takes from the file's end.
-    fn count_holes(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn count_holes(&mut self, cx: &mut Cx<'_>) -> Outcome {
         if self.reserve.holes < self.reserve.end && !mutant!("qcow2_grows_beside_holes") {
             self.reserve.phase = Phase::Count { fresh: false };
             return self.look_at(self.reserve.holes, cx);
@@ -734,40 +793,39 @@ impl Qcow2 {
 
     /// No cluster is free, and the file cannot be made longer: `errno`. Before anybody is told, what
     /// was given up comes back: it leaves with a writeback, and when nobody uses it any more.
-    fn out_of_space(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
-        let reserve = &mut self.reserve;
-        if !reserve.wanted || reserve.total > 0 && !reserve.wants_long_run {
-            return self.reserve_done(Ok(()), cx);
+    fn out_of_space(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
+        let reserve = &mut *self.reserve;
+        if !reserve.wanted || reserve.at_hand.total > 0 && !reserve.wants_long_run {
+            return self.done(Ok(()), cx);
         }
         if !reserve.returned.is_empty() {
             if reserve.returned.iter().any(|&(epoch, _)| cx.is_past(epoch)) {
-                return self.begin_reserve(cx);
+                return self.begin(cx);
             }
             cx.park_until_past();
-            return Step::Wait(State::Reserve(ReserveState::Past));
+            return Outcome::Wait(ReserveState::Past);
         }
-        if self.writeback.has_frees() && !mutant!("qcow2_given_up_forgotten_when_full") {
-            self.park_for_writeback(cx);
-            return Step::Wait(State::Reserve(ReserveState::Swept));
+        if self.has_frees && !mutant!("qcow2_given_up_forgotten_when_full") {
+            return Outcome::WaitForWriteback(ReserveState::Swept);
         }
-        self.reserve_done(Err(errno), cx)
+        self.done(Err(errno), cx)
     }
 
     /// The file's length with `count` more clusters; `None` if that is too long.
     fn wanted_len(&self, count: u64) -> Option<u64> {
-        let bits = self.geometry.cluster_bits();
+        let bits = self.image.geometry.cluster_bits();
         let end = self.reserve.end.checked_add(count).filter(|&end| end <= self.clusters_max());
         end.map(|end| end << bits)
     }
 
     /// The most clusters that a file can have.
     fn clusters_max(&self) -> u64 {
-        LEN_MAX >> self.geometry.cluster_bits()
+        LEN_MAX >> self.image.geometry.cluster_bits()
     }
 
     /// Makes the file `len` bytes long, or longer.
-    fn grow(&mut self, len: u64, exact: bool, cx: &mut Cx<'_>) -> Step<State> {
-        let reserve = &mut self.reserve;
+    fn grow(&mut self, len: u64, exact: bool, cx: &mut Cx<'_>) -> Outcome {
+        let reserve = &mut *self.reserve;
         let growth = reserve.options.growth;
         let ahead = match growth.by {
             Grow::Write => 0,
@@ -777,17 +835,17 @@ impl Qcow2 {
         let to = len.saturating_add(ahead).min(LEN_MAX).max(len);
         let op = match growth.by {
             Grow::Allocate => {
-                Op::bare(OpKind::Allocate, self.file, reserve.grown, to - reserve.grown)
+                Op::bare(OpKind::Allocate, self.image.file, reserve.grown, to - reserve.grown)
             }
-            _ => Op::bare(OpKind::Truncate, self.file, to, 0),
+            _ => Op::bare(OpKind::Truncate, self.image.file, to, 0),
         };
         reserve.grown = to;
         cx.issue(op);
-        Step::Wait(State::Reserve(ReserveState::Grow { exact: exact || ahead == 0 }))
+        Outcome::Wait(ReserveState::Grow { exact: exact || ahead == 0 })
     }
 
     /// The file is long enough: count clusters of its end.
-    fn grown(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn grown(&mut self, cx: &mut Cx<'_>) -> Outcome {
         self.reserve.len = self.reserve.grown;
         match self.reserve.phase {
             Phase::Blocks(_) => self.write_area(0, cx),
@@ -796,23 +854,23 @@ impl Qcow2 {
     }
 
     /// Counts up what is free in the piece at hand.
-    fn count_up(&mut self, fresh: bool, cx: &mut Cx<'_>) -> Step<State> {
-        let (geometry, bits) = (self.geometry, self.piece_bits());
+    fn count_up(&mut self, fresh: bool, cx: &mut Cx<'_>) -> Outcome {
+        let (geometry, bits) = (self.image.geometry, self.reserve.piece_bits);
         let piece = self.reserve.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
         let (at, to) = match fresh {
             true => (self.reserve.end, to.min(self.reserve.grown >> geometry.cluster_bits())),
             false => (self.reserve.holes.max(from), to.min(self.reserve.end)),
         };
-        let bytes = cx.mem().region_mut(self.regions.counts);
+        let bytes = cx.mem().region_mut(self.image.regions.counts);
         let wanted = self.reserve.batch;
         let is_zeros = fresh || !self.reserve.can_grow && mutant!("qcow2_device_is_zeros");
         let (mut found, mut next) = (0, at);
-        let mut metadata = self.metadata.range(at..to.max(at)).peekable();
+        let mut metadata = self.metadata.within(at..to.max(at)).peekable();
         let mut uncounted = None;
         while next < to && found < wanted {
             let (cluster, index) = (next, (next - from) as usize);
-            let is_metadata = metadata.next_if_eq(&&cluster).is_some();
+            let is_metadata = metadata.next_if_eq(&cluster).is_some();
             next += 1;
             if geometry.refcount(bytes, index) != 0 {
                 continue;
@@ -824,7 +882,7 @@ impl Qcow2 {
             }
             geometry.set_refcount(bytes, index, 1);
             found += 1;
-            self.reserve.put(cluster, is_zeros);
+            self.reserve.at_hand.put(cluster, is_zeros);
         }
         if fresh {
             // Holes that were not looked at yet are still to be.
@@ -848,8 +906,8 @@ impl Qcow2 {
     }
 
     /// There is no refcount block for `cluster`: one is made, in the space that it will count.
-    fn no_block(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let block_bits = self.geometry.block_bits();
+    fn no_block(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Outcome {
+        let block_bits = self.image.geometry.block_bits();
         let index = cluster >> block_bits;
         if self.reserve.phase == Phase::Drop {
             return self.stop_counting("no refcount block for a cluster in use", cluster, cx);
@@ -860,7 +918,7 @@ impl Qcow2 {
         // What nothing counts is free, in a sound image.
         let area = self.area(index << block_bits, index, false, 0);
         match area.filter(|area| area.end() <= self.reserve.end) {
-            Some(area) if self.metadata.range(area.first..area.end()).next().is_some() => {
+            Some(area) if self.metadata.within(area.first..area.end()).next().is_some() => {
                 self.stop_counting("no refcount block for a table", cluster, cx)
             }
             Some(area) => self.make_area(Some(area), cx),
@@ -874,8 +932,8 @@ impl Qcow2 {
 
     /// Makes `run` clusters, behind everything that there are refcount blocks for: at the file's
     /// end, or where a device has such space.
-    fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let block_bits = self.geometry.block_bits();
+    fn make_run(&mut self, run: u64, cx: &mut Cx<'_>) -> Outcome {
+        let block_bits = self.image.geometry.block_bits();
         let blocks = self.reserve.table.iter().rposition(|&block| block != 0);
         let counted = blocks.map_or(0, |last| (last as u64 + 1) << block_bits);
         if self.reserve.can_grow {
@@ -885,16 +943,16 @@ impl Qcow2 {
         let area = self.area(counted, counted >> block_bits, false, run);
         match area.filter(|area| area.end() <= self.reserve.end) {
             Some(area) => self.make_area(Some(area), cx),
-            None => self.reserve_done(Err(Errno::NO_SPACE), cx),
+            None => self.done(Err(Errno::NO_SPACE), cx),
         }
     }
 
-    fn make_area(&mut self, area: Option<Area>, cx: &mut Cx<'_>) -> Step<State> {
+    fn make_area(&mut self, area: Option<Area>, cx: &mut Cx<'_>) -> Outcome {
         let Some(area) = area.filter(|area| area.end() <= self.clusters_max()) else {
             return self.out_of_space(Errno::TOO_BIG, cx);
         };
         self.reserve.phase = Phase::Blocks(area);
-        let end = area.end() << self.geometry.cluster_bits();
+        let end = area.end() << self.image.geometry.cluster_bits();
         if end > self.reserve.grown && area.fresh {
             return self.grow(end, false, cx);
         }
@@ -905,7 +963,8 @@ impl Qcow2 {
     /// of `run` clusters. Where there is one, there are several blocks: all are linked at once, with
     /// a table.
     fn area(&self, first: u64, index: u64, fresh: bool, run: u64) -> Option<Area> {
-        let (block_bits, cluster_bits) = (self.geometry.block_bits(), self.geometry.cluster_bits());
+        let (block_bits, cluster_bits) =
+            (self.image.geometry.block_bits(), self.image.geometry.cluster_bits());
         let entries = self.reserve.table.len() as u64;
         let mut area = Area { first, blocks: 1, index, table: 0, run, fresh };
         if index < entries && run == 0 {
@@ -928,37 +987,38 @@ impl Qcow2 {
 
     /// Writes the area's pieces from number `from` on, one at a time, leaving out zeros where
     /// zeros are.
-    fn write_area(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
+    fn write_area(&mut self, from: u32, cx: &mut Cx<'_>) -> Outcome {
         let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
-        let (bits, slice_bits) = (self.geometry.cluster_bits(), self.geometry.slice_bits());
+        let (bits, slice_bits) =
+            (self.image.geometry.cluster_bits(), self.image.geometry.slice_bits());
         let pieces = area.tables() << (bits - slice_bits);
         self.reserve.piece = None;
         for i in u64::from(from)..pieces {
-            let bytes = cx.mem().region_mut(self.regions.counts);
+            let bytes = cx.mem().region_mut(self.image.regions.counts);
             bytes.fill(0);
             self.fill_area(area, i, bytes);
             if area.fresh && bytes.iter().all(|&byte| byte == 0) {
                 continue;
             }
             let offset = (area.first << bits) + (i << slice_bits);
-            cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-            return Step::Wait(State::Reserve(ReserveState::Table { from: i as u32 + 1 }));
+            cx.issue(Op::write(self.image.file, offset, Segs::one(self.counts_seg())));
+            return Outcome::Wait(ReserveState::Table { from: i as u32 + 1 });
         }
         if mutant!("qcow2_block_linked_unstable") {
             return self.link_area(cx);
         }
-        self.flush_files(cx);
-        Step::Wait(State::Reserve(ReserveState::FlushTable))
+        self.image.flush_files(cx);
+        Outcome::Wait(ReserveState::FlushTable)
     }
 
     /// What piece `i` of the area holds.
     fn fill_area(&self, area: Area, i: u64, bytes: &mut [u8]) {
-        let geometry = self.geometry;
+        let geometry = self.image.geometry;
         let per_cluster = geometry.cluster_bits() - geometry.slice_bits();
         let blocks = area.blocks << per_cluster;
         if i < blocks {
-            let from = (area.index << geometry.block_bits()) + (i << self.piece_bits());
-            let to = from + (1 << self.piece_bits());
+            let from = (area.index << geometry.block_bits()) + (i << self.reserve.piece_bits);
+            let to = from + (1 << self.reserve.piece_bits);
             let end = area.first + area.count();
             for cluster in area.first.max(from)..end.min(to) {
                 geometry.set_refcount(bytes, (cluster - from) as usize, 1);
@@ -975,7 +1035,7 @@ impl Qcow2 {
             let index = (first + i) as u64;
             let block = index.checked_sub(area.index).filter(|&block| block < area.blocks);
             let entry = match block {
-                Some(block) => (area.first + block) << self.geometry.cluster_bits(),
+                Some(block) => (area.first + block) << self.image.geometry.cluster_bits(),
                 None => self.reserve.table.get(first + i).copied().unwrap_or(0),
             };
             *word = entry.to_be_bytes();
@@ -983,53 +1043,50 @@ impl Qcow2 {
     }
 
     /// The area is stable: the refcount table, or the header, may lead to it.
-    fn link_area(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn link_area(&mut self, cx: &mut Cx<'_>) -> Outcome {
         let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
         if area.table > 0 {
             let clusters = area.table as u32;
-            let offset = (area.first + area.blocks) << self.geometry.cluster_bits();
+            let offset = (area.first + area.blocks) << self.image.geometry.cluster_bits();
             let change = |header: &mut Header| {
                 header.refcount_table_offset = offset;
                 header.refcount_table_clusters = clusters;
             };
-            return self.change_header(State::Reserve(ReserveState::Header), change, cx);
+            self.header.change(change, cx);
+            return Outcome::Wait(ReserveState::Header);
         }
-        let entry_bits = self.geometry.slice_bits() - 3;
+        let entry_bits = self.image.geometry.slice_bits() - 3;
         let first = area.index >> entry_bits << entry_bits;
-        self.fill_table(area, first as usize, cx.mem().region_mut(self.regions.counts));
+        self.fill_table(area, first as usize, cx.mem().region_mut(self.image.regions.counts));
         let offset = self.reserve.table_offset + first * 8;
-        cx.issue(Op::write(self.file, offset, Segs::one(self.counts_seg())));
-        Step::Wait(State::Reserve(ReserveState::Link))
+        cx.issue(Op::write(self.image.file, offset, Segs::one(self.counts_seg())));
+        Outcome::Wait(ReserveState::Link)
     }
 
     /// The area is part of the image.
-    pub(super) fn area_linked(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn area_linked(&mut self, cx: &mut Cx<'_>) -> Outcome {
         let Phase::Blocks(area) = self.reserve.phase else { panic!("{:?}", self.reserve.phase) };
-        let bits = self.geometry.cluster_bits();
+        let bits = self.image.geometry.cluster_bits();
         if area.table > 0 {
-            self.header_changed(Ok(()), cx);
+            self.header.changed(Ok(()), cx);
         }
-        let reserve = &mut self.reserve;
+        let reserve = &mut *self.reserve;
         reserve.stable = reserve.len;
         if area.table > 0 {
             let first = reserve.table_offset >> bits;
             let count = (reserve.table.len() as u64 * 8).div_ceil(1 << bits);
             reserve.drops.push(Run { first, count });
-            (first..first + count).for_each(|cluster| {
-                self.metadata.remove(&cluster);
-            });
+            self.metadata.remove(first..first + count);
             reserve.table.resize(((area.table << bits) / 8) as usize, 0);
             reserve.table_offset = (area.first + area.blocks) << bits;
         }
         for block in 0..area.blocks {
             reserve.table[(area.index + block) as usize] = (area.first + block) << bits;
         }
-        self.metadata.extend(area.first..area.first + area.tables());
+        self.metadata.add(area.first..area.first + area.tables());
         if area.run > 0 {
             let first = area.first + area.tables();
-            // The last to be taken from.
-            reserve.used.insert(0, Run { first, count: area.run });
-            reserve.total += area.run;
+            reserve.at_hand.put_last(Run { first, count: area.run });
         }
         if area.fresh {
             // What was passed over is as free as a hole.
@@ -1038,57 +1095,66 @@ impl Qcow2 {
             }
             reserve.end = area.end();
         }
-        self.reserve_next(cx)
+        self.next(cx)
     }
 
-    fn reserve_op_failed(
-        &mut self,
-        state: ReserveState,
-        errno: Errno,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    fn op_failed(&mut self, state: ReserveState, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
         match state {
             // Not that far: then just as far as is needed.
             ReserveState::Grow { exact: false } => {
                 self.reserve.grown = self.reserve.len;
-                let bits = self.geometry.cluster_bits();
+                let bits = self.image.geometry.cluster_bits();
                 let len = match self.reserve.phase {
                     Phase::Blocks(area) => Some(area.end() << bits),
-                    _ => self.wanted_len(1),
+                    Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
                 };
                 match len.filter(|&len| len > self.reserve.grown) {
                     Some(len) => self.grow(len, true, cx),
                     None => self.grown(cx),
                 }
             }
-            state => {
-                if matches!(state, ReserveState::Grow { .. }) {
-                    self.reserve.grown = self.reserve.len;
-                    self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
-                    return self.out_of_space(errno, cx);
-                }
-                if let (Phase::Blocks(area), true) = (self.reserve.phase, names_table(state)) {
-                    // The header may name the new table, which is as good as the old one: it is
-                    // left alone.
-                    self.header_changed(Err(errno), cx);
+            ReserveState::Grow { exact: true } => {
+                self.reserve.grown = self.reserve.len;
+                self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
+                self.out_of_space(errno, cx)
+            }
+            ReserveState::Header | ReserveState::FlushHeader => {
+                // The header may name the new table, which is as good as the old one: it is left
+                // alone.
+                if let Phase::Blocks(area) = self.reserve.phase {
+                    self.header.changed(Err(errno), cx);
                     if area.fresh {
                         self.reserve.end = area.end();
                     }
                 }
-                // What the piece is on disk, nobody knows. It is written again if it counts what is in
-                // use; what was to be counted down is leaked.
-                if !self.reserve.uncounted || mutant!("qcow2_failed_count_forgotten") {
-                    self.reserve.piece = None;
-                    self.reserve.piece_dirty = false;
-                    self.reserve.uncounted = false;
-                }
-                self.reserve_done(Err(errno), cx)
+                self.counting_failed(errno, cx)
             }
+            ReserveState::Turn
+            | ReserveState::Load
+            | ReserveState::Write
+            | ReserveState::Link
+            | ReserveState::FlushLink
+            | ReserveState::Table { .. }
+            | ReserveState::FlushTable
+            | ReserveState::Discard
+            | ReserveState::Past
+            | ReserveState::Swept => self.counting_failed(errno, cx),
         }
     }
 
-    fn reserve_done(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let reserve = &mut self.reserve;
+    /// What the piece is on disk, nobody knows. It is written again if it counts what is in use; what
+    /// was to be counted down is leaked.
+    fn counting_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
+        if !self.reserve.uncounted || mutant!("qcow2_failed_count_forgotten") {
+            self.reserve.piece = None;
+            self.reserve.piece_dirty = false;
+            self.reserve.uncounted = false;
+        }
+        self.done(Err(errno), cx)
+    }
+
+    fn done(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Outcome {
+        let reserve = &mut *self.reserve;
         if reserve.wanted && result.is_ok() {
             reserve.batch = (2 * reserve.batch).min(reserve.options.reserve_max).max(1);
         }
@@ -1103,14 +1169,63 @@ impl Qcow2 {
         }
         cx.wake_all(&mut reserve.counting);
         cx.wake_all(&mut reserve.settler);
-        Step::Done(result)
+        Outcome::Done(result)
     }
-}
-
-/// Is the header being written?
-fn names_table(state: ReserveState) -> bool {
-    matches!(state, ReserveState::Header | ReserveState::FlushHeader)
 }
 
 /// Offsets are signed 64-bit numbers to the system, and an entry has 56 bits for one.
 const LEN_MAX: u64 = 1 << 55;
+
+#[cfg(test)]
+mod tests {
+    use super::{AtHand, Run};
+
+    fn at_hand() -> AtHand {
+        AtHand { fresh: Vec::new(), used: Vec::new(), total: 0 }
+    }
+
+    #[test]
+    fn used_clusters_go_before_fresh_ones_and_each_goes_once() {
+        let mut at_hand = at_hand();
+        for cluster in [10, 11, 20] {
+            at_hand.put(cluster, true);
+        }
+        for cluster in [3, 5, 6] {
+            at_hand.put(cluster, false);
+        }
+        at_hand.give_back(Run { first: 1, count: 1 });
+        at_hand.put_last(Run { first: 30, count: 2 });
+        assert_eq!(at_hand.total, 9);
+        let mut taken = Vec::new();
+        while let Some((run, is_zeros)) = at_hand.take(2) {
+            taken.push((run.first, run.count, is_zeros));
+        }
+        let used = [(1, 1, false), (5, 2, false), (3, 1, false), (30, 2, false)];
+        assert_eq!(taken, [&used[..], &[(10, 2, true), (20, 1, true)]].concat());
+        assert_eq!(at_hand.total, 0);
+    }
+
+    #[test]
+    fn a_run_is_taken_off_the_end_of_a_longer_one() {
+        let mut at_hand = at_hand();
+        for cluster in 10..14 {
+            at_hand.put(cluster, true);
+        }
+        assert_eq!(at_hand.take_contiguous(4), None);
+        assert_eq!(at_hand.take_contiguous(3), Some(11));
+        assert_eq!(
+            (at_hand.total, at_hand.take(9)),
+            (1, Some((Run { first: 10, count: 1 }, true)))
+        );
+    }
+
+    #[test]
+    fn all_of_it_can_be_counted_down() {
+        let mut at_hand = at_hand();
+        at_hand.put(10, true);
+        at_hand.give_back(Run { first: 3, count: 2 });
+        let all: Vec<Run> = at_hand.take_all().collect();
+        assert_eq!(all.iter().map(|run| run.count).sum::<u64>(), 3);
+        assert_eq!((at_hand.total, at_hand.take(1)), (0, None));
+    }
+}

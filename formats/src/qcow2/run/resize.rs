@@ -12,8 +12,12 @@ use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
 use crate::qcow2::disk::header::{self, L1_BYTES_MAX, SECTOR};
-use crate::qcow2::run::writeback::Free;
-use crate::qcow2::run::{Qcow2, State};
+use crate::qcow2::run::image::{Disk, Image};
+use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::reserve::{Free, Reserve, Short};
+use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::writeback::Writeback;
 
 /// What a resize awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -46,53 +50,53 @@ pub enum ResizeState {
 
 /// Who is resizing, and how far it is.
 #[derive(Clone, Hash, Debug, Default)]
-pub(super) struct Resizing {
+pub(super) struct Resize {
     /// Somebody is; others wait.
     busy: bool,
     waiters: WaitList,
-    /// The L1 table is moving: no entry of it changes.
-    moving_l1: bool,
     /// A longer L1 table: its first cluster.
     l1_first: u64,
 }
 
-impl Resizing {
-    /// Is the L1 table moving? Then no entry of it changes.
-    pub fn moves_l1(&self) -> bool {
-        self.moving_l1
-    }
-
+impl Resize {
     pub fn assert_idle(&self) {
-        assert!(!self.busy && self.waiters.is_empty() && !self.moving_l1, "a resize");
+        assert!(!self.busy && self.waiters.is_empty(), "a resize");
     }
 }
 
-impl Qcow2 {
+/// A step of a resize, and what it works with.
+pub(super) struct ResizeStep<'a> {
+    pub image: &'a Image,
+    pub resize: &'a mut Resize,
+    pub disk: &'a mut Disk,
+    pub tables: &'a mut Tables,
+    pub metadata: &'a mut Metadata,
+    pub header: &'a mut LiveHeader,
+    pub writeback: &'a mut Writeback,
+    pub reserve: &'a mut Reserve,
+}
+
+impl ResizeStep<'_> {
     /// Guest resize.
-    pub(super) fn resize(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    pub fn begin(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let size = cx.io().offset;
-        let l1_bytes = self.geometry.l1_entries(size).checked_mul(8);
+        let l1_bytes = self.image.geometry.l1_entries(size).checked_mul(8);
         if !size.is_multiple_of(SECTOR) || l1_bytes.is_none_or(|bytes| bytes > L1_BYTES_MAX) {
             return Step::Done(Err(Errno::INVALID));
         }
         // Version 2 does not say how large a snapshot's disk is.
-        if self.header.has_snapshots() && !self.geometry.has_zero_clusters() {
+        if self.header.has_snapshots() && !self.image.geometry.has_zero_clusters() {
             return Step::Done(Err(Errno::NOT_SUPPORTED));
         }
-        if self.resizing.busy {
-            cx.park(&mut self.resizing.waiters);
-            return Step::Wait(State::Resize(ResizeState::Turn));
+        if self.resize.busy {
+            cx.park(&mut self.resize.waiters);
+            return Step::Wait(ResizeState::Turn);
         }
-        self.resizing.busy = true;
-        if size > self.size { self.grow_l1(cx) } else { self.write_change(cx) }
+        self.resize.busy = true;
+        if size > self.disk.size() { self.grow_l1(cx) } else { self.write_change(cx) }
     }
 
-    pub(super) fn step_resize(
-        &mut self,
-        state: ResizeState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    pub fn run(&mut self, state: ResizeState, event: Event, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let result = match event {
             Event::Io(result) => result,
             _ if state == ResizeState::Swept => self.writeback.result(),
@@ -100,21 +104,19 @@ impl Qcow2 {
         };
         match (state, event, result) {
             (ResizeState::WriteHeader | ResizeState::FlushHeader, _, Err(errno)) => {
-                self.header_changed(Err(errno), cx);
+                self.header.changed(Err(errno), cx);
                 self.resized(Err(errno), cx)
             }
             (_, _, Err(errno)) => self.resized(Err(errno), cx),
-            (ResizeState::Turn, Event::Woken, _) => self.resize(cx),
+            (ResizeState::Turn, Event::Woken, _) => self.begin(cx),
             (ResizeState::Space { attempt }, Event::Woken, _) => {
                 match self.reserve.failure_of(attempt) {
                     Some(errno) => self.resized(Err(errno), cx),
                     None => self.grow_l1(cx),
                 }
             }
-            (ResizeState::Swept, Event::Woken, _) if self.resizing.moving_l1 => {
-                self.write_l1(0, cx)
-            }
-            (ResizeState::Swept, Event::Woken, _) if self.size == self.reach => {
+            (ResizeState::Swept, Event::Woken, _) if self.tables.l1_moves() => self.write_l1(0, cx),
+            (ResizeState::Swept, Event::Woken, _) if self.disk.size() == self.disk.reach() => {
                 self.resized(Ok(()), cx)
             }
             (ResizeState::Swept, Event::Woken, _) => self.write_change(cx),
@@ -122,8 +124,8 @@ impl Qcow2 {
             (ResizeState::FlushL1, Event::Io(_), _) => self.write_change(cx),
             (ResizeState::WriteHeader, Event::Woken, _) => self.write_change(cx),
             (ResizeState::WriteHeader, Event::Io(_), _) => {
-                self.flush_files(cx);
-                Step::Wait(State::Resize(ResizeState::FlushHeader))
+                self.image.flush_files(cx);
+                Step::Wait(ResizeState::FlushHeader)
             }
             (ResizeState::FlushHeader, Event::Io(_), _) => self.changed(cx),
             (ResizeState::DataLength, Event::Io(_), _) => self.clear_beyond(cx),
@@ -134,52 +136,52 @@ impl Qcow2 {
 
     /// Clusters of the L1 table that a disk of this size needs, if there are fewer entries.
     fn l1_clusters(&self, size: u64) -> Option<u64> {
-        let needed = self.geometry.l1_entries(size);
-        let is_short = needed > self.l1.len() as u64;
-        is_short.then(|| (needed * 8).div_ceil(self.geometry.cluster_size()))
+        let needed = self.image.geometry.l1_entries(size);
+        let is_short = needed > self.tables.l1_len();
+        is_short.then(|| (needed * 8).div_ceil(self.image.geometry.cluster_size()))
     }
 
-    fn grow_l1(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn grow_l1(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let Some(count) = self.l1_clusters(cx.io().offset) else {
             return self.set_data_length(cx);
         };
-        match self.take_contiguous(count, cx) {
-            Ok(first) => self.resizing.l1_first = first,
-            Err(step) => return step,
+        match self.reserve.take_contiguous(count, cx) {
+            Ok(first) => self.resize.l1_first = first,
+            Err(Short::Failed(errno)) => return self.resized(Err(errno), cx),
+            Err(Short::Later(attempt)) => return Step::Wait(ResizeState::Space { attempt }),
         }
         // First everything that is changed in the old table, while nothing more is.
-        self.resizing.moving_l1 = true;
-        self.park_for_writeback(cx);
-        Step::Wait(State::Resize(ResizeState::Swept))
+        self.tables.set_l1_moves(true);
+        self.writeback.park(cx);
+        Step::Wait(ResizeState::Swept)
     }
 
     /// Writes the longer L1 table from entry `from` on, a piece at a time.
-    fn write_l1(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let bits = self.geometry.slice_bits();
+    fn write_l1(&mut self, from: u32, cx: &mut Cx<'_>) -> Step<ResizeState> {
+        let bits = self.image.geometry.slice_bits();
         let count = self.l1_clusters(cx.io().offset).expect("it is too short");
-        let entries = (count << self.geometry.cluster_bits()) / 8;
+        let entries = (count << self.image.geometry.cluster_bits()) / 8;
         if u64::from(from) >= entries {
             if mutant!("qcow2_root_linked_unstable") {
                 return self.write_change(cx);
             }
-            self.flush_files(cx);
-            return Step::Wait(State::Resize(ResizeState::FlushL1));
+            self.image.flush_files(cx);
+            return Step::Wait(ResizeState::FlushL1);
         }
-        let bytes = &mut cx.mem().region_mut(self.regions.root)[..1 << bits];
-        for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *word = self.l1.get(from as usize + i).copied().unwrap_or(0).to_be_bytes();
-        }
-        let seg = Seg { base: Base::Region(self.regions.root), off: 0, len: 1 << bits };
-        let offset = (self.resizing.l1_first << self.geometry.cluster_bits()) + u64::from(from) * 8;
-        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
-        Step::Wait(State::Resize(ResizeState::WriteL1 { from: from + (1 << (bits - 3)) }))
+        let bytes = &mut cx.mem().region_mut(self.image.regions.l1)[..1 << bits];
+        self.tables.copy_l1(from as usize, bytes);
+        let seg = Seg { base: Base::Region(self.image.regions.l1), off: 0, len: 1 << bits };
+        let offset =
+            (self.resize.l1_first << self.image.geometry.cluster_bits()) + u64::from(from) * 8;
+        cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
+        Step::Wait(ResizeState::WriteL1 { from: from + (1 << (bits - 3)) })
     }
 
     /// Writes the header that names the longer L1 table, or else the size.
-    fn write_change(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn write_change(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let size = cx.io().offset;
-        let (moves, l1) = (self.resizing.moving_l1, self.resizing.l1_first);
-        let geometry = self.geometry;
+        let (moves, l1) = (self.tables.l1_moves(), self.resize.l1_first);
+        let geometry = self.image.geometry;
         let change = |header: &mut header::Header| {
             if moves {
                 header.l1_offset = l1 << geometry.cluster_bits();
@@ -188,35 +190,34 @@ impl Qcow2 {
                 header.size = size;
             }
         };
-        self.change_header(State::Resize(ResizeState::WriteHeader), change, cx)
+        self.header.change(change, cx);
+        Step::Wait(ResizeState::WriteHeader)
     }
 
     /// The header says so, stably.
-    fn changed(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn changed(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let size = cx.io().offset;
-        if self.resizing.moving_l1 {
+        if self.tables.l1_moves() {
             self.l1_moved(size, cx);
             return self.set_data_length(cx);
         }
-        self.header_changed(Ok(()), cx);
-        let is_smaller = size < self.size;
-        (self.size, self.reach) = (size, size);
+        self.header.changed(Ok(()), cx);
+        let is_smaller = size < self.disk.size();
+        self.disk.set_size(size);
         if is_smaller { self.set_data_length(cx) } else { self.resized(Ok(()), cx) }
     }
 
     /// The longer L1 table is the image's; the old one's place is free.
     fn l1_moved(&mut self, size: u64, cx: &mut Cx<'_>) {
-        let bits = self.geometry.cluster_bits();
+        let bits = self.image.geometry.cluster_bits();
         let count = self.l1_clusters(size).expect("it was too short");
         let first = self.header.l1_offset() >> bits;
-        let old = first..first + (self.l1.len() as u64 * 8).div_ceil(1 << bits);
+        let old = first..first + (self.tables.l1_len() * 8).div_ceil(1 << bits);
         self.free_l1(first, old.end - old.start);
-        for cluster in old {
-            self.metadata.remove(&cluster);
-        }
-        self.metadata.extend(self.resizing.l1_first..self.resizing.l1_first + count);
-        self.l1.resize(self.geometry.l1_entries(size) as usize, 0);
-        self.header_changed(Ok(()), cx);
+        self.metadata.remove(old);
+        self.metadata.add(self.resize.l1_first..self.resize.l1_first + count);
+        self.tables.grow_l1(self.image.geometry.l1_entries(size) as usize);
+        self.header.changed(Ok(()), cx);
         self.l1_at_rest(cx);
     }
 
@@ -229,24 +230,24 @@ impl Qcow2 {
 
     /// The L1 table moves no more.
     fn l1_at_rest(&mut self, cx: &mut Cx<'_>) {
-        self.resizing.moving_l1 = false;
-        cx.wake_all(&mut self.writeback.l1_waiters);
+        self.tables.set_l1_moves(false);
+        self.writeback.wake_for_l1(cx);
     }
 
     /// A data file is as long as the disk, if it is no device; growing cuts nothing off one that is
     /// longer.
-    fn set_data_length(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn set_data_length(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let size = cx.io().offset;
-        let is_long = self.size < size && size <= cx.file_len(self.data);
-        if self.data == self.file || !self.data_can_grow || is_long {
+        let is_long = self.disk.size() < size && size <= cx.file_len(self.image.data);
+        if !self.image.has_data_file() || !self.image.data_can_grow || is_long {
             return self.clear_beyond(cx);
         }
-        cx.issue(Op::bare(OpKind::Truncate, self.data, size, 0));
-        Step::Wait(State::Resize(ResizeState::DataLength))
+        cx.issue(Op::bare(OpKind::Truncate, self.image.data, size, 0));
+        Step::Wait(ResizeState::DataLength)
     }
 
     /// Growing: zeroes what the disk gains. Otherwise: clears what lies behind its end.
-    fn clear_beyond(&mut self, cx: &mut Cx<'_>) -> Step<State> {
+    fn clear_beyond(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
         let size = cx.io().offset;
         let target = Target::Node(cx.node());
         let op = |kind, offset, to| {
@@ -254,44 +255,44 @@ impl Qcow2 {
             Op { kind, target, offset, len, segs }
         };
         let zero = OpKind::Zero { unmap: true };
-        if self.size < size {
-            self.reach = size;
-            if self.is_raw_external() || mutant!("qcow2_gained_not_zeroed") {
+        if self.disk.size() < size {
+            self.disk.set_reach(size);
+            if self.header.is_raw_external() || mutant!("qcow2_gained_not_zeroed") {
                 return self.write_change(cx);
             }
-            cx.issue(op(zero, self.size, size));
-            return Step::Wait(State::Resize(ResizeState::ClearBeyond));
+            cx.issue(op(zero, self.disk.size(), size));
+            return Step::Wait(ResizeState::ClearBeyond);
         }
-        if self.data != self.file {
+        if self.image.has_data_file() {
             return self.cleared(cx);
         }
         // The disk was larger, so its tables map this cluster.
-        let whole = size.next_multiple_of(self.geometry.cluster_size());
-        let end = (self.l1.len() as u64) << self.geometry.l2_span_bits();
+        let whole = size.next_multiple_of(self.image.geometry.cluster_size());
+        let end = (self.tables.l1_len()) << self.image.geometry.l2_span_bits();
         if size < whole {
             cx.issue(op(zero, size, whole));
         }
         cx.issue(op(OpKind::Discard, whole, end.max(whole)));
-        Step::Wait(State::Resize(ResizeState::ClearBeyond))
+        Step::Wait(ResizeState::ClearBeyond)
     }
 
-    fn cleared(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.size < self.reach && mutant!("qcow2_size_before_zeros") {
+    fn cleared(&mut self, cx: &mut Cx<'_>) -> Step<ResizeState> {
+        if self.disk.size() < self.disk.reach() && mutant!("qcow2_size_before_zeros") {
             return self.write_change(cx);
         }
-        self.park_for_writeback(cx);
-        Step::Wait(State::Resize(ResizeState::Swept))
+        self.writeback.park(cx);
+        Step::Wait(ResizeState::Swept)
     }
 
-    fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        if self.resizing.moving_l1 {
+    fn resized(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<ResizeState> {
+        if self.tables.l1_moves() {
             let count = self.l1_clusters(cx.io().offset).expect("it is too short");
-            self.free_l1(self.resizing.l1_first, count);
+            self.free_l1(self.resize.l1_first, count);
             self.l1_at_rest(cx);
         }
-        self.reach = self.size;
-        self.resizing.busy = false;
-        cx.wake_all(&mut self.resizing.waiters);
+        self.disk.set_reach(self.disk.size());
+        self.resize.busy = false;
+        cx.wake_all(&mut self.resize.waiters);
         Step::Done(result)
     }
 }

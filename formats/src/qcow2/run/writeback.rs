@@ -20,7 +20,11 @@ use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::attempts::Attempts;
-use crate::qcow2::run::{FLUSH, Qcow2, Qcow2Options, State};
+use crate::qcow2::disk::layout::Mapping;
+use crate::qcow2::run::image::{Image, Qcow2Options};
+use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::reserve::{Free, Reserve};
+use crate::qcow2::run::tables::Tables;
 
 /// What the chore awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -41,37 +45,13 @@ pub enum WritebackState {
 
 /// What there is to know about a slice in the cache.
 #[derive(Clone, Copy, Hash, Debug, Default)]
-pub(super) struct Slice {
+struct Slice {
     /// Memory is ahead of the disk.
     dirty: bool,
     /// Data must be stable before the slice is written.
     owes: bool,
     /// Taken by the writeback under way, not copied yet.
     sealed: bool,
-}
-
-impl Slice {
-    pub fn is_dirty(&self) -> bool {
-        self.dirty
-    }
-
-    #[inline]
-    pub fn is_sealed(&self) -> bool {
-        self.sealed
-    }
-}
-
-/// References to clusters that were given up, one to each.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Free {
-    /// The first cluster.
-    pub first: u64,
-    /// How many.
-    pub count: u64,
-    /// Was it the only reference?
-    pub sole: bool,
-    /// May the space be given back to the file system?
-    pub discard: bool,
 }
 
 /// What is in flight.
@@ -87,6 +67,8 @@ pub(super) struct Writeback {
     asked: bool,
     running: bool,
     again: bool,
+    /// By their slots in the cache.
+    slices: Vec<Slice>,
     /// Slots of changed slices, and changed L1 blocks, that no writeback has taken.
     dirty: Vec<u32>,
     dirty_l1: Vec<u32>,
@@ -96,7 +78,7 @@ pub(super) struct Writeback {
     taken: Vec<u32>,
     taken_l1: Vec<u32>,
     l1_sealed: bool,
-    pub l1_waiters: WaitList,
+    l1_waiters: WaitList,
     /// What it has in flight; so much at most.
     staged: Vec<Staged>,
     depth: usize,
@@ -112,7 +94,7 @@ pub(super) struct Writeback {
     frees_max: usize,
     freed_in: u32,
     /// Who has something to give up, and must wait for a writeback first.
-    pub room: WaitList,
+    room: WaitList,
 }
 
 impl Writeback {
@@ -123,6 +105,7 @@ impl Writeback {
             asked: false,
             running: false,
             again: false,
+            slices: vec![Slice::default(); slots],
             dirty: Vec::with_capacity(slots),
             dirty_l1: Vec::with_capacity(slots),
             l1_owes: false,
@@ -158,11 +141,45 @@ impl Writeback {
         begins
     }
 
+    /// Is this slice ahead of the disk?
+    pub fn is_changed(&self, slot: usize) -> bool {
+        self.slices[slot].dirty
+    }
+
+    /// Is this slice sealed? Then no entry that owes a fence enters it.
+    #[inline]
+    pub fn is_sealed(&self, slot: usize) -> bool {
+        self.slices[slot].sealed
+    }
+
+    /// A slice was changed in memory.
+    #[inline]
+    pub fn touch(&mut self, slot: usize, owes: bool, tables: &mut Tables) {
+        let slice = &mut self.slices[slot];
+        slice.owes |= owes;
+        if !slice.dirty {
+            slice.dirty = true;
+            tables.slices.pin(slot);
+            self.dirty.push(slot as u32);
+        }
+    }
+
+    /// Is the L1 table sealed? Then no entry that owes a fence enters it.
     pub fn is_l1_sealed(&self) -> bool {
         self.l1_sealed
     }
 
-    /// An L1 block was changed.
+    /// Parks the request until an entry may enter the L1 table.
+    pub fn park_for_l1(&mut self, cx: &mut Cx<'_>) {
+        cx.park(&mut self.l1_waiters);
+    }
+
+    /// Wakes who waits to change the L1 table.
+    pub fn wake_for_l1(&mut self, cx: &mut Cx<'_>) {
+        cx.wake_all(&mut self.l1_waiters);
+    }
+
+    /// A block of the L1 table was changed in memory.
     pub fn touch_l1(&mut self, block: u32, owes: bool) {
         self.l1_owes |= owes;
         if !self.dirty_l1.contains(&block) {
@@ -170,7 +187,20 @@ impl Writeback {
         }
     }
 
-    /// Takes in a reference that was given up.
+    /// A reference to `place`, in the image's own file, was given up in memory.
+    pub fn give_up(&mut self, place: Mapping, sole: bool, discard: bool, image: &Image) {
+        let bits = image.geometry.cluster_bits();
+        let (host, len) = match place {
+            Mapping::Data(host) if !image.has_data_file() => (host, 1 << bits),
+            Mapping::Compressed(compressed) => (compressed.host, compressed.bytes.into()),
+            Mapping::Data(_) | Mapping::Zero(_) | Mapping::Unallocated(_) => return,
+        };
+        let (first, last) = (host.0 >> bits, (host.0 + len - 1) >> bits);
+        let discard = discard && sole && image.pass_discards;
+        self.free(Free { first, count: last - first + 1, sole, discard });
+    }
+
+    /// Takes in references that were given up.
     pub fn free(&mut self, free: Free) {
         if let Some(last) = self.frees.last_mut()
             && last.first + last.count == free.first
@@ -191,8 +221,80 @@ impl Writeback {
         self.frees.len() < self.frees_max
     }
 
-    fn is_clean(&self) -> bool {
-        !self.running && self.dirty.is_empty() && self.dirty_l1.is_empty()
+    /// Is there nothing to be written, and no writeback under way?
+    fn is_clean(&self, header: &LiveHeader) -> bool {
+        let is_clean = !self.running && self.dirty.is_empty() && self.dirty_l1.is_empty();
+        is_clean && !header.is_doubted()
+    }
+
+    /// Is memory ahead of the disk, or a writeback under way?
+    pub fn is_dirty(&self, header: &LiveHeader) -> bool {
+        !self.is_clean(header) || !self.frees.is_empty()
+    }
+
+    /// Has what was acknowledged made stable, by a writeback that the request is parked for. False: no
+    /// writeback is needed, only a flush of the files.
+    pub fn park_to_flush(&mut self, header: &LiveHeader, cx: &mut Cx<'_>) -> bool {
+        if self.is_clean(header) || mutant!("qcow2_flush_writes_no_tables") {
+            return false;
+        }
+        if mutant!("qcow2_flush_joins_writeback_under_way") && self.running {
+            cx.park(&mut self.current);
+        } else {
+            self.park(cx);
+        }
+        true
+    }
+
+    /// Parks the request until all that was changed before is stable.
+    pub fn park(&mut self, cx: &mut Cx<'_>) {
+        cx.park(&mut self.next);
+        self.ask(cx);
+    }
+
+    fn ask(&mut self, cx: &mut Cx<'_>) {
+        if self.running {
+            self.again = true;
+        } else if !self.asked {
+            self.asked = true;
+            self.attempts.begin();
+            cx.ask();
+        }
+    }
+
+    /// The request finds no slot for a slice: changed ones are written to make room. Parks it; answers
+    /// the number of the writeback that it waits for.
+    pub fn park_for_slot(&mut self, tables: &mut Tables, cx: &mut Cx<'_>) -> u32 {
+        if !self.dirty.is_empty() {
+            self.ask(cx);
+        }
+        cx.park(&mut tables.slices.full);
+        // Nobody waits for a writeback that is not asked for: slots come back otherwise, too.
+        let asked = self.running || self.asked;
+        self.attempts.latest().wrapping_add(u32::from(!asked))
+    }
+
+    /// Too much has been given up: a writeback is to make it leave. Parks the request; answers the
+    /// writeback's number.
+    pub fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
+        cx.park(&mut self.room);
+        self.ask(cx);
+        self.attempts.latest()
+    }
+
+    /// Why there is no room, if the writeback that was to make it failed. Then it is no use to ask for
+    /// another: after a failed flush every one fails.
+    pub fn no_room(&self, attempt: u32) -> Option<Errno> {
+        let failure = self.attempts.failure_of(attempt);
+        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_writeback"))
+    }
+
+    /// Much is changed: better write some of it back before somebody has to wait for that.
+    pub fn begin_if_full(&mut self, cx: &mut Cx<'_>) {
+        let (dirty, frees) = (self.dirty.len(), self.frees.len());
+        if !self.running && (dirty > self.slices.len() / 2 || frees > self.frees_max / 2) {
+            self.ask(cx);
+        }
     }
 
     pub fn assert_idle(&self) {
@@ -202,152 +304,71 @@ impl Writeback {
     }
 }
 
-impl Qcow2 {
-    /// A slice was changed in memory.
-    #[inline]
-    pub(super) fn touch(&mut self, slot: usize, owes: bool) {
-        let slice = &mut self.slices[slot];
-        slice.owes |= owes;
-        if !slice.dirty {
-            slice.dirty = true;
-            self.tables.pin(slot);
-            self.writeback.dirty.push(slot as u32);
-        }
-    }
+/// A step of the chore: the writeback, and what it works with.
+pub(super) struct WritebackStep<'a> {
+    pub image: &'a Image,
+    pub writeback: &'a mut Writeback,
+    pub tables: &'a mut Tables,
+    pub header: &'a mut LiveHeader,
+    pub reserve: &'a mut Reserve,
+}
 
-    /// Guest flush, and the end of a write that is to be stable.
-    pub(super) fn flush(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        if self.is_clean() || mutant!("qcow2_flush_writes_no_tables") {
-            self.flush_files(cx);
-            return Step::Last { label: FLUSH };
-        }
-        if mutant!("qcow2_flush_joins_writeback_under_way") && self.writeback.running {
-            cx.park(&mut self.writeback.current);
-            return Step::Wait(State::Swept);
-        }
-        cx.park(&mut self.writeback.next);
-        self.ask_for_writeback(cx);
-        Step::Wait(State::Swept)
-    }
-
-    /// Parks the request until all that was changed before is stable.
-    pub(super) fn park_for_writeback(&mut self, cx: &mut Cx<'_>) {
-        cx.park(&mut self.writeback.next);
-        self.ask_for_writeback(cx);
-    }
-
-    /// Is memory ahead of the disk, or a writeback under way?
-    pub(super) fn is_dirty(&self) -> bool {
-        !self.is_clean() || !self.writeback.frees.is_empty()
-    }
-
-    fn is_clean(&self) -> bool {
-        self.writeback.is_clean() && !self.header.is_doubted()
-    }
-
-    pub(super) fn ask_for_writeback(&mut self, cx: &mut Cx<'_>) {
-        if self.writeback.running {
-            self.writeback.again = true;
-        } else if !self.writeback.asked {
-            self.writeback.asked = true;
-            self.writeback.attempts.begin();
-            cx.ask();
-        }
-    }
-
-    /// Somebody finds no slot for a slice: changed ones are written to make room. Answers the state
-    /// of the request at `at`, which waits for that.
-    pub(super) fn wait_for_slot(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
-        if !self.writeback.dirty.is_empty() {
-            self.ask_for_writeback(cx);
-        }
-        cx.park(&mut self.tables.full);
-        // Nobody waits for a writeback that is not asked for: slots come back otherwise, too.
-        let asked = self.writeback.running || self.writeback.asked;
-        let attempt = self.writeback.attempts.latest().wrapping_add(u32::from(!asked));
-        Step::Wait(State::Room { at, attempt })
-    }
-
-    /// Too much has been given up: a writeback is to make it leave. Parks the request; answers the
-    /// writeback's number.
-    pub(super) fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
-        cx.park(&mut self.writeback.room);
-        self.ask_for_writeback(cx);
-        self.writeback.attempts.latest()
-    }
-
-    /// Why there is no room, if the writeback that was to make it failed. Then it is no use to ask for
-    /// another: after a failed flush every one fails.
-    pub(super) fn no_room(&self, attempt: u32) -> Option<Errno> {
-        let failure = self.writeback.attempts.failure_of(attempt);
-        failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_writeback"))
-    }
-
-    /// Much is changed: better write some of it back before somebody has to wait for that.
-    pub(super) fn writeback_if_full(&mut self, cx: &mut Cx<'_>) {
-        let (dirty, frees) = (self.writeback.dirty.len(), self.writeback.frees.len());
-        if !self.writeback.running
-            && (dirty > self.slices.len() / 2 || frees > self.writeback.frees_max / 2)
-        {
-            self.ask_for_writeback(cx);
-        }
-    }
-
-    pub(super) fn step_writeback(
+impl WritebackStep<'_> {
+    pub fn run(
         &mut self,
         state: WritebackState,
         event: Event,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    ) -> Step<WritebackState> {
         match (state, event) {
             (WritebackState::Turn, Event::Start) if self.reserve.is_uncounted() => {
-                self.park_for_counts(cx);
-                Step::Wait(State::Writeback(WritebackState::Turn))
+                self.reserve.park_for_counts(cx);
+                Step::Wait(WritebackState::Turn)
             }
             (WritebackState::Turn, Event::Woken) if self.reserve.is_uncounted() => {
                 match self.reserve.result() {
                     Err(errno) => self.not_begun(errno, cx),
                     // Others have been counted meanwhile.
                     Ok(()) => {
-                        self.park_for_counts(cx);
-                        Step::Wait(State::Writeback(WritebackState::Turn))
+                        self.reserve.park_for_counts(cx);
+                        Step::Wait(WritebackState::Turn)
                     }
                 }
             }
-            (WritebackState::Turn, Event::Start | Event::Woken) => self.begin_writeback(cx),
+            (WritebackState::Turn, Event::Start | Event::Woken) => self.begin(cx),
             (WritebackState::Fence, Event::Io(Ok(()))) => {
                 self.reserve.fence_ended();
                 self.write_batch(cx)
             }
-            (WritebackState::Fence, Event::Io(Err(errno))) => self.writeback_failed(errno, cx),
+            (WritebackState::Fence, Event::Io(Err(errno))) => self.failed(errno, cx),
             (WritebackState::Write, Event::Io(result)) => self.batch_written(result, cx),
             (WritebackState::Header, Event::Woken) => self.write_batch(cx),
             (WritebackState::Header, Event::Io(Ok(()))) => {
-                self.flush_files(cx);
-                Step::Wait(State::Writeback(WritebackState::FlushHeader))
+                self.image.flush_files(cx);
+                Step::Wait(WritebackState::FlushHeader)
             }
             (WritebackState::Header, Event::Io(Err(errno))) => {
-                self.header_changed(Err(errno), cx);
-                self.writeback_failed(errno, cx)
+                self.header.changed(Err(errno), cx);
+                self.failed(errno, cx)
             }
             (WritebackState::FlushHeader, Event::Io(result)) => {
-                self.header_changed(result, cx);
-                self.writeback_flushed(result, cx)
+                self.header.changed(result, cx);
+                self.flushed(result, cx)
             }
-            (WritebackState::Flush, Event::Io(result)) => self.writeback_flushed(result, cx),
+            (WritebackState::Flush, Event::Io(result)) => self.flushed(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
     /// The counts of what is in use could not be written: no table may be.
-    fn not_begun(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn not_begun(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<WritebackState> {
         self.writeback.current = std::mem::take(&mut self.writeback.next);
-        self.writeback_ended(Err(errno), cx)
+        self.ended(Err(errno), cx)
     }
 
-    fn begin_writeback(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let tables = &self.tables;
-        let writeback = &mut self.writeback;
+    fn begin(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        let tables = &self.tables.slices;
+        let writeback = &mut *self.writeback;
         writeback.current = std::mem::take(&mut writeback.next);
         std::mem::swap(&mut writeback.taken, &mut writeback.dirty);
         std::mem::swap(&mut writeback.taken_l1, &mut writeback.dirty_l1);
@@ -360,21 +381,21 @@ impl Qcow2 {
         let mut owes = std::mem::take(&mut writeback.l1_owes);
         writeback.l1_sealed = !writeback.taken_l1.is_empty();
         for &slot in &writeback.taken {
-            let slice = &mut self.slices[slot as usize];
+            let slice = &mut writeback.slices[slot as usize];
             slice.sealed = true;
             owes |= std::mem::take(&mut slice.owes);
         }
         if owes && !mutant!("qcow2_no_fence_in_writeback") {
             self.reserve.fence_begins();
-            self.flush_files(cx);
-            return Step::Wait(State::Writeback(WritebackState::Fence));
+            self.image.flush_files(cx);
+            return Step::Wait(WritebackState::Fence);
         }
         self.write_batch(cx)
     }
 
     /// Writes copies of as much as there is room for; then there is no more to write.
-    fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        let unit = 1 << self.geometry.slice_bits();
+    fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        let unit = 1 << self.image.geometry.slice_bits();
         let mut run: Option<(u64, usize, usize)> = None;
         while self.writeback.staged.len() < self.writeback.depth && (run.is_none() || cx.room() > 1)
         {
@@ -393,48 +414,46 @@ impl Qcow2 {
         }
         if let Some(last) = run {
             self.write_staged(last, cx);
-            return Step::Wait(State::Writeback(WritebackState::Write));
+            return Step::Wait(WritebackState::Write);
         }
         if self.writeback.current.is_empty() && self.writeback.freeing.is_empty() {
-            return self.writeback_ended(Ok(()), cx);
+            return self.ended(Ok(()), cx);
         }
         if self.header.is_doubted() {
-            return self.change_header(State::Writeback(WritebackState::Header), |_| {}, cx);
+            self.header.change(|_| {}, cx);
+            return Step::Wait(WritebackState::Header);
         }
         if mutant!("qcow2_writeback_not_flushed") {
-            return self.writeback_flushed(Ok(()), cx);
+            return self.flushed(Ok(()), cx);
         }
-        self.flush_files(cx);
-        Step::Wait(State::Writeback(WritebackState::Flush))
+        self.image.flush_files(cx);
+        Step::Wait(WritebackState::Flush)
     }
 
     fn write_staged(&mut self, (offset, from, len): (u64, usize, usize), cx: &mut Cx<'_>) {
-        let base = Base::Region(self.regions.staging);
+        let base = Base::Region(self.image.regions.staging);
         let seg = Seg { base, off: from as u32, len: len as u32 };
-        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
+        cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
     }
 
     /// Copies the next taken slice or L1 block to `off` of the staging region; where does it go?
     fn stage(&mut self, off: usize, cx: &mut Cx<'_>) -> Option<u64> {
-        let bits = self.geometry.slice_bits();
+        let bits = self.image.geometry.slice_bits();
         if let Some(slot) = self.writeback.taken.pop() {
             self.writeback.staged.push(Staged::Slice(slot));
             let slot = slot as usize;
-            self.tables.copy_to_region(slot, self.regions.staging, off, cx.mem());
-            self.slices[slot].dirty = false;
-            self.slices[slot].sealed = false;
-            cx.wake_all(self.tables.waiters(slot));
-            let guest =
-                self.tables.key(slot) << (self.geometry.cluster_bits() + self.slice_entry_bits());
-            return Some(self.slice_offset(guest));
+            self.tables.slices.copy_to_region(slot, self.image.regions.staging, off, cx.mem());
+            self.writeback.slices[slot].dirty = false;
+            self.writeback.slices[slot].sealed = false;
+            cx.wake_all(self.tables.slices.waiters(slot));
+            let guest = self.tables.slices.key(slot) << self.image.slice_span_bits();
+            return Some(self.tables.slice_offset(guest));
         }
         let block = self.writeback.taken_l1.pop()?;
         self.writeback.staged.push(Staged::Root(block));
         let first = (block as usize) << (bits - 3);
-        let bytes = &mut cx.mem().region_mut(self.regions.staging)[off..off + (1 << bits)];
-        for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *word = self.l1.get(first + i).copied().unwrap_or(0).to_be_bytes();
-        }
+        let bytes = &mut cx.mem().region_mut(self.image.regions.staging)[off..off + (1 << bits)];
+        self.tables.copy_l1(first, bytes);
         if self.writeback.taken_l1.is_empty() {
             self.writeback.l1_sealed = false;
             cx.wake_all(&mut self.writeback.l1_waiters);
@@ -442,46 +461,50 @@ impl Qcow2 {
         Some(self.header.l1_offset() + (u64::from(block) << bits))
     }
 
-    fn batch_written(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
+    fn batch_written(
+        &mut self,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<WritebackState> {
         let result = if mutant!("qcow2_table_error_ignored") { Ok(()) } else { result };
         while let Some(staged) = self.writeback.staged.pop() {
             match (staged, result) {
-                (Staged::Slice(slot), Ok(())) => self.unpin(slot as usize, cx),
+                (Staged::Slice(slot), Ok(())) => self.tables.unpin(slot as usize, cx),
                 (Staged::Root(_), Ok(())) => {}
                 // Nobody knows which of them are on disk: all are written again.
                 (Staged::Slice(slot), Err(_)) => {
-                    self.touch(slot as usize, false);
-                    self.unpin(slot as usize, cx);
+                    self.writeback.touch(slot as usize, false, self.tables);
+                    self.tables.unpin(slot as usize, cx);
                 }
                 (Staged::Root(block), Err(_)) => self.writeback.touch_l1(block, false),
             }
         }
         match result {
             Ok(()) => self.write_batch(cx),
-            Err(errno) => self.writeback_failed(errno, cx),
+            Err(errno) => self.failed(errno, cx),
         }
     }
 
     /// What was taken and not written is as it was before.
-    fn writeback_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<WritebackState> {
         while let Some(slot) = self.writeback.taken.pop() {
-            let slice = &mut self.slices[slot as usize];
+            let slice = &mut self.writeback.slices[slot as usize];
             slice.sealed = false;
             // The fence may have failed.
             slice.owes = true;
             self.writeback.dirty.push(slot);
-            cx.wake_all(self.tables.waiters(slot as usize));
+            cx.wake_all(self.tables.slices.waiters(slot as usize));
         }
         while let Some(block) = self.writeback.taken_l1.pop() {
             self.writeback.touch_l1(block, true);
         }
         self.writeback.l1_sealed = false;
         cx.wake_all(&mut self.writeback.l1_waiters);
-        self.writeback_flushed(Err(errno), cx)
+        self.flushed(Err(errno), cx)
     }
 
-    fn writeback_flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let writeback = &mut self.writeback;
+    fn flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        let writeback = &mut *self.writeback;
         match result {
             Ok(()) => {
                 let epoch = writeback.freed_in;
@@ -490,11 +513,11 @@ impl Qcow2 {
             }
             Err(_) => writeback.frees.append(&mut writeback.freeing),
         }
-        self.writeback_ended(result, cx)
+        self.ended(result, cx)
     }
 
-    fn writeback_ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<State> {
-        let writeback = &mut self.writeback;
+    fn ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        let writeback = &mut *self.writeback;
         writeback.running = false;
         writeback.result = result;
         if let Err(errno) = result {
@@ -502,11 +525,39 @@ impl Qcow2 {
         }
         cx.wake_all(&mut writeback.current);
         cx.wake_all(&mut writeback.room);
-        cx.wake_all(&mut self.tables.full);
+        cx.wake_all(&mut self.tables.slices.full);
         if std::mem::take(&mut self.writeback.again) || !self.writeback.next.is_empty() {
-            self.ask_for_writeback(cx);
+            self.writeback.ask(cx);
         }
-        self.reserve_if_low(cx);
+        self.reserve.ask_if_returned(cx);
         Step::Done(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_up_side_by_side_takes_one_place() {
+        let options = Qcow2Options { frees_max: 3, ..Qcow2Options::default() };
+        let mut writeback = Writeback::new(4, &options);
+        let free = |first, sole| Free { first, count: 2, sole, discard: false };
+        for free in [free(10, true), free(12, true), free(14, false), free(18, false)] {
+            assert!(writeback.has_room_for_frees());
+            writeback.free(free);
+        }
+        let kept = [Free { count: 4, ..free(10, true) }, free(14, false), free(18, false)];
+        assert_eq!(writeback.frees, kept);
+        assert!(writeback.has_frees() && !writeback.has_room_for_frees());
+    }
+
+    #[test]
+    fn a_block_of_the_l1_table_is_written_once_and_owes_what_any_entry_owes() {
+        let mut writeback = Writeback::new(4, &Qcow2Options::default());
+        for (block, owes) in [(3, false), (3, true), (5, false)] {
+            writeback.touch_l1(block, owes);
+        }
+        assert_eq!((writeback.dirty_l1, writeback.l1_owes), (vec![3, 5], true));
     }
 }

@@ -6,16 +6,27 @@
 //! version 2 a table cannot say that a cluster is zeros: where a backing file would show, zeros are
 //! written instead, and discards do nothing.
 
+use std::convert::Infallible;
+
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
-use cowbell_engine::step::{Cx, IoKind, Step};
-use cowbell_engine::units::{HostOffset, align_down};
+use cowbell_engine::step::{Cx, IoKind};
+use cowbell_engine::units::align_down;
 
-use crate::parts::claims::Around;
-use crate::qcow2::disk::layout::{L2Entry, Mapping, SUBCLUSTERS};
-use crate::qcow2::run::lookup::{Piece, Run};
-use crate::qcow2::run::writeback::Free;
-use crate::qcow2::run::{Qcow2, State};
+use crate::parts::claims::{Around, Claims};
+use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
+use crate::qcow2::run::allocate::Claim;
+use crate::qcow2::run::compressed::Inflated;
+use crate::qcow2::run::image::{Disk, Image};
+use crate::qcow2::run::lookup::Run;
+use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::writeback::Writeback;
+
+/// How far a piece has got; `None`: it is to be allocated. It has no state of its own, as entries
+/// change at once.
+type Cleared = Option<Progress<Infallible>>;
 
 /// What becomes of entries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,25 +39,33 @@ enum Mark {
     Discard,
 }
 
-impl Qcow2 {
+/// A piece of a zero write or discard, and what it works with.
+pub(super) struct ClearStep<'a> {
+    pub image: &'a Image,
+    pub disk: &'a Disk,
+    /// Is the data file to read, by itself, as the guest's disk does?
+    pub is_raw_external: bool,
+    pub claims: &'a mut Claims<Claim>,
+    pub tables: &'a mut Tables,
+    pub metadata: &'a Metadata,
+    pub inflated: &'a mut Inflated,
+    pub writeback: &'a mut Writeback,
+}
+
+impl ClearStep<'_> {
     /// Clears what it can from `at` on, which `run` describes; its slice maps all of `at..end`.
-    pub(super) fn clear(
+    pub fn run(
         &mut self,
         at: u64,
         end: u64,
         run: Run,
         issued: &mut bool,
         cx: &mut Cx<'_>,
-    ) -> Piece {
+    ) -> Cleared {
         match cx.io().kind {
             IoKind::Zero { unmap, .. } => self.zero(at, run, unmap, issued, cx),
             _ => self.discard(at, end, run, issued, cx),
         }
-    }
-
-    /// Is the data file to read, by itself, as the guest's disk does?
-    pub(super) fn is_raw_external(&self) -> bool {
-        self.header.is_raw_external()
     }
 
     fn zero(
@@ -56,43 +75,45 @@ impl Qcow2 {
         unmap: bool,
         issued: &mut bool,
         cx: &mut Cx<'_>,
-    ) -> Piece {
-        let (geometry, len) = (self.geometry, run.end - at);
-        if self.is_raw_external() {
-            cx.issue(Op::bare(OpKind::Zero { unmap }, self.data, at, len));
+    ) -> Cleared {
+        let (geometry, len) = (self.image.geometry, run.end - at);
+        if self.is_raw_external {
+            cx.issue(Op::bare(OpKind::Zero { unmap }, self.image.data, at, len));
             *issued = true;
-            return Piece::To(run.end);
+            return Some(Progress::To(run.end));
         }
         match run.mapping {
-            Mapping::Zero(None) => return Piece::To(run.end),
-            Mapping::Zero(Some(_)) if !unmap => return Piece::To(run.end),
-            Mapping::Unallocated(_) if !self.shows_backing(at) => return Piece::To(run.end),
+            Mapping::Zero(None) => return Some(Progress::To(run.end)),
+            Mapping::Zero(Some(_)) if !unmap => return Some(Progress::To(run.end)),
+            Mapping::Unallocated(_) if !self.disk.shows_backing(at) => {
+                return Some(Progress::To(run.end));
+            }
             _ => {}
         }
         let unit = match run.mapping {
             Mapping::Compressed(_) => geometry.cluster_size(),
             _ => geometry.unit_size(),
         };
-        let can_say_so = geometry.has_zero_clusters() || !self.shows_backing(at);
-        match self.whole(at, run.end, unit).filter(|_| can_say_so) {
+        let can_say_so = geometry.has_zero_clusters() || !self.disk.shows_backing(at);
+        match self.disk.whole(at, run.end, unit).filter(|_| can_say_so) {
             Some((first, last)) if first == at => {
                 let mark = if unmap { Mark::Unmap } else { Mark::Zero };
                 self.mark(at, last, run, mark, issued, cx)
             }
             whole => {
                 let end = whole.map_or(run.end, |(first, _)| first);
-                let Mapping::Data(host) = run.mapping else { return Piece::Lacks };
+                let Mapping::Data(host) = run.mapping else { return None };
                 if !run.copied {
-                    return Piece::Lacks;
+                    return None;
                 }
                 let host = host.0 + (at & (geometry.cluster_size() - 1));
-                if self.hits_metadata(host, end - at) {
-                    return Piece::Step(self.hit_metadata(host, cx));
+                if self.metadata.is_hit(host, end - at) {
+                    return Some(Progress::HitsMetadata { host });
                 }
                 let kind = OpKind::Zero { unmap: false };
-                cx.issue(Op::bare(kind, self.data, host, end - at));
+                cx.issue(Op::bare(kind, self.image.data, host, end - at));
                 *issued = true;
-                Piece::To(end)
+                Some(Progress::To(end))
             }
         }
     }
@@ -104,27 +125,27 @@ impl Qcow2 {
         run: Run,
         issued: &mut bool,
         cx: &mut Cx<'_>,
-    ) -> Piece {
+    ) -> Cleared {
         // A cluster may be of several kinds, subcluster by subcluster: it goes as a whole.
-        let end = if self.geometry.has_subclusters() { end } else { run.end };
-        let (first, last) = match self.whole_clusters(at, end) {
-            None => return Piece::To(end),
-            Some((first, _)) if first > at => return Piece::To(first),
+        let end = if self.image.geometry.has_subclusters() { end } else { run.end };
+        let (first, last) = match self.disk.whole_clusters(at, end) {
+            None => return Some(Progress::To(end)),
+            Some((first, _)) if first > at => return Some(Progress::To(first)),
             Some(whole) => whole,
         };
-        if self.data != self.file {
-            if self.options.pass_discards {
-                cx.issue(Op::bare(OpKind::Discard, self.data, first, last - first));
+        if self.image.has_data_file() {
+            if self.image.pass_discards {
+                cx.issue(Op::bare(OpKind::Discard, self.image.data, first, last - first));
                 *issued = true;
             }
-            return Piece::To(last);
+            return Some(Progress::To(last));
         }
-        let shows_backing = self.shows_backing(at);
+        let shows_backing = self.disk.shows_backing(at);
         let is_nothing = matches!(run.mapping, Mapping::Zero(None))
             || matches!(run.mapping, Mapping::Unallocated(None)) && !shows_backing;
-        let is_nothing = is_nothing && !self.geometry.has_subclusters();
-        if is_nothing || shows_backing && !self.geometry.has_zero_clusters() {
-            return Piece::To(last);
+        let is_nothing = is_nothing && !self.image.geometry.has_subclusters();
+        if is_nothing || shows_backing && !self.image.geometry.has_zero_clusters() {
+            return Some(Progress::To(last));
         }
         self.mark(at, last, run, Mark::Discard, issued, cx)
     }
@@ -138,47 +159,46 @@ impl Qcow2 {
         mark: Mark,
         issued: &mut bool,
         cx: &mut Cx<'_>,
-    ) -> Piece {
-        let bits = self.geometry.cluster_bits();
-        let Some(slot) = run.slot else { return Piece::Lacks };
-        if *issued && (!self.owns_table(at) || !self.writeback.has_room_for_frees()) {
-            return Piece::Step(Step::Wait(State::Pieces { at }));
+    ) -> Cleared {
+        let bits = self.image.geometry.cluster_bits();
+        let slot = run.slot?;
+        if *issued && (!self.tables.owns_table(at) || !self.writeback.has_room_for_frees()) {
+            return Some(Progress::AfterOps { at });
         }
-        if !self.owns_table(at) {
-            let l1_index = (at >> self.geometry.l2_span_bits()) as u32;
-            return Piece::Step(self.provide_table(at, l1_index, cx));
+        if !self.tables.owns_table(at) {
+            return Some(Progress::ProvideTable { at });
         }
         if let Around::Within(key) = self.claims.around(at, last)
             && !mutant!("qcow2_zero_ignores_claims")
         {
             if *issued {
-                return Piece::Step(Step::Wait(State::Pieces { at }));
+                return Some(Progress::AfterOps { at });
             }
             cx.park(self.claims[key].waiters());
-            return Piece::Step(Step::Wait(State::Next { at }));
+            return Some(Progress::LookAgain { at });
         }
         if !self.writeback.has_room_for_frees() {
-            let attempt = self.park_for_room(cx);
-            return Piece::Step(Step::Wait(State::Room { at, attempt }));
+            let attempt = self.writeback.park_for_room(cx);
+            return Some(Progress::Room { at, attempt });
         }
         for cluster in at >> bits..=(last - 1) >> bits {
             let from = at.max(cluster << bits);
             // What lies behind the disk's end goes with its last unit.
-            let end = if last == self.reach { u64::MAX } else { last };
+            let end = if last == self.disk.reach() { u64::MAX } else { last };
             let to = end.min((cluster + 1) << bits);
             self.mark_cluster(slot, from, to, mark, cx);
         }
-        self.touch(slot, false);
-        self.writeback_if_full(cx);
-        Piece::To(last)
+        self.writeback.touch(slot, false, self.tables);
+        self.writeback.begin_if_full(cx);
+        Some(Progress::To(last))
     }
 
     /// Changes the entry of one cluster, of which `from..to` is concerned.
     fn mark_cluster(&mut self, slot: usize, from: u64, to: u64, mark: Mark, cx: &mut Cx<'_>) {
-        let geometry = self.geometry;
-        let index = self.slice_index(from);
+        let geometry = self.image.geometry;
+        let index = self.image.slice_index(from);
         let start = align_down(from, geometry.cluster_size());
-        let old = L2Entry::read(self.tables.bytes(slot, cx.mem()), index, geometry);
+        let old = L2Entry::read(self.tables.slices.bytes(slot, cx.mem()), index, geometry);
         let Ok(place) = old.place(geometry) else {
             // Found when it is next looked up; its unit is not this one.
             return;
@@ -190,7 +210,8 @@ impl Qcow2 {
             Mark::Discard => false,
         };
         let host = place.and_then(Mapping::host).filter(|_| keeps_place);
-        let was_nothing = mark == Mark::Discard && place.is_none() && !self.shows_backing(start);
+        let was_nothing =
+            mark == Mark::Discard && place.is_none() && !self.disk.shows_backing(start);
         let new = if !is_whole {
             let mask = units_mask(from - start, to - start, geometry.unit_bits());
             old.with_subclusters(mask, false)
@@ -202,39 +223,12 @@ impl Qcow2 {
         if new == old {
             return;
         }
-        new.write(self.tables.bytes_mut(slot, cx.mem()), index, geometry);
-        if is_whole && (host.is_none() || new.is_none()) {
-            self.free(place, old.is_copied(), true);
-        }
-    }
-
-    /// A reference to `place` was given up in memory.
-    pub(super) fn free(&mut self, place: Option<Mapping>, sole: bool, discard: bool) {
-        let bits = self.geometry.cluster_bits();
-        let (host, len) = match place {
-            Some(Mapping::Data(host)) if self.data == self.file => (host, 1 << bits),
-            Some(Mapping::Compressed(compressed)) => {
-                self.forget_inflated(compressed.host);
-                (compressed.host, compressed.bytes.into())
+        new.write(self.tables.slices.bytes_mut(slot, cx.mem()), index, geometry);
+        if let (Some(place), true) = (place, is_whole && (host.is_none() || new.is_none())) {
+            if let Mapping::Compressed(old) = place {
+                self.inflated.forget(old.host);
             }
-            _ => return,
-        };
-        let (first, last) = (host.0 >> bits, (host.0 + len - 1) >> bits);
-        let discard = discard && sole && self.options.pass_discards;
-        self.writeback.free(Free { first, count: last - first + 1, sole, discard });
-    }
-
-    /// A cluster that was allocated, and that nothing came to refer to.
-    pub(super) fn give_back(&mut self, host: HostOffset, count: u64) {
-        if self.data == self.file {
-            self.reserve.give_back(host.0 >> self.geometry.cluster_bits(), count);
+            self.writeback.give_up(place, old.is_copied(), true, self.image);
         }
     }
-}
-
-/// The subclusters of `from..to`, bytes of their cluster.
-pub(super) fn units_mask(from: u64, to: u64, unit_bits: u32) -> u32 {
-    let (first, end) = ((from >> unit_bits) as u32, (to >> unit_bits) as u32);
-    debug_assert!(first < end && end <= SUBCLUSTERS);
-    (u32::MAX >> (SUBCLUSTERS - (end - first))) << first
 }

@@ -38,11 +38,6 @@ impl Compressed {
     }
 }
 
-/// What the cache calls the grain that byte `at` of the disk lies in: its first byte on the disk.
-pub(super) fn compressed_key(at: u64, place: Place) -> u64 {
-    place.grain_start(place.grain_of(at))
-}
-
 impl Vmdk {
     /// The grains' cache.
     pub(super) fn compressed(&mut self) -> &mut Compressed {
@@ -57,7 +52,7 @@ impl Vmdk {
         place: Place,
         cx: &mut Cx<'_>,
     ) -> bool {
-        let (key, from) = (compressed_key(at, place), at - cx.io().offset);
+        let (key, from) = (place.grain_key(at), at - cx.io().offset);
         let compressed = self.compressed();
         let Some(slot) =
             compressed.grains.find(key).filter(|&slot| compressed.grains.is_ready(slot))
@@ -81,7 +76,7 @@ impl Vmdk {
     ) -> Step<State> {
         let len = self.likely_len(at, host, table, place, cx);
         let compressed = self.compressed();
-        let key = compressed_key(at, place);
+        let key = place.grain_key(at);
         if let Some(slot) = compressed.grains.find(key) {
             cx.park(compressed.grains.waiters(slot));
             return Step::Wait(State::Next { at });

@@ -62,6 +62,12 @@ impl Place {
         self.start + (grain << self.grain_bits)
     }
 
+    /// What the cache of inflated grains calls the one that byte `at` of the disk lies in: its first
+    /// byte on the disk.
+    pub fn grain_key(&self, at: u64) -> u64 {
+        self.grain_start(self.grain_of(at))
+    }
+
     /// Where the grains of the table end that maps byte `at`.
     pub fn table_end(&self, at: u64) -> u64 {
         let bits = self.grain_bits + self.table_bits;

@@ -21,7 +21,6 @@ use crate::parts::growth::Taken;
 use crate::vmdk::disk::grain;
 use crate::vmdk::disk::layout::end_of_stream;
 use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
-use crate::vmdk::run::compressed::compressed_key;
 use crate::vmdk::run::lookup::Place;
 use crate::vmdk::run::{Asked, PartKind, State, Vmdk};
 
@@ -94,7 +93,7 @@ impl Vmdk {
         if at != place.grain_start(grain) || io.end() < end {
             return Step::Done(Err(Errno::INVALID));
         }
-        let key = compressed_key(at, place);
+        let key = place.grain_key(at);
         let compressed = self.compressed();
         // In order of arrival: whoever comes later waits behind those who wait.
         let first = compressed.grains.full.is_empty();

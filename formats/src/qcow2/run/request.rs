@@ -1,0 +1,567 @@
+//! What a guest's request does: its range is looked up, and done piece by piece.
+//!
+//! A request that one slice of an L2 table does not map, or whose pieces lack different things, is
+//! cut: every such piece becomes a request of its own, and the one that issued them waits for all
+//! of them, joined. So missing slices are loaded, clusters inflated and allocations made side by
+//! side, however many there are; what is mapped goes out as plain ops from the same step.
+
+use std::convert::Infallible;
+
+use cowbell_engine::mem::Memory;
+use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::status::StatusKind;
+use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
+use cowbell_engine::units::{Errno, FileId, HostOffset};
+
+use crate::parts::backing::{self, Backing};
+use crate::parts::claims::Claims;
+use crate::parts::cow::CowState;
+use crate::qcow2::disk::layout::{Geometry, Mapping};
+use crate::qcow2::rest::open::Opened;
+use crate::qcow2::run::allocate::{AllocateState, AllocateStep, Claim};
+use crate::qcow2::run::compressed::{CompressedState, Inflated};
+use crate::qcow2::run::corrupt::Corrupt;
+use crate::qcow2::run::image::{Disk, Image, Qcow2Options, Regions};
+use crate::qcow2::run::l2_table::{NewTables, TableState, TableStep};
+use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::lookup::{Found, Run};
+use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::reserve::Reserve;
+use crate::qcow2::run::resize::Resize;
+use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::writeback::Writeback;
+use crate::qcow2::run::zero_discard::ClearStep;
+
+/// An opened qcow2 image: all of its state. Each of its components keeps its own, and is changed by
+/// its own file alone.
+#[derive(Clone, Hash, Debug)]
+pub struct Qcow2 {
+    pub(super) image: Image,
+    pub(super) disk: Disk,
+    pub(super) tables: Tables,
+    pub(super) metadata: Metadata,
+    pub(super) header: LiveHeader,
+    pub(super) corrupt: Corrupt,
+    /// What is being allocated.
+    claims: Claims<Claim>,
+    new_tables: NewTables,
+    inflated: Inflated,
+    pub(super) writeback: Writeback,
+    pub(super) reserve: Reserve,
+    pub(super) resize: Resize,
+}
+
+/// A request's state, named by what it awaits. `at` is the first byte of the guest range not yet
+/// done.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum RequestState {
+    /// Nothing, or whatever it was parked on: look up what is at `at`.
+    Next { at: u64 },
+    /// As `Next`, for clusters that attempt number `attempt` to get some was to bring.
+    Space { at: u64, attempt: u32 },
+    /// As `Next`, for room in memory that writeback number `attempt` was to make.
+    Room { at: u64, attempt: u32 },
+    /// The ops of the pieces up to `at`, pieces with requests of their own among them.
+    Pieces { at: u64 },
+    /// A slice of an L2 table on its way into `slot`.
+    LoadSlice { at: u64, slot: u32 },
+    /// A compressed cluster.
+    Compressed { at: u64, state: CompressedState },
+    /// An L2 table of its own.
+    Table { at: u64, state: TableState },
+    /// A piece, written to new clusters.
+    Allocate(AllocateState),
+    /// A writeback that began after the request came.
+    Swept,
+}
+
+/// The label of a flush that is all that is left to do; of data ops likewise.
+const FLUSH: u8 = 12;
+pub(super) const PIECES: u8 = 2;
+
+impl RequestState {
+    /// Where its name is in the list of the driver's states.
+    #[inline]
+    pub(super) fn label(&self) -> usize {
+        match self {
+            RequestState::Next { .. } => 0,
+            RequestState::Space { .. } | RequestState::Room { .. } => 1,
+            RequestState::Pieces { .. } => PIECES.into(),
+            RequestState::LoadSlice { .. } => 3,
+            RequestState::Compressed { state: CompressedState::Read { .. }, .. } => 4,
+            RequestState::Compressed { state: CompressedState::Inflate { .. }, .. } => 5,
+            RequestState::Table { state, .. } => match state {
+                TableState::Zero | TableState::Read { .. } | TableState::Copy { .. } => 6,
+                TableState::Link => 7,
+            },
+            RequestState::Allocate(state) => match state {
+                AllocateState::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
+                AllocateState::Cow { .. } => 9,
+                AllocateState::WriteData { .. } => 10,
+                AllocateState::Publish { .. } | AllocateState::PublishRoom { .. } => 11,
+            },
+            RequestState::Swept => 13,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The image that `opened` describes, in `file`, with its data in `data`. Can it be written to,
+    /// and each of the two be made longer?
+    pub fn new(
+        (file, data): (FileId, FileId),
+        opened: Opened,
+        (writable, can_grow, data_can_grow): (bool, bool, bool),
+        backing: Option<Backing>,
+        regions: Regions,
+        options: Qcow2Options,
+    ) -> Qcow2 {
+        let (geometry, pass_discards) = (opened.geometry(), options.pass_discards);
+        let image = Image { file, data, geometry, writable, data_can_grow, pass_discards, regions };
+        let metadata = Metadata::new(&opened, &image);
+        let reserve = Reserve::new(&opened, can_grow, options);
+        let Opened { header, l1, .. } = opened;
+        let compression = header.compression;
+        let tables = Tables::new(l1, options.cache_slices, image);
+        Qcow2 {
+            image,
+            disk: Disk::new(header.disk_size(), backing, geometry),
+            writeback: Writeback::new(tables.slices.len(), &options),
+            tables,
+            metadata,
+            header: LiveHeader::new(header, image),
+            corrupt: Corrupt::new(image),
+            claims: Claims::new(),
+            new_tables: NewTables::new(),
+            inflated: Inflated::new(compression, options.cache_inflated, image),
+            reserve,
+            resize: Resize::default(),
+        }
+    }
+
+    /// The clusters' geometry.
+    pub fn geometry(&self) -> Geometry {
+        self.image.geometry
+    }
+
+    /// Panics if something is claimed, pinned, parked or busy. For tests, at rest.
+    pub fn assert_idle(&self) {
+        // What could not be written stays in memory.
+        self.tables.assert_idle(|slot| self.writeback.is_changed(slot).into());
+        self.inflated.assert_idle();
+        assert!(self.claims.is_empty() && self.new_tables.is_empty(), "something is claimed");
+        self.writeback.assert_idle();
+        self.reserve.assert_idle();
+        self.header.assert_idle();
+        self.resize.assert_idle();
+    }
+
+    #[inline]
+    pub(super) fn begin_request(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
+        match cx.io().kind {
+            IoKind::Flush => self.flush(cx),
+            IoKind::Read | IoKind::Status { .. } => self.walk(cx.io().offset, cx),
+            _ if !self.image.writable => Step::Done(Err(Errno::READ_ONLY)),
+            _ => self.walk(cx.io().offset, cx),
+        }
+    }
+
+    #[inline]
+    pub(super) fn step_request(
+        &mut self,
+        state: RequestState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<RequestState> {
+        match (state, event) {
+            (RequestState::Allocate(state), event) => {
+                let progress = self.allocating().run(state, event, cx);
+                self.go_on(progress, RequestState::Allocate, cx)
+            }
+            (RequestState::Next { at }, Event::Start | Event::Woken) => self.walk(at, cx),
+            (RequestState::Pieces { at }, Event::Io(Ok(()))) => self.walk(at, cx),
+            (RequestState::Pieces { .. }, Event::Io(error)) => Step::Done(error),
+            (state, event) => self.step_rarely(state, event, cx),
+        }
+    }
+
+    #[inline(never)]
+    fn step_rarely(
+        &mut self,
+        state: RequestState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<RequestState> {
+        match (state, event) {
+            (RequestState::Space { at, attempt }, Event::Woken) => {
+                match self.reserve.failure_of(attempt) {
+                    Some(errno) if self.reserve.has_nothing() => Step::Done(Err(errno)),
+                    _ => self.walk(at, cx),
+                }
+            }
+            (RequestState::Room { at, attempt }, Event::Woken) => {
+                match self.writeback.no_room(attempt) {
+                    Some(errno) => Step::Done(Err(errno)),
+                    None => self.walk(at, cx),
+                }
+            }
+            (RequestState::LoadSlice { at, slot }, Event::Io(result)) => {
+                self.slice_loaded(at, slot as usize, result, cx)
+            }
+            (RequestState::Compressed { at, state }, event) => {
+                let progress = self.inflated.step(at, state, event, cx);
+                self.go_on(progress, |state| RequestState::Compressed { at, state }, cx)
+            }
+            (RequestState::Table { at, state }, event) => {
+                let progress = self.providing(at).run(state, event, cx);
+                self.go_on(progress, |state| RequestState::Table { at, state }, cx)
+            }
+            (RequestState::Swept, Event::Woken) => Step::Done(self.writeback.result()),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    /// Goes on as the file says that did a part of a piece.
+    #[inline]
+    fn go_on<S>(
+        &mut self,
+        progress: Progress<S>,
+        wait: impl FnOnce(S) -> RequestState,
+        cx: &mut Cx<'_>,
+    ) -> Step<RequestState> {
+        match progress {
+            Progress::To(to) if to == cx.io().end() => self.end(cx),
+            Progress::To(to) => self.walk(to, cx),
+            Progress::Wait(state) => Step::Wait(wait(state)),
+            Progress::LookAgain { at } => Step::Wait(RequestState::Next { at }),
+            Progress::Space { at, attempt } => Step::Wait(RequestState::Space { at, attempt }),
+            Progress::Room { at, attempt } => Step::Wait(RequestState::Room { at, attempt }),
+            Progress::AfterOps { at } => Step::Wait(RequestState::Pieces { at }),
+            Progress::ProvideTable { at } => self.provide_table(at, cx),
+            Progress::Invalid { at } => self.invalid_entry(at, cx),
+            Progress::HitsMetadata { host } => Step::Done(Err(self.corrupt.hit_metadata(host, cx))),
+            Progress::Failed(errno) => Step::Done(Err(errno)),
+        }
+    }
+
+    #[inline]
+    fn allocating(&mut self) -> AllocateStep<'_> {
+        AllocateStep {
+            image: &self.image,
+            disk: &self.disk,
+            claims: &mut self.claims,
+            tables: &mut self.tables,
+            inflated: &mut self.inflated,
+            reserve: &mut self.reserve,
+            writeback: &mut self.writeback,
+        }
+    }
+
+    fn providing(&mut self, at: u64) -> TableStep<'_> {
+        TableStep {
+            at,
+            image: &self.image,
+            new: &mut self.new_tables,
+            tables: &mut self.tables,
+            metadata: &mut self.metadata,
+            reserve: &mut self.reserve,
+            writeback: &mut self.writeback,
+        }
+    }
+
+    fn provide_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+        let progress = self.providing(at).begin(cx);
+        self.go_on(progress, |state| RequestState::Table { at, state }, cx)
+    }
+
+    fn invalid_entry(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+        Step::Done(Err(self.corrupt.invalid_entry(at, &self.tables, &self.header, cx)))
+    }
+
+    /// A flush, and the end of a write that is to be stable.
+    fn flush(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
+        if self.writeback.park_to_flush(&self.header, cx) {
+            return Step::Wait(RequestState::Swept);
+        }
+        self.image.flush_files(cx);
+        Step::Last { label: FLUSH }
+    }
+
+    /// The whole range is done.
+    fn end(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
+        match cx.io().kind {
+            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => self.flush(cx),
+            _ => Step::Done(Ok(())),
+        }
+    }
+
+    /// Where all of a request's bytes are, if that is known, in one piece and theirs alone: what
+    /// most requests come down to.
+    #[inline(always)]
+    pub(super) fn in_one_piece(&mut self, io: &Io, mem: &Memory) -> Option<u64> {
+        let (at, end) = (io.offset, io.end());
+        let slot = self.tables.slices.find(self.image.slice_key(at))?;
+        if !self.tables.slices.is_ready(slot) {
+            return None;
+        }
+        let is_write = io.kind != IoKind::Read;
+        let Found::Run(run) = self.tables.run_in(slot, at, end, is_write, mem) else { return None };
+        let Mapping::Data(host) = run.mapping else { return None };
+        let host = host.0 + (at & (self.image.geometry.cluster_size() - 1));
+        let usable = !is_write || run.copied && !self.metadata.is_hit(host, io.len);
+        (run.end == end && usable).then_some(host)
+    }
+
+    /// Goes on at `at`.
+    fn walk(&mut self, mut at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+        let io = cx.io();
+        let end = io.end();
+        let is_transfer = matches!(io.kind, IoKind::Read | IoKind::Write { .. });
+        let mut issued = false;
+        while at < end {
+            if issued && cx.room() == 0 {
+                return Step::Wait(RequestState::Pieces { at });
+            }
+            let slice_end = self.image.slice_end(at);
+            if is_transfer && slice_end < end {
+                self.delegate(at, slice_end, cx);
+                (at, issued) = (slice_end, true);
+                continue;
+            }
+            match self.piece(at, slice_end.min(end), &mut issued, cx) {
+                Ok(to) => at = to,
+                // Not before what is under way has ended; then it is found again.
+                Err(Step::Done(_)) if issued => return Step::Wait(RequestState::Pieces { at }),
+                Err(step) => return step,
+            }
+        }
+        match io.kind {
+            _ if !issued => self.end(cx),
+            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => {
+                Step::Wait(RequestState::Pieces { at })
+            }
+            _ => Step::Last { label: PIECES },
+        }
+    }
+
+    /// Makes the piece `at..to` of this request a request of its own.
+    fn delegate(&mut self, at: u64, to: u64, cx: &mut Cx<'_>) {
+        let io = cx.io();
+        let seg = cx.guest(at - io.offset, to - at);
+        let kind = match io.kind {
+            IoKind::Read => OpKind::Read,
+            _ => OpKind::Write { fua: false },
+        };
+        let (target, segs) = (Target::Node(cx.node()), Segs::one(seg));
+        cx.issue(Op { kind, target, offset: at, len: to - at, segs });
+    }
+
+    /// One piece: where it ends, if it is done or on its way; else the step that waits for what
+    /// it lacks.
+    fn piece(
+        &mut self,
+        at: u64,
+        end: u64,
+        issued: &mut bool,
+        cx: &mut Cx<'_>,
+    ) -> Result<u64, Step<RequestState>> {
+        let kind = cx.io().kind;
+        let is_write = kind != IoKind::Read;
+        let found = match self.tables.look_up(at, end, is_write, cx.memory()) {
+            Found::NoTable { end } if self.needs_no_table(at, end, kind) => {
+                let mapping = Mapping::Unallocated(None);
+                Found::Run(Run { mapping, copied: false, end, slot: None })
+            }
+            found => found,
+        };
+        let mut lacking = end;
+        if let Found::Run(run) = found {
+            match self.in_place(at, end, run, issued, cx) {
+                Some(Progress::To(to)) => return Ok(to),
+                Some(progress) => return Err(self.go_on(progress, |never| match never {}, cx)),
+                None => lacking = run.end,
+            }
+        }
+        let is_transfer = matches!(kind, IoKind::Read | IoKind::Write { .. });
+        let is_all = lacking == cx.io().end() && !*issued;
+        if is_transfer && !is_all && !matches!(found, Found::Invalid) {
+            self.delegate(at, lacking, cx);
+            *issued = true;
+            return Ok(lacking);
+        }
+        // First what is under way; then this, looked up again.
+        Err(if *issued {
+            Step::Wait(RequestState::Pieces { at })
+        } else {
+            self.provide(at, found, cx)
+        })
+    }
+
+    /// Provides what is missing at `at`.
+    fn provide(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Step<RequestState> {
+        match found {
+            Found::Run(Run { mapping: Mapping::Compressed(place), .. })
+                if cx.io().kind == IoKind::Read =>
+            {
+                let progress = self.inflated.read(at, place, cx);
+                self.go_on(progress, |state| RequestState::Compressed { at, state }, cx)
+            }
+            Found::Run(run) => {
+                let progress = self.allocating().begin(at, run, cx);
+                self.go_on(progress, RequestState::Allocate, cx)
+            }
+            Found::NoTable { .. } => self.provide_table(at, cx),
+            Found::NotLoaded => self.load_slice(at, cx),
+            Found::Loading { slot } => {
+                cx.park(self.tables.slices.waiters(slot));
+                Step::Wait(RequestState::Next { at })
+            }
+            Found::Invalid => self.invalid_entry(at, cx),
+        }
+    }
+
+    /// Does a range without an L2 table do without one? Reads do, and what would only say zeros
+    /// where zeros are.
+    fn needs_no_table(&self, at: u64, end: u64, kind: IoKind) -> bool {
+        match kind {
+            IoKind::Read | IoKind::Status { .. } => true,
+            IoKind::Zero { .. } => !self.disk.shows_backing(at) && !self.header.is_raw_external(),
+            IoKind::Discard => {
+                !self.disk.shows_backing(at)
+                    || !self.image.geometry.has_zero_clusters()
+                    || self.disk.whole_clusters(at, end).is_none()
+            }
+            _ => false,
+        }
+    }
+
+    /// Does what needs no allocation for the run that begins at `at`; its slice maps all of
+    /// `at..end`.
+    fn in_place(
+        &mut self,
+        at: u64,
+        end: u64,
+        run: Run,
+        issued: &mut bool,
+        cx: &mut Cx<'_>,
+    ) -> Option<Progress<Infallible>> {
+        let io = cx.io();
+        let (from, len) = (at - io.offset, run.end - at);
+        match (io.kind, run.mapping) {
+            (IoKind::Read, Mapping::Data(_)) => return self.transfer(at, end, run, issued, cx),
+            (IoKind::Read, Mapping::Zero(_)) => cx.zero_guest(from, len),
+            (IoKind::Read, Mapping::Unallocated(_)) => {
+                *issued |= backing::read(self.disk.backing(), at, run.end, cx)
+            }
+            (IoKind::Read, Mapping::Compressed(_)) => return None,
+            (IoKind::Write { .. }, Mapping::Data(_)) if run.copied => {
+                return self.transfer(at, end, run, issued, cx);
+            }
+            (IoKind::Write { .. }, _) => return None,
+            (IoKind::Status { .. }, _) => {
+                *issued |= self.answer_status(at, run, cx);
+                return Some(Progress::To(io.end()));
+            }
+            _ => return self.clear(at, end, run, issued, cx),
+        }
+        Some(Progress::To(run.end))
+    }
+
+    /// Says what the run that begins at `at` is. True: the layer below is asked.
+    #[inline(never)]
+    fn answer_status(&self, at: u64, run: Run, cx: &mut Cx<'_>) -> bool {
+        let inside = at & (self.image.geometry.cluster_size() - 1);
+        let place = |host: HostOffset| (self.image.data, HostOffset(host.0 + inside));
+        let (kind, host) = match run.mapping {
+            Mapping::Data(host) => (StatusKind::Data, Some(place(host))),
+            Mapping::Zero(host) => (StatusKind::Zero, host.map(place)),
+            Mapping::Compressed(_) => (StatusKind::Compressed, None),
+            Mapping::Unallocated(_) => {
+                return backing::status(self.disk.backing(), at, run.end, cx);
+            }
+        };
+        cx.answer_status(kind, run.end - at, host);
+        false
+    }
+
+    /// Reads or writes the run of data that begins at `at`, and those that follow it in the same
+    /// slice: a fragmented range is looked up once.
+    fn transfer(
+        &mut self,
+        mut at: u64,
+        end: u64,
+        mut run: Run,
+        issued: &mut bool,
+        cx: &mut Cx<'_>,
+    ) -> Option<Progress<Infallible>> {
+        let io = cx.io();
+        let is_write = io.kind != IoKind::Read;
+        while let Mapping::Data(host) = run.mapping {
+            let host = host.0 + (at & (self.image.geometry.cluster_size() - 1));
+            let (from, len) = (at - io.offset, run.end - at);
+            if !is_write {
+                cx.read_guest(self.image.data, host, from, len);
+            } else if !run.copied {
+                break;
+            } else if self.metadata.is_hit(host, len) {
+                return Some(Progress::HitsMetadata { host });
+            } else {
+                cx.write_guest(self.image.data, host, from, len, false);
+            }
+            (at, *issued) = (run.end, true);
+            let Some(slot) = run.slot.filter(|_| at < end && cx.room() > 0) else { break };
+            let Found::Run(next) = self.tables.run_in(slot, at, end, is_write, cx.memory()) else {
+                break;
+            };
+            run = next;
+        }
+        Some(Progress::To(at))
+    }
+
+    fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+        let Some(slot) = self.tables.slices.reserve(self.image.slice_key(at)) else {
+            let attempt = self.writeback.park_for_slot(&mut self.tables, cx);
+            return Step::Wait(RequestState::Room { at, attempt });
+        };
+        let seg = self.tables.slices.seg(slot, 0, 1 << self.image.geometry.slice_bits());
+        cx.issue(self.image.read_op(self.tables.slice_offset(at), Segs::one(seg)));
+        Step::Wait(RequestState::LoadSlice { at, slot: slot as u32 })
+    }
+
+    fn slice_loaded(
+        &mut self,
+        at: u64,
+        slot: usize,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<RequestState> {
+        self.tables.slices.load_ended(slot, result.is_ok(), cx);
+        match result {
+            Ok(()) => self.walk(at, cx),
+            Err(errno) => Step::Done(Err(errno)),
+        }
+    }
+
+    /// Zeroes or discards what it can of the run at `at`.
+    fn clear(
+        &mut self,
+        at: u64,
+        end: u64,
+        run: Run,
+        issued: &mut bool,
+        cx: &mut Cx<'_>,
+    ) -> Option<Progress<Infallible>> {
+        let mut clear = ClearStep {
+            image: &self.image,
+            disk: &self.disk,
+            is_raw_external: self.header.is_raw_external(),
+            claims: &mut self.claims,
+            tables: &mut self.tables,
+            metadata: &self.metadata,
+            inflated: &mut self.inflated,
+            writeback: &mut self.writeback,
+        };
+        clear.run(at, end, run, issued, cx)
+    }
+}
