@@ -90,6 +90,9 @@ impl Shape {
         Shape::Flush,
     ];
 
+    /// The fewest: for images of which each request does much.
+    const FEW: [Shape; 3] = [Shape::WriteSubSector, Shape::ZeroWhole, Shape::Flush];
+
     /// The request of this shape at cluster `cluster` of table `table`.
     fn at(self, image: &Image, (table, cluster): (u64, u64)) -> Request {
         let at = image.place(table, cluster);
@@ -331,7 +334,8 @@ fn scopes_on(
 ///
 /// - Images of which each request does the same to several files at once, or that differ only in
 ///   how they grow, or that copy whole tables, see single requests and the most telling pairs.
-/// - Changes of the size of a qcow2 disk with a snapshot are seen without a fault.
+/// - Of a qcow2 disk with a snapshot, changes of the size and the most telling pairs are seen without
+///   a fault, and a few pairs with one.
 /// - Changes of a qcow2 disk's size that change its tables are seen alone with a fault, and with one
 ///   of the most telling requests without.
 /// - qcow2 knows no deadlines, and leaves more in flight than there is time for: of pairs with a
@@ -366,7 +370,9 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         scopes_on(kinds().filter(is_shared), QUIET, resizes),
         scopes_on(kinds(), Budget { crashes: 1, ..QUIET }, core),
         scopes_on(small(), fault, statuses),
-        scopes_on(others(), fault, core),
+        scopes_on(others().filter(|image| !is_shared(image)), fault, core),
+        scopes_on(others().filter(is_shared), QUIET, core),
+        scopes_on(others().filter(is_shared), fault, |image| workloads(image, &Shape::FEW, 2)),
         scopes_on(small(), QUIET, count(3)),
     ];
     let is_quick = |image: &Image| image.cluster < CLUSTER || image.state == State::Warm;
