@@ -22,7 +22,7 @@ pub struct Extent {
     pub len: u64,
     /// The layer that decides: 0 is the top. For [`Kind::Unallocated`] the last one asked.
     pub depth: usize,
-    /// Which of the layer's files it is in: see [`Layer::numbered`].
+    /// Which of the layer's files it is in: see [`Layer::numbered`](crate::chain::Layer::numbered).
     pub file: usize,
     /// What is there.
     pub kind: Kind,

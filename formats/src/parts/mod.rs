@@ -6,6 +6,6 @@ pub mod backing;
 pub(crate) mod claims;
 pub mod cow;
 pub mod growth;
-pub(crate) mod length;
+pub mod length;
 pub(crate) mod past_end;
 pub mod report;
