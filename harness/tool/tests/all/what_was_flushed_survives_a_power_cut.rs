@@ -42,8 +42,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Err(why) = run("umount", &[&self.0]) {
-            eprintln!("{why}");
+        // The kernel may hold a file of it a moment longer than the process that had it open.
+        for left in (0..100).rev() {
+            match run("umount", &[&self.0]) {
+                Ok(()) => return,
+                Err(why) if left == 0 => eprintln!("{why}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
         }
     }
 }
