@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
 use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 
@@ -48,16 +49,15 @@ impl Host for DiskHost {
     }
 
     fn lock(&self, file: &mut DiskFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
-        let mut waited = Duration::ZERO;
+        let begun = clock();
         loop {
             let taken = file.lock(lock, locking);
             let is_ownerless =
                 matches!(&taken, Err(LockError::Conflict { holders, .. }) if holders.is_empty());
-            if !is_ownerless || waited >= LINGER {
+            if !is_ownerless || clock().since(begun) >= LINGER.as_nanos() as u64 {
                 return taken;
             }
             std::thread::sleep(PAUSE);
-            waited += PAUSE;
         }
     }
 
