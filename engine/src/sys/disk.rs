@@ -115,6 +115,9 @@ impl DiskFile {
             ),
             error => error.into(),
         })?;
+        // Else a read may change the file's access time, and for that wait inside `io_submit` for
+        // the inode's lock (xfs) or for a transaction (btrfs). Who does not own the file may not ask.
+        let _ = sys::set_status_flags(fd, libc::O_NOATIME, 0);
         if options.create == Create::Truncate && !is_block {
             sys::ftruncate(fd, 0)?;
         }

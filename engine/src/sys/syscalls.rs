@@ -291,7 +291,8 @@ fn byte_lock(fd: RawFd, command: i32, kind: i32, byte: u64) -> Result<libc::floc
     Ok(lock)
 }
 
-/// Sets the file status flags that can be set on an open file: O_DIRECT, O_NONBLOCK.
+/// Sets the file status flags that can be set on an open file: O_DIRECT, O_NOATIME,
+/// O_NONBLOCK.
 pub(crate) fn set_status_flags(fd: RawFd, on: i32, off: i32) -> Result<(), Errno> {
     // SAFETY: no memory involved.
     let flags = retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) })? as i32;
