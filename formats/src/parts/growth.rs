@@ -100,7 +100,6 @@ pub(crate) enum Taken {
     None(Errno),
 }
 
-#[expect(dead_code, reason = "the formats come next")]
 impl Space {
     /// The end of a file of `file_len` bytes, in units of `unit` bytes.
     pub fn new(file_len: u64, unit: u64, max: u64, growth: Growth) -> Space {
@@ -167,11 +166,6 @@ impl Space {
     /// The file has been flushed since [`Space::seal`].
     pub fn sealed_is_stable(&mut self) {
         self.stable = self.stable.max(self.fencing);
-    }
-
-    /// The file's end has been set elsewhere.
-    pub fn forget_stable(&mut self) {
-        (self.stable, self.fencing) = (0, 0);
     }
 
     /// As [`Space::take`]; if the space is not there yet, the request is parked until it is. Begins to
