@@ -168,7 +168,8 @@ fn attach_over<B: Backend<File: Store>>(
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
             }
             LayerMeta::Vdi(opened) => {
-                Node::Vdi(Box::new(Vdi::new(file, opened, writable, options.vdi)))
+                let vdi = Vdi::new(file, opened, writable, options.vdi, |len| engine.region(len));
+                Node::Vdi(Box::new(vdi))
             }
             LayerMeta::Vmdk(opened) => {
                 let files = [file].into_iter().chain(more.iter().map(|&(id, _)| id)).collect();

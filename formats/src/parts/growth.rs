@@ -1,11 +1,14 @@
-//! Where new clusters come from in formats that take them from the file's end: QED, VMDK. The file
-//! is made longer ahead of need.
+//! Where new clusters come from in formats that take them from the file's end: QED, VMDK, VDI. The
+//! file is made longer ahead of need.
 //!
 //! Three marks, lowest first: `end`, the first byte never handed out; `ready`, below which space
 //! may be handed out; and what a growth under way will make that. A file that grows by truncation
-//! gains zeros, so what is handed out reads as zeros until it is written. Whether `ready` is also
-//! the length that the file is known to have after a crash is the format's affair: its growing
-//! chore flushes before it calls `Space::grown`, or does not.
+//! gains zeros, so what is handed out reads as zeros until it is written.
+//!
+//! A fourth, `stable`, is below the length that the file has after any crash. A format hands out
+//! what lies behind it only if no table on disk leads there before a fence: see
+//! [`parts::writeback`](crate::parts::writeback). Or its growing chore flushes, and it never looks
+//! at the mark.
 //!
 //! Growing is a chore of its own (on the pool, never inside a submission). It is begun when less
 //! than half of the last step is left, so that requests rarely wait for it; a write that extended
@@ -13,6 +16,7 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
+use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, align_up};
 use cowbell_engine::wait::WaitList;
 
@@ -51,16 +55,38 @@ impl Default for Growth {
 pub(crate) struct Space {
     end: u64,
     ready: u64,
+    /// The file is at least that long after any crash; and once the fence under way has ended.
+    stable: u64,
+    fencing: u64,
     /// No space is handed out beyond this.
     max: u64,
     growth: Growth,
     growing: bool,
+    /// The growing chore was asked for, and is not begun yet.
+    asked: bool,
     /// The end that somebody waits for.
     want: u64,
     /// Counts growths, so that who waited for one that failed learns it, and nobody else.
     pub attempt: u32,
     failed: Option<(u32, Errno)>,
     pub waiters: WaitList,
+}
+
+/// The growing chore: it awaits the file's new length.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Growing {
+    to: u64,
+    /// It is no longer than somebody needs.
+    exact: bool,
+}
+
+/// Why there is no space yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Lack {
+    /// The request is parked until attempt number so-and-so to grow the file has ended.
+    Parked(u32),
+    /// There will be none.
+    Never(Errno),
 }
 
 /// What became of a wish for space.
@@ -83,9 +109,12 @@ impl Space {
         Space {
             end,
             ready: file_len,
+            stable: file_len,
+            fencing: file_len,
             max,
             growth,
             growing: false,
+            asked: false,
             want: 0,
             attempt: 0,
             failed: None,
@@ -117,9 +146,81 @@ impl Space {
         self.growth.by == Grow::Write
     }
 
-    /// The spare end was cut off.
+    /// The spare end was cut off, or may have been.
     pub fn cut(&mut self) {
         self.ready = self.end;
+        self.stable = self.stable.min(self.end);
+        self.fencing = self.fencing.min(self.end);
+    }
+
+    /// Was all that was handed out within the file's length after any crash?
+    pub fn is_stable(&self) -> bool {
+        self.end <= self.stable
+    }
+
+    /// A fence is about to begin.
+    pub fn seal(&mut self) {
+        self.fencing = self.ready;
+    }
+
+    /// The file has been flushed since [`Space::seal`].
+    pub fn sealed_is_stable(&mut self) {
+        self.stable = self.stable.max(self.fencing);
+    }
+
+    /// As [`Space::take`]; if the space is not there yet, the request is parked until it is. Begins to
+    /// grow the file in time.
+    pub fn take_or_park(&mut self, bytes: u64, table: bool, cx: &mut Cx<'_>) -> Result<u64, Lack> {
+        let (taken, grow) = self.take(bytes, table);
+        if grow {
+            self.asked = true;
+            cx.ask();
+        }
+        match taken {
+            Taken::At(offset) => Ok(offset),
+            Taken::None(errno) => Err(Lack::Never(errno)),
+            Taken::Later => {
+                cx.park(&mut self.waiters);
+                Err(Lack::Parked(self.attempt))
+            }
+        }
+    }
+
+    /// The growing chore, if [`Space::take_or_park`] asked for it.
+    pub fn begin_asked(&mut self) -> Option<Growing> {
+        let (to, exact) = self.goal();
+        std::mem::take(&mut self.asked).then_some(Growing { to, exact })
+    }
+
+    /// A step of the growing chore. The space is in this file, from this byte on; `None`: it is
+    /// there already, and need not be made.
+    pub fn grow(
+        &mut self,
+        state: Growing,
+        event: Event,
+        place: Option<(FileId, u64)>,
+        cx: &mut Cx<'_>,
+    ) -> Step<Growing> {
+        let result = match (event, place) {
+            (Event::Start, Some((file, from))) => {
+                let mut op = self.op(file, state.to);
+                op.offset += from;
+                cx.issue(op);
+                return Step::Wait(state);
+            }
+            (Event::Start, None) => Ok(()),
+            (Event::Io(result), _) => result,
+            (Event::Woken, _) => panic!("{event:?} in {state:?}"),
+        };
+        if result.is_err()
+            && !state.exact
+            && let Some(to) = self.lesser_goal()
+        {
+            return Step::Go(Growing { to, exact: true });
+        }
+        self.grown(state.to, result);
+        cx.wake_all(&mut self.waiters);
+        Step::Done(result)
     }
 
     /// Takes `bytes` bytes if they are there: `table` wants them to be zeros already, whatever
@@ -197,7 +298,8 @@ impl Space {
     }
 
     pub fn assert_idle(&self) {
-        assert!(!self.growing && self.waiters.is_empty(), "the file is still growing");
+        assert!(!self.growing && !self.asked, "the file is still growing");
+        assert!(self.waiters.is_empty(), "somebody waits for the file to grow");
     }
 }
 

@@ -9,3 +9,4 @@ pub mod growth;
 pub mod length;
 pub(crate) mod past_end;
 pub mod report;
+pub mod writeback;

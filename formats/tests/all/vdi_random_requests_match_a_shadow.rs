@@ -63,7 +63,10 @@ fn drive<B: Backend<File = DiskFile>>(backend: impl Fn() -> B, direct: bool, see
         let mut rng = Rng(seed + n as u64);
         for round in 0..2 {
             let growth = Growth { by, step_min: 64 << 10, step_max: 1 << 20 };
-            let run = RunOptions { vdi: VdiOptions { growth }, ..RunOptions::default() };
+            let run = RunOptions {
+                vdi: VdiOptions { growth, ..VdiOptions::default() },
+                ..RunOptions::default()
+            };
             let mut rig = Rig::open(backend(), &path, direct, block, shadow, &run);
             assert!(!rig.has_backing);
             // QEMU's blocks share blocks of the file system, whose edges a discard leaves.

@@ -194,7 +194,7 @@ impl Image {
             pass_discards: self.pass_discards && self.state != State::Holes,
             writeback_depth: self.buffers,
         };
-        let vdi = VdiOptions { growth };
+        let vdi = VdiOptions { growth, ..VdiOptions::default() };
         RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk, vdi }
     }
 
@@ -450,7 +450,7 @@ impl Subject for Image {
     }
 
     fn writes_back(&self) -> bool {
-        matches!(self.format, Format::Qcow2 | Format::Vmdk)
+        matches!(self.format, Format::Qcow2 | Format::Vmdk | Format::Vdi)
     }
 
     fn beside(&self) -> Option<Image> {

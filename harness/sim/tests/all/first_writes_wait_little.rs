@@ -22,4 +22,6 @@ fn counted_in_ops_of_the_device() {
     assert_eq!(of(Format::Qcow2), [4, 3, 1, 1, 2, 1]);
     // The content id (read, written), the file's length, the table that is there already; data.
     assert_eq!(of(Format::Vmdk), [5, 4, 1, 2, 3, 1]);
+    // The file's length; data. With a flush the count of blocks, a flush, the map, a flush.
+    assert_eq!(of(Format::Vdi), [2, 4, 1, 1, 2, 1]);
 }

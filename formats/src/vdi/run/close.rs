@@ -1,0 +1,64 @@
+//! Leaving the image as one that was closed: the map written, no spare end, an exact count, all stable.
+
+use cowbell_engine::step::{Cx, Event, Step};
+
+use crate::parts::writeback::{Writeback, WritebackState};
+use crate::vdi::run::map::Map;
+
+/// What the chore awaits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum CloseState {
+    /// Nothing stands in the way.
+    Turn,
+    /// The map, written and stable.
+    Writeback(WritebackState),
+    /// The spare end, cut off; the exact count, written.
+    Ends,
+    /// All of it, stable.
+    Flush,
+}
+
+/// A step of the chore, and what it works with.
+pub(super) struct CloseStep<'a> {
+    pub map: &'a mut Map,
+    pub writeback: &'a mut Writeback,
+}
+
+impl CloseStep<'_> {
+    pub fn run(&mut self, state: CloseState, event: Event, cx: &mut Cx<'_>) -> Step<CloseState> {
+        match (state, event) {
+            (CloseState::Turn, Event::Start | Event::Woken) => {
+                if self.map.park_for_growth(cx) {
+                    return Step::Wait(CloseState::Turn);
+                }
+                let step = self.writeback.settle(self.map, cx);
+                self.written(step, cx)
+            }
+            (CloseState::Writeback(state), event) => {
+                let step = self.writeback.step(state, event, self.map, cx);
+                self.written(step, cx)
+            }
+            (CloseState::Ends, Event::Io(result)) => {
+                self.map.made_exact(result);
+                if result.is_err() {
+                    return Step::Done(result);
+                }
+                self.map.flush(cx);
+                Step::Wait(CloseState::Flush)
+            }
+            (CloseState::Flush, Event::Io(result)) => Step::Done(result),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    /// The writeback goes on; behind it the file's end is next.
+    fn written(&mut self, step: Step<WritebackState>, cx: &mut Cx<'_>) -> Step<CloseState> {
+        match step {
+            Step::Wait(state) => Step::Wait(CloseState::Writeback(state)),
+            Step::Go(state) => Step::Go(CloseState::Writeback(state)),
+            Step::Last { label } => Step::Last { label },
+            Step::Done(Ok(())) if self.map.make_exact(cx) => Step::Wait(CloseState::Ends),
+            Step::Done(result) => Step::Done(result),
+        }
+    }
+}
