@@ -28,8 +28,7 @@ pub enum Grow {
     /// `fallocate`: reserved space. Dearer, and bounds the time of later writes more tightly.
     Allocate,
     /// The data writes themselves, as QEMU does it: each blocks the loop for as long as it takes.
-    /// For measuring. A crash may leave entries of QED's tables that point past the file's end:
-    /// the need-check mark is set then, and the check drops them.
+    /// For measuring.
     Write,
 }
 
@@ -100,7 +99,6 @@ pub(crate) enum Taken {
     None(Errno),
 }
 
-#[expect(dead_code, reason = "the formats come next")]
 impl Space {
     /// The end of a file of `file_len` bytes, in units of `unit` bytes.
     pub fn new(file_len: u64, unit: u64, max: u64, growth: Growth) -> Space {
@@ -170,6 +168,7 @@ impl Space {
     }
 
     /// The file's end has been set elsewhere.
+    #[expect(dead_code, reason = "VMDK comes next")]
     pub fn forget_stable(&mut self) {
         (self.stable, self.fencing) = (0, 0);
     }

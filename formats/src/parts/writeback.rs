@@ -14,8 +14,6 @@
 //! and flushes. What changes after the seal goes with the next one: so a flush that finds one under
 //! way waits for the next that begins, with everybody else who asks.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "the formats come next"))]
-
 use cowbell_engine::mutant;
 use cowbell_engine::op::Op;
 use cowbell_engine::step::{Cx, Event, Step};
