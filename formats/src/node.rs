@@ -154,9 +154,9 @@ fn attach_over<B: Backend<File: Store>>(
                 Node::Raw(Raw::new(file, size, writable, guarded, info.can_grow))
             }
             LayerMeta::Qed(opened) => {
-                let region = engine.region(Qed::cache_bytes(&options.qed));
-                let tables = Qed::cache(region, &options.qed);
-                Node::Qed(Box::new(Qed::new(file, opened, writable, below, tables, options.qed)))
+                let options = options.qed;
+                let regions = qed::Regions::new(&options, |len| engine.region(len));
+                Node::Qed(Box::new(Qed::new(file, opened, writable, below, regions, options)))
             }
             LayerMeta::Qcow2(opened) => {
                 let geometry = opened.geometry();

@@ -58,11 +58,6 @@ impl<T> Claims<T> {
         self.claims.remove(key as usize)
     }
 
-    /// The claims, in the order of their keys.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.claims.iter_mut().map(|(_, claim)| claim)
-    }
-
     /// Where `start..end` is among the claims.
     pub fn around(&self, start: u64, end: u64) -> Around {
         let (before, behind) = self.places.split_at(self.count_before(end));

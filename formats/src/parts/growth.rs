@@ -28,8 +28,7 @@ pub enum Grow {
     /// `fallocate`: reserved space. Dearer, and bounds the time of later writes more tightly.
     Allocate,
     /// The data writes themselves, as QEMU does it: each blocks the loop for as long as it takes.
-    /// For measuring. A crash may leave entries of QED's tables that point past the file's end:
-    /// the need-check mark is set then, and the check drops them.
+    /// For measuring.
     Write,
 }
 

@@ -149,7 +149,6 @@ impl Writeback {
     }
 
     /// The chore, if it was asked for.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for formats with a cache of tables"))]
     pub fn begin_asked(&mut self) -> Option<WritebackState> {
         std::mem::take(&mut self.asked).then_some(WritebackState::Begin)
     }
@@ -163,7 +162,6 @@ impl Writeback {
     /// There is no room for another table. Parks the request on `room`, which the next writeback that
     /// ends wakes; answers that one's number. One is begun if it is of use: if a changed table
     /// takes up the room.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for formats with a cache of tables"))]
     pub fn park_for_room(&mut self, of_use: bool, room: &mut WaitList, cx: &mut Cx<'_>) -> u32 {
         if of_use && self.running.is_none() && !self.asked {
             self.asked = true;
@@ -174,7 +172,6 @@ impl Writeback {
     }
 
     /// Why writeback number `attempt`, or one after it, failed; `None` if none did.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for formats with a cache of tables"))]
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
         self.all.failure_of(attempt)
     }

@@ -135,8 +135,8 @@ fn run_options(rng: &mut Rng) -> RunOptions {
     RunOptions {
         trust_probed: true,
         quota: None,
-        vdi: vdi::VdiOptions { growth, ..vdi::VdiOptions::default() },
-        qed: QedOptions { cache_slices: 1, growth, unmark_after_ms: 5 },
+        vdi: vdi::VdiOptions { growth, writeback_after_ms: 5 },
+        qed: QedOptions { cache_slices: 1, growth, unmark_after_ms: 5, writeback_after_ms: 5 },
         qcow2: Qcow2Options {
             cache_slices: 1 + rng.below(2) as usize,
             growth,

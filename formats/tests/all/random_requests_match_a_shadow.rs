@@ -64,7 +64,12 @@ fn drive<B: Backend<File = DiskFile>>(backend: impl Fn() -> B, direct: bool, see
             let mut rng = Rng(seed + n as u64);
             for round in 0..2 {
                 let growth = Growth { step_min: 64 << 10, step_max: 1 << 20, ..Growth::default() };
-                let qed = QedOptions { cache_slices: 2, growth, unmark_after_ms: 1 };
+                let qed = QedOptions {
+                    cache_slices: 2,
+                    growth,
+                    unmark_after_ms: 1,
+                    writeback_after_ms: 2,
+                };
                 let run = RunOptions { qed, ..RunOptions::default() };
                 let mut rig = Rig::open(backend(), &path, direct, cluster, shadow, &run);
                 assert_eq!(rig.has_backing, backing.is_some());

@@ -98,7 +98,7 @@ fn the_crates_know_what_is_below_them() {
 
 /// Formats whose drivers are one object yet, which each file of theirs changes: it is made known by
 /// `mod.rs`, which routes to them all. Circles through that are not looked for.
-const ONE_OBJECT: [&str; 2] = ["qed", "vmdk"];
+const ONE_OBJECT: [&str; 1] = ["vmdk"];
 
 /// For each file of a folder, which others it names in paths that begin with `folder::`. What is no
 /// file's name is `mod`'s.

@@ -179,7 +179,7 @@ impl Image {
     fn run_options(&self) -> RunOptions {
         let (step_min, step_max) = (self.ahead * self.cluster, self.ahead * self.cluster);
         let growth = Growth { by: self.grow, step_min, step_max };
-        let qed = QedOptions { cache_slices: self.cache, growth, unmark_after_ms: 5000 };
+        let qed = QedOptions { cache_slices: self.cache, growth, ..QedOptions::default() };
         let entropy = Some(0x00c0_ffee);
         let vmdk =
             VmdkOptions { cache_tables: self.cache, growth, entropy, ..VmdkOptions::default() };
@@ -445,12 +445,8 @@ impl Subject for Image {
         self.format == Format::Qed && !self.backing
     }
 
-    fn mark_covers_corruption(&self) -> bool {
-        self.format == Format::Qed && self.grow == Grow::Write
-    }
-
     fn writes_back(&self) -> bool {
-        matches!(self.format, Format::Qcow2 | Format::Vmdk | Format::Vdi)
+        matches!(self.format, Format::Qed | Format::Qcow2 | Format::Vmdk | Format::Vdi)
     }
 
     fn beside(&self) -> Option<Image> {

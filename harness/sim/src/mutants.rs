@@ -92,16 +92,21 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("close_settles_nothing", "a disk that is closed does not write its tables back"),
     qed("status_stays_in_layer", "where an overlay says nothing, nobody asks what is below"),
     qcow2("status_of_all", "what is at the first byte is said of all that was asked about"),
-    qed("no_fence_before_link", "an entry may be stable before the copied data is"),
     qed("mark_not_flushed", "the first allocation does not wait for the need-check mark"),
     qed("never_marked", "the need-check mark is never set"),
-    qed("unmarked_without_flush", "the mark goes before data and tables are stable"),
-    qed("growth_used_before_stable", "space is handed out before the file's length is stable"),
-    qed("published_early", "an entry is used before the write that makes it true"),
-    qed("data_error_ignored", "an entry is written for data that was not"),
-    qed("link_error_ignored", "an entry is used although its write failed"),
-    qed("failed_link_not_doubted", "a failed table write is taken for one that did not happen"),
-    qed("l1_error_ignored", "a table is used although it is not linked"),
+    qed("unmarked_without_flush", "the mark goes before the file's end is cut off, stably"),
+    qed("qed_unmarked_before_tables", "the mark goes before tables are written"),
+    qed("published_early", "an entry leads to data that is not there yet"),
+    qed("data_error_ignored", "an entry leads to data whose write failed"),
+    qed("qed_length_not_fenced", "an entry may be stable before the file is that long"),
+    qed("qed_backing_not_fenced", "an entry may be stable before the data that it needs"),
+    qed("qed_slices_not_sealed", "a writeback writes what was published after its fence"),
+    qed("qed_new_tables_not_sealed", "a writeback links tables that came after its fence"),
+    qed("qed_changed_slice_not_pinned", "a changed slice is evicted"),
+    qed("qed_table_error_ignored", "a failed write of tables counts as a good one"),
+    qed("qed_failed_l1_forgotten", "a table whose link could not be written is linked never again"),
+    qed("qed_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
+    qed("qed_writeback_makes_no_room", "who waits for room in the cache waits for ever"),
     qed("failed_growth_is_done", "space is handed out that a failed growth did not bring"),
     qed("failed_growth_never_ends", "after a growth that failed the file is growing for ever"),
     qed("failed_growth_told_for_ever", "who wants space is told of a failure before his time"),
@@ -111,11 +116,7 @@ pub const MUTANTS: &[Mutant] = &[
     qed("claim_never_wakes", "who waits for a claim waits for ever"),
     qed("claim_kept_on_error", "a failed request keeps its claim"),
     qed("no_wake_on_error", "a failed request wakes nobody"),
-    qed("no_table_freeze", "two requests allocate one table at once"),
-    qed("l1_baton_dropped", "the turn to write the root is lost"),
     qed("woken_trusts_old_lookup", "a woken request does not look up again"),
-    qed("latecomers_count_as_linked", "entries count as written that came after the write began"),
-    qed("two_slice_writes_at_once", "two writes of one table sector are in flight"),
     qed("slice_not_pinned", "a slice being changed is evicted"),
     qed("slice_used_while_loading", "a slice is used before it is there"),
     qed("run_ignores_type", "clusters of different kinds are taken for one run"),
@@ -482,6 +483,11 @@ pub fn special(format: Format) -> Vec<Scope> {
         Scope {
             budget: Budget { faults: 1, drains: 1, ..QUIET },
             ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
+        },
+        // The file can be made longer no more.
+        Scope {
+            budget: Budget { faults: 1, breaks: true, ..QUIET },
+            ..scope(image, 0, 0, &[Request::write_fua(at(0, 0), 1024)])
         },
     ]
 }

@@ -1,189 +1,206 @@
-//! Allocating writes: claim, copy-on-write, data, link.
+//! Allocating writes: claim, copy-on-write, data, publish.
 //!
-//! A claim covers guest clusters from before their space is taken until their entries are on disk.
-//! Others who would allocate there wait on it; readers do not: they see what was there before.
-//! A claim lies within one table slice, which stays in memory meanwhile.
-//!
-//! Links are written by slice. The first request that wants to link writes the entries of everyone
-//! who is ready by then; whoever comes while that write is in flight goes with the next one. So
-//! neighbouring updates merge, and no two writes of one sector are ever in flight (R63).
+//! A claim covers guest clusters from before their space is taken until their entries are in
+//! memory. Others who would allocate there wait on it; readers do not: they see what was there
+//! before. A claim lies within one table slice, which stays in memory meanwhile.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Op, Seg, Segs};
-use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
+use cowbell_engine::step::{Cx, Event, IoKind};
+use cowbell_engine::units::{Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
-use crate::parts::claims::Around;
+use crate::parts::claims::{Around, Claims};
 use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
+use crate::parts::growth::{Lack, Space};
+use crate::parts::writeback::Writeback;
 use crate::qed::disk::layout::Entry;
-use crate::qed::run::{Qed, SLICE_BITS, State};
+use crate::qed::run::image::{Disk, Image};
+use crate::qed::run::live_header::{LiveHeader, NotReady};
+use crate::qed::run::tables::Tables;
 
-/// Guest clusters being allocated, or being made zero clusters.
+/// Guest clusters being allocated.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Claim {
-    cluster: u64,
+    /// Where they begin on the disk, and how many there are.
+    start: u64,
     count: u64,
     /// The slot of their table slice, pinned.
     slot: usize,
-    /// What the first one's entry will be; data clusters follow one another in the file.
-    entry: Entry,
+    /// Where they are to be in the file, one after the other.
+    host: HostOffset,
     /// The guest range that this piece writes.
     at: u64,
     end: u64,
     /// The rest of the clusters.
     cow: Cow,
-    /// Does the backing file show there? Then the data is fenced.
-    owes: bool,
-    link: Link,
     waiters: WaitList,
 }
 
-/// How far a claim's entries have got.
+/// What an allocating piece awaits. `claim` is the key of the request's own claim.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Link {
-    /// The data is not there yet.
-    No,
-    /// The next write of the slice takes them along.
-    Queued,
-    /// In the write under way.
-    InFlight,
-    /// On disk and published.
-    Done,
-    /// That write failed.
+pub enum AllocateState {
+    /// What the new clusters hold around the write.
+    Cow { claim: u32, state: CowState },
+    /// Head, guest data and tail, written as one.
+    WriteData { claim: u32 },
+}
+
+/// How far it is.
+pub(super) enum Progress {
+    /// Done, up to here.
+    To(u64),
+    /// It waits.
+    Wait(AllocateState),
+    /// The request is parked: it looks again.
+    LookAgain,
+    /// It is parked until attempt number so-and-so to grow the file has ended.
+    Space(u32),
+    /// The need-check mark is being written.
+    Marking,
+    /// It could not be done.
     Failed(Errno),
 }
 
-/// A table slice's writer.
-#[derive(Clone, Copy, Hash, Debug, Default)]
-pub(super) struct SliceLink {
-    /// A write is in flight.
-    pub busy: bool,
-    /// The slice on disk has entries that led past the file's end when the image was opened.
-    pub past_end: bool,
-    /// Claims waiting for it, or for the next.
-    pub waiters: WaitList,
-}
-
-/// An L2 table being allocated.
-#[derive(Clone, Hash, Debug)]
-pub(super) struct TableAlloc {
-    l1_index: u64,
-    offset: u64,
-    /// Who needs that table.
-    waiters: WaitList,
+/// What is unallocated, or zeros, and is to be something else.
+pub(super) struct Piece {
+    pub at: u64,
+    pub end: u64,
+    pub entry: Entry,
+    /// Of the table slice that says so.
+    pub slot: usize,
 }
 
 /// Bytes that one piece allocates at most: its op's lengths are 32 bits wide.
 const PIECE_MAX: u64 = 1 << 30;
 
-impl Qed {
-    /// Claims clusters for the run `at..run_end` and begins to fill them.
-    pub(super) fn allocate(
-        &mut self,
-        at: u64,
-        run_end: u64,
-        entry: Entry,
-        slot: usize,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let bits = self.geometry.cluster_bits();
-        let size = self.geometry.cluster_size();
-        let first = at >> bits;
-        let free_to = match self.claims.around(first << bits, (first + 1) << bits) {
+/// A step of an allocating piece, and what it works with.
+pub(super) struct AllocateStep<'a> {
+    pub image: &'a Image,
+    pub disk: &'a Disk,
+    pub claims: &'a mut Claims<Claim>,
+    pub tables: &'a mut Tables,
+    pub space: &'a mut Space,
+    pub header: &'a mut LiveHeader,
+    pub writeback: &'a mut Writeback,
+}
+
+impl AllocateStep<'_> {
+    pub fn run(&mut self, state: AllocateState, event: Event, cx: &mut Cx<'_>) -> Progress {
+        match (state, event) {
+            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
+            (AllocateState::WriteData { claim }, Event::Io(result)) => {
+                self.data_written(claim, result, cx)
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    /// Claims clusters for `piece` and begins to fill them; or says at once that they are zeros.
+    pub fn begin(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Progress {
+        let Piece { at, end: run_end, entry, slot } = piece;
+        let (bits, size) = (self.image.geometry.cluster_bits(), self.image.geometry.cluster_size());
+        let start = align_down(at, size);
+        let free_to = match self.claims.around(start, start + size) {
             _ if mutant!("no_claims") => u64::MAX,
             Around::Within(claim) => {
                 cx.park(&mut self.claims[claim].waiters);
-                return Step::Wait(State::Next { at });
+                return Progress::LookAgain;
             }
             Around::Before(next) => next,
         };
-        let mut cow = entry == Entry::Unallocated && self.shows_backing(at);
+        let mut copies = entry == Entry::Unallocated && self.disk.shows_backing(at);
         if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
-            cow = self.shows_backing(at);
+            copies = self.disk.shows_backing(at);
         }
-        let mut end = self.piece_end(at, run_end.min(free_to), cow);
-        let zero = self.becomes_zero(at, end, cx);
-        if let Some(zero_end) = zero {
-            end = zero_end;
-        } else if !matches!(cx.io().kind, IoKind::Write { .. }) {
-            // A cut cluster of a zero write is written as data, by itself.
-            end = end.min((first + 1) << bits);
-        }
-        let count = end.div_ceil(size) - first;
-        let entry = match zero {
-            Some(_) => Entry::Zero,
-            None => {
-                if let Err(step) = self.ready_to_allocate(at, cx) {
-                    return step;
+        let mut end = self.piece_end(at, run_end.min(free_to), copies);
+        if !matches!(cx.io().kind, IoKind::Write { .. }) {
+            match self.disk.whole_clusters(at, end) {
+                Some((first, last)) if first == at => {
+                    return self.publish_zeros(at, last, slot, cx);
                 }
-                match self.take_space(count << bits, false, at, cx) {
-                    Ok(offset) => Entry::Data(HostOffset(offset)),
-                    Err(step) => return step,
-                }
+                // A cut cluster of a zero write is written as data, by itself.
+                _ => end = end.min(start + size),
             }
+        }
+        let count = (end - start).div_ceil(size);
+        let host = match self.take_space(count << bits, false, cx) {
+            Ok(offset) => HostOffset(offset),
+            Err(progress) => return progress,
         };
         if !mutant!("slice_not_pinned") {
-            self.tables.pin(slot);
+            self.tables.slices.pin(slot);
         }
-        self.header.unmark_at = None;
         let short = u64::from(mutant!("claim_one_cluster_short"));
-        let range = first << bits..(first + count - short) << bits;
-        let claim = Claim {
-            cluster: first,
-            count,
-            slot,
-            entry,
-            at,
-            end,
-            cow: self.cow_of(first, count, (at, end), cow && zero.is_none()),
-            owes: cow,
-            link: Link::No,
-            waiters: WaitList::new(),
-        };
-        let claim = self.claims.insert(range, claim);
+        let cow = self.cow_of((start, start + (count << bits)), (at, end), copies);
+        let waiters = WaitList::new();
+        let claim = Claim { start, count, slot, host, at, end, cow, waiters };
+        let claim = self.claims.insert(start..start + ((count - short) << bits), claim);
         if mutant!("published_early") {
             self.publish(claim, cx);
         }
-        match zero {
-            Some(_) => self.link(claim, cx),
-            None => self.copy(claim, CowState::Bufs, Event::Start, cx),
-        }
+        self.copy(claim, CowState::Bufs, Event::Start, cx)
     }
 
     /// How far one piece reaches: to where the backing file ends, and not beyond what one op can
     /// carry.
-    fn piece_end(&self, at: u64, run_end: u64, cow: bool) -> u64 {
-        let bits = self.geometry.cluster_bits();
-        let end = run_end.min(align_down(at, 1 << bits).saturating_add(PIECE_MAX.max(1 << bits)));
-        match self.backing {
-            Some(backing) if cow => end.min(backing.size.next_multiple_of(1 << bits)),
+    fn piece_end(&self, at: u64, run_end: u64, copies: bool) -> u64 {
+        let size = self.image.geometry.cluster_size();
+        let end = run_end.min(align_down(at, size).saturating_add(PIECE_MAX.max(size)));
+        match self.disk.backing() {
+            Some(backing) if copies => end.min(backing.size.next_multiple_of(size)),
             _ => end,
         }
     }
 
-    /// Where a zero write or discard can just say so in the table: up to where.
-    fn becomes_zero(&self, at: u64, end: u64, cx: &Cx<'_>) -> Option<u64> {
-        if matches!(cx.io().kind, IoKind::Write { .. }) {
-            return None;
+    /// The clusters of `at..end` are zeros from now on: the table says so.
+    fn publish_zeros(&mut self, at: u64, end: u64, slot: usize, cx: &mut Cx<'_>) -> Progress {
+        let count = (end - at).div_ceil(self.image.geometry.cluster_size());
+        self.tables.publish(slot, at, count, Entry::Zero, cx);
+        self.writeback.set_due(cx);
+        Progress::To(end)
+    }
+
+    /// Allocates the L2 table that maps `at`, in memory: empty, as its space is.
+    pub fn allocate_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
+        let offset = match self.take_space(self.image.geometry.table_bytes(), true, cx) {
+            Ok(offset) => offset,
+            Err(progress) => return progress,
+        };
+        self.tables.link(at, offset, cx);
+        self.writeback.set_due(cx);
+        self.header.allocation_ended(self.claims.is_empty(), cx);
+        Progress::To(at)
+    }
+
+    /// `bytes` bytes of space, or what the request waits for.
+    fn take_space(&mut self, bytes: u64, table: bool, cx: &mut Cx<'_>) -> Result<u64, Progress> {
+        match self.header.ready_to_allocate(cx) {
+            Ok(()) => {}
+            Err(NotReady::Parked) => return Err(Progress::LookAgain),
+            Err(NotReady::Marking) => return Err(Progress::Marking),
         }
-        let (first, last) = self.whole_clusters(at, end)?;
-        (first == at).then_some(last)
+        let taken = self.space.take_or_park(bytes, table, cx);
+        match taken {
+            // Tidying up would also cut off what is being grown, for it to be grown again.
+            Ok(_) | Err(Lack::Parked(_)) => self.header.keep_mark(),
+            Err(Lack::Never(_)) => {}
+        }
+        taken.map_err(|lack| match lack {
+            Lack::Parked(attempt) => Progress::Space(attempt),
+            Lack::Never(errno) => Progress::Failed(errno),
+        })
     }
 
-    /// The host offset of the guest's byte `at` in a claim of data clusters.
-    fn host_of(&self, claim: &Claim, at: u64) -> u64 {
-        let Entry::Data(offset) = claim.entry else { unreachable!("zero clusters have no data") };
-        offset.0 + (at - (claim.cluster << self.geometry.cluster_bits()))
-    }
-
-    /// What a write of `at..end` into `count` clusters from `first` on copies. The rest of new clusters
-    /// is zeros; where the data writes make the file longer, they write these too.
-    fn cow_of(&self, first: u64, count: u64, (at, end): (u64, u64), copies: bool) -> Cow {
-        let bits = self.geometry.cluster_bits();
-        let (start, clusters_end) = (first << bits, (first + count) << bits);
+    /// What a write of `at..end` into clusters `start..clusters_end` copies. The rest of new clusters is
+    /// zeros; where the data writes make the file longer, they write these too.
+    fn cow_of(
+        &self,
+        (start, clusters_end): (u64, u64),
+        (at, end): (u64, u64),
+        copies: bool,
+    ) -> Cow {
         let by_writes = self.space.grows_by_writes();
-        match self.backing.filter(|_| copies) {
+        match self.disk.backing().filter(|_| copies) {
             Some(backing) => {
                 let limit = if by_writes { u64::MAX } else { backing.size };
                 let tail_end = clusters_end.min(limit).max(end);
@@ -196,312 +213,68 @@ impl Qed {
     }
 
     /// Goes on with what the new clusters must hold around the write; then the data is written.
-    pub(super) fn copy(
-        &mut self,
-        key: u32,
-        state: CowState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let claim = &self.claims[key];
-        let (file, start, backing) = (self.file, claim.at, self.backing);
-        let place = Place { file, start, host: self.host_of(claim, start) };
+    fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
+        let (file, backing) = (self.image.file, self.disk.backing());
+        let claim = &mut self.claims[key];
+        let host = claim.host.0 + (claim.at - claim.start);
+        let place = Place { file, start: claim.at, host };
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
-        let claim = &mut self.claims[key];
         match claim.cow.step(state, event, place, read, cx) {
-            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
             Copied::Ready => {
                 claim.cow.write(claim.at, claim.end, place, cx);
-                Step::Wait(State::WriteData { claim: key })
+                Progress::Wait(AllocateState::WriteData { claim: key })
             }
         }
     }
 
-    pub(super) fn data_written(
-        &mut self,
-        key: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        self.claims[key].cow.give_bufs(cx);
-        if let Err(errno) = result
-            && !mutant!("data_error_ignored")
-        {
-            return self.fail(key, errno, cx);
-        }
-        // An entry that points past the file's end is dropped by the check, and the backing file
-        // shown instead, also where there were zeros.
-        let may_be_dropped = self.space.grows_by_writes() && self.backing.is_some();
-        let owed = self.claims[key].owes || may_be_dropped;
-        if owed && !mutant!("no_fence_before_link") {
-            self.flush(cx);
-            return Step::Wait(State::Fence { claim: key });
-        }
-        self.link(key, cx)
-    }
-
-    /// The data is there: have the entries written, or see what became of them.
-    pub(super) fn link(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let claim = &mut self.claims[key];
-        let slot = claim.slot;
-        match claim.link {
-            Link::Done => return self.linked(key, cx),
-            Link::Failed(errno) => return self.fail(key, errno, cx),
-            Link::No => claim.link = Link::Queued,
-            Link::Queued | Link::InFlight => {}
-        }
-        if claim.link == Link::InFlight
-            || self.links[slot].busy && !mutant!("two_slice_writes_at_once")
-        {
-            cx.park(&mut self.links[slot].waiters);
-            return Step::Wait(State::Link { claim: key });
-        }
-        let Some([buf]) = cx.take_bufs() else {
-            // Somebody else may take this claim's entries along meanwhile.
-            cx.park_for_bufs();
-            return Step::Wait(State::Link { claim: key });
-        };
-        self.links[slot].busy = true;
-        self.write_slice(slot, buf, cx);
-        Step::Wait(State::WriteSlice { claim: key, buf })
-    }
-
-    /// Writes the sectors of a slice that hold queued entries: what is published, and they.
-    fn write_slice(&mut self, slot: usize, buf: BufId, cx: &mut Cx<'_>) {
-        let unit = self.block(cx) as usize;
-        let bytes = self.tables.copy_to_pool(slot, buf, cx.mem());
-        let (mut from, mut to) = (bytes.len(), 0);
-        let mut any = 0;
-        for claim in self.claims.iter_mut() {
-            if claim.slot == slot && claim.link == Link::Queued {
-                claim.link = Link::InFlight;
-                let (first, last) = put_entries(claim, self.geometry.cluster_size(), bytes);
-                (from, to) = (from.min(first), to.max(last));
-                any = claim.cluster;
+    #[inline]
+    fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
+        match result {
+            Err(errno) if !mutant!("data_error_ignored") => self.fail(key, errno, cx),
+            _ => {
+                self.publish(key, cx);
+                let end = self.claims[key].end;
+                self.end_claim(key, cx);
+                Progress::To(end)
             }
         }
-        let (from, to) = (from & !(unit - 1), to.next_multiple_of(unit));
-        if !self.links[slot].past_end {
-            self.slice_is_ours(any);
-        }
-        let table = self.table_of(any);
-        let offset = self.slice_offset(table, any) + from as u64;
-        let seg = Seg { base: Base::Pool(buf), off: from as u32, len: (to - from) as u32 };
-        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
     }
 
-    /// What is on disk of the slice that maps `cluster` was written by this session, or may have
-    /// been. If the write fails and there were bad entries, that is not so: which of the two is
-    /// there, nobody knows, and a new cluster that cannot be read is better than a wrong one.
-    fn slice_is_ours(&mut self, cluster: u64) {
-        let slice = cluster >> SLICE_BITS;
-        self.past_end.changed(slice..slice + 1);
-    }
-
-    /// The L2 table that maps guest cluster `cluster`, which has one.
-    fn table_of(&self, cluster: u64) -> HostOffset {
-        let l1_index = cluster / self.geometry.table_entries();
-        HostOffset(self.l1[l1_index as usize])
-    }
-
-    fn publish(&self, key: u32, cx: &mut Cx<'_>) {
-        let claim = &self.claims[key];
-        let bytes = self.tables.bytes_mut(claim.slot, cx.mem());
-        put_entries(claim, self.geometry.cluster_size(), bytes);
-    }
-
-    pub(super) fn slice_written(
-        &mut self,
-        key: u32,
-        buf: BufId,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        cx.give_buf(buf);
-        let slot = self.claims[key].slot;
-        if result.is_ok() && self.links[slot].past_end {
-            self.slice_is_ours(self.claims[key].cluster);
-            self.links[slot].past_end = false;
-        }
-        let latecomers = mutant!("latecomers_count_as_linked");
-        let bytes = self.tables.bytes_mut(slot, cx.mem());
-        let size = self.geometry.cluster_size();
-        for claim in self.claims.iter_mut() {
-            let taken = claim.link == Link::InFlight || latecomers && claim.link == Link::Queued;
-            if claim.slot != slot || !taken {
-                continue;
-            }
-            match result {
-                Ok(()) => {
-                    claim.link = Link::Done;
-                    put_entries(claim, size, bytes);
-                }
-                Err(errno) => {
-                    claim.link = Link::Failed(errno);
-                    if mutant!("link_error_ignored") {
-                        claim.link = Link::Done;
-                        put_entries(claim, size, bytes);
-                    }
-                }
-            }
-        }
-        if result.is_err() && !mutant!("failed_link_not_doubted") {
-            // It may have happened: what the disk says counts, once nobody holds the slice.
-            self.tables.doubt(slot);
-        }
-        self.links[slot].busy = false;
-        cx.wake_all(&mut self.links[slot].waiters);
-        self.link(key, cx)
-    }
-
-    /// The piece is done; go on behind it.
-    fn linked(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let end = self.claims[key].end;
-        self.end_claim(key, cx);
-        self.walk(end, Event::Start, cx)
+    /// Puts a claim's entries into their slice: everybody sees them.
+    #[inline]
+    fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
+        let Claim { slot, start, count, host, .. } = self.claims[key];
+        self.tables.publish(slot, start, count, Entry::Data(host), cx);
+        self.writeback.set_due(cx);
     }
 
     /// Gives up. What was allocated is leaked; what was there before is still there.
-    pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
         if mutant!("claim_kept_on_error") {
             self.claims[key].cow.give_bufs(cx);
-            return Step::Done(Err(errno));
+            return Progress::Failed(errno);
         }
         if mutant!("no_wake_on_error") {
             self.claims[key].waiters = WaitList::new();
         }
         self.end_claim(key, cx);
-        Step::Done(Err(errno))
+        Progress::Failed(errno)
     }
 
+    #[inline]
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         self.claims[key].cow.give_bufs(cx);
-        let start = self.claims[key].cluster << self.geometry.cluster_bits();
-        let mut claim = self.claims.remove(key, start);
+        let mut claim = self.claims.remove(key, self.claims[key].start);
         if !mutant!("slice_not_pinned") {
-            self.tables.unpin(claim.slot);
+            self.tables.unpin(claim.slot, cx);
         }
-        if !self.tables.is_ready(claim.slot) {
-            cx.wake_all(self.tables.waiters(claim.slot));
-        }
-        cx.wake_all(&mut self.tables.full);
         if !mutant!("claim_never_wakes") {
             cx.wake_all(&mut claim.waiters);
         }
-        self.allocation_ended(cx);
+        self.header.allocation_ended(self.claims.is_empty(), cx);
     }
-
-    /// Allocates the L2 table of `l1_index` and links it, empty.
-    pub(super) fn allocate_table(
-        &mut self,
-        at: u64,
-        l1_index: u64,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let under_way = self.allocs.iter_mut().find(|alloc| alloc.l1_index == l1_index);
-        if let Some(alloc) = under_way.filter(|_| !mutant!("no_table_freeze")) {
-            cx.park(&mut alloc.waiters);
-            return Step::Wait(State::Next { at });
-        }
-        if let Err(step) = self.ready_to_allocate(at, cx) {
-            return step;
-        }
-        let bytes = self.geometry.table_bytes();
-        let offset = match self.take_space(bytes, true, at, cx) {
-            Ok(offset) => offset,
-            Err(step) => return step,
-        };
-        self.header.unmark_at = None;
-        self.allocs.push(TableAlloc { l1_index, offset, waiters: WaitList::new() });
-        let l1_index = l1_index as u32;
-        if self.l1_busy {
-            cx.park(&mut self.l1_waiters);
-            return Step::Wait(State::TakeL1 { at, l1_index });
-        }
-        self.l1_busy = true;
-        self.write_l1(at, l1_index, cx)
-    }
-
-    /// It is this request's turn to write an L1 sector: what is published, and its own table.
-    pub(super) fn write_l1(&mut self, at: u64, l1_index: u32, cx: &mut Cx<'_>) -> Step<State> {
-        let Some([buf]) = cx.take_bufs() else {
-            cx.park_for_bufs();
-            return Step::Wait(State::TakeL1 { at, l1_index });
-        };
-        let unit = self.block(cx);
-        let first = align_down(u64::from(l1_index) * 8, unit) / 8;
-        let alloc = self.alloc_of(l1_index);
-        let bytes = &mut cx.mem().pool_mut(buf)[..unit as usize];
-        let (entries, _) = bytes.as_chunks_mut::<8>();
-        for (i, entry) in entries.iter_mut().enumerate() {
-            let index = first as usize + i;
-            let is_mine = index == l1_index as usize;
-            let value =
-                if is_mine { alloc.offset } else { self.l1.get(index).copied().unwrap_or(0) };
-            *entry = value.to_le_bytes();
-        }
-        let seg = Seg { base: Base::Pool(buf), off: 0, len: unit as u32 };
-        let offset = self.header.l1_offset().0 + first * 8;
-        cx.issue(Op::write(self.file, offset, Segs::one(seg)));
-        Step::Wait(State::WriteL1 { at, l1_index, buf })
-    }
-
-    /// The slice that maps `at` in a table that has just been made: zeros.
-    fn new_slice(&mut self, at: u64, cx: &mut Cx<'_>) {
-        let key = at >> self.geometry.cluster_bits() >> SLICE_BITS;
-        if let Some(slot) = self.tables.put_zeros(key, cx) {
-            self.links[slot].past_end = false;
-        }
-    }
-
-    fn alloc_of(&self, l1_index: u32) -> &TableAlloc {
-        let mine = self.allocs.iter().find(|alloc| alloc.l1_index == u64::from(l1_index));
-        mine.expect("the request that allocates a table holds its entry")
-    }
-
-    pub(super) fn l1_written(
-        &mut self,
-        at: u64,
-        l1_index: u32,
-        buf: BufId,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        cx.give_buf(buf);
-        let mine = self.allocs.iter().position(|alloc| alloc.l1_index == u64::from(l1_index));
-        let mut alloc = self.allocs.remove(mine.expect("the request holds its entry"));
-        if result.is_ok() || mutant!("l1_error_ignored") {
-            self.l1[l1_index as usize] = alloc.offset;
-            self.new_slice(at, cx);
-        }
-        if mutant!("l1_baton_dropped") {
-            self.l1_busy = false;
-            cx.hand_over(&mut self.l1_waiters);
-        } else if cx.hand_over(&mut self.l1_waiters).is_none() {
-            self.l1_busy = false;
-        }
-        cx.wake_all(&mut alloc.waiters);
-        self.allocation_ended(cx);
-        match result {
-            Ok(()) => self.walk(at, Event::Start, cx),
-            Err(errno) => Step::Done(Err(errno)),
-        }
-    }
-}
-
-/// Puts a claim's entries into the bytes of its slice; answers the bytes' range.
-fn put_entries(claim: &Claim, cluster_size: u64, slice: &mut [u8]) -> (usize, usize) {
-    let first = (claim.cluster & ((1 << SLICE_BITS) - 1)) as usize;
-    let (entries, _) = slice.as_chunks_mut::<8>();
-    for (i, entry) in entries[first..first + claim.count as usize].iter_mut().enumerate() {
-        let value = match claim.entry {
-            Entry::Data(offset) => offset.0 + i as u64 * cluster_size,
-            other => other.encode(),
-        };
-        *entry = value.to_le_bytes();
-    }
-    (first * 8, (first + claim.count as usize) * 8)
 }

@@ -51,7 +51,7 @@ fn every_mutant_is_killed() {
 #[test]
 fn regression_traces_bite() {
     let bites = [
-        ("failed_link_not_doubted", "a_failed_link_may_be_on_disk"),
+        ("spare_end_kept_after_failed_cut", "space_cut_off_by_a_failed_truncate_is_not_handed_out"),
         ("qcow2_header_not_doubted", "a_failed_shrink_may_be_on_disk"),
         ("write_end_wakes_nobody", "refused_zero_writes_do_not_wait_for_each_other"),
     ];
