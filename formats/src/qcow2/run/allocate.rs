@@ -130,12 +130,12 @@ impl AllocateStep<'_> {
             cx.park_for_bufs();
             return Progress::LookAgain { at };
         };
-        let (host, is_fresh, place_owes) = match plan.place {
-            Some(place) => (place, false, false),
+        let (host, is_fresh) = match plan.place {
+            Some(place) => (place, false),
             None => match self.take(start, to, cx) {
                 Ok(taken) => {
                     to = to.min(start + (taken.count << bits));
-                    (HostOffset(taken.first << bits), taken.is_zeros, taken.owes)
+                    (HostOffset(taken.first << bits), taken.is_zeros)
                 }
                 Err(short) => {
                     bufs.into_iter().flatten().for_each(|buf| cx.give_buf(buf));
@@ -146,7 +146,6 @@ impl AllocateStep<'_> {
         let edges = edges(at, to, plan.grain);
         let exposed = (edges[0].0, edges[1].1);
         let is_zeros = is_fresh && plan.was_zeros;
-        let owes_nothing = is_zeros && !place_owes || mutant!("qcow2_no_fence_for_data");
         self.tables.slices.pin(run.slot.expect("a claim is made of what a slice says"));
         let claim = Claim {
             start,
@@ -164,7 +163,7 @@ impl AllocateStep<'_> {
                 u64::MAX,
             )
             .with_bufs(bufs),
-            owes: !owes_nothing,
+            owes: !is_zeros && !mutant!("qcow2_no_fence_for_data"),
         };
         let key = self.claims.insert(start..claim.end, claim);
         if mutant!("qcow2_published_early") {
@@ -216,7 +215,7 @@ impl AllocateStep<'_> {
         let bits = self.image.geometry.cluster_bits();
         let count = (to - start).div_ceil(1 << bits);
         if self.image.has_data_file() {
-            return Ok(Taken { first: start >> bits, count, is_zeros: false, owes: false });
+            return Ok(Taken { first: start >> bits, count, is_zeros: false });
         }
         self.reserve.take(count, cx)
     }
