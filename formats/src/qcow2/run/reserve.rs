@@ -12,7 +12,8 @@
 //! What comes from the grown end reads as zeros. The file does not grow while there are holes. Where
 //! it cannot grow, as on a device, all there is are holes, whatever was there before.
 //!
-//! The chore looks at one piece of one refcount block at a time, in memory of its own.
+//! The chore looks at one piece of one refcount block at a time, in memory of its own. The first was
+//! read when the image was opened.
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
@@ -241,6 +242,9 @@ pub(super) struct Reserve {
     /// The piece of a block in memory, if any, and whether it is ahead of the disk.
     piece: Option<u64>,
     piece_dirty: bool,
+    /// The first piece, as it was when the image was opened, until it is looked at: nobody else changes
+    /// it. Empty: it is not known.
+    first_piece: Vec<u8>,
     /// It counts clusters that are in reserve, or have left it, and that is not stable, or the file's
     /// length is not: no table may lead to them on disk.
     uncounted: bool,
@@ -307,6 +311,7 @@ impl Reserve {
             drops: with_room(),
             piece: None,
             piece_dirty: false,
+            first_piece: opened.first_counts.clone(),
             uncounted: false,
             table: opened.refcount_table.clone(),
             table_offset: opened.header.refcount_table_offset,
@@ -666,6 +671,11 @@ impl ReserveStep<'_> {
             Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
         };
         self.reserve.piece = Some(piece);
+        if piece == 0 && !self.reserve.first_piece.is_empty() {
+            let bytes = std::mem::take(&mut self.reserve.first_piece);
+            cx.mem().region_mut(self.image.regions.counts).copy_from_slice(&bytes);
+            return self.piece_loaded(cx);
+        }
         cx.issue(self.image.read_op(offset, Segs::one(self.counts_seg())));
         Outcome::Wait(ReserveState::Load)
     }
