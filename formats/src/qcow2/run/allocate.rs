@@ -287,9 +287,9 @@ impl AllocateStep<'_> {
         let size = geometry.cluster_size();
         let claim = &self.claims[key];
         let (slot, exposed, is_new) = (claim.slot, claim.exposed, claim.is_new);
-        let first = align_down(claim.start, size);
         let mut host = claim.host;
-        for cluster in (first..claim.end).step_by(size as usize) {
+        let (mut cluster, end) = (align_down(claim.start, size), claim.end);
+        while cluster < end {
             let index = self.image.slice_index(cluster);
             let bytes = self.tables.slices.bytes_mut(slot, cx.mem());
             let old = L2Entry::read(bytes, index, geometry);
@@ -307,7 +307,11 @@ impl AllocateStep<'_> {
             };
             new.write(bytes, index, geometry);
             host.0 += size;
-            if is_new && let Ok(Some(place)) = old.place(geometry) {
+            cluster += size;
+            if is_new
+                && !old.is_none()
+                && let Ok(Some(place)) = old.place(geometry)
+            {
                 if let Mapping::Compressed(old) = place {
                     self.inflated.forget(old.host);
                 }
@@ -336,7 +340,7 @@ impl AllocateStep<'_> {
         let mut claim = self.claims.remove(key, start);
         claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
-        if !mutant!("qcow2_claim_never_wakes") {
+        if !claim.waiters.is_empty() && !mutant!("qcow2_claim_never_wakes") {
             cx.wake_all(&mut claim.waiters);
         }
     }
