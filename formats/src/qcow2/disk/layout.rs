@@ -366,6 +366,7 @@ impl L2Entry {
     }
 
     /// Is nothing said at all?
+    #[inline]
     pub fn is_none(self) -> bool {
         self == L2Entry::NONE
     }
@@ -419,6 +420,9 @@ impl L2Entry {
 
     #[inline(never)]
     fn other_mapping(self, sub: u32, geometry: Geometry) -> Result<Mapping, Invalid> {
+        if self.is_none() {
+            return Ok(Mapping::Unallocated(None));
+        }
         if self.word & COMPRESSED != 0 {
             return self.compressed(geometry);
         }

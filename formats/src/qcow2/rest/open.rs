@@ -31,6 +31,9 @@ pub struct Opened {
     pub l1: Vec<u64>,
     /// The refcount table, whole: at most 8 MiB; likewise. Empty if opened for reading.
     pub refcount_table: Vec<u64>,
+    /// The refcounts of the file's first clusters, as many as are looked at at once: a small image's
+    /// first allocation need not wait for them. Empty if opened for reading, or not to be had.
+    pub first_counts: Vec<u8>,
     /// The snapshots; their tables are not looked at. Empty if opened for reading.
     pub snapshots: Vec<Snapshot>,
     /// The bitmaps as they were before this open marked them. Empty if opened for reading.
@@ -84,6 +87,7 @@ pub fn open<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
         opened = load(file, access)?;
     }
     bitmap::mark_in_use(file, &bitmaps)?;
+    opened.first_counts = first_counts(file, &opened);
     opened.bitmaps = bitmaps;
     Ok(opened)
 }
@@ -105,7 +109,19 @@ fn load<F: Store>(file: &F, access: Access) -> Result<Opened, Error> {
         refcount_table = read_words(file, at, entries, "read the refcount table")?;
         snapshots = snapshot_table::read(file, &header)?;
     }
-    Ok(Opened { header, l1, refcount_table, snapshots, bitmaps: Vec::new(), file_len })
+    let (first_counts, bitmaps) = (Vec::new(), Vec::new());
+    Ok(Opened { header, l1, refcount_table, first_counts, snapshots, bitmaps, file_len })
+}
+
+/// What is at the start of the first refcount block. Whatever is wrong with it is told to who needs
+/// it.
+fn first_counts<F: Store>(file: &F, opened: &Opened) -> Vec<u8> {
+    let block = opened.refcount_table.first().copied().unwrap_or(0);
+    if block == 0 || !opened.geometry().is_aligned(block) || block >= opened.file_len {
+        return Vec::new();
+    }
+    let mut counts = vec![0; 1 << opened.geometry().slice_bits()];
+    file.read_at(block, &mut counts).map_or(Vec::new(), |()| counts)
 }
 
 /// Reads and parses the header. Where the tables are is not looked at.

@@ -130,12 +130,12 @@ impl AllocateStep<'_> {
             cx.park_for_bufs();
             return Progress::LookAgain { at };
         };
-        let (host, is_fresh, place_owes) = match plan.place {
-            Some(place) => (place, false, false),
+        let (host, is_fresh) = match plan.place {
+            Some(place) => (place, false),
             None => match self.take(start, to, cx) {
                 Ok(taken) => {
                     to = to.min(start + (taken.count << bits));
-                    (HostOffset(taken.first << bits), taken.is_zeros, taken.owes)
+                    (HostOffset(taken.first << bits), taken.is_zeros)
                 }
                 Err(short) => {
                     bufs.into_iter().flatten().for_each(|buf| cx.give_buf(buf));
@@ -146,7 +146,6 @@ impl AllocateStep<'_> {
         let edges = edges(at, to, plan.grain);
         let exposed = (edges[0].0, edges[1].1);
         let is_zeros = is_fresh && plan.was_zeros;
-        let owes_nothing = is_zeros && !place_owes || mutant!("qcow2_no_fence_for_data");
         self.tables.slices.pin(run.slot.expect("a claim is made of what a slice says"));
         let claim = Claim {
             start,
@@ -164,7 +163,7 @@ impl AllocateStep<'_> {
                 u64::MAX,
             )
             .with_bufs(bufs),
-            owes: !owes_nothing,
+            owes: !is_zeros && !mutant!("qcow2_no_fence_for_data"),
         };
         let key = self.claims.insert(start..claim.end, claim);
         if mutant!("qcow2_published_early") {
@@ -216,7 +215,7 @@ impl AllocateStep<'_> {
         let bits = self.image.geometry.cluster_bits();
         let count = (to - start).div_ceil(1 << bits);
         if self.image.has_data_file() {
-            return Ok(Taken { first: start >> bits, count, is_zeros: false, owes: false });
+            return Ok(Taken { first: start >> bits, count, is_zeros: false });
         }
         self.reserve.take(count, cx)
     }
@@ -288,9 +287,9 @@ impl AllocateStep<'_> {
         let size = geometry.cluster_size();
         let claim = &self.claims[key];
         let (slot, exposed, is_new) = (claim.slot, claim.exposed, claim.is_new);
-        let first = align_down(claim.start, size);
         let mut host = claim.host;
-        for cluster in (first..claim.end).step_by(size as usize) {
+        let (mut cluster, end) = (align_down(claim.start, size), claim.end);
+        while cluster < end {
             let index = self.image.slice_index(cluster);
             let bytes = self.tables.slices.bytes_mut(slot, cx.mem());
             let old = L2Entry::read(bytes, index, geometry);
@@ -308,7 +307,11 @@ impl AllocateStep<'_> {
             };
             new.write(bytes, index, geometry);
             host.0 += size;
-            if is_new && let Ok(Some(place)) = old.place(geometry) {
+            cluster += size;
+            if is_new
+                && !old.is_none()
+                && let Ok(Some(place)) = old.place(geometry)
+            {
                 if let Mapping::Compressed(old) = place {
                     self.inflated.forget(old.host);
                 }
@@ -337,7 +340,7 @@ impl AllocateStep<'_> {
         let mut claim = self.claims.remove(key, start);
         claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
-        if !mutant!("qcow2_claim_never_wakes") {
+        if !claim.waiters.is_empty() && !mutant!("qcow2_claim_never_wakes") {
             cx.wake_all(&mut claim.waiters);
         }
     }

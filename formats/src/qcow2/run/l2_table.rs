@@ -51,7 +51,7 @@ struct TableAlloc {
     table: HostOffset,
     /// The shared table that it is a copy of.
     old: Option<HostOffset>,
-    /// Must a flush come before its link: was the table written, or the file made longer for it?
+    /// Must a flush come before its link: was the table written?
     owes: bool,
     /// Who needs it.
     waiters: WaitList,
@@ -127,8 +127,8 @@ impl TableStep<'_> {
         let table = HostOffset(taken.first << self.image.geometry.cluster_bits());
         self.metadata.add(taken.first..taken.first + 1);
         let is_written = !taken.is_zeros || old.is_some();
-        let owes = is_written || taken.owes;
-        self.new.0.push(TableAlloc { l1_index, table, old, owes, waiters: WaitList::new() });
+        let alloc = TableAlloc { l1_index, table, old, owes: is_written, waiters: WaitList::new() };
+        self.new.0.push(alloc);
         match buf {
             Some(buf) => self.read(0, buf, cx),
             None if is_written && !mutant!("qcow2_table_not_filled") => {

@@ -31,8 +31,8 @@
 //!   that. Nobody else touches refcounts.
 //!
 //! # Why a crash leaves leaks at worst
-//! See `DESIGN.md`; in short: (1) what an entry can point at is counted, stably, before a table with
-//! that entry is written; (2) an entry that exposes bytes which would be wrong if the data were
+//! See `DESIGN.md`; in short: (1) what an entry can point at is counted and within the file, stably,
+//! before a table with that entry is written; (2) an entry that exposes bytes which would be wrong if the data were
 //! lost *owes a fence*: its slice is written only after a flush of that data; (3) a reference is
 //! given up on disk only after the entry that held it is gone from disk, stably, and nobody in
 //! flight can still use what it led to; (4) tables come from space that reads as zeros, or are

@@ -2,17 +2,18 @@
 //!
 //! A cluster in reserve has a refcount of 1, and nothing refers to it. Requests take from the reserve
 //! in memory. A chore refills it before it runs dry, a batch at a time, and is the only one that
-//! touches refcounts. They are written so that they are stable when the write ends (FUA). Data may
-//! go to a new cluster meanwhile; a table that leads there is not written before
-//! ([`Reserve::is_uncounted`]). What a crash leaves in reserve is leaked; a drained engine has counted
-//! it down again.
+//! touches refcounts. They are written so that they are stable when the write ends (FUA); the length
+//! of a file that has just grown is flushed beside it. Data may go to a new cluster meanwhile; a table
+//! that leads there is not written before both are stable ([`Reserve::is_uncounted`]). What a crash
+//! leaves in reserve is leaked; a drained engine has counted it down again.
 //!
 //! Clusters come from, in this order: given-up ones whose only reference is gone (no refcount
 //! changes at all); holes, clusters of the file with a refcount of 0; the file's end, grown ahead.
 //! What comes from the grown end reads as zeros. The file does not grow while there are holes. Where
 //! it cannot grow, as on a device, all there is are holes, whatever was there before.
 //!
-//! The chore looks at one piece of one refcount block at a time, in memory of its own.
+//! The chore looks at one piece of one refcount block at a time, in memory of its own. The first was
+//! read when the image was opened.
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
@@ -89,8 +90,6 @@ pub(super) struct Taken {
     pub count: u64,
     /// Do they read as zeros?
     pub is_zeros: bool,
-    /// May the file end before them after a crash? Then a fence is owed before a table leads there.
-    pub owes: bool,
 }
 
 /// Why clusters were not taken.
@@ -243,8 +242,11 @@ pub(super) struct Reserve {
     /// The piece of a block in memory, if any, and whether it is ahead of the disk.
     piece: Option<u64>,
     piece_dirty: bool,
-    /// It counts clusters that are in reserve, or have left it, and that is not stable: no table may
-    /// lead to them on disk.
+    /// The first piece, as it was when the image was opened, until it is looked at: nobody else changes
+    /// it. Empty: it is not known.
+    first_piece: Vec<u8>,
+    /// It counts clusters that are in reserve, or have left it, and that is not stable, or the file's
+    /// length is not: no table may lead to them on disk.
     uncounted: bool,
     /// The refcount table, as on disk but for the byte order.
     table: Vec<u64>,
@@ -257,9 +259,8 @@ pub(super) struct Reserve {
     end: u64,
     /// While the image is being left clean: one past the last cluster that is still in use.
     rest: u64,
-    /// The length that the file has after any crash; that once the writeback's fence has ended.
+    /// The length that the file has after any crash, at least.
     stable: u64,
-    fenced: u64,
     /// The length that it has; that which a growth under way makes it.
     len: u64,
     grown: u64,
@@ -310,6 +311,7 @@ impl Reserve {
             drops: with_room(),
             piece: None,
             piece_dirty: false,
+            first_piece: opened.first_counts.clone(),
             uncounted: false,
             table: opened.refcount_table.clone(),
             table_offset: opened.header.refcount_table_offset,
@@ -318,7 +320,6 @@ impl Reserve {
             end,
             rest: end,
             stable: opened.file_len,
-            fenced: opened.file_len,
             len: opened.file_len,
             grown: opened.file_len,
             batch: options.reserve_min.min(options.reserve_max).max(1),
@@ -341,18 +342,10 @@ impl Reserve {
         }
     }
 
-    /// Is a cluster in use, or may it be, whose count is not stable?
+    /// Is a cluster in use, or may it be, whose count is not stable, or behind whose end the file
+    /// may end after a crash?
     pub fn is_uncounted(&self) -> bool {
         self.uncounted && !mutant!("qcow2_reserve_before_stable")
-    }
-
-    /// A fence is issued; and it has ended.
-    pub fn fence_begins(&mut self) {
-        self.fenced = self.len;
-    }
-
-    pub fn fence_ended(&mut self) {
-        self.stable = self.fenced;
     }
 
     /// Was the chore asked for, and is it to begin?
@@ -417,7 +410,7 @@ impl Reserve {
         self.holes = self.holes.min(self.end);
         self.len = self.len.min(self.end << self.cluster_bits);
         self.grown = self.len;
-        (self.stable, self.fenced) = (self.stable.min(self.len), self.fenced.min(self.len));
+        self.stable = self.stable.min(self.len);
     }
 
     pub fn assert_idle(&self) {
@@ -435,9 +428,7 @@ impl Reserve {
             if self.is_low() {
                 self.ask(cx);
             }
-            let owes = run.end() << self.cluster_bits > self.stable;
-            let owes = owes && !mutant!("qcow2_length_not_fenced");
-            return Ok(Taken { first: run.first, count: run.count, is_zeros, owes });
+            return Ok(Taken { first: run.first, count: run.count, is_zeros });
         }
         self.wanted = true;
         Err(self.park(cx))
@@ -680,6 +671,11 @@ impl ReserveStep<'_> {
             Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
         };
         self.reserve.piece = Some(piece);
+        if piece == 0 && !self.reserve.first_piece.is_empty() {
+            let bytes = std::mem::take(&mut self.reserve.first_piece);
+            cx.mem().region_mut(self.image.regions.counts).copy_from_slice(&bytes);
+            return self.piece_loaded(cx);
+        }
         cx.issue(self.image.read_op(offset, Segs::one(self.counts_seg())));
         Outcome::Wait(ReserveState::Load)
     }
@@ -754,17 +750,23 @@ impl ReserveStep<'_> {
         let piece = self.reserve.piece.expect("it was changed");
         let offset = self.piece_offset(piece << self.reserve.piece_bits).ok().flatten();
         let offset = offset.expect("it was loaded from there");
-        let kind = OpKind::Write { fua: self.reserve.uncounted };
+        let (uncounted, has_grown) =
+            (self.reserve.uncounted, self.reserve.stable < self.reserve.len);
+        let kind = OpKind::Write { fua: uncounted };
         // The writeback that waits for it asks whether it failed, not whether one before did.
         self.reserve.result = Ok(());
+        if uncounted && has_grown && !mutant!("qcow2_length_not_fenced") {
+            cx.issue(Op::flush(self.image.file));
+        }
         cx.issue(Op { kind, ..Op::write(self.image.file, offset, Segs::one(self.counts_seg())) });
         Outcome::Wait(ReserveState::Write)
     }
 
-    /// Counts are on disk, stably if there are new ones among them.
+    /// Counts are on disk, stably if there are new ones among them, and so is the file's length.
     fn piece_written(&mut self, cx: &mut Cx<'_>) -> Outcome {
         self.reserve.piece_dirty = false;
         if std::mem::take(&mut self.reserve.uncounted) {
+            self.reserve.stable = self.reserve.len;
             cx.wake_all(&mut self.reserve.counting);
         }
         match self.reserve.phase {

@@ -336,10 +336,7 @@ impl WritebackStep<'_> {
                 }
             }
             (WritebackState::Turn, Event::Start | Event::Woken) => self.begin(cx),
-            (WritebackState::Fence, Event::Io(Ok(()))) => {
-                self.reserve.fence_ended();
-                self.write_batch(cx)
-            }
+            (WritebackState::Fence, Event::Io(Ok(()))) => self.write_batch(cx),
             (WritebackState::Fence, Event::Io(Err(errno))) => self.failed(errno, cx),
             (WritebackState::Write, Event::Io(result)) => self.batch_written(result, cx),
             (WritebackState::Header, Event::Woken) => self.write_batch(cx),
@@ -386,7 +383,6 @@ impl WritebackStep<'_> {
             owes |= std::mem::take(&mut slice.owes);
         }
         if owes && !mutant!("qcow2_no_fence_in_writeback") {
-            self.reserve.fence_begins();
             self.image.flush_files(cx);
             return Step::Wait(WritebackState::Fence);
         }
