@@ -8,7 +8,7 @@
 //!
 //! One runs at a time: a guest's flush, whoever closes the image, or a chore of its own because there
 //! is no room in memory or it is time. What is to be written, and whether it relies on anything that
-//! may not be stable, the format says: [`Changes`].
+//! may not be stable, the format says: `Changes`.
 //!
 //! It *seals*: has the format copy what has changed. Then it fences if it must, writes the copies,
 //! and flushes. What changes after the seal goes with the next one: so a flush that finds one under
