@@ -106,18 +106,21 @@ impl DiskFile {
         refuse_odd_types(&metadata)?;
         let is_block = metadata.file_type().is_block_device();
         let fd = file.as_raw_fd();
-        // O_DIRECT is set only now, so that its failure means one thing.
+        // O_DIRECT is set only now, so that its failure means one thing. O_NOATIME: else a read may
+        // change the file's access time, and for that wait inside `io_submit` for the inode's lock
+        // (xfs) or for a transaction (btrfs). Who does not own the file may not ask for it.
         let direct = if options.direct { libc::O_DIRECT } else { 0 };
-        sys::set_status_flags(fd, direct, libc::O_NONBLOCK).map_err(|error| match error {
+        let mut set = sys::set_status_flags(fd, direct | libc::O_NOATIME, libc::O_NONBLOCK);
+        if set == Err(Errno::NOT_PERMITTED) {
+            set = sys::set_status_flags(fd, direct, libc::O_NONBLOCK);
+        }
+        set.map_err(|error| match error {
             Errno::INVALID => io::Error::new(
                 io::ErrorKind::Unsupported,
                 "the file system does not support O_DIRECT on this file",
             ),
             error => error.into(),
         })?;
-        // Else a read may change the file's access time, and for that wait inside `io_submit` for
-        // the inode's lock (xfs) or for a transaction (btrfs). Who does not own the file may not ask.
-        let _ = sys::set_status_flags(fd, libc::O_NOATIME, 0);
         if options.create == Create::Truncate && !is_block {
             sys::ftruncate(fd, 0)?;
         }

@@ -157,3 +157,19 @@ fn extents_are_data_and_holes() -> io::Result<()> {
     assert_eq!(file.extent_at(0)?, Extent { data: false, end: MIB });
     Ok(())
 }
+
+/// Else a read waits inside `io_submit` to change it. Where a file system keeps no access times,
+/// there is nothing to see.
+#[test]
+fn reads_leave_the_access_time_alone() -> io::Result<()> {
+    let dir = scratch();
+    let path = dir.path().join("a");
+    fs::write(&path, [1; 8192])?;
+    let old = fs::FileTimes::new().set_accessed(std::time::UNIX_EPOCH);
+    for direct in [false, true] {
+        fs::File::options().write(true).open(&path)?.set_times(old)?;
+        open(&path, direct).read_at(0, &mut Buf::zeroed(4096))?;
+        assert_eq!(fs::metadata(&path)?.accessed()?, std::time::UNIX_EPOCH, "direct: {direct}");
+    }
+    Ok(())
+}
