@@ -6,7 +6,7 @@ use cowbell_engine::units::FileId;
 
 use crate::parts::growth::Space;
 use crate::parts::writeback::{Changes, Phase};
-use crate::qed::run::image::Image;
+use crate::qed::run::image::{self, Image};
 use crate::qed::run::tables::Tables;
 
 /// The changes of an image's tables, on their way to its file.
@@ -19,7 +19,7 @@ pub(super) struct TableChanges<'a> {
 }
 
 impl Changes for TableChanges<'_> {
-    const FLUSH: u8 = crate::qed::run::request::FLUSH;
+    const FLUSH: u8 = image::FLUSH;
 
     fn files(&self) -> &[FileId] {
         std::slice::from_ref(&self.image.file)

@@ -15,6 +15,8 @@ use crate::qed::disk::layout::{Bounds, Geometry};
 pub(super) const SLICE_BYTES: usize = 4096;
 /// log2 of the entries in a slice.
 pub(super) const SLICE_BITS: u32 = 9;
+/// The label of a flush that is all that is left to do.
+pub(super) const FLUSH: u8 = 10;
 
 /// How a QED image is run.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

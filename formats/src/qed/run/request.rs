@@ -20,7 +20,7 @@ use crate::qed::disk::layout::{Bounds, Entry, Geometry};
 use crate::qed::rest::open::Opened;
 use crate::qed::run::allocate::{AllocateState, AllocateStep, Claim, Piece, Progress};
 use crate::qed::run::changes::TableChanges;
-use crate::qed::run::image::{Disk, Image, QedOptions, Regions};
+use crate::qed::run::image::{Disk, FLUSH, Image, QedOptions, Regions};
 use crate::qed::run::live_header::LiveHeader;
 use crate::qed::run::tables::{Found, Tables};
 
@@ -60,8 +60,7 @@ pub enum RequestState {
     Flush(WritebackState),
 }
 
-/// The label of a flush that is all that is left to do; of data ops likewise.
-pub(super) const FLUSH: u8 = 10;
+/// The label of data ops that are all that is left to do.
 pub(super) const PIECES: u8 = 3;
 
 impl RequestState {
