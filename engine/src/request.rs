@@ -110,6 +110,19 @@ pub enum Step<S> {
     Done(Result<(), Errno>),
 }
 
+impl<S> Step<S> {
+    /// The same answer, of a state that holds this one.
+    #[inline(always)]
+    pub fn map<T>(self, wrap: impl FnOnce(S) -> T) -> Step<T> {
+        match self {
+            Step::Wait(state) => Step::Wait(wrap(state)),
+            Step::Go(state) => Step::Go(wrap(state)),
+            Step::Last { label } => Step::Last { label },
+            Step::Done(result) => Step::Done(result),
+        }
+    }
+}
+
 /// Where all bytes of a request are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Pass {

@@ -217,10 +217,8 @@ impl Node {
 #[inline(always)]
 fn map<S>(step: Step<S>, wrap: impl Fn(S) -> NodeState, labels: usize) -> Step<NodeState> {
     match step {
-        Step::Wait(state) => Step::Wait(wrap(state)),
-        Step::Go(state) => Step::Go(wrap(state)),
         Step::Last { label } => Step::Last { label: label + labels as u8 },
-        Step::Done(result) => Step::Done(result),
+        step => step.map(wrap),
     }
 }
 

@@ -508,15 +508,6 @@ mod tests {
         Room(u32),
     }
 
-    fn step_of(step: Step<WritebackState>) -> Step<State> {
-        match step {
-            Step::Wait(state) => Step::Wait(State::Writeback(state)),
-            Step::Go(state) => Step::Go(State::Writeback(state)),
-            Step::Last { label } => Step::Last { label },
-            Step::Done(result) => Step::Done(result),
-        }
-    }
-
     impl Driver for Disk {
         type State = State;
         const STATES: &'static [&'static str] = &["any"];
@@ -531,7 +522,7 @@ mod tests {
         }
         fn begin(&mut self, cx: &mut Cx<'_>) -> Step<State> {
             match cx.io().kind {
-                IoKind::Flush => step_of(self.writeback.flush(&mut self.list, cx)),
+                IoKind::Flush => self.writeback.flush(&mut self.list, cx).map(State::Writeback),
                 IoKind::Read => {
                     let of_use = !self.list.is_empty();
                     Step::Wait(State::Room(self.writeback.park_for_room(
@@ -569,7 +560,7 @@ mod tests {
                     if matches!(step, Step::Done(_)) {
                         cx.wake_all(&mut self.room);
                     }
-                    step_of(step)
+                    step.map(State::Writeback)
                 }
             }
         }

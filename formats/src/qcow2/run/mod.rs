@@ -86,17 +86,6 @@ pub enum State {
     Mark(MarkState),
 }
 
-/// A component's step, as the driver's.
-#[inline]
-fn step_of<S>(step: Step<S>, state: impl FnOnce(S) -> State) -> Step<State> {
-    match step {
-        Step::Wait(next) => Step::Wait(state(next)),
-        Step::Go(next) => Step::Go(state(next)),
-        Step::Last { label } => Step::Last { label },
-        Step::Done(result) => Step::Done(result),
-    }
-}
-
 impl Driver for Qcow2 {
     type State = State;
 
@@ -160,10 +149,8 @@ impl Driver for Qcow2 {
 
     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match cx.io().kind {
-            IoKind::Truncate if self.image.writable => {
-                step_of(self.resizing().begin(cx), State::Resize)
-            }
-            _ => step_of(self.begin_request(cx), State::Request),
+            IoKind::Truncate if self.image.writable => self.resizing().begin(cx).map(State::Resize),
+            _ => self.begin_request(cx).map(State::Request),
         }
     }
 
@@ -187,13 +174,13 @@ impl Driver for Qcow2 {
     #[inline]
     fn step(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
         match state {
-            State::Request(state) => step_of(self.step_request(state, event, cx), State::Request),
-            State::Resize(state) => step_of(self.resizing().run(state, event, cx), State::Resize),
+            State::Request(state) => self.step_request(state, event, cx).map(State::Request),
+            State::Resize(state) => self.resizing().run(state, event, cx).map(State::Resize),
             State::Writeback(state) => self.step_writeback(state, event, cx),
             State::Reserve(state) => self.step_reserve(state, event, cx),
             State::Close(state) => self.step_close(state, event, cx),
             State::Mark(state) => {
-                step_of(self.corrupt.step(state, event, &mut self.header, cx), State::Mark)
+                self.corrupt.step(state, event, &mut self.header, cx).map(State::Mark)
             }
         }
     }
@@ -229,7 +216,7 @@ impl Qcow2 {
             header: &mut self.header,
             reserve: &mut self.reserve,
         };
-        step_of(step.run(state, event, cx), State::Writeback)
+        step.run(state, event, cx).map(State::Writeback)
     }
 
     /// A writeback gives to the reserve, which knows nothing of it: what one needs of the other is
@@ -263,6 +250,6 @@ impl Qcow2 {
             writeback: &mut self.writeback,
             reserve: &mut self.reserve,
         };
-        step_of(step.run(state, event, cx), State::Close)
+        step.run(state, event, cx).map(State::Close)
     }
 }

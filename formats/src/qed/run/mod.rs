@@ -73,17 +73,6 @@ pub enum State {
     Tidy(TidyState),
 }
 
-/// A component's step, as the driver's.
-#[inline]
-fn step_of<S>(step: Step<S>, state: impl FnOnce(S) -> State) -> Step<State> {
-    match step {
-        Step::Wait(next) => Step::Wait(state(next)),
-        Step::Go(next) => Step::Go(state(next)),
-        Step::Last { label } => Step::Last { label },
-        Step::Done(result) => Step::Done(result),
-    }
-}
-
 impl Driver for Qed {
     type State = State;
 
@@ -143,10 +132,8 @@ impl Driver for Qed {
 
     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<State> {
         match cx.io().kind {
-            IoKind::Truncate if self.image.writable => {
-                step_of(self.resizing().begin(cx), State::Resize)
-            }
-            _ => step_of(self.begin_request(cx), State::Request),
+            IoKind::Truncate if self.image.writable => self.resizing().begin(cx).map(State::Resize),
+            _ => self.begin_request(cx).map(State::Request),
         }
     }
 
@@ -176,17 +163,17 @@ impl Driver for Qed {
     #[inline]
     fn step(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
         match state {
-            State::Request(state) => step_of(self.step_request(state, event, cx), State::Request),
-            State::Resize(state) => step_of(self.resizing().run(state, event, cx), State::Resize),
+            State::Request(state) => self.step_request(state, event, cx).map(State::Request),
+            State::Resize(state) => self.resizing().run(state, event, cx).map(State::Resize),
             State::Grow(state) => {
                 let place = Some((self.image.file, 0));
-                step_of(self.space.grow(state, event, place, cx), State::Grow)
+                self.space.grow(state, event, place, cx).map(State::Grow)
             }
             State::Writeback(state) => {
                 let (writeback, mut changes) = self.changes();
-                step_of(writeback.step(state, event, &mut changes, cx), State::Writeback)
+                writeback.step(state, event, &mut changes, cx).map(State::Writeback)
             }
-            State::Tidy(state) => step_of(self.tidying().run(state, event, cx), State::Tidy),
+            State::Tidy(state) => self.tidying().run(state, event, cx).map(State::Tidy),
         }
     }
 }

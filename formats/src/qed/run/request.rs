@@ -182,7 +182,7 @@ impl Qed {
             }
             (RequestState::Flush(state), event) => {
                 let (writeback, mut changes) = self.changes();
-                writeback_step(writeback.step(state, event, &mut changes, cx))
+                writeback.step(state, event, &mut changes, cx).map(RequestState::Flush)
             }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
@@ -249,7 +249,7 @@ impl Qed {
     /// A flush, and the end of a write that is to be stable.
     fn flush(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
         let (writeback, mut changes) = self.changes();
-        writeback_step(writeback.flush(&mut changes, cx))
+        writeback.flush(&mut changes, cx).map(RequestState::Flush)
     }
 
     /// The whole range is done.
@@ -468,15 +468,5 @@ impl Qed {
             },
             _ => None,
         }
-    }
-}
-
-/// A step of the writeback, as a request's.
-fn writeback_step(step: Step<WritebackState>) -> Step<RequestState> {
-    match step {
-        Step::Wait(state) => Step::Wait(RequestState::Flush(state)),
-        Step::Go(state) => Step::Go(RequestState::Flush(state)),
-        Step::Last { label } => Step::Last { label },
-        Step::Done(result) => Step::Done(result),
     }
 }

@@ -54,11 +54,8 @@ impl CloseStep<'_> {
     /// The writeback goes on; behind it the file's end is next.
     fn written(&mut self, step: Step<WritebackState>, cx: &mut Cx<'_>) -> Step<CloseState> {
         match step {
-            Step::Wait(state) => Step::Wait(CloseState::Writeback(state)),
-            Step::Go(state) => Step::Go(CloseState::Writeback(state)),
-            Step::Last { label } => Step::Last { label },
             Step::Done(Ok(())) if self.map.make_exact(cx) => Step::Wait(CloseState::Ends),
-            Step::Done(result) => Step::Done(result),
+            step => step.map(CloseState::Writeback),
         }
     }
 }

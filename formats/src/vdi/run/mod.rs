@@ -47,17 +47,6 @@ pub enum State {
     Close(CloseState),
 }
 
-/// A component's step, as the driver's.
-#[inline]
-fn step_of<S>(step: Step<S>, state: impl FnOnce(S) -> State) -> Step<State> {
-    match step {
-        Step::Wait(next) => Step::Wait(state(next)),
-        Step::Go(next) => Step::Go(state(next)),
-        Step::Last { label } => Step::Last { label },
-        Step::Done(result) => Step::Done(result),
-    }
-}
-
 impl Driver for Vdi {
     type State = State;
 
@@ -104,7 +93,7 @@ impl Driver for Vdi {
     }
 
     fn begin(&mut self, cx: &mut Cx<'_>) -> Step<State> {
-        step_of(self.begin_request(cx), State::Request)
+        self.begin_request(cx).map(State::Request)
     }
 
     fn chore(&mut self, chore: Chore) -> Option<State> {
@@ -122,14 +111,14 @@ impl Driver for Vdi {
 
     fn step(&mut self, state: State, event: Event, cx: &mut Cx<'_>) -> Step<State> {
         match state {
-            State::Request(state) => step_of(self.step_request(state, event, cx), State::Request),
-            State::Grow(state) => step_of(self.map.grow(state, event, cx), State::Grow),
+            State::Request(state) => self.step_request(state, event, cx).map(State::Request),
+            State::Grow(state) => self.map.grow(state, event, cx).map(State::Grow),
             State::Writeback(state) => {
-                step_of(self.writeback.step(state, event, &mut self.map, cx), State::Writeback)
+                self.writeback.step(state, event, &mut self.map, cx).map(State::Writeback)
             }
             State::Close(state) => {
                 let mut step = CloseStep { map: &mut self.map, writeback: &mut self.writeback };
-                step_of(step.run(state, event, cx), State::Close)
+                step.run(state, event, cx).map(State::Close)
             }
         }
     }

@@ -135,14 +135,14 @@ impl Vdi {
                 self.data_written(claim, result, cx)
             }
             (RequestState::Flush(state), event) => {
-                flushing(self.writeback.step(state, event, &mut self.map, cx))
+                self.writeback.step(state, event, &mut self.map, cx).map(RequestState::Flush)
             }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
     fn flush(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
-        flushing(self.writeback.flush(&mut self.map, cx))
+        self.writeback.flush(&mut self.map, cx).map(RequestState::Flush)
     }
 
     /// Goes on at `at`.
@@ -285,15 +285,5 @@ impl Vdi {
         self.map.publish(claim.index, claim.new);
         self.writeback.set_due(cx);
         self.walk(claim.end, cx)
-    }
-}
-
-/// A flush's step, as the request's.
-fn flushing(step: Step<WritebackState>) -> Step<RequestState> {
-    match step {
-        Step::Wait(state) => Step::Wait(RequestState::Flush(state)),
-        Step::Go(state) => Step::Go(RequestState::Flush(state)),
-        Step::Last { label } => Step::Last { label },
-        Step::Done(result) => Step::Done(result),
     }
 }
