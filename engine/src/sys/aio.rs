@@ -39,11 +39,16 @@ use crate::sys::regions::Regions;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
 use crate::units::{Errno, FileId, OpId, Time};
 
+/// Few enough for any device, enough to keep it busy.
+const DEPTH_LEAST: usize = 16;
+
 /// Limits and choices of an [`Aio`].
 #[derive(Clone, Copy, Debug)]
 pub struct AioOptions {
-    /// The most ops that the kernel has at a time; more stay with the engine. Counts against the
-    /// system's `fs.aio-max-nr`.
+    /// The most ops that the kernel has at a time, 128 by default, at least 1; more stay with the
+    /// engine. Counts against the system's `fs.aio-max-nr`. Files opened with O_DIRECT bound it
+    /// further, to half the places that their device's queue has (but not below 16): with all of
+    /// them taken `io_submit` waits for one, whatever `nowait` says.
     pub depth: u32,
     /// Never wait in `io_submit`: ask the kernel to refuse what it could not do without waiting
     /// (RWF_NOWAIT), and let a thread of the file's submit that, in order. Where a file system does
@@ -91,7 +96,10 @@ pub struct Aio {
     nowait: bool,
     /// Ops that the kernel has.
     in_flight: usize,
+    /// The most that it may have, with the files that there are.
     depth: usize,
+    /// The same without files.
+    depth_max: usize,
     /// The kernel takes no more, and said so when it had nothing of ours.
     stalled: bool,
     /// Signals of what was collected, less signals cleared. Negative while a cleared signal
@@ -164,6 +172,7 @@ impl Aio {
             nowait: options.nowait,
             in_flight: 0,
             depth: depth as usize,
+            depth_max: depth as usize,
             stalled: false,
             unread: 0,
             stats: AioStats::default(),
@@ -243,7 +252,7 @@ impl Aio {
         let Batch { iocbs, lists, .. } = &mut self.batch;
         lists.clear();
         let mut count = 0;
-        let room = self.depth - self.in_flight;
+        let room = self.depth.saturating_sub(self.in_flight);
         let Submission { queue, slice, ops, mem } = submission;
         for (&op, iocb) in queue.as_slice()[..*slice].iter().zip(&mut iocbs[..room]) {
             let record = &ops[op];
@@ -333,6 +342,13 @@ impl Aio {
         });
     }
 
+    /// No file's ops shall have all places of its device's queue.
+    fn bound_depth(&mut self) {
+        let places = self.files.iter_mut().filter_map(|file| file.file.queue_depth()).min();
+        let bound = places.map_or(usize::MAX, |places| (places as usize / 2).max(DEPTH_LEAST));
+        self.depth = self.depth_max.min(bound);
+    }
+
     /// Is there a lane for `file`? It is made when it is first wanted.
     fn lane(&mut self, file: FileId) -> bool {
         if self.lanes.get(file).is_some() {
@@ -341,7 +357,7 @@ impl Aio {
         let (calls, id, event) = (self.context.calls, self.context.id, self.workers.event().fd());
         // SAFETY: lanes are dropped before the context, and memory stays until ops have come back.
         let lane =
-            unsafe { Lane::new(calls.submit, id, event, self.workers.outside(), self.depth) };
+            unsafe { Lane::new(calls.submit, id, event, self.workers.outside(), self.depth_max) };
         // Without a thread of its own an op goes to the pool.
         lane.is_ok_and(|lane| self.lanes.attach(file, lane).is_ok())
     }
@@ -374,12 +390,15 @@ impl Backend for Aio {
             id,
             AioFile { file: Box::new(file), fd, nowait, way, regions: Regions::default() },
         )?;
+        self.bound_depth();
         Ok(info)
     }
 
     fn detach(&mut self, id: FileId) -> Option<DiskFile> {
         drop(self.lanes.detach(id));
-        self.files.detach(id).map(|file| *file.file)
+        let file = self.files.detach(id)?.file;
+        self.bound_depth();
+        Some(*file)
     }
 
     fn submit(&mut self, submission: &mut Submission<'_>) {
@@ -840,6 +859,27 @@ mod tests {
         assert_eq!(bench.backend.stats().accepted, 8);
         assert!(bench.drain().iter().all(|back| back.2 == Ok(BLOCK)));
         assert_eq!(bench.mem.pool(BufId(0))[range(0, 8)], pattern(8, 1));
+    }
+
+    #[test]
+    fn leaves_places_of_a_device_free() {
+        let mut disk = Disk::new(scripted);
+        let mut bench = Bench::new(&mut disk, &pattern(8, 1));
+        let most = |bench: &mut Bench<'_, Disk>, places: Option<u32>| {
+            let mut file = bench.backend.detach(FILE).expect("it is attached");
+            file.set_queue_depth(places);
+            bench.backend.attach(FILE, file).expect("it was before");
+            for _ in 0..200 {
+                bench.push(read(0, pool(0, 0, 1)));
+            }
+            bench.submit();
+            assert_eq!(bench.drain().len(), 200);
+            calls().iter().map(|call| call.0).max()
+        };
+        for (places, depth) in [(None, 128), (Some(1024), 128), (Some(80), 40), (Some(2), 16)] {
+            assert_eq!(most(&mut bench, places), Some(depth), "{places:?}");
+        }
+        assert_eq!(most(&mut bench, None), Some(128), "the file has gone");
     }
 
     #[test]

@@ -60,6 +60,7 @@ pub struct DiskFile {
     request_align: u32,
     memory_align: u32,
     hole_align: u32,
+    queue_depth: Option<u32>,
     lock: LockState,
     /// One for each duplicate: the last to go gives the lock back.
     duplicates: Arc<()>,
@@ -141,6 +142,7 @@ impl DiskFile {
             request_align,
             memory_align,
             hole_align,
+            queue_depth: if options.direct { queue_depth(&metadata) } else { None },
             lock: LockState::None,
             duplicates: Arc::new(()),
         })
@@ -167,6 +169,17 @@ impl DiskFile {
     /// Is it read and written past the page cache?
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// How many requests the block device below has places for; whoever sends one more waits for a
+    /// place. `None`: unknown, or there is no such bound (tmpfs, NFS, btrfs, LVM).
+    pub(crate) fn queue_depth(&self) -> Option<u32> {
+        self.queue_depth
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_queue_depth(&mut self, depth: Option<u32>) {
+        self.queue_depth = depth;
     }
 
     /// Is it a block device?
@@ -396,6 +409,19 @@ const BOUNCE: usize = 1 << 20;
 
 /// An alignment that every device accepts.
 const SAFE_ALIGN: u32 = BUF_ALIGN as u32;
+
+/// The places of the device's request queue, as the kernel's sysfs tells (`nr_requests`, see
+/// Documentation/ABI/stable/sysfs-block). A partition's are those of its disk. Devices that hand
+/// each request on to others (`mq` is missing) have no places of their own.
+fn queue_depth(metadata: &fs::Metadata) -> Option<u32> {
+    let is_block = metadata.file_type().is_block_device();
+    let device = if is_block { metadata.rdev() } else { metadata.dev() };
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let device = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
+    let disk =
+        [device.join("."), device.join("..")].into_iter().find(|disk| disk.join("mq").exists())?;
+    fs::read_to_string(disk.join("queue/nr_requests")).ok()?.trim().parse().ok()
+}
 
 fn refuse_odd_types(metadata: &fs::Metadata) -> io::Result<()> {
     let kind = metadata.file_type();
