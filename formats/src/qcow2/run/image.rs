@@ -4,7 +4,7 @@
 use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{FileId, RegionId, align_down};
+use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
 
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
@@ -128,34 +128,22 @@ impl Image {
         Op::read(Target::File(self.file), offset, segs)
     }
 
-    /// log2 of the entries in a slice of an L2 table.
-    #[inline]
-    pub fn slice_entry_bits(&self) -> u32 {
-        self.geometry.slice_bits() - self.geometry.entry_bits()
-    }
-
-    /// log2 of the guest bytes that a slice maps.
-    #[inline]
-    pub fn slice_span_bits(&self) -> u32 {
-        self.geometry.cluster_bits() + self.slice_entry_bits()
-    }
-
     /// The key of the slice that maps the guest's byte `at`.
     #[inline]
     pub fn slice_key(&self, at: u64) -> u64 {
-        at >> self.slice_span_bits()
+        at >> self.geometry.slice_span_bits()
     }
 
     /// The index in its slice of the entry for the guest's byte `at`.
     #[inline]
     pub fn slice_index(&self, at: u64) -> usize {
-        (at >> self.geometry.cluster_bits()) as usize & ((1 << self.slice_entry_bits()) - 1)
+        self.geometry.slice_index(GuestOffset(at))
     }
 
     /// One past the last guest byte that the slice of `at` maps.
     #[inline]
     pub fn slice_end(&self, at: u64) -> u64 {
-        ((at >> self.slice_span_bits()) + 1) << self.slice_span_bits()
+        (self.slice_key(at) + 1) << self.geometry.slice_span_bits()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
-use cowbell_engine::units::{GuestOffset, HostOffset, align_down};
+use cowbell_engine::units::{GuestOffset, HostOffset};
 
 use crate::qcow2::disk::layout::{L2Entry, Mapping};
 use crate::qcow2::run::tables::Tables;
@@ -62,18 +62,58 @@ impl Tables {
         }
     }
 
+    /// Where all of `at..end` is, if it is data in one piece, by the slice in `slot`; may it be written
+    /// in place?
+    #[inline(always)]
+    pub fn one_piece(
+        &self,
+        slot: usize,
+        at: u64,
+        end: u64,
+        is_write: bool,
+        mem: &Memory,
+    ) -> Option<(u64, bool)> {
+        let geometry = self.image().geometry;
+        let inside = at & (geometry.cluster_size() - 1);
+        let bytes = self.slices.bytes_from(slot, 0, mem);
+        let plain = L2Entry::plain(bytes, geometry.slice_index(GuestOffset(at)), geometry);
+        let (host, copied) = match plain {
+            Some(plain) if inside + (end - at) <= geometry.cluster_size() => plain,
+            _ => self.one_run(slot, at, end, is_write, mem)?,
+        };
+        Some((host.0 + inside, copied))
+    }
+
+    #[inline(never)]
+    fn one_run(
+        &self,
+        slot: usize,
+        at: u64,
+        end: u64,
+        is_write: bool,
+        mem: &Memory,
+    ) -> Option<(HostOffset, bool)> {
+        match self.run_in(slot, at, end, is_write, mem) {
+            Found::Run(run) if run.end == end => match run.mapping {
+                Mapping::Data(host) => Some((host, run.copied)),
+                Mapping::Zero(_) | Mapping::Unallocated(_) | Mapping::Compressed(_) => None,
+            },
+            _ => None,
+        }
+    }
+
     /// The run that begins at `at`, by the slice in `slot`, which maps all of `at..end` or more;
     /// it ends with the slice. Runs to be written in place are of one flag.
     #[inline(always)]
     pub fn run_in(&self, slot: usize, at: u64, end: u64, is_write: bool, mem: &Memory) -> Found {
         let geometry = self.image().geometry;
-        let bytes = self.slices.bytes(slot, mem);
+        let bytes = self.slices.bytes_from(slot, 0, mem);
         let entry = L2Entry::read(bytes, self.image().slice_index(at), geometry);
         let Ok(mapping) = entry.mapping(geometry.sub_index(GuestOffset(at)), geometry) else {
             return Found::Invalid;
         };
         let copied = entry.is_copied();
-        let run_end = align_down(at, geometry.unit_size()) + geometry.unit_size();
+        let run_end = ((at >> geometry.unit_bits()) + 1) << geometry.unit_bits();
         let run = Run { mapping, copied, end: run_end.min(end), slot: Some(slot) };
         if run.end >= end {
             return Found::Run(run);
@@ -97,7 +137,7 @@ impl Tables {
         bytes: &[u8],
     ) -> Run {
         let mut index = self.image().slice_index(run.end - 1) + 1;
-        while run.end < end && index < 1 << self.image().slice_entry_bits() {
+        while run.end < end && index < bytes.len() / 8 {
             let here = L2Entry::read(bytes, index, self.image().geometry);
             let goes_on = if is_write { here == following } else { here.leads_with(following) };
             if !goes_on && !mutant!("qcow2_run_ignores_type") {

@@ -306,11 +306,9 @@ impl Qcow2 {
             return None;
         }
         let is_write = io.kind != IoKind::Read;
-        let Found::Run(run) = self.tables.run_in(slot, at, end, is_write, mem) else { return None };
-        let Mapping::Data(host) = run.mapping else { return None };
-        let host = host.0 + (at & (self.image.geometry.cluster_size() - 1));
-        let usable = !is_write || run.copied && !self.metadata.is_hit(host, io.len);
-        (run.end == end && usable).then_some(host)
+        let (host, copied) = self.tables.one_piece(slot, at, end, is_write, mem)?;
+        let usable = !is_write || copied && !self.metadata.is_hit(host, io.len);
+        usable.then_some(host)
     }
 
     /// Goes on at `at`.

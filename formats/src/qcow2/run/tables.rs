@@ -3,7 +3,7 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{GuestOffset, HostOffset};
+use cowbell_engine::units::{GuestOffset, HostOffset, align_down};
 
 use crate::qcow2::disk::layout::{Invalid, L1Entry};
 use crate::qcow2::run::image::Image;
@@ -82,9 +82,9 @@ impl Tables {
 
     /// Where the slice that maps `at` is in the file.
     pub fn slice_offset(&self, at: u64) -> u64 {
-        let index = self.image.geometry.l2_index(GuestOffset(at));
-        let slice = index >> self.image.slice_entry_bits();
-        self.table_of(at).0 + (slice << self.image.geometry.slice_bits())
+        let geometry = self.image.geometry;
+        let inside = geometry.l2_index(GuestOffset(at)) << geometry.entry_bits();
+        self.table_of(at).0 + align_down(inside, 1 << geometry.slice_bits())
     }
 
     /// Panics if somebody waits or loads, or a slice has not as many pins as `pins` says.

@@ -442,7 +442,7 @@ impl WritebackStep<'_> {
             self.writeback.slices[slot].dirty = false;
             self.writeback.slices[slot].sealed = false;
             cx.wake_all(self.tables.slices.waiters(slot));
-            let guest = self.tables.slices.key(slot) << self.image.slice_span_bits();
+            let guest = self.tables.slices.key(slot) << self.image.geometry.slice_span_bits();
             return Some(self.tables.slice_offset(guest));
         }
         let block = self.writeback.taken_l1.pop()?;
