@@ -31,10 +31,8 @@ pub enum AllocateState {
     Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
     WriteData { claim: u32 },
-    /// The turn to change a slice that a writeback is about to write.
-    Publish { claim: u32 },
     /// Room for what the entries give up, that writeback number `attempt` was to make.
-    PublishRoom { claim: u32, attempt: u32 },
+    Publish { claim: u32, attempt: u32 },
 }
 
 /// Guest bytes being allocated.
@@ -184,8 +182,7 @@ impl AllocateStep<'_> {
                 self.data_written(claim, result, cx)
             }
             (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::Publish { claim }, Event::Woken) => self.publish(claim, cx),
-            (AllocateState::PublishRoom { claim, attempt }, Event::Woken) => {
+            (AllocateState::Publish { claim, attempt }, Event::Woken) => {
                 match self.writeback.no_room(attempt) {
                     Some(errno) => self.fail(claim, errno, cx),
                     None => self.publish(claim, cx),
@@ -260,24 +257,17 @@ impl AllocateStep<'_> {
         }
     }
 
-    /// The data is there: the entries may say so, unless a writeback has just fenced what they would
-    /// owe another fence for.
+    /// The data is there: the entries say so.
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
         let claim = &self.claims[key];
         let (slot, to, owes) = (claim.slot, claim.to, claim.owes);
-        let waits = owes || self.reserve.is_uncounted();
-        if waits && self.writeback.is_sealed(slot) && !mutant!("qcow2_seal_ignored") {
-            cx.park(self.tables.slices.waiters(slot));
-            return Progress::Wait(AllocateState::Publish { claim: key });
-        }
         if !self.writeback.has_room_for_frees() {
             let attempt = self.writeback.park_for_room(cx);
-            return Progress::Wait(AllocateState::PublishRoom { claim: key, attempt });
+            return Progress::Wait(AllocateState::Publish { claim: key, attempt });
         }
         self.put_entries(key, cx);
-        self.writeback.touch(slot, owes, self.tables);
+        self.writeback.touch(slot, owes, self.tables, cx);
         self.end_claim(key, cx);
-        self.writeback.begin_if_full(cx);
         Progress::To(to)
     }
 

@@ -40,7 +40,7 @@ pub enum TableState {
         /// Of that piece.
         buf: BufId,
     },
-    /// The turn to change an L1 block that a writeback is about to write.
+    /// The L1 table, at rest.
     Link,
 }
 
@@ -201,17 +201,13 @@ impl TableStep<'_> {
         Progress::Failed(errno)
     }
 
-    /// Links the table, in memory, unless a writeback has just fenced what its L1 block would owe
-    /// another fence for.
+    /// Links the table, in memory, unless the L1 table is moving.
     fn link(&mut self, cx: &mut Cx<'_>) -> Progress<TableState> {
         let l1_index = self.l1_index();
         let place = self.new.find(l1_index);
         let owes = self.new.0[place].owes && !mutant!("qcow2_table_owes_nothing");
-        let waits = owes || self.reserve.is_uncounted();
-        let is_sealed = waits && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
-        let is_moving = self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving");
-        if is_sealed || is_moving {
-            self.writeback.park_for_l1(cx);
+        if self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving") {
+            cx.park(&mut self.tables.l1_waiters);
             return Progress::Wait(TableState::Link);
         }
         let mut alloc = self.new.0.remove(place);

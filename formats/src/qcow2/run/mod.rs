@@ -16,7 +16,7 @@
 //! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader ─> FlushHeader]
 //!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader ─> FlushHeader
 //!          if the disk grows, and after them if it shrinks                   (resize.rs)
-//! chores:  Writeback: Turn ─> [Fence] ─> Write ─> [Header] ─> Flush          (writeback.rs)
+//! chores:  Writeback: Counts ─> [Fence] ─> Write … ─> [Header] ─> Flush      (writeback.rs)
 //!          Reserve: Turn ─> Load, Grow, Write; Table ─> Link or Header       (reserve.rs)
 //!          Close: Turn ─> EmptyReserve ─> [CutEnd] ─> Flush                  (close.rs)
 //! ```
@@ -158,7 +158,7 @@ impl Driver for Qcow2 {
         match chore {
             Chore::Asked if self.corrupt.begin_asked() => Some(State::Mark(MarkState::Header)),
             Chore::Asked if self.writeback.begin_asked() => {
-                Some(State::Writeback(WritebackState::Turn))
+                Some(State::Writeback(WritebackState::Counts { begun: false }))
             }
             Chore::Asked if self.reserve.begin_asked() => Some(State::Reserve(ReserveState::Turn)),
             Chore::Asked | Chore::Deadline => None,

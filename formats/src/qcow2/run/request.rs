@@ -99,7 +99,7 @@ impl RequestState {
                 AllocateState::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
                 AllocateState::Cow { .. } => 9,
                 AllocateState::WriteData { .. } => 10,
-                AllocateState::Publish { .. } | AllocateState::PublishRoom { .. } => 11,
+                AllocateState::Publish { .. } => 11,
             },
             RequestState::Swept => 13,
         }

@@ -151,7 +151,7 @@ impl ResizeStep<'_> {
             Err(Short::Later(attempt)) => return Step::Wait(ResizeState::Space { attempt }),
         }
         // First everything that is changed in the old table, while nothing more is.
-        self.tables.set_l1_moves(true);
+        self.tables.move_l1();
         self.writeback.park(cx);
         Step::Wait(ResizeState::Swept)
     }
@@ -218,7 +218,7 @@ impl ResizeStep<'_> {
         self.metadata.add(self.resize.l1_first..self.resize.l1_first + count);
         self.tables.grow_l1(self.image.geometry.l1_entries(size) as usize);
         self.header.changed(Ok(()), cx);
-        self.l1_at_rest(cx);
+        self.tables.l1_at_rest(cx);
     }
 
     /// Nothing leads to these clusters of an L1 table, once a header is stable.
@@ -226,12 +226,6 @@ impl ResizeStep<'_> {
         if count > 0 {
             self.writeback.free(Free { first, count, sole: true, discard: false });
         }
-    }
-
-    /// The L1 table moves no more.
-    fn l1_at_rest(&mut self, cx: &mut Cx<'_>) {
-        self.tables.set_l1_moves(false);
-        self.writeback.wake_for_l1(cx);
     }
 
     /// A data file is as long as the disk, if it is no device; growing cuts nothing off one that is
@@ -288,7 +282,7 @@ impl ResizeStep<'_> {
         if self.tables.l1_moves() {
             let count = self.l1_clusters(cx.io().offset).expect("it is too short");
             self.free_l1(self.resize.l1_first, count);
-            self.l1_at_rest(cx);
+            self.tables.l1_at_rest(cx);
         }
         self.disk.set_reach(self.disk.size());
         self.resize.busy = false;

@@ -4,6 +4,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{GuestOffset, HostOffset, align_down};
+use cowbell_engine::wait::WaitList;
 
 use crate::qcow2::disk::layout::{Invalid, L1Entry};
 use crate::qcow2::run::image::Image;
@@ -16,6 +17,8 @@ pub(super) struct Tables {
     l1: Vec<u64>,
     /// It is moving, to where it can be longer: no entry of it changes.
     l1_moves: bool,
+    /// Who waits to change one.
+    pub l1_waiters: WaitList,
     /// A slice is in memory only where the L1 table names an L2 table.
     pub slices: TableCache,
 }
@@ -24,7 +27,7 @@ impl Tables {
     pub fn new(l1: Vec<u64>, slices: usize, image: Image) -> Tables {
         let unit = 1 << image.geometry.slice_bits();
         let slices = TableCache::new(image.regions.tables, unit, slices);
-        Tables { image, l1, l1_moves: false, slices }
+        Tables { image, l1, l1_moves: false, l1_waiters: WaitList::new(), slices }
     }
 
     #[inline]
@@ -40,9 +43,15 @@ impl Tables {
         self.l1_moves
     }
 
-    /// The L1 table begins to move, or moves no more.
-    pub fn set_l1_moves(&mut self, moves: bool) {
-        self.l1_moves = moves;
+    /// The L1 table begins to move.
+    pub fn move_l1(&mut self) {
+        self.l1_moves = true;
+    }
+
+    /// It moves no more.
+    pub fn l1_at_rest(&mut self, cx: &mut Cx<'_>) {
+        self.l1_moves = false;
+        cx.wake_all(&mut self.l1_waiters);
     }
 
     /// The L1 table has as many entries from now on, not fewer than before.
@@ -89,7 +98,7 @@ impl Tables {
 
     /// Panics if somebody waits or loads, or a slice has not as many pins as `pins` says.
     pub fn assert_idle(&self, pins: impl Fn(usize) -> u32) {
-        assert!(!self.l1_moves, "the L1 table is moving");
+        assert!(!self.l1_moves && self.l1_waiters.is_empty(), "the L1 table is moving");
         self.slices.assert_idle(pins);
     }
 

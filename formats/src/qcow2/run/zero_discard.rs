@@ -188,8 +188,7 @@ impl ClearStep<'_> {
             let to = end.min((cluster + 1) << bits);
             self.mark_cluster(slot, from, to, mark, cx);
         }
-        self.writeback.touch(slot, false, self.tables);
-        self.writeback.begin_if_full(cx);
+        self.writeback.touch(slot, false, self.tables, cx);
         Some(Progress::To(last))
     }
 
