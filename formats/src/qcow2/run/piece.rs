@@ -2,13 +2,27 @@
 
 use cowbell_engine::units::Errno;
 
+use crate::qcow2::run::lookup::Run;
 use crate::qcow2::run::reserve::Short;
+
+/// A piece of a request, `at..end` of the guest's disk, which one slice of an L2 table maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    pub at: u64,
+    pub end: u64,
+    /// What it begins with.
+    pub run: Run,
+    /// Has the request ops under way? Then it is not parked, but waits for those first.
+    pub after_ops: bool,
+}
 
 /// How far the piece has got that begins at the guest's byte `at`. `S` is what its file waits in.
 #[derive(Debug)]
 pub(super) enum Progress<S> {
-    /// Done, or on its way, up to here.
+    /// Done, up to here.
     To(u64),
+    /// On its way, up to here.
+    Issued(u64),
     /// It waits for something, in this state.
     Wait(S),
     /// It is parked, and looked up again when it is woken.
@@ -45,6 +59,11 @@ pub(super) enum Progress<S> {
 }
 
 impl<S> Progress<S> {
+    /// Done up to `to`; is it on its way?
+    pub fn done(to: u64, is_issued: bool) -> Progress<S> {
+        if is_issued { Progress::Issued(to) } else { Progress::To(to) }
+    }
+
     /// The clusters that it needs were not to be had.
     pub fn short(at: u64, short: Short) -> Progress<S> {
         match short {

@@ -26,7 +26,7 @@ use crate::qcow2::run::l2_table::{NewTables, TableState, TableStep};
 use crate::qcow2::run::live_header::LiveHeader;
 use crate::qcow2::run::lookup::{Found, Run};
 use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::piece::{Piece, Progress};
 use crate::qcow2::run::reserve::Reserve;
 use crate::qcow2::run::resize::Resize;
 use crate::qcow2::run::tables::Tables;
@@ -233,11 +233,13 @@ impl Qcow2 {
         match progress {
             Progress::To(to) if to == cx.io().end() => self.end(cx),
             Progress::To(to) => self.walk(to, cx),
+            Progress::Issued(at) | Progress::AfterOps { at } => {
+                Step::Wait(RequestState::Pieces { at })
+            }
             Progress::Wait(state) => Step::Wait(wait(state)),
             Progress::LookAgain { at } => Step::Wait(RequestState::Next { at }),
             Progress::Space { at, attempt } => Step::Wait(RequestState::Space { at, attempt }),
             Progress::Room { at, attempt } => Step::Wait(RequestState::Room { at, attempt }),
-            Progress::AfterOps { at } => Step::Wait(RequestState::Pieces { at }),
             Progress::ProvideTable { at } => self.provide_table(at, cx),
             Progress::Invalid { at } => self.invalid_entry(at, cx),
             Progress::HitsMetadata { host } => Step::Done(Err(self.corrupt.hit_metadata(host, cx))),
@@ -266,6 +268,19 @@ impl Qcow2 {
             tables: &mut self.tables,
             metadata: &mut self.metadata,
             reserve: &mut self.reserve,
+            writeback: &mut self.writeback,
+        }
+    }
+
+    fn clearing(&mut self) -> ClearStep<'_> {
+        ClearStep {
+            image: &self.image,
+            disk: &self.disk,
+            is_raw_external: self.header.is_raw_external(),
+            claims: &mut self.claims,
+            tables: &mut self.tables,
+            metadata: &self.metadata,
+            inflated: &mut self.inflated,
             writeback: &mut self.writeback,
         }
     }
@@ -365,8 +380,7 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Result<u64, Step<RequestState>> {
         let kind = cx.io().kind;
-        let is_write = kind != IoKind::Read;
-        let found = match self.tables.look_up(at, end, is_write, cx.memory()) {
+        let found = match self.tables.look_up(at, end, kind != IoKind::Read, cx.memory()) {
             Found::NoTable { end } if self.needs_no_table(at, end, kind) => {
                 let mapping = Mapping::Unallocated(None);
                 Found::Run(Run { mapping, copied: false, end, slot: None })
@@ -375,8 +389,12 @@ impl Qcow2 {
         };
         let mut lacking = end;
         if let Found::Run(run) = found {
-            match self.in_place(at, end, run, issued, cx) {
+            match self.in_place(Piece { at, end, run, after_ops: *issued }, cx) {
                 Some(Progress::To(to)) => return Ok(to),
+                Some(Progress::Issued(to)) => {
+                    *issued = true;
+                    return Ok(to);
+                }
                 Some(progress) => return Err(self.go_on(progress, |never| match never {}, cx)),
                 None => lacking = run.end,
             }
@@ -434,36 +452,30 @@ impl Qcow2 {
         }
     }
 
-    /// Does what needs no allocation for the run that begins at `at`; its slice maps all of
-    /// `at..end`.
-    fn in_place(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
+    /// Does what needs no allocation for the run that the piece begins with.
+    fn in_place(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Option<Progress<Infallible>> {
+        let Piece { at, run, .. } = piece;
         let io = cx.io();
-        let (from, len) = (at - io.offset, run.end - at);
-        match (io.kind, run.mapping) {
-            (IoKind::Read, Mapping::Data(_)) => return self.transfer(at, end, run, issued, cx),
-            (IoKind::Read, Mapping::Zero(_)) => cx.zero_guest(from, len),
-            (IoKind::Read, Mapping::Unallocated(_)) => {
-                *issued |= backing::read(self.disk.backing(), at, run.end, cx)
-            }
-            (IoKind::Read, Mapping::Compressed(_)) => return None,
+        let issues = match (io.kind, run.mapping) {
+            (IoKind::Read, Mapping::Data(_)) => return self.transfer(piece, cx),
             (IoKind::Write { .. }, Mapping::Data(_)) if run.copied => {
-                return self.transfer(at, end, run, issued, cx);
+                return self.transfer(piece, cx);
             }
-            (IoKind::Write { .. }, _) => return None,
+            (IoKind::Write { .. }, _) | (IoKind::Read, Mapping::Compressed(_)) => return None,
+            (IoKind::Read, Mapping::Zero(_)) => {
+                cx.zero_guest(at - io.offset, run.end - at);
+                false
+            }
+            (IoKind::Read, Mapping::Unallocated(_)) => {
+                backing::read(self.disk.backing(), at, run.end, cx)
+            }
             (IoKind::Status { .. }, _) => {
-                *issued |= self.answer_status(at, run, cx);
-                return Some(Progress::To(io.end()));
+                let issues = self.answer_status(at, run, cx);
+                return Some(Progress::done(io.end(), issues));
             }
-            _ => return self.clear(at, end, run, issued, cx),
-        }
-        Some(Progress::To(run.end))
+            _ => return self.clearing().clear(piece, cx),
+        };
+        Some(Progress::done(run.end, issues))
     }
 
     /// Says what the run that begins at `at` is. True: the layer below is asked.
@@ -483,16 +495,10 @@ impl Qcow2 {
         false
     }
 
-    /// Reads or writes the run of data that begins at `at`, and those that follow it in the same
-    /// slice: a fragmented range is looked up once.
-    fn transfer(
-        &mut self,
-        mut at: u64,
-        end: u64,
-        mut run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
+    /// Reads or writes the run of data that the piece begins with, and those that follow it: a
+    /// fragmented range is looked up once.
+    fn transfer(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Option<Progress<Infallible>> {
+        let Piece { mut at, end, mut run, .. } = piece;
         let io = cx.io();
         let is_write = io.kind != IoKind::Read;
         while let Mapping::Data(host) = run.mapping {
@@ -503,18 +509,21 @@ impl Qcow2 {
             } else if !run.copied {
                 break;
             } else if self.metadata.is_hit(host, len) {
+                if at > piece.at {
+                    break;
+                }
                 return Some(Progress::HitsMetadata { host });
             } else {
                 cx.write_guest(self.image.data, host, from, len, false);
             }
-            (at, *issued) = (run.end, true);
+            at = run.end;
             let Some(slot) = run.slot.filter(|_| at < end && cx.room() > 0) else { break };
             let Found::Run(next) = self.tables.run_in(slot, at, end, is_write, cx.memory()) else {
                 break;
             };
             run = next;
         }
-        Some(Progress::To(at))
+        Some(Progress::Issued(at))
     }
 
     fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
@@ -539,27 +548,5 @@ impl Qcow2 {
             Ok(()) => self.walk(at, cx),
             Err(errno) => Step::Done(Err(errno)),
         }
-    }
-
-    /// Zeroes or discards what it can of the run at `at`.
-    fn clear(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
-        let mut clear = ClearStep {
-            image: &self.image,
-            disk: &self.disk,
-            is_raw_external: self.header.is_raw_external(),
-            claims: &mut self.claims,
-            tables: &mut self.tables,
-            metadata: &self.metadata,
-            inflated: &mut self.inflated,
-            writeback: &mut self.writeback,
-        };
-        clear.run(at, end, run, issued, cx)
     }
 }

@@ -292,7 +292,9 @@ impl WritebackStep<'_> {
         cx: &mut Cx<'_>,
     ) -> Step<WritebackState> {
         match (state, event) {
-            (WritebackState::Counts { begun }, Event::Start) => self.when_counted(begun, Ok(()), cx),
+            (WritebackState::Counts { begun }, Event::Start) => {
+                self.when_counted(begun, Ok(()), cx)
+            }
             (WritebackState::Counts { begun }, Event::Woken) => {
                 self.when_counted(begun, self.reserve.result(), cx)
             }

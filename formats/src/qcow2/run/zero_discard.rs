@@ -18,9 +18,8 @@ use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
 use crate::qcow2::run::allocate::Claim;
 use crate::qcow2::run::compressed::Inflated;
 use crate::qcow2::run::image::{Disk, Image};
-use crate::qcow2::run::lookup::Run;
 use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::piece::{Piece, Progress};
 use crate::qcow2::run::tables::Tables;
 use crate::qcow2::run::writeback::Writeback;
 
@@ -53,34 +52,19 @@ pub(super) struct ClearStep<'a> {
 }
 
 impl ClearStep<'_> {
-    /// Clears what it can from `at` on, which `run` describes; its slice maps all of `at..end`.
-    pub fn run(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+    /// Clears what it can of the piece.
+    pub fn clear(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Cleared {
         match cx.io().kind {
-            IoKind::Zero { unmap, .. } => self.zero(at, run, unmap, issued, cx),
-            _ => self.discard(at, end, run, issued, cx),
+            IoKind::Zero { unmap, .. } => self.zero(piece, unmap, cx),
+            _ => self.discard(piece, cx),
         }
     }
 
-    fn zero(
-        &mut self,
-        at: u64,
-        run: Run,
-        unmap: bool,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
-        let (geometry, len) = (self.image.geometry, run.end - at);
+    fn zero(&mut self, piece: Piece, unmap: bool, cx: &mut Cx<'_>) -> Cleared {
+        let Piece { at, run, .. } = piece;
+        let geometry = self.image.geometry;
         if self.is_raw_external {
-            cx.issue(Op::bare(OpKind::Zero { unmap }, self.image.data, at, len));
-            *issued = true;
-            return Some(Progress::To(run.end));
+            return self.issue(OpKind::Zero { unmap }, at, at, run.end, cx);
         }
         match run.mapping {
             Mapping::Zero(None) => return Some(Progress::To(run.end)),
@@ -97,8 +81,7 @@ impl ClearStep<'_> {
         let can_say_so = geometry.has_zero_clusters() || !self.disk.shows_backing(at);
         match self.disk.whole(at, run.end, unit).filter(|_| can_say_so) {
             Some((first, last)) if first == at => {
-                let mark = if unmap { Mark::Unmap } else { Mark::Zero };
-                self.mark(at, last, run, mark, issued, cx)
+                self.mark(piece, last, if unmap { Mark::Unmap } else { Mark::Zero }, cx)
             }
             whole => {
                 let end = whole.map_or(run.end, |(first, _)| first);
@@ -110,22 +93,19 @@ impl ClearStep<'_> {
                 if self.metadata.is_hit(host, end - at) {
                     return Some(Progress::HitsMetadata { host });
                 }
-                let kind = OpKind::Zero { unmap: false };
-                cx.issue(Op::bare(kind, self.image.data, host, end - at));
-                *issued = true;
-                Some(Progress::To(end))
+                self.issue(OpKind::Zero { unmap: false }, host, at, end, cx)
             }
         }
     }
 
-    fn discard(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+    /// Zeroes or discards `at..to` of the guest's disk where it is in the data file, at `host`.
+    fn issue(&self, kind: OpKind, host: u64, at: u64, to: u64, cx: &mut Cx<'_>) -> Cleared {
+        cx.issue(Op::bare(kind, self.image.data, host, to - at));
+        Some(Progress::Issued(to))
+    }
+
+    fn discard(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Cleared {
+        let Piece { at, end, run, .. } = piece;
         // A cluster may be of several kinds, subcluster by subcluster: it goes as a whole.
         let end = if self.image.geometry.has_subclusters() { end } else { run.end };
         let (first, last) = match self.disk.whole_clusters(at, end) {
@@ -133,51 +113,42 @@ impl ClearStep<'_> {
             Some((first, _)) if first > at => return Some(Progress::To(first)),
             Some(whole) => whole,
         };
-        if self.image.has_data_file() {
-            if self.image.pass_discards {
-                cx.issue(Op::bare(OpKind::Discard, self.image.data, first, last - first));
-                *issued = true;
-            }
-            return Some(Progress::To(last));
+        if self.image.has_data_file() && self.image.pass_discards {
+            return self.issue(OpKind::Discard, first, first, last, cx);
         }
         let shows_backing = self.disk.shows_backing(at);
         let is_nothing = matches!(run.mapping, Mapping::Zero(None))
             || matches!(run.mapping, Mapping::Unallocated(None)) && !shows_backing;
         let is_nothing = is_nothing && !self.image.geometry.has_subclusters();
-        if is_nothing || shows_backing && !self.image.geometry.has_zero_clusters() {
+        let cannot_say_so = shows_backing && !self.image.geometry.has_zero_clusters();
+        if self.image.has_data_file() || is_nothing || cannot_say_so {
             return Some(Progress::To(last));
         }
-        self.mark(at, last, run, Mark::Discard, issued, cx)
+        self.mark(piece, last, Mark::Discard, cx)
     }
 
-    /// Changes the entries of `at..last`, whole units in one slice.
-    fn mark(
-        &mut self,
-        at: u64,
-        last: u64,
-        run: Run,
-        mark: Mark,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+    /// Changes the entries of the piece up to `last`, whole units in one slice.
+    fn mark(&mut self, piece: Piece, last: u64, mark: Mark, cx: &mut Cx<'_>) -> Cleared {
         let bits = self.image.geometry.cluster_bits();
+        let Piece { at, run, after_ops, .. } = piece;
         let slot = run.slot?;
-        if *issued && (!self.tables.owns_table(at) || !self.writeback.has_room_for_frees()) {
+        let claim = match self.claims.around(at, last) {
+            Around::Within(key) if !mutant!("qcow2_zero_ignores_claims") => Some(key),
+            _ => None,
+        };
+        let (has_table, has_room) =
+            (self.tables.owns_table(at), self.writeback.has_room_for_frees());
+        if after_ops && (!has_table || !has_room || claim.is_some()) {
             return Some(Progress::AfterOps { at });
         }
-        if !self.tables.owns_table(at) {
+        if !has_table {
             return Some(Progress::ProvideTable { at });
         }
-        if let Around::Within(key) = self.claims.around(at, last)
-            && !mutant!("qcow2_zero_ignores_claims")
-        {
-            if *issued {
-                return Some(Progress::AfterOps { at });
-            }
+        if let Some(key) = claim {
             cx.park(self.claims[key].waiters());
             return Some(Progress::LookAgain { at });
         }
-        if !self.writeback.has_room_for_frees() {
+        if !has_room {
             let attempt = self.writeback.park_for_room(cx);
             return Some(Progress::Room { at, attempt });
         }
