@@ -7,7 +7,7 @@ use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
-use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Header, SECTOR};
+use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Compression, Header, SECTOR};
 use crate::qcow2::run::image::Image;
 
 /// The header of a running image.
@@ -37,6 +37,10 @@ impl LiveHeader {
 
     pub fn is_doubted(&self) -> bool {
         self.is_doubted
+    }
+
+    pub fn compression(&self) -> Compression {
+        self.on_disk.compression
     }
 
     pub fn has_snapshots(&self) -> bool {

@@ -61,7 +61,7 @@ use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::qcow2::run::close::{CloseState, CloseStep};
 use crate::qcow2::run::corrupt::MarkState;
-use crate::qcow2::run::request::{PIECES, RequestState};
+use crate::qcow2::run::piece::{PIECES, RequestState};
 use crate::qcow2::run::reserve::{Outcome, ReserveState, ReserveStep};
 use crate::qcow2::run::resize::{ResizeState, ResizeStep};
 use crate::qcow2::run::writeback::{WritebackState, WritebackStep};

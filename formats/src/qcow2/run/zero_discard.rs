@@ -6,26 +6,17 @@
 //! version 2 a table cannot say that a cluster is zeros: where a backing file would show, zeros are
 //! written instead, and discards do nothing.
 
-use std::convert::Infallible;
-
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, IoKind};
 use cowbell_engine::units::align_down;
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Around;
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
-use crate::qcow2::run::allocate::Claim;
-use crate::qcow2::run::compressed::Inflated;
-use crate::qcow2::run::image::{Disk, Image};
-use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::{Piece, Progress};
-use crate::qcow2::run::tables::Tables;
-use crate::qcow2::run::writeback::Writeback;
+use crate::qcow2::run::piece::{Piece, PieceStep, Progress, RequestState};
 
-/// How far a piece has got; `None`: it is to be allocated. It has no state of its own, as entries
-/// change at once.
-type Cleared = Option<Progress<Infallible>>;
+/// How far a piece has got; `None`: it is to be allocated.
+type Cleared = Option<Progress>;
 
 /// What becomes of entries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,20 +29,7 @@ enum Mark {
     Discard,
 }
 
-/// A piece of a zero write or discard, and what it works with.
-pub(super) struct ClearStep<'a> {
-    pub image: &'a Image,
-    pub disk: &'a Disk,
-    /// Is the data file to read, by itself, as the guest's disk does?
-    pub is_raw_external: bool,
-    pub claims: &'a mut Claims<Claim>,
-    pub tables: &'a mut Tables,
-    pub metadata: &'a Metadata,
-    pub inflated: &'a mut Inflated,
-    pub writeback: &'a mut Writeback,
-}
-
-impl ClearStep<'_> {
+impl PieceStep<'_> {
     /// Clears what it can of the piece.
     pub fn clear(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Cleared {
         match cx.io().kind {
@@ -63,7 +41,7 @@ impl ClearStep<'_> {
     fn zero(&mut self, piece: Piece, unmap: bool, cx: &mut Cx<'_>) -> Cleared {
         let Piece { at, run, .. } = piece;
         let geometry = self.image.geometry;
-        if self.is_raw_external {
+        if self.header.is_raw_external() {
             return self.issue(OpKind::Zero { unmap }, at, at, run.end, cx);
         }
         match run.mapping {
@@ -91,7 +69,7 @@ impl ClearStep<'_> {
                 }
                 let host = host.0 + (at & (geometry.cluster_size() - 1));
                 if self.metadata.is_hit(host, end - at) {
-                    return Some(Progress::HitsMetadata { host });
+                    return Some(self.hits_metadata(host, cx));
                 }
                 self.issue(OpKind::Zero { unmap: false }, host, at, end, cx)
             }
@@ -139,18 +117,18 @@ impl ClearStep<'_> {
         let (has_table, has_room) =
             (self.tables.owns_table(at), self.writeback.has_room_for_frees());
         if after_ops && (!has_table || !has_room || claim.is_some()) {
-            return Some(Progress::AfterOps { at });
+            return Some(Progress::Wait(RequestState::Pieces { at }));
         }
         if !has_table {
-            return Some(Progress::ProvideTable { at });
+            return Some(self.provide_table(at, cx));
         }
         if let Some(key) = claim {
-            cx.park(self.claims[key].waiters());
-            return Some(Progress::LookAgain { at });
+            cx.park(&mut self.claims[key].waiters);
+            return Some(Progress::look_again(at));
         }
         if !has_room {
             let attempt = self.writeback.park_for_room(cx);
-            return Some(Progress::Room { at, attempt });
+            return Some(Progress::Wait(RequestState::Room { at, attempt }));
         }
         for cluster in at >> bits..=(last - 1) >> bits {
             let from = at.max(cluster << bits);
@@ -195,10 +173,7 @@ impl ClearStep<'_> {
         }
         new.write(self.tables.slices.bytes_mut(slot, cx.mem()), index, geometry);
         if let (Some(place), true) = (place, is_whole && (host.is_none() || new.is_none())) {
-            if let Mapping::Compressed(old) = place {
-                self.inflated.forget(old.host);
-            }
-            self.writeback.give_up(place, old.is_copied(), true, self.image);
+            self.give_up(place, old.is_copied(), true);
         }
     }
 }
