@@ -38,7 +38,6 @@ pub struct Geometry {
     version: u8,
     extended: bool,
     external: bool,
-    /// Neither extended nor external.
     plain: bool,
     unit_bits: u8,
     slice_span_bits: u8,
@@ -116,6 +115,12 @@ impl Geometry {
     #[inline]
     pub fn has_data_file(self) -> bool {
         self.external
+    }
+
+    /// Has it neither subclusters nor a data file?
+    #[inline]
+    pub fn is_plain(self) -> bool {
+        self.plain
     }
 
     /// Can a table say that a cluster without a place reads as zeros?
@@ -344,15 +349,14 @@ impl L2Entry {
         L2Entry { word: u64::from_be_bytes(words[index]), bitmap: 0 }
     }
 
-    /// As `read` and then `mapping`, of a cluster of plain data: most entries. Where is it, and is it
+    /// As `read` and then `mapping`, of data in an image that is plain: where is it, and is it
     /// referenced just there?
     #[inline(always)]
     pub fn plain(table: &[u8], index: usize, geometry: Geometry) -> Option<(HostOffset, bool)> {
         let word = u64::from_be_bytes(*table.as_chunks::<8>().0.get(index)?);
         let host = word & !COPIED;
-        let is_plain = geometry.plain && host & !OFFSET == 0 && host != 0;
-        let is_plain = is_plain && geometry.is_aligned(host);
-        is_plain.then_some((HostOffset(host), word & COPIED != 0))
+        let is_data = host & !OFFSET == 0 && host != 0 && geometry.is_aligned(host);
+        is_data.then_some((HostOffset(host), word & COPIED != 0))
     }
 
     /// To its bytes in the table.

@@ -55,7 +55,7 @@ pub struct Regions {
     pub(super) inflated: RegionId,
     /// Copies of what a writeback writes.
     pub(super) staging: RegionId,
-    /// The piece of a refcount block, or of the refcount table, that the reserve works on.
+    /// Pieces of refcount blocks, or one of the refcount table, that the reserve works on.
     pub(super) counts: RegionId,
     /// What whoever changes the header writes.
     pub(super) header: RegionId,
@@ -76,12 +76,15 @@ impl Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
             staging: region(options.writeback_depth.max(1) * slice),
-            counts: region(slice),
+            counts: region(PIECES_MAX as usize * slice),
             header: region(slice),
             l1: region(slice),
         }
     }
 }
+
+/// The most pieces of refcount blocks that are read at once.
+pub(super) const PIECES_MAX: u64 = 16;
 
 /// The most bytes that a compressed cluster takes: less than a cluster, and the rest of the
 /// sectors that it begins and ends in.

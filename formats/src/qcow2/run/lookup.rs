@@ -75,11 +75,12 @@ impl Tables {
     ) -> Option<(u64, bool)> {
         let geometry = self.image().geometry;
         let inside = at & (geometry.cluster_size() - 1);
-        let bytes = self.slices.bytes_from(slot, 0, mem);
-        let plain = L2Entry::plain(bytes, geometry.slice_index(GuestOffset(at)), geometry);
-        let (host, copied) = match plain {
-            Some(plain) if inside + (end - at) <= geometry.cluster_size() => plain,
-            _ => self.one_run(slot, at, end, is_write, mem)?,
+        let is_one_cluster = inside + (end - at) <= geometry.cluster_size();
+        let (host, copied) = if is_one_cluster && geometry.is_plain() {
+            let bytes = self.slices.bytes_from(slot, 0, mem);
+            L2Entry::plain(bytes, geometry.slice_index(GuestOffset(at)), geometry)?
+        } else {
+            self.one_run(slot, at, end, is_write, mem)?
         };
         Some((host.0 + inside, copied))
     }
