@@ -16,9 +16,9 @@ use cowbell_engine::wait::WaitList;
 use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
-use crate::qcow2::run::lookup::Run;
 use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
 use crate::qcow2::run::reserve::{Short, Taken};
+use crate::qcow2::run::tables::Run;
 
 /// Where a piece is to go.
 struct Plan {

@@ -45,7 +45,6 @@ mod corrupt;
 mod image;
 mod l2_table;
 mod live_header;
-mod lookup;
 mod metadata;
 mod piece;
 mod request;

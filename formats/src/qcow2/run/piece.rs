@@ -13,10 +13,9 @@ use crate::parts::cow::{Cow, CowState};
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::image::{Disk, Image};
 use crate::qcow2::run::live_header::LiveHeader;
-use crate::qcow2::run::lookup::Run;
 use crate::qcow2::run::metadata::Metadata;
 use crate::qcow2::run::reserve::{Reserve, Short};
-use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::tables::{Run, Tables};
 use crate::qcow2::run::writeback::Writeback;
 
 /// A piece of a request, `at..end` of the guest's disk, which one slice of an L2 table maps.

@@ -19,14 +19,13 @@ use crate::qcow2::rest::open::Opened;
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::image::{Disk, Image, Qcow2Options, Regions, inflated_slot_bytes};
 use crate::qcow2::run::live_header::LiveHeader;
-use crate::qcow2::run::lookup::{Found, Run};
 use crate::qcow2::run::metadata::Metadata;
 use crate::qcow2::run::piece::{
     Claim, FLUSH, NewTable, PIECES, Piece, PieceStep, Progress, RequestState,
 };
 use crate::qcow2::run::reserve::Reserve;
 use crate::qcow2::run::resize::Resize;
-use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::tables::{Found, Run, Tables};
 use crate::qcow2::run::writeback::Writeback;
 
 /// An opened qcow2 image: all of its state. Each of its components keeps its own, and is changed by
