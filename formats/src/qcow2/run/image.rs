@@ -1,7 +1,7 @@
 //! What every part of a running image knows of it: its files, its geometry, its memory, how it is
 //! run. And the disk as a guest sees it: how long it is, and what shows where it has nothing.
 
-use cowbell_engine::op::{Op, Segs, Target};
+use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
@@ -129,6 +129,11 @@ impl Image {
 
     pub fn read_op(&self, offset: u64, segs: Segs) -> Op {
         Op::read(Target::File(self.file), offset, segs)
+    }
+
+    /// A write that is stable when it ends.
+    pub fn stable_write(&self, offset: u64, segs: Segs) -> Op {
+        Op { kind: OpKind::Write { fua: true }, ..Op::write(self.file, offset, segs) }
     }
 
     /// The key of the slice that maps the guest's byte `at`.

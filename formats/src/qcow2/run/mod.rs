@@ -13,8 +13,8 @@
 //!  │ └───── allocate: [Cow] ─> WriteData ─> [Publish] ─> Next
 //!  └─────── end of the range: [Swept] ─> done
 //!
-//! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader ─> FlushHeader]
-//!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader ─> FlushHeader
+//! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader]
+//!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader
 //!          if the disk grows, and after them if it shrinks                   (resize.rs)
 //! chores:  Writeback: Counts ─> [Fence] ─> Write … ─> [Header] ─> Flush      (writeback.rs)
 //!          Reserve: Turn ─> Load, Grow, Write; Table ─> Link or Header       (reserve.rs)

@@ -47,10 +47,8 @@ pub enum ReserveState {
     },
     /// A changed piece of a refcount block, written.
     Write,
-    /// A new refcount block's entry in the refcount table, written.
+    /// A new refcount block's entry in the refcount table, stable.
     Link,
-    /// That entry, stable.
-    FlushLink,
     /// A longer refcount table, written.
     Table {
         /// Up to this piece.
@@ -58,10 +56,8 @@ pub enum ReserveState {
     },
     /// The longer refcount table, stable.
     FlushTable,
-    /// The header that names it, written.
+    /// The header's turn, or the header that names it, stable.
     Header,
-    /// That header, stable.
-    FlushHeader,
     /// Clusters that are not needed any more, given back to the file system.
     Discard,
     /// The requests that may still use what was given up, ended.
@@ -538,24 +534,22 @@ impl ReserveStep<'_> {
             (ReserveState::Grow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
                 self.grown(cx)
             }
-            (state, Event::Io(Err(errno))) => self.op_failed(state, errno, cx),
+            // Not that far: then just as far as is needed.
+            (ReserveState::Grow { exact: false }, Event::Io(Err(_))) => self.grow_exactly(cx),
+            (ReserveState::Grow { exact: true }, Event::Io(Err(errno))) => {
+                self.reserve.grown = self.reserve.len;
+                self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
+                self.out_of_space(errno, cx)
+            }
+            (ReserveState::Header, Event::Io(Err(errno))) => self.header_failed(errno, cx),
+            (_, Event::Io(Err(errno))) => self.counting_failed(errno, cx),
             (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
             (ReserveState::Write, Event::Io(_)) => self.piece_written(cx),
             (ReserveState::Table { from }, Event::Io(_)) => self.write_area(from, cx),
             (ReserveState::FlushTable, Event::Io(_)) => self.link_area(cx),
-            (ReserveState::Link, Event::Io(_)) => {
-                self.image.flush_files(cx);
-                Outcome::Wait(ReserveState::FlushLink)
-            }
             (ReserveState::Header, Event::Woken) => self.link_area(cx),
-            (ReserveState::Header, Event::Io(_)) => {
-                self.image.flush_files(cx);
-                Outcome::Wait(ReserveState::FlushHeader)
-            }
-            (ReserveState::FlushLink | ReserveState::FlushHeader, Event::Io(_)) => {
-                self.area_linked(cx)
-            }
+            (ReserveState::Link | ReserveState::Header, Event::Io(_)) => self.area_linked(cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
@@ -1098,7 +1092,7 @@ impl ReserveStep<'_> {
         let first = area.index >> entry_bits << entry_bits;
         self.fill_table(area, first as usize, self.counts(cx));
         let offset = self.reserve.table_offset + first * 8;
-        cx.issue(Op::write(self.image.file, offset, Segs::one(self.counts_seg())));
+        cx.issue(self.image.stable_write(offset, Segs::one(self.counts_seg())));
         Outcome::Wait(ReserveState::Link)
     }
 
@@ -1137,48 +1131,27 @@ impl ReserveStep<'_> {
         self.next(cx)
     }
 
-    fn op_failed(&mut self, state: ReserveState, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
-        match state {
-            // Not that far: then just as far as is needed.
-            ReserveState::Grow { exact: false } => {
-                self.reserve.grown = self.reserve.len;
-                let bits = self.image.geometry.cluster_bits();
-                let len = match self.reserve.phase {
-                    Phase::Blocks(area) => Some(area.end() << bits),
-                    Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
-                };
-                match len.filter(|&len| len > self.reserve.grown) {
-                    Some(len) => self.grow(len, true, cx),
-                    None => self.grown(cx),
-                }
-            }
-            ReserveState::Grow { exact: true } => {
-                self.reserve.grown = self.reserve.len;
-                self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
-                self.out_of_space(errno, cx)
-            }
-            ReserveState::Header | ReserveState::FlushHeader => {
-                // The header may name the new table, which is as good as the old one: it is left
-                // alone.
-                if let Phase::Blocks(area) = self.reserve.phase {
-                    self.header.changed(Err(errno), cx);
-                    if area.fresh {
-                        self.reserve.end = area.end();
-                    }
-                }
-                self.counting_failed(errno, cx)
-            }
-            ReserveState::Turn
-            | ReserveState::Load
-            | ReserveState::Write
-            | ReserveState::Link
-            | ReserveState::FlushLink
-            | ReserveState::Table { .. }
-            | ReserveState::FlushTable
-            | ReserveState::Discard
-            | ReserveState::Past
-            | ReserveState::Swept => self.counting_failed(errno, cx),
+    fn grow_exactly(&mut self, cx: &mut Cx<'_>) -> Outcome {
+        self.reserve.grown = self.reserve.len;
+        let len = match self.reserve.phase {
+            Phase::Blocks(area) => Some(area.end() << self.image.geometry.cluster_bits()),
+            Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
+        };
+        match len.filter(|&len| len > self.reserve.grown) {
+            Some(len) => self.grow(len, true, cx),
+            None => self.grown(cx),
         }
+    }
+
+    /// The header may name the new table, which is as good as the old one: it is left alone.
+    fn header_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
+        self.header.changed(Err(errno), cx);
+        if let Phase::Blocks(area) = self.reserve.phase
+            && area.fresh
+        {
+            self.reserve.end = area.end();
+        }
+        self.counting_failed(errno, cx)
     }
 
     /// What the piece is on disk, nobody knows. It is written again if it counts what is in use; what

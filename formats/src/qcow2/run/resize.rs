@@ -42,10 +42,8 @@ pub enum ResizeState {
     ClearBeyond,
     /// A writeback.
     Swept,
-    /// The header's turn, or the header, written.
+    /// The header's turn, or the header, stable.
     WriteHeader,
-    /// The header, stable.
-    FlushHeader,
 }
 
 /// Who is resizing, and how far it is.
@@ -103,7 +101,7 @@ impl ResizeStep<'_> {
             _ => Ok(()),
         };
         match (state, event, result) {
-            (ResizeState::WriteHeader | ResizeState::FlushHeader, _, Err(errno)) => {
+            (ResizeState::WriteHeader, _, Err(errno)) => {
                 self.header.changed(Err(errno), cx);
                 self.resized(Err(errno), cx)
             }
@@ -123,11 +121,7 @@ impl ResizeStep<'_> {
             (ResizeState::WriteL1 { from }, Event::Io(_), _) => self.write_l1(from, cx),
             (ResizeState::FlushL1, Event::Io(_), _) => self.write_change(cx),
             (ResizeState::WriteHeader, Event::Woken, _) => self.write_change(cx),
-            (ResizeState::WriteHeader, Event::Io(_), _) => {
-                self.image.flush_files(cx);
-                Step::Wait(ResizeState::FlushHeader)
-            }
-            (ResizeState::FlushHeader, Event::Io(_), _) => self.changed(cx),
+            (ResizeState::WriteHeader, Event::Io(_), _) => self.changed(cx),
             (ResizeState::DataLength, Event::Io(_), _) => self.clear_beyond(cx),
             (ResizeState::ClearBeyond, Event::Io(_), _) => self.cleared(cx),
             (state, event, _) => panic!("{event:?} in {state:?}"),

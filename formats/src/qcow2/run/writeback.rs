@@ -1,7 +1,7 @@
 //! The writeback: writing changed metadata back.
 //!
 //! ```text
-//! Counts ─> [Fence] ─> Write ─> … once for each round … ─> [Header ─> FlushHeader] or Flush
+//! Counts ─> [Fence] ─> Write ─> … once for each round … ─> [Header] ─> Flush
 //! ```
 //!
 //! One chore, one writeback at a time. It *takes* the L2 slices and L1 blocks that are changed when it
@@ -47,8 +47,6 @@ pub enum WritebackState {
     },
     /// The header's turn, or the header, written again.
     Header,
-    /// All of it, stable, the header too.
-    FlushHeader,
     /// All of it, stable.
     Flush,
 }
@@ -312,13 +310,9 @@ impl WritebackStep<'_> {
                 self.ended(result, cx)
             }
             (WritebackState::Header, Event::Woken) => self.written(cx),
-            (WritebackState::Header, Event::Io(Ok(()))) => {
-                self.image.flush_files(cx);
-                Step::Wait(WritebackState::FlushHeader)
-            }
-            (WritebackState::Header | WritebackState::FlushHeader, Event::Io(result)) => {
+            (WritebackState::Header, Event::Io(result)) => {
                 self.header.changed(result, cx);
-                self.ended(result, cx)
+                if result.is_ok() { self.written(cx) } else { self.ended(result, cx) }
             }
             (WritebackState::Flush, Event::Io(result)) => self.ended(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
