@@ -175,9 +175,11 @@ impl Driver for Qcow2 {
         match state {
             State::Request(state) => self.step_request(state, event, cx).map(State::Request),
             State::Resize(state) => self.resizing().run(state, event, cx).map(State::Resize),
-            State::Writeback(state) => self.step_writeback(state, event, cx),
+            State::Writeback(state) => {
+                self.writing_back().run(state, event, cx).map(State::Writeback)
+            }
             State::Reserve(state) => self.step_reserve(state, event, cx),
-            State::Close(state) => self.step_close(state, event, cx),
+            State::Close(state) => self.closing().run(state, event, cx).map(State::Close),
             State::Mark(state) => {
                 self.corrupt.step(state, event, &mut self.header, cx).map(State::Mark)
             }
@@ -202,20 +204,24 @@ impl Qcow2 {
     }
 
     #[inline(never)]
-    fn step_writeback(
-        &mut self,
-        state: WritebackState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let mut step = WritebackStep {
+    fn writing_back(&mut self) -> WritebackStep<'_> {
+        WritebackStep {
             image: &self.image,
             writeback: &mut self.writeback,
             tables: &mut self.tables,
             header: &mut self.header,
             reserve: &mut self.reserve,
-        };
-        step.run(state, event, cx).map(State::Writeback)
+        }
+    }
+
+    #[inline(never)]
+    fn closing(&mut self) -> CloseStep<'_> {
+        CloseStep {
+            image: &self.image,
+            header: &self.header,
+            writeback: &mut self.writeback,
+            reserve: &mut self.reserve,
+        }
     }
 
     /// A writeback gives to the reserve, which knows nothing of it: what one needs of the other is
@@ -239,16 +245,5 @@ impl Qcow2 {
             }
             Outcome::Done(result) => Step::Done(result),
         }
-    }
-
-    #[inline(never)]
-    fn step_close(&mut self, state: CloseState, event: Event, cx: &mut Cx<'_>) -> Step<State> {
-        let mut step = CloseStep {
-            image: &self.image,
-            header: &self.header,
-            writeback: &mut self.writeback,
-            reserve: &mut self.reserve,
-        };
-        step.run(state, event, cx).map(State::Close)
     }
 }
