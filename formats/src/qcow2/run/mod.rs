@@ -1,14 +1,15 @@
-//! qcow2 as a state machine: the states, and where each leads. Each file below has states of its own,
-//! and answers how it goes on; this one routes events to them, and between them.
+//! qcow2 as a state machine: the states, and where each leads. Each component below has states of its
+//! own, and answers how it goes on; this file routes events to them, and between them.
 //!
 //! ```text
 //! a request, by its pieces                                                  (request.rs)
 //!
 //!            ┌──────────────── look again ◄─────────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────────┤
-//!  │ │ │ │   │ no L2 table, or a shared one ─> Table: [Zero | Copy] ─> Link ┤
+//!  │ │ │ │   │ no L2 table, or a shared one ─> [ZeroTable | ReadTable ─>    │
+//!  │ │ │ │   │                            CopyTable …] ─> [LinkTable] ───────┤
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──────┘
-//!  │ │ │ └─ compressed: Read ─> Inflate ─> Next
+//!  │ │ │ └─ compressed: ReadCompressed ─> Inflate ─> Next
 //!  │ │ └─── mapped, zero, or several pieces: Pieces (all ops joined) ─> Next
 //!  │ └───── allocate: [Cow] ─> WriteData ─> [Publish] ─> Next
 //!  └─────── end of the range: [Swept] ─> done

@@ -10,7 +10,7 @@
 //! for, and writes the copies. When all is written it is made stable. Whoever wants a flush waits for the
 //! first writeback that begins after he came: any number go with one.
 //!
-//! What changes after it was copied goes with the next writeback; nothing waits for this one. A
+//! What changes after it was copied goes with the next writeback; no change waits for this one. A
 //! changed slice is pinned, and stays in memory until it is written. A header whose write has
 //! failed goes with the next writeback.
 //!
