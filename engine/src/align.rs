@@ -23,7 +23,7 @@
 //! under the lock: Gate ─> Quiet ─> Claim …, or GiveBack ─> GiveBack … ─> done
 //! Claim ─> Quiesce ─> Chunk ─> ReadEdges ─> WriteChunk ─> Chunk … ─> Trim ─> done
 //!   │         │         └─ zeroing whole blocks: ZeroWhole ─> Chunk
-//!   │         └─ a change of length: Direct ─> Settle ─> done
+//!   │         └─ a change of length: Direct ─> (a truncation is answered) ─> Settle ─> done
 //!   └─ only waited for a claim or the gate: Direct ─> done
 //! reads: Claim ─> Chunk ─> ReadChunk ─> Chunk …
 //! ```
@@ -39,6 +39,7 @@ use crate::file_job::{Job, State};
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
+use crate::slots::Origin;
 use crate::units::{BufId, Errno, ReqId, align_down, align_up};
 
 /// What to zero next: so many bytes.
@@ -100,7 +101,12 @@ impl Machine<'_> {
             (State::Gate, Event::Start | Event::Woken) => self.close(),
             (State::Quiet, Event::Start | Event::Woken) => self.wait_for_quiet(),
             (State::Claim, Event::Start | Event::Woken) => self.claim(),
-            (State::Direct, Event::Io(_)) if self.my_claim().is_some() => self.settle(),
+            (State::Direct, Event::Io(_)) if self.my_claim().is_some() => {
+                if self.job.op.kind == OpKind::Truncate {
+                    self.answer_first();
+                }
+                self.settle()
+            }
             (State::Trim, Event::Io(_)) if self.cuts() => self.settle(),
             (State::Direct | State::Trim | State::Settle, Event::Io(_)) => Step::Done(Ok(())),
             (State::Quiesce, Event::Start | Event::Woken) => self.quiesce(),
@@ -475,6 +481,23 @@ impl Machine<'_> {
         let len = file.len;
         self.core.enqueue(self.me, Op::bare(OpKind::Truncate, self.job.file, len, 0));
         Step::Wait(State::Trim)
+    }
+
+    /// The file has its length: who wanted it goes on, and so do all others, but for those in the block
+    /// that was cut. Whoever needs the length to be stable flushes for that, as he must where no
+    /// block is cut.
+    fn answer_first(&mut self) {
+        let mine = self.my_claim().expect("a change of length that cuts a block has a claim");
+        let file = &mut self.core.files[self.job.file.index()];
+        let block = u64::from(file.info.request_align.max(file.info.hole_align));
+        file.claims[mine].end = file.claims[mine].start + block;
+        let mut list = std::mem::take(&mut file.claim_waiters);
+        self.core.wake_all(&mut list);
+        self.open();
+        let slot = self.core.ops.slot_mut(self.me);
+        if let Origin::Child(parent) = std::mem::replace(&mut slot.origin, Origin::Chore) {
+            self.core.op_done(parent, Ok(()));
+        }
     }
 
     /// Until the page is written, direct writes to it would be made through memory as well.

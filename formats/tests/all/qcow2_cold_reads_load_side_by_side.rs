@@ -1,6 +1,8 @@
 //! Misses do not wait for each other: on a device where every op takes one round, any number of
 //! cold reads takes as many rounds as one does, and so does one read of many tables.
 
+use std::path::Path;
+
 use crate::common::drive::{add, drain, folder, make_with, settle};
 use crate::common::held::Held;
 use cowbell_engine::mem::Buf;
@@ -38,14 +40,21 @@ fn cold() -> (Engine<Node, Held>, NodeId) {
     settle(&mut engine);
     drain(&mut engine);
 
-    let opened = open(&DiskFile::open(&path, &Default::default()).expect("opens"), Access::Read);
+    in_memory(&path, Access::Read)
+}
+
+/// The image at `path`, in memory, opened and cold.
+fn in_memory(path: &Path, access: Access) -> (Engine<Node, Held>, NodeId) {
+    let opened = open(&DiskFile::open(path, &Default::default()).expect("opens"), access);
     let opened = opened.expect("an image");
     let mut engine: Engine<Node, Held> = Engine::new(Held::default(), Limits::default());
-    let bytes = std::fs::read(&path).expect("read");
+    let bytes = std::fs::read(path).expect("read");
     let (file, _) = engine.attach(bytes).expect("memory");
     let options = Qcow2Options::default();
     let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
-    let node = Qcow2::new((file, file), opened, (false, false, false), None, regions, options);
+    let can_write = access == Access::Write;
+    let can = (can_write, can_write, can_write);
+    let node = Qcow2::new((file, file), opened, can, None, regions, options);
     let disk = engine.add(Node::Qcow2(Box::new(node)));
     (engine, disk)
 }
@@ -93,4 +102,27 @@ fn one_request_of_many_tables_too() {
         let at = (table * SPAN) as usize;
         assert_eq!((bytes[at], bytes[at + CLUSTER as usize]), (table as u8 + 1, 0));
     }
+}
+
+/// A hole is looked for in all refcount blocks: sixteen are read in a round.
+#[test]
+fn the_search_for_a_hole_too() {
+    const SIZE: u64 = 8 << 20;
+    let folder = folder();
+    let path = folder.path().join("image");
+    let size = Some(2 * SIZE);
+    let options = CreateOptions { size, cluster_size: Some(512), ..CreateOptions::default() };
+    make_with(&path, Format::Qcow2, &options);
+    let mut engine: Engine<Node, Inline> = Engine::new(Inline::new(), Limits::default());
+    let disk = add(&mut engine, &path, Format::Qcow2, true);
+    engine.submit(disk, Io::write(0, SIZE), Buf::copied(&[1; SIZE as usize]), 0).expect("room");
+    settle(&mut engine);
+    drain(&mut engine);
+
+    let blocks = (SIZE / 512 / 256) as usize;
+    let (mut engine, disk) = in_memory(&path, Access::Write);
+    engine.submit(disk, Io::write(SIZE, 512), Buf::copied(&[2; 512]), 0).expect("room");
+    let rounds = rounds(&mut engine);
+    assert!((blocks / 16..blocks / 16 + 12).contains(&rounds), "{rounds} for {blocks} blocks");
+    assert_eq!(engine.poll().expect("it is done").result, Ok(()));
 }

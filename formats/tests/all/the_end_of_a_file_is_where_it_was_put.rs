@@ -1,5 +1,6 @@
 //! A write into a cut last block writes the block whole and puts the file's end back. Neither a
-//! truncation meanwhile nor one that failed before makes that the wrong end.
+//! truncation meanwhile nor one that failed before makes that the wrong end. A truncation itself holds
+//! up that block alone.
 
 use crate::common::held::Held;
 use cowbell_engine::mem::{Buf, Mem};
@@ -97,6 +98,25 @@ fn shrinking_while_the_block_is_read_or_written() {
             assert_eq!(bytes[100..105], [0x55; 5]);
         }
     }
+}
+
+/// A flush follows; it is the cut block alone that waits for it.
+#[test]
+fn growth_is_answered_before_the_cut_block_is_stable() {
+    let mut rig = Rig::new(9000);
+    rig.truncate(1 << 20);
+    assert!(rig.release(None, truncates_to(1 << 20)));
+    assert_eq!(rig.engine.poll().expect("it is done").result, Ok(()));
+    rig.write(8192, 4096);
+    rig.write(12288, 4096);
+    let write = OpKind::Write { fua: false };
+    let in_flight = |rig: &Rig| -> Vec<_> {
+        rig.engine.backend().ops.iter().map(|(_, op)| (op.kind, op.offset)).collect()
+    };
+    assert_eq!(in_flight(&rig), [(OpKind::Flush, 0), (write, 12288)]);
+    assert!(rig.release(None, |op| op.kind == OpKind::Flush));
+    assert_eq!(in_flight(&rig), [(write, 12288), (write, 8192)]);
+    assert_eq!(rig.finish(|_| false).len(), 1 << 20);
 }
 
 #[test]

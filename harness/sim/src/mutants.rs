@@ -178,10 +178,7 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_data_error_ignored", "an entry leads to data whose write failed"),
     qcow2("qcow2_no_fence_for_data", "an entry may be stable before the data that it needs"),
     qcow2("qcow2_no_fence_in_writeback", "a writeback forgets the fence that its slices owe"),
-    qcow2(
-        "qcow2_seal_ignored",
-        "an entry that owes a fence slips into a slice whose fence is under way",
-    ),
+    qcow2("qcow2_copied_after_fence", "a writeback writes what was published after its fence"),
     qcow2("qcow2_writeback_not_flushed", "a writeback ends before what it wrote is stable"),
     qcow2("qcow2_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
     qcow2(

@@ -30,7 +30,7 @@ pub const HOST_MAX: u64 = 1 << 56;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Invalid;
 
-/// The sizes that follow from a header.
+/// The sizes that follow from a header; those that every request asks for are not computed each time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Geometry {
     cluster_bits: u8,
@@ -38,6 +38,10 @@ pub struct Geometry {
     version: u8,
     extended: bool,
     external: bool,
+    plain: bool,
+    unit_bits: u8,
+    slice_span_bits: u8,
+    slice_index_mask: u16,
 }
 
 /// What [`Geometry::new`] is made of.
@@ -65,12 +69,22 @@ impl Geometry {
             && refcount_order <= REFCOUNT_ORDER_MAX
             && (2..=3).contains(&version)
             && (version == 3 || (!extended && !external && refcount_order == 4));
-        good.then_some(Geometry {
+        if !good {
+            return None;
+        }
+        let unit_bits = cluster_bits - if extended { SUBCLUSTERS.trailing_zeros() } else { 0 };
+        let entry_bits = if extended { 4 } else { 3 };
+        let slice_entry_bits = cluster_bits.min(SLICE_BITS_MAX) - entry_bits;
+        Some(Geometry {
             cluster_bits: cluster_bits as u8,
             refcount_order: refcount_order as u8,
             version: version as u8,
             extended,
             external,
+            plain: !extended && !external,
+            unit_bits: unit_bits as u8,
+            slice_span_bits: (cluster_bits + slice_entry_bits) as u8,
+            slice_index_mask: (1 << slice_entry_bits) - 1,
         })
     }
 
@@ -103,6 +117,12 @@ impl Geometry {
         self.external
     }
 
+    /// Has it neither subclusters nor a data file?
+    #[inline]
+    pub fn is_plain(self) -> bool {
+        self.plain
+    }
+
     /// Can a table say that a cluster without a place reads as zeros?
     pub fn has_zero_clusters(self) -> bool {
         self.version >= 3
@@ -111,7 +131,7 @@ impl Geometry {
     /// log2 of the bytes that one mapping is for: a subcluster, or a cluster without such.
     #[inline]
     pub fn unit_bits(self) -> u32 {
-        self.cluster_bits() - if self.extended { SUBCLUSTERS.trailing_zeros() } else { 0 }
+        self.unit_bits.into()
     }
 
     /// Bytes that one mapping is for.
@@ -185,6 +205,18 @@ impl Geometry {
     #[inline]
     pub fn slice_bits(self) -> u32 {
         self.cluster_bits().min(SLICE_BITS_MAX)
+    }
+
+    /// log2 of the guest bytes that such a slice of an L2 table maps.
+    #[inline]
+    pub fn slice_span_bits(self) -> u32 {
+        self.slice_span_bits.into()
+    }
+
+    /// The index in its slice of the entry for `guest`.
+    #[inline]
+    pub fn slice_index(self, guest: GuestOffset) -> usize {
+        (guest.0 >> self.cluster_bits) as usize & usize::from(self.slice_index_mask)
     }
 
     /// Is `offset` where a cluster may begin?
@@ -317,6 +349,16 @@ impl L2Entry {
         L2Entry { word: u64::from_be_bytes(words[index]), bitmap: 0 }
     }
 
+    /// As `read` and then `mapping`, of data in an image that is plain: where is it, and is it
+    /// referenced just there?
+    #[inline(always)]
+    pub fn plain(table: &[u8], index: usize, geometry: Geometry) -> Option<(HostOffset, bool)> {
+        let word = u64::from_be_bytes(*table.as_chunks::<8>().0.get(index)?);
+        let host = word & !COPIED;
+        let is_data = host & !OFFSET == 0 && host != 0 && geometry.is_aligned(host);
+        is_data.then_some((HostOffset(host), word & COPIED != 0))
+    }
+
     /// To its bytes in the table.
     pub fn write(self, table: &mut [u8], index: usize, geometry: Geometry) {
         let (words, _) = table.as_chunks_mut::<8>();
@@ -355,7 +397,7 @@ impl L2Entry {
     pub fn following(self, geometry: Geometry) -> Option<L2Entry> {
         let word = self.word.wrapping_add(geometry.cluster_size());
         let is_plain = (self.word | word) & !(OFFSET | COPIED) == 0;
-        let is_said = is_plain && !geometry.extended && !geometry.external;
+        let is_said = is_plain && geometry.plain;
         is_said.then_some(L2Entry { word, bitmap: 0 })
     }
 
@@ -409,7 +451,7 @@ impl L2Entry {
     #[inline(always)]
     pub fn mapping(self, sub: u32, geometry: Geometry) -> Result<Mapping, Invalid> {
         // Most entries.
-        if self.word & !OFFSET == COPIED && !geometry.extended && !geometry.external {
+        if self.word & !OFFSET == COPIED && geometry.plain {
             let host = self.word & OFFSET;
             if host != 0 && geometry.is_aligned(host) {
                 return Ok(Mapping::Data(HostOffset(host)));

@@ -13,61 +13,12 @@ use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
 use cowbell_engine::wait::WaitList;
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
-use crate::qcow2::run::compressed::Inflated;
-use crate::qcow2::run::image::{Disk, Image};
-use crate::qcow2::run::lookup::Run;
-use crate::qcow2::run::piece::Progress;
-use crate::qcow2::run::reserve::{Reserve, Short, Taken};
-use crate::qcow2::run::tables::Tables;
-use crate::qcow2::run::writeback::Writeback;
-
-/// What an allocating write awaits; `claim` is the key of its claim.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum AllocateState {
-    /// What the new clusters hold around the write.
-    Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
-    /// The turn to change a slice that a writeback is about to write.
-    Publish { claim: u32 },
-    /// Room for what the entries give up, that writeback number `attempt` was to make.
-    PublishRoom { claim: u32, attempt: u32 },
-}
-
-/// Guest bytes being allocated.
-#[derive(Clone, Hash, Debug)]
-pub(super) struct Claim {
-    /// Whole clusters, or units of one that has its place already.
-    start: u64,
-    /// One past the last.
-    end: u64,
-    waiters: WaitList,
-    /// The slot of their table slice, pinned.
-    slot: usize,
-    /// Where the cluster of `start` is, or will be, in the data file; others follow it.
-    host: HostOffset,
-    /// Was that place taken from the reserve?
-    is_new: bool,
-    /// The guest range that this piece writes.
-    at: u64,
-    to: u64,
-    /// What the entries will expose: units, or whole clusters, around that.
-    exposed: (u64, u64),
-    /// What these hold around the write.
-    cow: Cow,
-    /// Would the new place, without this data, show what was never there?
-    owes: bool,
-}
-
-impl Claim {
-    /// Who waits for it to end.
-    pub fn waiters(&mut self) -> &mut WaitList {
-        &mut self.waiters
-    }
-}
+use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
+use crate::qcow2::run::reserve::{Short, Taken};
+use crate::qcow2::run::tables::Run;
 
 /// Where a piece is to go.
 struct Plan {
@@ -82,23 +33,12 @@ struct Plan {
 /// Bytes of zeros that are written at once.
 const ZEROS_MAX: u64 = 2 << 20;
 
-/// A step of an allocating write, and what it works with.
-pub(super) struct AllocateStep<'a> {
-    pub image: &'a Image,
-    pub disk: &'a Disk,
-    pub claims: &'a mut Claims<Claim>,
-    pub tables: &'a mut Tables,
-    pub inflated: &'a mut Inflated,
-    pub reserve: &'a mut Reserve,
-    pub writeback: &'a mut Writeback,
-}
-
-impl AllocateStep<'_> {
+impl PieceStep<'_> {
     /// Claims clusters for the run at `at`, and begins to fill them.
-    pub fn begin(&mut self, at: u64, run: Run, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+    pub fn allocate(&mut self, at: u64, run: Run, cx: &mut Cx<'_>) -> Progress {
         let bits = self.image.geometry.cluster_bits();
         if !self.tables.owns_table(at) {
-            return Progress::ProvideTable { at };
+            return self.provide_table(at, cx);
         }
         let plan = self.plan(at, run);
         let mut to = run.end;
@@ -116,7 +56,7 @@ impl AllocateStep<'_> {
             _ if mutant!("qcow2_no_claims") => {}
             Around::Within(key) => {
                 cx.park(&mut self.claims[key].waiters);
-                return Progress::LookAgain { at };
+                return Progress::look_again(at);
             }
             Around::Before(next) => to = to.min(next),
         }
@@ -128,7 +68,7 @@ impl AllocateStep<'_> {
         };
         let Some(bufs) = bufs else {
             cx.park_for_bufs();
-            return Progress::LookAgain { at };
+            return Progress::look_again(at);
         };
         let (host, is_fresh) = match plan.place {
             Some(place) => (place, false),
@@ -172,29 +112,6 @@ impl AllocateStep<'_> {
         self.copy(key, CowState::Bufs, Event::Start, cx)
     }
 
-    #[inline]
-    pub fn run(
-        &mut self,
-        state: AllocateState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
-        match (state, event) {
-            (AllocateState::WriteData { claim }, Event::Io(result)) => {
-                self.data_written(claim, result, cx)
-            }
-            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::Publish { claim }, Event::Woken) => self.publish(claim, cx),
-            (AllocateState::PublishRoom { claim, attempt }, Event::Woken) => {
-                match self.writeback.no_room(attempt) {
-                    Some(errno) => self.fail(claim, errno, cx),
-                    None => self.publish(claim, cx),
-                }
-            }
-            (state, event) => panic!("{event:?} in {state:?}"),
-        }
-    }
-
     fn plan(&self, at: u64, run: Run) -> Plan {
         let (cluster, unit) = (self.image.geometry.cluster_size(), self.image.geometry.unit_size());
         let (place, grain, was_zeros) = match run.mapping {
@@ -226,58 +143,53 @@ impl AllocateStep<'_> {
     }
 
     /// Goes on with what the entries will expose around the write; then the data is written.
-    fn copy(
-        &mut self,
-        key: u32,
-        state: CowState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    pub fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let claim = &self.claims[key];
         let (file, start) = (self.image.data, claim.at);
         let place = Place { file, start, host: self.host_of(claim, start) };
         let claim = &mut self.claims[key];
         match claim.cow.step(state, event, place, read_own, cx) {
-            Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
+            Copied::Wait(state) => Progress::Wait(RequestState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
             Copied::Ready => {
                 claim.cow.write(claim.at, claim.to, place, cx);
-                Progress::Wait(AllocateState::WriteData { claim: key })
+                Progress::Wait(RequestState::WriteData { claim: key })
             }
         }
     }
 
     #[inline]
-    fn data_written(
+    pub fn data_written(
         &mut self,
         key: u32,
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    ) -> Progress {
         match result {
             Err(errno) if !mutant!("qcow2_data_error_ignored") => self.fail(key, errno, cx),
             _ => self.publish(key, cx),
         }
     }
 
-    /// The data is there: the entries may say so, unless a writeback has just fenced what they would
-    /// owe another fence for.
-    fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+    /// There is room for what the entries give up, or none will be made.
+    pub fn publish_in_room(&mut self, key: u32, attempt: u32, cx: &mut Cx<'_>) -> Progress {
+        match self.writeback.no_room(attempt) {
+            Some(errno) => self.fail(key, errno, cx),
+            None => self.publish(key, cx),
+        }
+    }
+
+    /// The data is there: the entries say so.
+    fn publish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress {
         let claim = &self.claims[key];
         let (slot, to, owes) = (claim.slot, claim.to, claim.owes);
-        let waits = owes || self.reserve.is_uncounted();
-        if waits && self.writeback.is_sealed(slot) && !mutant!("qcow2_seal_ignored") {
-            cx.park(self.tables.slices.waiters(slot));
-            return Progress::Wait(AllocateState::Publish { claim: key });
-        }
         if !self.writeback.has_room_for_frees() {
             let attempt = self.writeback.park_for_room(cx);
-            return Progress::Wait(AllocateState::PublishRoom { claim: key, attempt });
+            return Progress::Wait(RequestState::Publish { claim: key, attempt });
         }
         self.put_entries(key, cx);
-        self.writeback.touch(slot, owes, self.tables);
+        self.writeback.touch(slot, owes, self.tables, cx);
         self.end_claim(key, cx);
-        self.writeback.begin_if_full(cx);
         Progress::To(to)
     }
 
@@ -312,16 +224,24 @@ impl AllocateStep<'_> {
                 && !old.is_none()
                 && let Ok(Some(place)) = old.place(geometry)
             {
-                if let Mapping::Compressed(old) = place {
-                    self.inflated.forget(old.host);
-                }
-                self.writeback.give_up(place, old.is_copied(), false, self.image);
+                self.give_up(place, old.is_copied(), false);
             }
         }
     }
 
-    /// Gives up. What was there before is still there.
-    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+    /// An entry gave up `place`. Was it the only one that led there, and may the space go?
+    pub fn give_up(&mut self, place: Mapping, sole: bool, discard: bool) {
+        if let Mapping::Compressed(old) = place
+            && let Some(slot) = self.inflated.find(old.host.0)
+            && self.inflated.is_ready(slot)
+        {
+            self.inflated.forget(slot);
+        }
+        self.writeback.give_up(place, sole, discard, self.image);
+    }
+
+    /// Fails. What was there before is still there.
+    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
         let claim = &self.claims[key];
         if claim.is_new && !self.image.has_data_file() && !mutant!("qcow2_published_early") {
             let bits = self.image.geometry.cluster_bits();

@@ -1,10 +1,10 @@
 //! What every part of a running image knows of it: its files, its geometry, its memory, how it is
 //! run. And the disk as a guest sees it: how long it is, and what shows where it has nothing.
 
-use cowbell_engine::op::{Op, Segs, Target};
+use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{FileId, RegionId, align_down};
+use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
 
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
@@ -55,7 +55,7 @@ pub struct Regions {
     pub(super) inflated: RegionId,
     /// Copies of what a writeback writes.
     pub(super) staging: RegionId,
-    /// The piece of a refcount block, or of the refcount table, that the reserve works on.
+    /// Pieces of refcount blocks, or one of the refcount table, that the reserve works on.
     pub(super) counts: RegionId,
     /// What whoever changes the header writes.
     pub(super) header: RegionId,
@@ -76,12 +76,15 @@ impl Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
             staging: region(options.writeback_depth.max(1) * slice),
-            counts: region(slice),
+            counts: region(PIECES_MAX as usize * slice),
             header: region(slice),
             l1: region(slice),
         }
     }
 }
+
+/// The most pieces of refcount blocks that are read at once.
+pub(super) const PIECES_MAX: u64 = 16;
 
 /// The most bytes that a compressed cluster takes: less than a cluster, and the rest of the
 /// sectors that it begins and ends in.
@@ -128,34 +131,27 @@ impl Image {
         Op::read(Target::File(self.file), offset, segs)
     }
 
-    /// log2 of the entries in a slice of an L2 table.
-    #[inline]
-    pub fn slice_entry_bits(&self) -> u32 {
-        self.geometry.slice_bits() - self.geometry.entry_bits()
-    }
-
-    /// log2 of the guest bytes that a slice maps.
-    #[inline]
-    pub fn slice_span_bits(&self) -> u32 {
-        self.geometry.cluster_bits() + self.slice_entry_bits()
+    /// A write that is stable when it ends.
+    pub fn stable_write(&self, offset: u64, segs: Segs) -> Op {
+        Op { kind: OpKind::Write { fua: true }, ..Op::write(self.file, offset, segs) }
     }
 
     /// The key of the slice that maps the guest's byte `at`.
     #[inline]
     pub fn slice_key(&self, at: u64) -> u64 {
-        at >> self.slice_span_bits()
+        at >> self.geometry.slice_span_bits()
     }
 
     /// The index in its slice of the entry for the guest's byte `at`.
     #[inline]
     pub fn slice_index(&self, at: u64) -> usize {
-        (at >> self.geometry.cluster_bits()) as usize & ((1 << self.slice_entry_bits()) - 1)
+        self.geometry.slice_index(GuestOffset(at))
     }
 
     /// One past the last guest byte that the slice of `at` maps.
     #[inline]
     pub fn slice_end(&self, at: u64) -> u64 {
-        ((at >> self.slice_span_bits()) + 1) << self.slice_span_bits()
+        (self.slice_key(at) + 1) << self.geometry.slice_span_bits()
     }
 }
 

@@ -9,221 +9,154 @@
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
-use cowbell_engine::step::{Cx, Event};
+use cowbell_engine::step::Cx;
 use cowbell_engine::units::{BufId, Errno, HostOffset};
 use cowbell_engine::wait::WaitList;
 
 use crate::qcow2::disk::layout::{L1Entry, Mapping};
-use crate::qcow2::run::image::Image;
-use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::Progress;
-use crate::qcow2::run::reserve::Reserve;
-use crate::qcow2::run::tables::Tables;
-use crate::qcow2::run::writeback::Writeback;
+use crate::qcow2::run::piece::{NewTable, PieceStep, Progress, RequestState};
 
-/// What the request awaits that provides a table.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum TableState {
-    /// A new table's place, filled with zeros.
-    Zero,
-    /// A piece of a shared table, read; `done` bytes of the table are copied.
-    Read {
-        /// Bytes.
-        done: u32,
-        /// Of that piece.
-        buf: BufId,
-    },
-    /// That piece, written to the table's copy.
-    Copy {
-        /// Bytes.
-        done: u32,
-        /// Of that piece.
-        buf: BufId,
-    },
-    /// The turn to change an L1 block that a writeback is about to write.
-    Link,
-}
-
-/// An L2 table being provided.
-#[derive(Clone, Hash, Debug)]
-struct TableAlloc {
-    l1_index: u32,
-    table: HostOffset,
-    /// The shared table that it is a copy of.
-    old: Option<HostOffset>,
-    /// Must a flush come before its link: was the table written?
-    owes: bool,
-    /// Who needs it.
-    waiters: WaitList,
-}
-
-/// The L2 tables that are being provided.
-#[derive(Clone, Hash, Debug)]
-pub(super) struct NewTables(Vec<TableAlloc>);
-
-impl NewTables {
-    pub fn new() -> NewTables {
-        NewTables(Vec::with_capacity(4))
+impl PieceStep<'_> {
+    fn l1_index(&self, at: u64) -> u32 {
+        (at >> self.image.geometry.l2_span_bits()) as u32
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    /// Where the table for `at` is among those being provided.
+    fn new_table(&self, at: u64) -> Option<usize> {
+        let l1_index = self.l1_index(at);
+        self.new_tables.iter().position(|new| new.l1_index == l1_index)
     }
 
-    fn find(&self, l1_index: u32) -> usize {
-        let mine = self.0.iter().position(|alloc| alloc.l1_index == l1_index);
-        mine.expect("the request that provides a table holds its entry")
-    }
-}
-
-/// A step of providing the table for the guest's byte `at`, and what it works with.
-pub(super) struct TableStep<'a> {
-    pub at: u64,
-    pub image: &'a Image,
-    pub new: &'a mut NewTables,
-    pub tables: &'a mut Tables,
-    pub metadata: &'a mut Metadata,
-    pub reserve: &'a mut Reserve,
-    pub writeback: &'a mut Writeback,
-}
-
-impl TableStep<'_> {
-    fn l1_index(&self) -> u32 {
-        (self.at >> self.image.geometry.l2_span_bits()) as u32
+    /// The same, for the request that provides it.
+    fn my_table(&self, at: u64) -> usize {
+        self.new_table(at).expect("the request that provides a table holds its entry")
     }
 
-    /// Begins; or waits for who is providing it already.
-    pub fn begin(&mut self, cx: &mut Cx<'_>) -> Progress<TableState> {
-        let l1_index = self.l1_index();
-        let under_way = self.new.0.iter_mut().find(|alloc| alloc.l1_index == l1_index);
-        if let Some(alloc) = under_way.filter(|_| !mutant!("qcow2_no_table_freeze")) {
-            cx.park(&mut alloc.waiters);
-            return Progress::LookAgain { at: self.at };
+    /// Provides the table for the guest's byte `at`; or waits for who is providing it already.
+    pub fn provide_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
+        if let Some(place) = self.new_table(at).filter(|_| !mutant!("qcow2_no_table_freeze")) {
+            cx.park(&mut self.new_tables[place].waiters);
+            return Progress::look_again(at);
         }
+        let l1_index = self.l1_index(at);
         if u64::from(l1_index) >= self.tables.l1_len() {
             return Progress::Failed(Errno::IO);
         }
-        let old = match self.tables.l1_entry(self.at) {
-            Err(_) => return Progress::Invalid { at: self.at },
+        let old = match self.tables.l1_entry(at) {
+            Err(_) => return self.invalid_entry(at, cx),
             Ok(entry) => entry.map(|entry| entry.table),
         };
-        let buf = match old {
+        let buf = match old.map(|_| cx.take_bufs()) {
             None => None,
-            Some(_) => match cx.take_bufs() {
-                Some([buf]) => Some(buf),
-                None => {
-                    cx.park_for_bufs();
-                    return Progress::LookAgain { at: self.at };
-                }
-            },
+            Some(Some([buf])) => Some(buf),
+            Some(None) => {
+                cx.park_for_bufs();
+                return Progress::look_again(at);
+            }
         };
         let taken = match self.reserve.take(1, cx) {
             Ok(taken) => taken,
             Err(short) => {
                 buf.into_iter().for_each(|buf| cx.give_buf(buf));
-                return Progress::short(self.at, short);
+                return Progress::short(at, short);
             }
         };
         let table = HostOffset(taken.first << self.image.geometry.cluster_bits());
         self.metadata.add(taken.first..taken.first + 1);
-        let is_written = !taken.is_zeros || old.is_some();
-        let alloc = TableAlloc { l1_index, table, old, owes: is_written, waiters: WaitList::new() };
-        self.new.0.push(alloc);
+        let owes = !taken.is_zeros || old.is_some();
+        let waiters = WaitList::new();
+        self.new_tables.push(NewTable { l1_index, table, old, owes, waiters });
         match buf {
-            Some(buf) => self.read(0, buf, cx),
-            None if is_written && !mutant!("qcow2_table_not_filled") => {
+            Some(buf) => self.read_table(at, 0, buf, cx),
+            None if owes && !mutant!("qcow2_table_not_filled") => {
                 let zeros = Seg::zeros(self.image.geometry.cluster_size() as u32);
                 cx.issue(Op::write(self.image.file, table.0, Segs::one(zeros)));
-                Progress::Wait(TableState::Zero)
+                Progress::Wait(RequestState::ZeroTable { at })
             }
-            None => self.link(cx),
-        }
-    }
-
-    pub fn run(
-        &mut self,
-        state: TableState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<TableState> {
-        match (state, event) {
-            (TableState::Zero, Event::Io(result)) => self.filled(result, cx),
-            (TableState::Read { done, buf }, Event::Io(Ok(()))) => self.write(done, buf, cx),
-            (TableState::Copy { done, buf }, Event::Io(Ok(()))) => {
-                let done = done + self.piece(done, buf, cx).len;
-                if u64::from(done) < self.image.geometry.cluster_size() {
-                    return self.read(done, buf, cx);
-                }
-                cx.give_buf(buf);
-                self.filled(Ok(()), cx)
-            }
-            (TableState::Read { buf, .. } | TableState::Copy { buf, .. }, Event::Io(result)) => {
-                cx.give_buf(buf);
-                self.filled(result, cx)
-            }
-            (TableState::Link, Event::Woken) => self.link(cx),
-            (state, event) => panic!("{event:?} in {state:?}"),
+            None => self.link_table(at, cx),
         }
     }
 
     /// Bytes of the table from `done` on that one buffer takes.
-    fn piece(&self, done: u32, buf: BufId, cx: &Cx<'_>) -> Seg {
+    fn stretch(&self, done: u32, buf: BufId, cx: &Cx<'_>) -> Seg {
         let left = self.image.geometry.cluster_size() - u64::from(done);
         Seg { base: Base::Pool(buf), off: 0, len: left.min(cx.buf_size()) as u32 }
     }
 
-    fn alloc(&self) -> &TableAlloc {
-        &self.new.0[self.new.find(self.l1_index())]
-    }
-
-    fn read(&mut self, done: u32, buf: BufId, cx: &mut Cx<'_>) -> Progress<TableState> {
-        let old = self.alloc().old.expect("a copy has an original");
-        let seg = self.piece(done, buf, cx);
+    fn read_table(&mut self, at: u64, done: u32, buf: BufId, cx: &mut Cx<'_>) -> Progress {
+        let old = self.new_tables[self.my_table(at)].old.expect("a copy has an original");
+        let seg = self.stretch(done, buf, cx);
         cx.issue(self.image.read_op(old.0 + u64::from(done), Segs::one(seg)));
-        Progress::Wait(TableState::Read { done, buf })
+        Progress::Wait(RequestState::ReadTable { at, done, buf })
     }
 
-    fn write(&mut self, done: u32, buf: BufId, cx: &mut Cx<'_>) -> Progress<TableState> {
-        let offset = self.alloc().table.0 + u64::from(done);
-        let seg = self.piece(done, buf, cx);
+    /// A piece of the shared table was read: it is written to the copy.
+    pub fn table_read(
+        &mut self,
+        at: u64,
+        (done, buf): (u32, BufId),
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Progress {
+        if result.is_err() {
+            cx.give_buf(buf);
+            return self.table_filled(at, result, cx);
+        }
+        let offset = self.new_tables[self.my_table(at)].table.0 + u64::from(done);
+        let seg = self.stretch(done, buf, cx);
         cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
-        Progress::Wait(TableState::Copy { done, buf })
+        Progress::Wait(RequestState::CopyTable { at, done, buf })
+    }
+
+    /// It was written there; the next one's turn.
+    pub fn table_copied(
+        &mut self,
+        at: u64,
+        (done, buf): (u32, BufId),
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Progress {
+        let done = done + self.stretch(done, buf, cx).len;
+        if result.is_ok() && u64::from(done) < self.image.geometry.cluster_size() {
+            return self.read_table(at, done, buf, cx);
+        }
+        cx.give_buf(buf);
+        self.table_filled(at, result, cx)
     }
 
     /// The table is as it should be, but perhaps not stably.
-    fn filled(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress<TableState> {
-        let Err(errno) = result else { return self.link(cx) };
-        let mut alloc = self.new.0.remove(self.new.find(self.l1_index()));
-        let cluster = alloc.table.0 >> self.image.geometry.cluster_bits();
+    pub fn table_filled(
+        &mut self,
+        at: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Progress {
+        let Err(errno) = result else { return self.link_table(at, cx) };
+        let mut new = self.new_tables.remove(self.my_table(at));
+        let cluster = new.table.0 >> self.image.geometry.cluster_bits();
         self.metadata.remove(cluster..cluster + 1);
         self.reserve.give_back(cluster, 1);
-        cx.wake_all(&mut alloc.waiters);
+        cx.wake_all(&mut new.waiters);
         Progress::Failed(errno)
     }
 
-    /// Links the table, in memory, unless a writeback has just fenced what its L1 block would owe
-    /// another fence for.
-    fn link(&mut self, cx: &mut Cx<'_>) -> Progress<TableState> {
-        let l1_index = self.l1_index();
-        let place = self.new.find(l1_index);
-        let owes = self.new.0[place].owes && !mutant!("qcow2_table_owes_nothing");
-        let waits = owes || self.reserve.is_uncounted();
-        let is_sealed = waits && self.writeback.is_l1_sealed() && !mutant!("qcow2_seal_ignored");
-        let is_moving = self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving");
-        if is_sealed || is_moving {
-            self.writeback.park_for_l1(cx);
-            return Progress::Wait(TableState::Link);
+    /// Links the table, in memory, unless the L1 table is moving.
+    pub fn link_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
+        if self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving") {
+            cx.park(&mut self.tables.l1_waiters);
+            return Progress::Wait(RequestState::LinkTable { at });
         }
-        let mut alloc = self.new.0.remove(place);
-        self.tables.set_l1_entry(l1_index, L1Entry { table: alloc.table, copied: true });
+        let mut new = self.new_tables.remove(self.my_table(at));
+        self.tables.set_l1_entry(new.l1_index, L1Entry { table: new.table, copied: true });
         // The block of the L1 table: what is written of it at once.
-        self.writeback.touch_l1(l1_index >> (self.image.geometry.slice_bits() - 3), owes);
-        match alloc.old {
-            Some(old) => self.writeback.give_up(Mapping::Data(old), false, false, self.image),
+        let block = new.l1_index >> (self.image.geometry.slice_bits() - 3);
+        self.writeback.touch_l1(block, new.owes && !mutant!("qcow2_table_owes_nothing"));
+        match new.old {
+            Some(old) => self.give_up(Mapping::Data(old), false, false),
             // It is known to be zeros.
-            None => drop(self.tables.slices.put_zeros(self.image.slice_key(self.at), cx)),
+            None => drop(self.tables.slices.put_zeros(self.image.slice_key(at), cx)),
         }
-        cx.wake_all(&mut alloc.waiters);
-        Progress::To(self.at)
+        cx.wake_all(&mut new.waiters);
+        Progress::To(at)
     }
 }

@@ -2,12 +2,12 @@
 //! change it. One of them at a time; its fields go out as one sector.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Op, Seg, Segs};
+use cowbell_engine::op::{Base, Seg, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
-use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Header, SECTOR};
+use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Compression, Header, SECTOR};
 use crate::qcow2::run::image::Image;
 
 /// The header of a running image.
@@ -39,6 +39,10 @@ impl LiveHeader {
         self.is_doubted
     }
 
+    pub fn compression(&self) -> Compression {
+        self.on_disk.compression
+    }
+
     pub fn has_snapshots(&self) -> bool {
         self.on_disk.snapshot_count > 0
     }
@@ -52,8 +56,8 @@ impl LiveHeader {
         assert!(!self.busy && self.waiters.is_empty(), "the header is busy");
     }
 
-    /// Writes the header with a change, or parks the request, which asks again when it is woken.
-    /// When the header is stable, or could not be written, the request calls [`LiveHeader::changed`].
+    /// Writes the header with a change, stably, or parks the request, which asks again when it is
+    /// woken. When the header is there, or could not be written, the request calls [`LiveHeader::changed`].
     pub fn change(&mut self, change: impl FnOnce(&mut Header), cx: &mut Cx<'_>) {
         if self.busy {
             cx.park(&mut self.waiters);
@@ -64,7 +68,7 @@ impl LiveHeader {
         let region = self.image.regions.header;
         cx.mem().region_mut(region)[..SECTOR as usize].copy_from_slice(&self.next.sector());
         let seg = Seg { base: Base::Region(region), off: 0, len: SECTOR as u32 };
-        cx.issue(Op::write(self.image.file, 0, Segs::one(seg)));
+        cx.issue(self.image.stable_write(0, Segs::one(seg)));
     }
 
     /// The header is on disk, stably, or nobody knows; the next one's turn.

@@ -1,6 +1,7 @@
 //! Which clusters hold metadata. No data is written there, whatever a table says.
 
 use std::collections::{BTreeSet, btree_set};
+use std::hash::{Hash, Hasher};
 use std::iter::Copied;
 use std::ops::Range;
 
@@ -12,6 +13,7 @@ use crate::qcow2::run::image::Image;
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Metadata {
     clusters: BTreeSet<u64>,
+    filter: Filter,
     cluster_bits: u32,
     /// Is the data in a file of its own, where no metadata is?
     has_data_file: bool,
@@ -20,17 +22,22 @@ pub(super) struct Metadata {
 impl Metadata {
     /// Of an image that is only read, nothing is known, as nothing is written.
     pub fn new(opened: &Opened, image: &Image) -> Metadata {
-        Metadata {
-            clusters: if image.writable { clusters_of(opened) } else { BTreeSet::new() },
-            cluster_bits: image.geometry.cluster_bits(),
-            has_data_file: image.has_data_file(),
-        }
+        let clusters = if image.writable { clusters_of(opened) } else { BTreeSet::new() };
+        let mut filter = Filter::of(opened.l1.len() + clusters.len());
+        clusters.iter().for_each(|&cluster| filter.add(cluster));
+        let (cluster_bits, has_data_file) = (image.geometry.cluster_bits(), image.has_data_file());
+        Metadata { clusters, filter, cluster_bits, has_data_file }
     }
 
     /// Does the range of bytes, where a table leads, hold metadata? In a sound image it never does.
     #[inline]
     pub fn is_hit(&self, host: u64, len: u64) -> bool {
         let (first, last) = (host >> self.cluster_bits, (host + len - 1) >> self.cluster_bits);
+        self.filter.may_have(first, last) && self.has(first, last)
+    }
+
+    #[inline(never)]
+    fn has(&self, first: u64, last: u64) -> bool {
         !self.has_data_file && self.clusters.range(first..=last).next().is_some()
     }
 
@@ -40,6 +47,7 @@ impl Metadata {
     }
 
     pub fn add(&mut self, clusters: Range<u64>) {
+        clusters.clone().for_each(|cluster| self.filter.add(cluster));
         self.clusters.extend(clusters);
     }
 
@@ -48,6 +56,44 @@ impl Metadata {
             self.clusters.remove(&cluster);
         }
     }
+}
+
+/// Which numbers may be in a set: every write asks, and this answers most. A number has a bit, which
+/// others share; once it is set it stays.
+#[derive(Clone, Debug)]
+struct Filter(Vec<u64>);
+
+impl Filter {
+    /// For about so many numbers: 16 bits each, 128 KiB at most.
+    fn of(count: usize) -> Filter {
+        Filter(vec![0; count.div_ceil(4).next_power_of_two().min(1 << 14)])
+    }
+
+    /// The word that `number` has its bit in, and that bit.
+    #[inline]
+    fn bit(&self, number: u64) -> (usize, u64) {
+        ((number >> 6) as usize & (self.0.len() - 1), 1 << (number & 63))
+    }
+
+    fn add(&mut self, number: u64) {
+        let (word, bit) = self.bit(number);
+        self.0[word] |= bit;
+    }
+
+    /// May there be any of `first..=last`? Of more than a few numbers, it is not known.
+    #[inline]
+    fn may_have(&self, first: u64, last: u64) -> bool {
+        let is_set = |number| {
+            let (word, bit) = self.bit(number);
+            self.0[word] & bit != 0
+        };
+        last - first > 8 || (first..=last).any(is_set)
+    }
+}
+
+/// What follows from the set makes no difference.
+impl Hash for Filter {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
 }
 
 /// The clusters that hold metadata; of snapshots, their L1 tables. As many as the tables, which are
@@ -75,4 +121,23 @@ fn clusters_of(opened: &Opened) -> BTreeSet<u64> {
         }
     }
     clusters
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Filter;
+
+    #[test]
+    fn what_was_added_may_be_there_and_little_else() {
+        for count in [0, 1, 100, 1 << 20] {
+            let mut filter = Filter::of(count);
+            let numbers = || (0..64).map(|i| i * 1000 + 7);
+            numbers().for_each(|number| filter.add(number));
+            for number in numbers() {
+                assert!(filter.may_have(number, number) && filter.may_have(number - 3, number + 3));
+            }
+            let others = (0..64_000).filter(|&other| filter.may_have(other, other)).count();
+            assert!(others <= 64_000 / filter.0.len().min(500), "{others} of {count}");
+        }
+    }
 }

@@ -1,22 +1,23 @@
-//! qcow2 as a state machine: the states, and where each leads. Each file below has states of its own,
-//! and answers how it goes on; this one routes events to them, and between them.
+//! qcow2 as a state machine: the states, and where each leads. Each component below has states of its
+//! own, and answers how it goes on; this file routes events to them, and between them.
 //!
 //! ```text
 //! a request, by its pieces                                                  (request.rs)
 //!
 //!            ┌──────────────── look again ◄─────────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────────┤
-//!  │ │ │ │   │ no L2 table, or a shared one ─> Table: [Zero | Copy] ─> Link ┤
+//!  │ │ │ │   │ no L2 table, or a shared one ─> [ZeroTable | ReadTable ─>    │
+//!  │ │ │ │   │                            CopyTable …] ─> [LinkTable] ───────┤
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──────┘
-//!  │ │ │ └─ compressed: Read ─> Inflate ─> Next
+//!  │ │ │ └─ compressed: ReadCompressed ─> Inflate ─> Next
 //!  │ │ └─── mapped, zero, or several pieces: Pieces (all ops joined) ─> Next
 //!  │ └───── allocate: [Cow] ─> WriteData ─> [Publish] ─> Next
 //!  └─────── end of the range: [Swept] ─> done
 //!
-//! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader ─> FlushHeader]
-//!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader ─> FlushHeader
+//! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader]
+//!          ─> [DataLength] ─> ClearBeyond ─> Swept, before WriteHeader
 //!          if the disk grows, and after them if it shrinks                   (resize.rs)
-//! chores:  Writeback: Turn ─> [Fence] ─> Write ─> [Header] ─> Flush          (writeback.rs)
+//! chores:  Writeback: Counts ─> [Fence] ─> Write … ─> [Header] ─> Flush      (writeback.rs)
 //!          Reserve: Turn ─> Load, Grow, Write; Table ─> Link or Header       (reserve.rs)
 //!          Close: Turn ─> EmptyReserve ─> [CutEnd] ─> Flush                  (close.rs)
 //! ```
@@ -45,7 +46,6 @@ mod corrupt;
 mod image;
 mod l2_table;
 mod live_header;
-mod lookup;
 mod metadata;
 mod piece;
 mod request;
@@ -61,7 +61,7 @@ use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::qcow2::run::close::{CloseState, CloseStep};
 use crate::qcow2::run::corrupt::MarkState;
-use crate::qcow2::run::request::{PIECES, RequestState};
+use crate::qcow2::run::piece::{PIECES, RequestState};
 use crate::qcow2::run::reserve::{Outcome, ReserveState, ReserveStep};
 use crate::qcow2::run::resize::{ResizeState, ResizeStep};
 use crate::qcow2::run::writeback::{WritebackState, WritebackStep};
@@ -158,7 +158,7 @@ impl Driver for Qcow2 {
         match chore {
             Chore::Asked if self.corrupt.begin_asked() => Some(State::Mark(MarkState::Header)),
             Chore::Asked if self.writeback.begin_asked() => {
-                Some(State::Writeback(WritebackState::Turn))
+                Some(State::Writeback(WritebackState::Counts { begun: false }))
             }
             Chore::Asked if self.reserve.begin_asked() => Some(State::Reserve(ReserveState::Turn)),
             Chore::Asked | Chore::Deadline => None,
@@ -176,9 +176,11 @@ impl Driver for Qcow2 {
         match state {
             State::Request(state) => self.step_request(state, event, cx).map(State::Request),
             State::Resize(state) => self.resizing().run(state, event, cx).map(State::Resize),
-            State::Writeback(state) => self.step_writeback(state, event, cx),
+            State::Writeback(state) => {
+                self.writing_back().run(state, event, cx).map(State::Writeback)
+            }
             State::Reserve(state) => self.step_reserve(state, event, cx),
-            State::Close(state) => self.step_close(state, event, cx),
+            State::Close(state) => self.closing().run(state, event, cx).map(State::Close),
             State::Mark(state) => {
                 self.corrupt.step(state, event, &mut self.header, cx).map(State::Mark)
             }
@@ -203,20 +205,24 @@ impl Qcow2 {
     }
 
     #[inline(never)]
-    fn step_writeback(
-        &mut self,
-        state: WritebackState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let mut step = WritebackStep {
+    fn writing_back(&mut self) -> WritebackStep<'_> {
+        WritebackStep {
             image: &self.image,
             writeback: &mut self.writeback,
             tables: &mut self.tables,
             header: &mut self.header,
             reserve: &mut self.reserve,
-        };
-        step.run(state, event, cx).map(State::Writeback)
+        }
+    }
+
+    #[inline(never)]
+    fn closing(&mut self) -> CloseStep<'_> {
+        CloseStep {
+            image: &self.image,
+            header: &self.header,
+            writeback: &mut self.writeback,
+            reserve: &mut self.reserve,
+        }
     }
 
     /// A writeback gives to the reserve, which knows nothing of it: what one needs of the other is
@@ -240,16 +246,5 @@ impl Qcow2 {
             }
             Outcome::Done(result) => Step::Done(result),
         }
-    }
-
-    #[inline(never)]
-    fn step_close(&mut self, state: CloseState, event: Event, cx: &mut Cx<'_>) -> Step<State> {
-        let mut step = CloseStep {
-            image: &self.image,
-            header: &self.header,
-            writeback: &mut self.writeback,
-            reserve: &mut self.reserve,
-        };
-        step.run(state, event, cx).map(State::Close)
     }
 }

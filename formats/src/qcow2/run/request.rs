@@ -5,33 +5,28 @@
 //! of them, joined. So missing slices are loaded, clusters inflated and allocations made side by
 //! side, however many there are; what is mapped goes out as plain ops from the same step.
 
-use std::convert::Infallible;
-
 use cowbell_engine::mem::Memory;
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
+use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, FileId, HostOffset};
 
 use crate::parts::backing::{self, Backing};
 use crate::parts::claims::Claims;
-use crate::parts::cow::CowState;
 use crate::qcow2::disk::layout::{Geometry, Mapping};
 use crate::qcow2::rest::open::Opened;
-use crate::qcow2::run::allocate::{AllocateState, AllocateStep, Claim};
-use crate::qcow2::run::compressed::{CompressedState, Inflated};
 use crate::qcow2::run::corrupt::Corrupt;
-use crate::qcow2::run::image::{Disk, Image, Qcow2Options, Regions};
-use crate::qcow2::run::l2_table::{NewTables, TableState, TableStep};
+use crate::qcow2::run::image::{Disk, Image, Qcow2Options, Regions, inflated_slot_bytes};
 use crate::qcow2::run::live_header::LiveHeader;
-use crate::qcow2::run::lookup::{Found, Run};
 use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::Progress;
+use crate::qcow2::run::piece::{
+    Claim, FLUSH, NewTable, PIECES, Piece, PieceStep, Progress, RequestState,
+};
 use crate::qcow2::run::reserve::Reserve;
 use crate::qcow2::run::resize::Resize;
-use crate::qcow2::run::tables::Tables;
+use crate::qcow2::run::tables::{Found, Run, Tables};
 use crate::qcow2::run::writeback::Writeback;
-use crate::qcow2::run::zero_discard::ClearStep;
 
 /// An opened qcow2 image: all of its state. Each of its components keeps its own, and is changed by
 /// its own file alone.
@@ -45,65 +40,13 @@ pub struct Qcow2 {
     pub(super) corrupt: Corrupt,
     /// What is being allocated.
     claims: Claims<Claim>,
-    new_tables: NewTables,
-    inflated: Inflated,
+    /// L2 tables that are being provided.
+    new_tables: Vec<NewTable>,
+    /// Compressed clusters: as on disk and, behind that, as the guest sees them.
+    inflated: TableCache,
     pub(super) writeback: Writeback,
     pub(super) reserve: Reserve,
     pub(super) resize: Resize,
-}
-
-/// A request's state, named by what it awaits. `at` is the first byte of the guest range not yet
-/// done.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum RequestState {
-    /// Nothing, or whatever it was parked on: look up what is at `at`.
-    Next { at: u64 },
-    /// As `Next`, for clusters that attempt number `attempt` to get some was to bring.
-    Space { at: u64, attempt: u32 },
-    /// As `Next`, for room in memory that writeback number `attempt` was to make.
-    Room { at: u64, attempt: u32 },
-    /// The ops of the pieces up to `at`, pieces with requests of their own among them.
-    Pieces { at: u64 },
-    /// A slice of an L2 table on its way into `slot`.
-    LoadSlice { at: u64, slot: u32 },
-    /// A compressed cluster.
-    Compressed { at: u64, state: CompressedState },
-    /// An L2 table of its own.
-    Table { at: u64, state: TableState },
-    /// A piece, written to new clusters.
-    Allocate(AllocateState),
-    /// A writeback that began after the request came.
-    Swept,
-}
-
-/// The label of a flush that is all that is left to do; of data ops likewise.
-const FLUSH: u8 = 12;
-pub(super) const PIECES: u8 = 2;
-
-impl RequestState {
-    /// Where its name is in the list of the driver's states.
-    #[inline]
-    pub(super) fn label(&self) -> usize {
-        match self {
-            RequestState::Next { .. } => 0,
-            RequestState::Space { .. } | RequestState::Room { .. } => 1,
-            RequestState::Pieces { .. } => PIECES.into(),
-            RequestState::LoadSlice { .. } => 3,
-            RequestState::Compressed { state: CompressedState::Read { .. }, .. } => 4,
-            RequestState::Compressed { state: CompressedState::Inflate { .. }, .. } => 5,
-            RequestState::Table { state, .. } => match state {
-                TableState::Zero | TableState::Read { .. } | TableState::Copy { .. } => 6,
-                TableState::Link => 7,
-            },
-            RequestState::Allocate(state) => match state {
-                AllocateState::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
-                AllocateState::Cow { .. } => 9,
-                AllocateState::WriteData { .. } => 10,
-                AllocateState::Publish { .. } | AllocateState::PublishRoom { .. } => 11,
-            },
-            RequestState::Swept => 13,
-        }
-    }
 }
 
 impl Qcow2 {
@@ -122,7 +65,7 @@ impl Qcow2 {
         let metadata = Metadata::new(&opened, &image);
         let reserve = Reserve::new(&opened, can_grow, options);
         let Opened { header, l1, .. } = opened;
-        let compression = header.compression;
+        let slot = inflated_slot_bytes(geometry);
         let tables = Tables::new(l1, options.cache_slices, image);
         Qcow2 {
             image,
@@ -133,8 +76,8 @@ impl Qcow2 {
             header: LiveHeader::new(header, image),
             corrupt: Corrupt::new(image),
             claims: Claims::new(),
-            new_tables: NewTables::new(),
-            inflated: Inflated::new(compression, options.cache_inflated, image),
+            new_tables: Vec::with_capacity(4),
+            inflated: TableCache::new(regions.inflated, slot, options.cache_inflated),
             reserve,
             resize: Resize::default(),
         }
@@ -149,7 +92,7 @@ impl Qcow2 {
     pub fn assert_idle(&self) {
         // What could not be written stays in memory.
         self.tables.assert_idle(|slot| self.writeback.is_changed(slot).into());
-        self.inflated.assert_idle();
+        self.inflated.assert_idle(|_| 0);
         assert!(self.claims.is_empty() && self.new_tables.is_empty(), "something is claimed");
         self.writeback.assert_idle();
         self.reserve.assert_idle();
@@ -175,9 +118,13 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
         match (state, event) {
-            (RequestState::Allocate(state), event) => {
-                let progress = self.allocating().run(state, event, cx);
-                self.go_on(progress, RequestState::Allocate, cx)
+            (RequestState::WriteData { claim }, Event::Io(result)) => {
+                let progress = self.step_piece().data_written(claim, result, cx);
+                self.go_on(progress, cx)
+            }
+            (RequestState::Cow { claim, state }, event) => {
+                let progress = self.step_piece().copy(claim, state, event, cx);
+                self.go_on(progress, cx)
             }
             (RequestState::Next { at }, Event::Start | Event::Woken) => self.walk(at, cx),
             (RequestState::Pieces { at }, Event::Io(Ok(()))) => self.walk(at, cx),
@@ -193,90 +140,77 @@ impl Qcow2 {
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
-        match (state, event) {
+        let mut piece = self.step_piece();
+        let progress = match (state, event) {
+            (RequestState::Swept, Event::Woken) => return Step::Done(self.writeback.result()),
             (RequestState::Space { at, attempt }, Event::Woken) => {
-                match self.reserve.failure_of(attempt) {
-                    Some(errno) if self.reserve.has_nothing() => Step::Done(Err(errno)),
-                    _ => self.walk(at, cx),
+                match piece.reserve.failure_of(attempt) {
+                    Some(errno) if piece.reserve.has_nothing() => Progress::Failed(errno),
+                    _ => Progress::To(at),
                 }
             }
             (RequestState::Room { at, attempt }, Event::Woken) => {
-                match self.writeback.no_room(attempt) {
-                    Some(errno) => Step::Done(Err(errno)),
-                    None => self.walk(at, cx),
+                match piece.writeback.no_room(attempt) {
+                    Some(errno) => Progress::Failed(errno),
+                    None => Progress::To(at),
                 }
             }
             (RequestState::LoadSlice { at, slot }, Event::Io(result)) => {
-                self.slice_loaded(at, slot as usize, result, cx)
+                piece.tables.slices.load_ended(slot as usize, result.is_ok(), cx);
+                result.map_or_else(Progress::Failed, |()| Progress::To(at))
             }
-            (RequestState::Compressed { at, state }, event) => {
-                let progress = self.inflated.step(at, state, event, cx);
-                self.go_on(progress, |state| RequestState::Compressed { at, state }, cx)
+            (RequestState::ReadCompressed { at, slot, bytes }, Event::Io(result)) => {
+                piece.compressed_read(at, (slot, bytes), result, cx)
             }
-            (RequestState::Table { at, state }, event) => {
-                let progress = self.providing(at).run(state, event, cx);
-                self.go_on(progress, |state| RequestState::Table { at, state }, cx)
+            (RequestState::Inflate { at, slot }, Event::Io(result)) => {
+                piece.cluster_inflated(at, slot, result, cx)
             }
-            (RequestState::Swept, Event::Woken) => Step::Done(self.writeback.result()),
+            (RequestState::ZeroTable { at }, Event::Io(result)) => {
+                piece.table_filled(at, result, cx)
+            }
+            (RequestState::ReadTable { at, done, buf }, Event::Io(result)) => {
+                piece.table_read(at, (done, buf), result, cx)
+            }
+            (RequestState::CopyTable { at, done, buf }, Event::Io(result)) => {
+                piece.table_copied(at, (done, buf), result, cx)
+            }
+            (RequestState::LinkTable { at }, Event::Woken) => piece.link_table(at, cx),
+            (RequestState::Publish { claim, attempt }, Event::Woken) => {
+                piece.publish_in_room(claim, attempt, cx)
+            }
             (state, event) => panic!("{event:?} in {state:?}"),
-        }
+        };
+        self.go_on(progress, cx)
     }
 
-    /// Goes on as the file says that did a part of a piece.
+    /// Goes on as a piece has got on.
     #[inline]
-    fn go_on<S>(
-        &mut self,
-        progress: Progress<S>,
-        wait: impl FnOnce(S) -> RequestState,
-        cx: &mut Cx<'_>,
-    ) -> Step<RequestState> {
+    fn go_on(&mut self, progress: Progress, cx: &mut Cx<'_>) -> Step<RequestState> {
         match progress {
             Progress::To(to) if to == cx.io().end() => self.end(cx),
             Progress::To(to) => self.walk(to, cx),
-            Progress::Wait(state) => Step::Wait(wait(state)),
-            Progress::LookAgain { at } => Step::Wait(RequestState::Next { at }),
-            Progress::Space { at, attempt } => Step::Wait(RequestState::Space { at, attempt }),
-            Progress::Room { at, attempt } => Step::Wait(RequestState::Room { at, attempt }),
-            Progress::AfterOps { at } => Step::Wait(RequestState::Pieces { at }),
-            Progress::ProvideTable { at } => self.provide_table(at, cx),
-            Progress::Invalid { at } => self.invalid_entry(at, cx),
-            Progress::HitsMetadata { host } => Step::Done(Err(self.corrupt.hit_metadata(host, cx))),
+            Progress::Issued(at) => Step::Wait(RequestState::Pieces { at }),
+            Progress::Wait(state) => Step::Wait(state),
             Progress::Failed(errno) => Step::Done(Err(errno)),
         }
     }
 
+    /// What a step of a piece works with.
     #[inline]
-    fn allocating(&mut self) -> AllocateStep<'_> {
-        AllocateStep {
+    fn step_piece(&mut self) -> PieceStep<'_> {
+        PieceStep {
             image: &self.image,
             disk: &self.disk,
             claims: &mut self.claims,
+            new_tables: &mut self.new_tables,
             tables: &mut self.tables,
+            metadata: &mut self.metadata,
             inflated: &mut self.inflated,
             reserve: &mut self.reserve,
             writeback: &mut self.writeback,
+            header: &self.header,
+            corrupt: &mut self.corrupt,
         }
-    }
-
-    fn providing(&mut self, at: u64) -> TableStep<'_> {
-        TableStep {
-            at,
-            image: &self.image,
-            new: &mut self.new_tables,
-            tables: &mut self.tables,
-            metadata: &mut self.metadata,
-            reserve: &mut self.reserve,
-            writeback: &mut self.writeback,
-        }
-    }
-
-    fn provide_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
-        let progress = self.providing(at).begin(cx);
-        self.go_on(progress, |state| RequestState::Table { at, state }, cx)
-    }
-
-    fn invalid_entry(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
-        Step::Done(Err(self.corrupt.invalid_entry(at, &self.tables, &self.header, cx)))
     }
 
     /// A flush, and the end of a write that is to be stable.
@@ -306,11 +240,9 @@ impl Qcow2 {
             return None;
         }
         let is_write = io.kind != IoKind::Read;
-        let Found::Run(run) = self.tables.run_in(slot, at, end, is_write, mem) else { return None };
-        let Mapping::Data(host) = run.mapping else { return None };
-        let host = host.0 + (at & (self.image.geometry.cluster_size() - 1));
-        let usable = !is_write || run.copied && !self.metadata.is_hit(host, io.len);
-        (run.end == end && usable).then_some(host)
+        let (host, copied) = self.tables.one_piece(slot, at, end, is_write, mem)?;
+        let usable = !is_write || copied && !self.metadata.is_hit(host, io.len);
+        usable.then_some(host)
     }
 
     /// Goes on at `at`.
@@ -367,8 +299,7 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Result<u64, Step<RequestState>> {
         let kind = cx.io().kind;
-        let is_write = kind != IoKind::Read;
-        let found = match self.tables.look_up(at, end, is_write, cx.memory()) {
+        let found = match self.tables.look_up(at, end, kind != IoKind::Read, cx.memory()) {
             Found::NoTable { end } if self.needs_no_table(at, end, kind) => {
                 let mapping = Mapping::Unallocated(None);
                 Found::Run(Run { mapping, copied: false, end, slot: None })
@@ -377,9 +308,13 @@ impl Qcow2 {
         };
         let mut lacking = end;
         if let Found::Run(run) = found {
-            match self.in_place(at, end, run, issued, cx) {
+            match self.in_place(Piece { at, end, run, after_ops: *issued }, cx) {
                 Some(Progress::To(to)) => return Ok(to),
-                Some(progress) => return Err(self.go_on(progress, |never| match never {}, cx)),
+                Some(Progress::Issued(to)) => {
+                    *issued = true;
+                    return Ok(to);
+                }
+                Some(progress) => return Err(self.go_on(progress, cx)),
                 None => lacking = run.end,
             }
         }
@@ -400,25 +335,23 @@ impl Qcow2 {
 
     /// Provides what is missing at `at`.
     fn provide(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Step<RequestState> {
-        match found {
+        let mut piece = self.step_piece();
+        let progress = match found {
             Found::Run(Run { mapping: Mapping::Compressed(place), .. })
                 if cx.io().kind == IoKind::Read =>
             {
-                let progress = self.inflated.read(at, place, cx);
-                self.go_on(progress, |state| RequestState::Compressed { at, state }, cx)
+                piece.read_compressed(at, place, cx)
             }
-            Found::Run(run) => {
-                let progress = self.allocating().begin(at, run, cx);
-                self.go_on(progress, RequestState::Allocate, cx)
-            }
-            Found::NoTable { .. } => self.provide_table(at, cx),
+            Found::Run(run) => piece.allocate(at, run, cx),
+            Found::NoTable { .. } => piece.provide_table(at, cx),
             Found::NotLoaded => self.load_slice(at, cx),
             Found::Loading { slot } => {
                 cx.park(self.tables.slices.waiters(slot));
-                Step::Wait(RequestState::Next { at })
+                Progress::look_again(at)
             }
-            Found::Invalid => self.invalid_entry(at, cx),
-        }
+            Found::Invalid => piece.invalid_entry(at, cx),
+        };
+        self.go_on(progress, cx)
     }
 
     /// Does a range without an L2 table do without one? Reads do, and what would only say zeros
@@ -436,36 +369,30 @@ impl Qcow2 {
         }
     }
 
-    /// Does what needs no allocation for the run that begins at `at`; its slice maps all of
-    /// `at..end`.
-    fn in_place(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
+    /// Does what needs no allocation for the run that the piece begins with.
+    fn in_place(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Option<Progress> {
+        let Piece { at, run, .. } = piece;
         let io = cx.io();
-        let (from, len) = (at - io.offset, run.end - at);
-        match (io.kind, run.mapping) {
-            (IoKind::Read, Mapping::Data(_)) => return self.transfer(at, end, run, issued, cx),
-            (IoKind::Read, Mapping::Zero(_)) => cx.zero_guest(from, len),
-            (IoKind::Read, Mapping::Unallocated(_)) => {
-                *issued |= backing::read(self.disk.backing(), at, run.end, cx)
-            }
-            (IoKind::Read, Mapping::Compressed(_)) => return None,
+        let issues = match (io.kind, run.mapping) {
+            (IoKind::Read, Mapping::Data(_)) => return self.transfer(piece, cx),
             (IoKind::Write { .. }, Mapping::Data(_)) if run.copied => {
-                return self.transfer(at, end, run, issued, cx);
+                return self.transfer(piece, cx);
             }
-            (IoKind::Write { .. }, _) => return None,
+            (IoKind::Write { .. }, _) | (IoKind::Read, Mapping::Compressed(_)) => return None,
+            (IoKind::Read, Mapping::Zero(_)) => {
+                cx.zero_guest(at - io.offset, run.end - at);
+                false
+            }
+            (IoKind::Read, Mapping::Unallocated(_)) => {
+                backing::read(self.disk.backing(), at, run.end, cx)
+            }
             (IoKind::Status { .. }, _) => {
-                *issued |= self.answer_status(at, run, cx);
-                return Some(Progress::To(io.end()));
+                let issues = self.answer_status(at, run, cx);
+                return Some(Progress::done(io.end(), issues));
             }
-            _ => return self.clear(at, end, run, issued, cx),
-        }
-        Some(Progress::To(run.end))
+            _ => return self.step_piece().clear(piece, cx),
+        };
+        Some(Progress::done(run.end, issues))
     }
 
     /// Says what the run that begins at `at` is. True: the layer below is asked.
@@ -485,16 +412,10 @@ impl Qcow2 {
         false
     }
 
-    /// Reads or writes the run of data that begins at `at`, and those that follow it in the same
-    /// slice: a fragmented range is looked up once.
-    fn transfer(
-        &mut self,
-        mut at: u64,
-        end: u64,
-        mut run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
+    /// Reads or writes the run of data that the piece begins with, and those that follow it: a
+    /// fragmented range is looked up once.
+    fn transfer(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Option<Progress> {
+        let Piece { mut at, end, mut run, .. } = piece;
         let io = cx.io();
         let is_write = io.kind != IoKind::Read;
         while let Mapping::Data(host) = run.mapping {
@@ -505,63 +426,30 @@ impl Qcow2 {
             } else if !run.copied {
                 break;
             } else if self.metadata.is_hit(host, len) {
-                return Some(Progress::HitsMetadata { host });
+                if at > piece.at {
+                    break;
+                }
+                return Some(Progress::Failed(self.corrupt.hit_metadata(host, cx)));
             } else {
                 cx.write_guest(self.image.data, host, from, len, false);
             }
-            (at, *issued) = (run.end, true);
+            at = run.end;
             let Some(slot) = run.slot.filter(|_| at < end && cx.room() > 0) else { break };
             let Found::Run(next) = self.tables.run_in(slot, at, end, is_write, cx.memory()) else {
                 break;
             };
             run = next;
         }
-        Some(Progress::To(at))
+        Some(Progress::Issued(at))
     }
 
-    fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+    fn load_slice(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
         let Some(slot) = self.tables.slices.reserve(self.image.slice_key(at)) else {
             let attempt = self.writeback.park_for_slot(&mut self.tables, cx);
-            return Step::Wait(RequestState::Room { at, attempt });
+            return Progress::Wait(RequestState::Room { at, attempt });
         };
         let seg = self.tables.slices.seg(slot, 0, 1 << self.image.geometry.slice_bits());
         cx.issue(self.image.read_op(self.tables.slice_offset(at), Segs::one(seg)));
-        Step::Wait(RequestState::LoadSlice { at, slot: slot as u32 })
-    }
-
-    fn slice_loaded(
-        &mut self,
-        at: u64,
-        slot: usize,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<RequestState> {
-        self.tables.slices.load_ended(slot, result.is_ok(), cx);
-        match result {
-            Ok(()) => self.walk(at, cx),
-            Err(errno) => Step::Done(Err(errno)),
-        }
-    }
-
-    /// Zeroes or discards what it can of the run at `at`.
-    fn clear(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Option<Progress<Infallible>> {
-        let mut clear = ClearStep {
-            image: &self.image,
-            disk: &self.disk,
-            is_raw_external: self.header.is_raw_external(),
-            claims: &mut self.claims,
-            tables: &mut self.tables,
-            metadata: &self.metadata,
-            inflated: &mut self.inflated,
-            writeback: &mut self.writeback,
-        };
-        clear.run(at, end, run, issued, cx)
+        Progress::Wait(RequestState::LoadSlice { at, slot: slot as u32 })
     }
 }

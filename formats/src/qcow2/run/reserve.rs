@@ -15,6 +15,8 @@
 //! The chore looks at one piece of one refcount block at a time, in memory of its own. The first was
 //! read when the image was opened.
 
+use std::ops::Range;
+
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event};
@@ -27,7 +29,7 @@ use crate::qcow2::disk::header::{Header, REFTABLE_BYTES_MAX};
 use crate::qcow2::disk::layout::{HOST_MAX, Invalid};
 use crate::qcow2::rest::open::Opened;
 use crate::qcow2::run::corrupt::Corrupt;
-use crate::qcow2::run::image::{Image, Qcow2Options};
+use crate::qcow2::run::image::{Image, PIECES_MAX, Qcow2Options};
 use crate::qcow2::run::live_header::LiveHeader;
 use crate::qcow2::run::metadata::Metadata;
 
@@ -45,10 +47,8 @@ pub enum ReserveState {
     },
     /// A changed piece of a refcount block, written.
     Write,
-    /// A new refcount block's entry in the refcount table, written.
+    /// A new refcount block's entry in the refcount table, stable.
     Link,
-    /// That entry, stable.
-    FlushLink,
     /// A longer refcount table, written.
     Table {
         /// Up to this piece.
@@ -56,10 +56,8 @@ pub enum ReserveState {
     },
     /// The longer refcount table, stable.
     FlushTable,
-    /// The header that names it, written.
+    /// The header's turn, or the header that names it, stable.
     Header,
-    /// That header, stable.
-    FlushHeader,
     /// Clusters that are not needed any more, given back to the file system.
     Discard,
     /// The requests that may still use what was given up, ended.
@@ -239,7 +237,8 @@ pub(super) struct Reserve {
     discarded: Vec<Run>,
     /// References to be counted down.
     drops: Vec<Run>,
-    /// The piece of a block in memory, if any, and whether it is ahead of the disk.
+    /// Pieces of blocks in memory; the one at hand, if any; is that ahead of the disk?
+    pieces: Range<u64>,
     piece: Option<u64>,
     piece_dirty: bool,
     /// The first piece, as it was when the image was opened, until it is looked at: nobody else changes
@@ -309,6 +308,7 @@ impl Reserve {
             returned: Vec::with_capacity(options.frees_max),
             discarded: Vec::with_capacity(options.frees_max),
             drops: with_room(),
+            pieces: 0..0,
             piece: None,
             piece_dirty: false,
             first_piece: opened.first_counts.clone(),
@@ -534,24 +534,22 @@ impl ReserveStep<'_> {
             (ReserveState::Grow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
                 self.grown(cx)
             }
-            (state, Event::Io(Err(errno))) => self.op_failed(state, errno, cx),
+            // Not that far: then just as far as is needed.
+            (ReserveState::Grow { exact: false }, Event::Io(Err(_))) => self.grow_exactly(cx),
+            (ReserveState::Grow { exact: true }, Event::Io(Err(errno))) => {
+                self.reserve.grown = self.reserve.len;
+                self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
+                self.out_of_space(errno, cx)
+            }
+            (ReserveState::Header, Event::Io(Err(errno))) => self.header_failed(errno, cx),
+            (_, Event::Io(Err(errno))) => self.counting_failed(errno, cx),
             (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
             (ReserveState::Write, Event::Io(_)) => self.piece_written(cx),
             (ReserveState::Table { from }, Event::Io(_)) => self.write_area(from, cx),
             (ReserveState::FlushTable, Event::Io(_)) => self.link_area(cx),
-            (ReserveState::Link, Event::Io(_)) => {
-                self.image.flush_files(cx);
-                Outcome::Wait(ReserveState::FlushLink)
-            }
             (ReserveState::Header, Event::Woken) => self.link_area(cx),
-            (ReserveState::Header, Event::Io(_)) => {
-                self.image.flush_files(cx);
-                Outcome::Wait(ReserveState::FlushHeader)
-            }
-            (ReserveState::FlushLink | ReserveState::FlushHeader, Event::Io(_)) => {
-                self.area_linked(cx)
-            }
+            (ReserveState::Link | ReserveState::Header, Event::Io(_)) => self.area_linked(cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
@@ -653,31 +651,64 @@ impl ReserveStep<'_> {
         Ok(Some(block + ((inside >> self.reserve.piece_bits) << self.image.geometry.slice_bits())))
     }
 
+    /// Where the piece at hand is in memory, or what is written instead of one.
     fn counts_seg(&self) -> Seg {
-        let len = 1 << self.image.geometry.slice_bits();
-        Seg { base: Base::Region(self.image.regions.counts), off: 0, len }
+        let bits = self.image.geometry.slice_bits();
+        let before = self.reserve.piece.map_or(0, |piece| piece - self.reserve.pieces.start);
+        let base = Base::Region(self.image.regions.counts);
+        Seg { base, off: (before as u32) << bits, len: 1 << bits }
+    }
+
+    fn counts<'m>(&self, cx: &'m mut Cx<'_>) -> &'m mut [u8] {
+        let Seg { off, len, .. } = self.counts_seg();
+        &mut cx.mem().region_mut(self.image.regions.counts)[off as usize..(off + len) as usize]
     }
 
     /// Gets the piece that counts `cluster` into memory, and goes on with it.
     fn look_at(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Outcome {
         let piece = cluster >> self.reserve.piece_bits;
-        if self.reserve.piece == Some(piece) {
+        if self.reserve.pieces.contains(&piece) {
+            self.reserve.piece = Some(piece);
             return self.piece_loaded(cx);
         }
         debug_assert!(!self.reserve.piece_dirty, "a changed piece is written before it goes");
-        let offset = match self.piece_offset(cluster) {
-            Ok(Some(offset)) => offset,
+        match self.piece_offset(cluster) {
+            Ok(Some(_)) => {}
             Ok(None) => return self.no_block(cluster, cx),
             Err(Invalid) => return self.stop_counting("refcount block is misplaced", cluster, cx),
-        };
-        self.reserve.piece = Some(piece);
+        }
+        (self.reserve.pieces, self.reserve.piece) = (piece..piece + 1, Some(piece));
         if piece == 0 && !self.reserve.first_piece.is_empty() {
             let bytes = std::mem::take(&mut self.reserve.first_piece);
-            cx.mem().region_mut(self.image.regions.counts).copy_from_slice(&bytes);
+            self.counts(cx).copy_from_slice(&bytes);
             return self.piece_loaded(cx);
         }
-        cx.issue(self.image.read_op(offset, Segs::one(self.counts_seg())));
+        self.load(piece, cx)
+    }
+
+    /// Reads the piece at hand. Where holes are looked for, those behind it are wanted next: several
+    /// are read at once.
+    fn load(&mut self, first: u64, cx: &mut Cx<'_>) -> Outcome {
+        let bits = self.reserve.piece_bits;
+        let last = match self.reserve.phase {
+            Phase::Count { fresh: false } => (self.reserve.end - 1) >> bits,
+            _ => first,
+        };
+        for piece in first..=last.min(first + PIECES_MAX - 1) {
+            let Ok(Some(offset)) = self.piece_offset(piece << bits) else { break };
+            if piece > first && cx.room() == 0 {
+                break;
+            }
+            (self.reserve.pieces.end, self.reserve.piece) = (piece + 1, Some(piece));
+            cx.issue(self.image.read_op(offset, Segs::one(self.counts_seg())));
+        }
+        self.reserve.piece = Some(first);
         Outcome::Wait(ReserveState::Load)
+    }
+
+    /// What is in memory is not to be relied on, or is needed for something else.
+    fn forget_pieces(&mut self) {
+        (self.reserve.pieces, self.reserve.piece) = (0..0, None);
     }
 
     /// The refcounts cannot be right: `what`, at byte `at` of the file.
@@ -707,7 +738,7 @@ impl ReserveStep<'_> {
         let (geometry, bits) = (self.image.geometry, self.reserve.piece_bits);
         let piece = self.reserve.piece.expect("it was loaded");
         let (from, to) = (piece << bits, (piece + 1) << bits);
-        let bytes = cx.mem().region_mut(self.image.regions.counts);
+        let bytes = self.counts(cx);
         let mut drops = std::mem::take(&mut self.reserve.drops);
         let mut wrong = None;
         for i in 0..drops.len() {
@@ -864,7 +895,7 @@ impl ReserveStep<'_> {
             true => (self.reserve.end, to.min(self.reserve.grown >> geometry.cluster_bits())),
             false => (self.reserve.holes.max(from), to.min(self.reserve.end)),
         };
-        let bytes = cx.mem().region_mut(self.image.regions.counts);
+        let bytes = self.counts(cx);
         let wanted = self.reserve.batch;
         let is_zeros = fresh || !self.reserve.can_grow && mutant!("qcow2_device_is_zeros");
         let (mut found, mut next) = (0, at);
@@ -994,9 +1025,9 @@ impl ReserveStep<'_> {
         let (bits, slice_bits) =
             (self.image.geometry.cluster_bits(), self.image.geometry.slice_bits());
         let pieces = area.tables() << (bits - slice_bits);
-        self.reserve.piece = None;
+        self.forget_pieces();
         for i in u64::from(from)..pieces {
-            let bytes = cx.mem().region_mut(self.image.regions.counts);
+            let bytes = self.counts(cx);
             bytes.fill(0);
             self.fill_area(area, i, bytes);
             if area.fresh && bytes.iter().all(|&byte| byte == 0) {
@@ -1059,9 +1090,9 @@ impl ReserveStep<'_> {
         }
         let entry_bits = self.image.geometry.slice_bits() - 3;
         let first = area.index >> entry_bits << entry_bits;
-        self.fill_table(area, first as usize, cx.mem().region_mut(self.image.regions.counts));
+        self.fill_table(area, first as usize, self.counts(cx));
         let offset = self.reserve.table_offset + first * 8;
-        cx.issue(Op::write(self.image.file, offset, Segs::one(self.counts_seg())));
+        cx.issue(self.image.stable_write(offset, Segs::one(self.counts_seg())));
         Outcome::Wait(ReserveState::Link)
     }
 
@@ -1100,55 +1131,34 @@ impl ReserveStep<'_> {
         self.next(cx)
     }
 
-    fn op_failed(&mut self, state: ReserveState, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
-        match state {
-            // Not that far: then just as far as is needed.
-            ReserveState::Grow { exact: false } => {
-                self.reserve.grown = self.reserve.len;
-                let bits = self.image.geometry.cluster_bits();
-                let len = match self.reserve.phase {
-                    Phase::Blocks(area) => Some(area.end() << bits),
-                    Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
-                };
-                match len.filter(|&len| len > self.reserve.grown) {
-                    Some(len) => self.grow(len, true, cx),
-                    None => self.grown(cx),
-                }
-            }
-            ReserveState::Grow { exact: true } => {
-                self.reserve.grown = self.reserve.len;
-                self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
-                self.out_of_space(errno, cx)
-            }
-            ReserveState::Header | ReserveState::FlushHeader => {
-                // The header may name the new table, which is as good as the old one: it is left
-                // alone.
-                if let Phase::Blocks(area) = self.reserve.phase {
-                    self.header.changed(Err(errno), cx);
-                    if area.fresh {
-                        self.reserve.end = area.end();
-                    }
-                }
-                self.counting_failed(errno, cx)
-            }
-            ReserveState::Turn
-            | ReserveState::Load
-            | ReserveState::Write
-            | ReserveState::Link
-            | ReserveState::FlushLink
-            | ReserveState::Table { .. }
-            | ReserveState::FlushTable
-            | ReserveState::Discard
-            | ReserveState::Past
-            | ReserveState::Swept => self.counting_failed(errno, cx),
+    fn grow_exactly(&mut self, cx: &mut Cx<'_>) -> Outcome {
+        self.reserve.grown = self.reserve.len;
+        let len = match self.reserve.phase {
+            Phase::Blocks(area) => Some(area.end() << self.image.geometry.cluster_bits()),
+            Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
+        };
+        match len.filter(|&len| len > self.reserve.grown) {
+            Some(len) => self.grow(len, true, cx),
+            None => self.grown(cx),
         }
+    }
+
+    /// The header may name the new table, which is as good as the old one: it is left alone.
+    fn header_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
+        self.header.changed(Err(errno), cx);
+        if let Phase::Blocks(area) = self.reserve.phase
+            && area.fresh
+        {
+            self.reserve.end = area.end();
+        }
+        self.counting_failed(errno, cx)
     }
 
     /// What the piece is on disk, nobody knows. It is written again if it counts what is in use; what
     /// was to be counted down is leaked.
     fn counting_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
         if !self.reserve.uncounted || mutant!("qcow2_failed_count_forgotten") {
-            self.reserve.piece = None;
+            self.forget_pieces();
             self.reserve.piece_dirty = false;
             self.reserve.uncounted = false;
         }

@@ -42,10 +42,8 @@ pub enum ResizeState {
     ClearBeyond,
     /// A writeback.
     Swept,
-    /// The header's turn, or the header, written.
+    /// The header's turn, or the header, stable.
     WriteHeader,
-    /// The header, stable.
-    FlushHeader,
 }
 
 /// Who is resizing, and how far it is.
@@ -103,7 +101,7 @@ impl ResizeStep<'_> {
             _ => Ok(()),
         };
         match (state, event, result) {
-            (ResizeState::WriteHeader | ResizeState::FlushHeader, _, Err(errno)) => {
+            (ResizeState::WriteHeader, _, Err(errno)) => {
                 self.header.changed(Err(errno), cx);
                 self.resized(Err(errno), cx)
             }
@@ -123,11 +121,7 @@ impl ResizeStep<'_> {
             (ResizeState::WriteL1 { from }, Event::Io(_), _) => self.write_l1(from, cx),
             (ResizeState::FlushL1, Event::Io(_), _) => self.write_change(cx),
             (ResizeState::WriteHeader, Event::Woken, _) => self.write_change(cx),
-            (ResizeState::WriteHeader, Event::Io(_), _) => {
-                self.image.flush_files(cx);
-                Step::Wait(ResizeState::FlushHeader)
-            }
-            (ResizeState::FlushHeader, Event::Io(_), _) => self.changed(cx),
+            (ResizeState::WriteHeader, Event::Io(_), _) => self.changed(cx),
             (ResizeState::DataLength, Event::Io(_), _) => self.clear_beyond(cx),
             (ResizeState::ClearBeyond, Event::Io(_), _) => self.cleared(cx),
             (state, event, _) => panic!("{event:?} in {state:?}"),
@@ -151,7 +145,7 @@ impl ResizeStep<'_> {
             Err(Short::Later(attempt)) => return Step::Wait(ResizeState::Space { attempt }),
         }
         // First everything that is changed in the old table, while nothing more is.
-        self.tables.set_l1_moves(true);
+        self.tables.move_l1();
         self.writeback.park(cx);
         Step::Wait(ResizeState::Swept)
     }
@@ -218,7 +212,7 @@ impl ResizeStep<'_> {
         self.metadata.add(self.resize.l1_first..self.resize.l1_first + count);
         self.tables.grow_l1(self.image.geometry.l1_entries(size) as usize);
         self.header.changed(Ok(()), cx);
-        self.l1_at_rest(cx);
+        self.tables.l1_at_rest(cx);
     }
 
     /// Nothing leads to these clusters of an L1 table, once a header is stable.
@@ -226,12 +220,6 @@ impl ResizeStep<'_> {
         if count > 0 {
             self.writeback.free(Free { first, count, sole: true, discard: false });
         }
-    }
-
-    /// The L1 table moves no more.
-    fn l1_at_rest(&mut self, cx: &mut Cx<'_>) {
-        self.tables.set_l1_moves(false);
-        self.writeback.wake_for_l1(cx);
     }
 
     /// A data file is as long as the disk, if it is no device; growing cuts nothing off one that is
@@ -288,7 +276,7 @@ impl ResizeStep<'_> {
         if self.tables.l1_moves() {
             let count = self.l1_clusters(cx.io().offset).expect("it is too short");
             self.free_l1(self.resize.l1_first, count);
-            self.l1_at_rest(cx);
+            self.tables.l1_at_rest(cx);
         }
         self.disk.set_reach(self.disk.size());
         self.resize.busy = false;

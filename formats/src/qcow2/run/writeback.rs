@@ -1,14 +1,18 @@
 //! The writeback: writing changed metadata back.
 //!
-//! One chore, one writeback at a time. It *takes* the L2 slices and L1 blocks that are changed when it
-//! begins, makes the data stable that they owe a fence for, writes copies of them, and makes those
-//! stable. Whoever wants a flush waits for the first writeback that begins after he came: any number go
-//! with one.
+//! ```text
+//! Counts ─> [Fence] ─> Write ─> … once for each round … ─> [Header] ─> Flush
+//! ```
 //!
-//! A taken slice is *sealed* until it is copied: entries that owe a fence of their own wait, since
-//! the fence under way may not cover their data. Everything else goes on: lookups, data, other
-//! entries. A changed slice is pinned, and stays in memory until it is written. A header whose
-//! write has failed goes with the next writeback.
+//! One chore, one writeback at a time. It *takes* the L2 slices and L1 blocks that are changed when it
+//! begins, and writes them in rounds, as many at once as there is memory for copies. A round waits
+//! until the clusters in use are counted, copies, makes stable the data that entries owe a fence
+//! for, and writes the copies. When all is written it is made stable. Whoever wants a flush waits for the
+//! first writeback that begins after he came: any number go with one.
+//!
+//! What changes after it was copied goes with the next writeback; no change waits for this one. A
+//! changed slice is pinned, and stays in memory until it is written. A header whose write has
+//! failed goes with the next writeback.
 //!
 //! References that were given up in memory (`Free`) leave with the writeback after: when it has made
 //! stable that nothing on disk refers to them, they go to the reserve.
@@ -29,36 +33,31 @@ use crate::qcow2::run::tables::Tables;
 /// What the chore awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum WritebackState {
-    /// Its turn.
-    Turn,
-    /// The data that changed slices owe a fence for, stable.
+    /// The counts of clusters in use, stable.
+    Counts {
+        /// Has it taken what is changed?
+        begun: bool,
+    },
+    /// The data that the copies owe a fence for, stable.
     Fence,
-    /// Copies of changed slices and L1 blocks, written.
-    Write,
+    /// Copies, written.
+    Write {
+        /// Up to this one.
+        next: u32,
+    },
     /// The header's turn, or the header, written again.
     Header,
-    /// All of it, stable, the header too.
-    FlushHeader,
     /// All of it, stable.
     Flush,
 }
 
-/// What there is to know about a slice in the cache.
-#[derive(Clone, Copy, Hash, Debug, Default)]
-struct Slice {
-    /// Memory is ahead of the disk.
-    dirty: bool,
-    /// Data must be stable before the slice is written.
-    owes: bool,
-    /// Taken by the writeback under way, not copied yet.
-    sealed: bool,
-}
-
-/// What is in flight.
+/// What a copy is of.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Staged {
+enum Copied {
+    /// The slice in this slot.
     Slice(u32),
-    Root(u32),
+    /// This block of the L1 table.
+    L1(u32),
 }
 
 /// See the module.
@@ -67,20 +66,18 @@ pub(super) struct Writeback {
     asked: bool,
     running: bool,
     again: bool,
-    /// By their slots in the cache.
-    slices: Vec<Slice>,
+    /// Is memory ahead of the disk? By the slots in the cache.
+    is_changed: Vec<bool>,
     /// Slots of changed slices, and changed L1 blocks, that no writeback has taken.
     dirty: Vec<u32>,
     dirty_l1: Vec<u32>,
-    /// Does an L1 block owe a fence?
-    l1_owes: bool,
+    /// Must data be stable before some of it is written?
+    owes: bool,
     /// What this writeback has taken and not copied, last first.
     taken: Vec<u32>,
     taken_l1: Vec<u32>,
-    l1_sealed: bool,
-    l1_waiters: WaitList,
-    /// What it has in flight; so much at most.
-    staged: Vec<Staged>,
+    /// What it has copied, and where in the file that goes; so many at most.
+    copies: Vec<(Copied, u64)>,
     depth: usize,
     /// Who waits for the next writeback; for this one.
     next: WaitList,
@@ -105,16 +102,14 @@ impl Writeback {
             asked: false,
             running: false,
             again: false,
-            slices: vec![Slice::default(); slots],
+            is_changed: vec![false; slots],
             dirty: Vec::with_capacity(slots),
             dirty_l1: Vec::with_capacity(slots),
-            l1_owes: false,
+            owes: false,
             taken: Vec::with_capacity(slots),
             taken_l1: Vec::with_capacity(slots),
-            l1_sealed: false,
-            l1_waiters: WaitList::new(),
+            copies: Vec::with_capacity(depth),
             depth,
-            staged: Vec::with_capacity(depth),
             next: WaitList::new(),
             current: WaitList::new(),
             result: Ok(()),
@@ -143,45 +138,27 @@ impl Writeback {
 
     /// Is this slice ahead of the disk?
     pub fn is_changed(&self, slot: usize) -> bool {
-        self.slices[slot].dirty
+        self.is_changed[slot]
     }
 
-    /// Is this slice sealed? Then no entry that owes a fence enters it.
+    /// A slice was changed in memory. If much is changed, some of it had better be written before
+    /// somebody has to wait for that.
     #[inline]
-    pub fn is_sealed(&self, slot: usize) -> bool {
-        self.slices[slot].sealed
-    }
-
-    /// A slice was changed in memory.
-    #[inline]
-    pub fn touch(&mut self, slot: usize, owes: bool, tables: &mut Tables) {
-        let slice = &mut self.slices[slot];
-        slice.owes |= owes;
-        if !slice.dirty {
-            slice.dirty = true;
+    pub fn touch(&mut self, slot: usize, owes: bool, tables: &mut Tables, cx: &mut Cx<'_>) {
+        self.owes |= owes;
+        if !std::mem::replace(&mut self.is_changed[slot], true) {
             tables.slices.pin(slot);
             self.dirty.push(slot as u32);
         }
-    }
-
-    /// Is the L1 table sealed? Then no entry that owes a fence enters it.
-    pub fn is_l1_sealed(&self) -> bool {
-        self.l1_sealed
-    }
-
-    /// Parks the request until an entry may enter the L1 table.
-    pub fn park_for_l1(&mut self, cx: &mut Cx<'_>) {
-        cx.park(&mut self.l1_waiters);
-    }
-
-    /// Wakes who waits to change the L1 table.
-    pub fn wake_for_l1(&mut self, cx: &mut Cx<'_>) {
-        cx.wake_all(&mut self.l1_waiters);
+        let (dirty, frees) = (self.dirty.len(), self.frees.len());
+        if !self.running && (dirty > self.is_changed.len() / 2 || frees > self.frees_max / 2) {
+            self.ask(cx);
+        }
     }
 
     /// A block of the L1 table was changed in memory.
     pub fn touch_l1(&mut self, block: u32, owes: bool) {
-        self.l1_owes |= owes;
+        self.owes |= owes;
         if !self.dirty_l1.contains(&block) {
             self.dirty_l1.push(block);
         }
@@ -289,18 +266,10 @@ impl Writeback {
         failure.filter(|_| !mutant!("qcow2_asks_again_after_a_failed_writeback"))
     }
 
-    /// Much is changed: better write some of it back before somebody has to wait for that.
-    pub fn begin_if_full(&mut self, cx: &mut Cx<'_>) {
-        let (dirty, frees) = (self.dirty.len(), self.frees.len());
-        if !self.running && (dirty > self.slices.len() / 2 || frees > self.frees_max / 2) {
-            self.ask(cx);
-        }
-    }
-
     pub fn assert_idle(&self) {
         assert!(!self.running && !self.asked, "a writeback is under way");
         assert!(self.next.is_empty() && self.current.is_empty() && self.room.is_empty());
-        assert!(self.l1_waiters.is_empty() && self.taken.is_empty() && self.staged.is_empty());
+        assert!(self.taken.is_empty() && self.taken_l1.is_empty() && self.copies.is_empty());
     }
 }
 
@@ -321,49 +290,54 @@ impl WritebackStep<'_> {
         cx: &mut Cx<'_>,
     ) -> Step<WritebackState> {
         match (state, event) {
-            (WritebackState::Turn, Event::Start) if self.reserve.is_uncounted() => {
-                self.reserve.park_for_counts(cx);
-                Step::Wait(WritebackState::Turn)
+            (WritebackState::Counts { begun }, Event::Start) => {
+                self.when_counted(begun, Ok(()), cx)
             }
-            (WritebackState::Turn, Event::Woken) if self.reserve.is_uncounted() => {
-                match self.reserve.result() {
-                    Err(errno) => self.not_begun(errno, cx),
-                    // Others have been counted meanwhile.
-                    Ok(()) => {
-                        self.reserve.park_for_counts(cx);
-                        Step::Wait(WritebackState::Turn)
-                    }
-                }
+            (WritebackState::Counts { begun }, Event::Woken) => {
+                self.when_counted(begun, self.reserve.result(), cx)
             }
-            (WritebackState::Turn, Event::Start | Event::Woken) => self.begin(cx),
-            (WritebackState::Fence, Event::Io(Ok(()))) => self.write_batch(cx),
-            (WritebackState::Fence, Event::Io(Err(errno))) => self.failed(errno, cx),
-            (WritebackState::Write, Event::Io(result)) => self.batch_written(result, cx),
-            (WritebackState::Header, Event::Woken) => self.write_batch(cx),
-            (WritebackState::Header, Event::Io(Ok(()))) => {
-                self.image.flush_files(cx);
-                Step::Wait(WritebackState::FlushHeader)
+            (WritebackState::Fence, Event::Io(Ok(()))) if mutant!("qcow2_copied_after_fence") => {
+                self.writeback.owes = false;
+                self.copy(cx)
             }
-            (WritebackState::Header, Event::Io(Err(errno))) => {
-                self.header.changed(Err(errno), cx);
-                self.failed(errno, cx)
+            (WritebackState::Fence, Event::Io(Ok(()))) => self.write(0, cx),
+            (WritebackState::Write { next }, Event::Io(result))
+                if result.is_ok() || mutant!("qcow2_table_error_ignored") =>
+            {
+                self.write(next, cx)
             }
-            (WritebackState::FlushHeader, Event::Io(result)) => {
+            (WritebackState::Fence | WritebackState::Write { .. }, Event::Io(result)) => {
+                self.ended(result, cx)
+            }
+            (WritebackState::Header, Event::Woken) => self.written(cx),
+            (WritebackState::Header, Event::Io(result)) => {
                 self.header.changed(result, cx);
-                self.flushed(result, cx)
+                if result.is_ok() { self.written(cx) } else { self.ended(result, cx) }
             }
-            (WritebackState::Flush, Event::Io(result)) => self.flushed(result, cx),
+            (WritebackState::Flush, Event::Io(result)) => self.ended(result, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
 
-    /// The counts of what is in use could not be written: no table may be.
-    fn not_begun(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        self.writeback.current = std::mem::take(&mut self.writeback.next);
-        self.ended(Err(errno), cx)
+    /// Begins a round if what is in use is counted; no table is written if that failed.
+    fn when_counted(
+        &mut self,
+        begun: bool,
+        counted: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Step<WritebackState> {
+        let is_uncounted = self.reserve.is_uncounted();
+        if is_uncounted && counted.is_ok() {
+            self.reserve.park_for_counts(cx);
+            return Step::Wait(WritebackState::Counts { begun });
+        }
+        if !begun {
+            self.begin(cx);
+        }
+        if is_uncounted { self.ended(counted, cx) } else { self.copy(cx) }
     }
 
-    fn begin(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+    fn begin(&mut self, cx: &mut Cx<'_>) {
         let tables = &self.tables.slices;
         let writeback = &mut *self.writeback;
         writeback.current = std::mem::take(&mut writeback.next);
@@ -375,43 +349,80 @@ impl WritebackStep<'_> {
         if !writeback.freeing.is_empty() {
             writeback.freed_in = cx.end_epoch();
         }
-        let mut owes = std::mem::take(&mut writeback.l1_owes);
-        writeback.l1_sealed = !writeback.taken_l1.is_empty();
-        for &slot in &writeback.taken {
-            let slice = &mut writeback.slices[slot as usize];
-            slice.sealed = true;
-            owes |= std::mem::take(&mut slice.owes);
+    }
+
+    /// Copies as much as there is room for, and makes stable what it relies on; then it is written.
+    fn copy(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        let owes = std::mem::take(&mut self.writeback.owes);
+        if owes && mutant!("qcow2_copied_after_fence") {
+            self.image.flush_files(cx);
+            return Step::Wait(WritebackState::Fence);
         }
+        while self.writeback.copies.len() < self.writeback.depth && self.copy_next(cx) {}
         if owes && !mutant!("qcow2_no_fence_in_writeback") {
             self.image.flush_files(cx);
             return Step::Wait(WritebackState::Fence);
         }
-        self.write_batch(cx)
+        self.write(0, cx)
     }
 
-    /// Writes copies of as much as there is room for; then there is no more to write.
-    fn write_batch(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+    /// Copies the next slice or L1 block that was taken, if there is one, and notes where it goes.
+    fn copy_next(&mut self, cx: &mut Cx<'_>) -> bool {
+        let bits = self.image.geometry.slice_bits();
+        let (region, off) = (self.image.regions.staging, self.writeback.copies.len() << bits);
+        if let Some(slot) = self.writeback.taken.pop() {
+            let slices = &self.tables.slices;
+            slices.copy_to_region(slot as usize, region, off, cx.mem());
+            self.writeback.is_changed[slot as usize] = false;
+            let guest = slices.key(slot as usize) << self.image.geometry.slice_span_bits();
+            let offset = self.tables.slice_offset(guest);
+            self.writeback.copies.push((Copied::Slice(slot), offset));
+            return true;
+        }
+        let Some(block) = self.writeback.taken_l1.pop() else { return false };
+        let bytes = &mut cx.mem().region_mut(region)[off..off + (1 << bits)];
+        self.tables.copy_l1((block as usize) << (bits - 3), bytes);
+        let offset = self.header.l1_offset() + (u64::from(block) << bits);
+        self.writeback.copies.push((Copied::L1(block), offset));
+        true
+    }
+
+    /// Writes the copies from number `next` on, those that follow each other in the file at once.
+    fn write(&mut self, next: u32, cx: &mut Cx<'_>) -> Step<WritebackState> {
         let unit = 1 << self.image.geometry.slice_bits();
-        let mut run: Option<(u64, usize, usize)> = None;
-        while self.writeback.staged.len() < self.writeback.depth && (run.is_none() || cx.room() > 1)
-        {
-            let off = self.writeback.staged.len() * unit;
-            let Some(offset) = self.stage(off, cx) else { break };
-            run = match run {
-                Some((start, from, len)) if start + len as u64 == offset => {
-                    Some((start, from, len + unit))
-                }
-                Some(done) => {
-                    self.write_staged(done, cx);
-                    Some((offset, off, unit))
-                }
-                None => Some((offset, off, unit)),
-            };
+        let copies = &self.writeback.copies;
+        let (mut next, count) = (next as usize, copies.len());
+        if next == count {
+            return self.copies_written(cx);
         }
-        if let Some(last) = run {
-            self.write_staged(last, cx);
-            return Step::Wait(WritebackState::Write);
+        while next < count && cx.room() > 0 {
+            let first = next;
+            next += 1;
+            while next < count && copies[next].1 == copies[next - 1].1 + unit {
+                next += 1;
+            }
+            let (off, len) = (first as u64 * unit, (next - first) as u64 * unit);
+            let base = Base::Region(self.image.regions.staging);
+            let seg = Seg { base, off: off as u32, len: len as u32 };
+            cx.issue(Op::write(self.image.file, copies[first].1, Segs::one(seg)));
         }
+        Step::Wait(WritebackState::Write { next: next as u32 })
+    }
+
+    fn copies_written(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        while let Some((copied, _)) = self.writeback.copies.pop() {
+            if let Copied::Slice(slot) = copied {
+                self.tables.unpin(slot as usize, cx);
+            }
+        }
+        if self.writeback.taken.is_empty() && self.writeback.taken_l1.is_empty() {
+            return self.written(cx);
+        }
+        self.when_counted(true, Ok(()), cx)
+    }
+
+    /// All that was taken is written: it is made stable, if anybody cares.
+    fn written(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
         if self.writeback.current.is_empty() && self.writeback.freeing.is_empty() {
             return self.ended(Ok(()), cx);
         }
@@ -420,105 +431,46 @@ impl WritebackStep<'_> {
             return Step::Wait(WritebackState::Header);
         }
         if mutant!("qcow2_writeback_not_flushed") {
-            return self.flushed(Ok(()), cx);
+            return self.ended(Ok(()), cx);
         }
         self.image.flush_files(cx);
         Step::Wait(WritebackState::Flush)
     }
 
-    fn write_staged(&mut self, (offset, from, len): (u64, usize, usize), cx: &mut Cx<'_>) {
-        let base = Base::Region(self.image.regions.staging);
-        let seg = Seg { base, off: from as u32, len: len as u32 };
-        cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
-    }
-
-    /// Copies the next taken slice or L1 block to `off` of the staging region; where does it go?
-    fn stage(&mut self, off: usize, cx: &mut Cx<'_>) -> Option<u64> {
-        let bits = self.image.geometry.slice_bits();
-        if let Some(slot) = self.writeback.taken.pop() {
-            self.writeback.staged.push(Staged::Slice(slot));
-            let slot = slot as usize;
-            self.tables.slices.copy_to_region(slot, self.image.regions.staging, off, cx.mem());
-            self.writeback.slices[slot].dirty = false;
-            self.writeback.slices[slot].sealed = false;
-            cx.wake_all(self.tables.slices.waiters(slot));
-            let guest = self.tables.slices.key(slot) << self.image.slice_span_bits();
-            return Some(self.tables.slice_offset(guest));
+    /// What was taken has changed still: nobody knows what of it is on disk, nor whether the fence
+    /// was one. What was given up has not left.
+    fn take_back(&mut self, cx: &mut Cx<'_>) {
+        let writeback = &mut *self.writeback;
+        writeback.owes = true;
+        writeback.dirty.append(&mut writeback.taken);
+        while let Some(block) = writeback.taken_l1.pop() {
+            writeback.touch_l1(block, true);
         }
-        let block = self.writeback.taken_l1.pop()?;
-        self.writeback.staged.push(Staged::Root(block));
-        let first = (block as usize) << (bits - 3);
-        let bytes = &mut cx.mem().region_mut(self.image.regions.staging)[off..off + (1 << bits)];
-        self.tables.copy_l1(first, bytes);
-        if self.writeback.taken_l1.is_empty() {
-            self.writeback.l1_sealed = false;
-            cx.wake_all(&mut self.writeback.l1_waiters);
-        }
-        Some(self.header.l1_offset() + (u64::from(block) << bits))
-    }
-
-    fn batch_written(
-        &mut self,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<WritebackState> {
-        let result = if mutant!("qcow2_table_error_ignored") { Ok(()) } else { result };
-        while let Some(staged) = self.writeback.staged.pop() {
-            match (staged, result) {
-                (Staged::Slice(slot), Ok(())) => self.tables.unpin(slot as usize, cx),
-                (Staged::Root(_), Ok(())) => {}
-                // Nobody knows which of them are on disk: all are written again.
-                (Staged::Slice(slot), Err(_)) => {
-                    self.writeback.touch(slot as usize, false, self.tables);
+        while let Some((copied, _)) = writeback.copies.pop() {
+            match copied {
+                Copied::Slice(slot) => {
+                    writeback.touch(slot as usize, true, self.tables, cx);
                     self.tables.unpin(slot as usize, cx);
                 }
-                (Staged::Root(block), Err(_)) => self.writeback.touch_l1(block, false),
+                Copied::L1(block) => writeback.touch_l1(block, true),
             }
         }
-        match result {
-            Ok(()) => self.write_batch(cx),
-            Err(errno) => self.failed(errno, cx),
-        }
-    }
-
-    /// What was taken and not written is as it was before.
-    fn failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        while let Some(slot) = self.writeback.taken.pop() {
-            let slice = &mut self.writeback.slices[slot as usize];
-            slice.sealed = false;
-            // The fence may have failed.
-            slice.owes = true;
-            self.writeback.dirty.push(slot);
-            cx.wake_all(self.tables.slices.waiters(slot as usize));
-        }
-        while let Some(block) = self.writeback.taken_l1.pop() {
-            self.writeback.touch_l1(block, true);
-        }
-        self.writeback.l1_sealed = false;
-        cx.wake_all(&mut self.writeback.l1_waiters);
-        self.flushed(Err(errno), cx)
-    }
-
-    fn flushed(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        let writeback = &mut *self.writeback;
-        match result {
-            Ok(()) => {
-                let epoch = writeback.freed_in;
-                let freed = writeback.freeing.drain(..);
-                self.reserve.take_in(freed, epoch);
-            }
-            Err(_) => writeback.frees.append(&mut writeback.freeing),
-        }
-        self.ended(result, cx)
+        writeback.frees.append(&mut writeback.freeing);
     }
 
     fn ended(&mut self, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        let writeback = &mut *self.writeback;
-        writeback.running = false;
-        writeback.result = result;
-        if let Err(errno) = result {
-            writeback.attempts.failed(errno);
+        match result {
+            Ok(()) => {
+                let freed = self.writeback.freeing.drain(..);
+                self.reserve.take_in(freed, self.writeback.freed_in);
+            }
+            Err(errno) => {
+                self.take_back(cx);
+                self.writeback.attempts.failed(errno);
+            }
         }
+        let writeback = &mut *self.writeback;
+        (writeback.running, writeback.result) = (false, result);
         cx.wake_all(&mut writeback.current);
         cx.wake_all(&mut writeback.room);
         cx.wake_all(&mut self.tables.slices.full);
@@ -554,6 +506,6 @@ mod tests {
         for (block, owes) in [(3, false), (3, true), (5, false)] {
             writeback.touch_l1(block, owes);
         }
-        assert_eq!((writeback.dirty_l1, writeback.l1_owes), (vec![3, 5], true));
+        assert_eq!((writeback.dirty_l1, writeback.owes), (vec![3, 5], true));
     }
 }

@@ -6,27 +6,17 @@
 //! version 2 a table cannot say that a cluster is zeros: where a backing file would show, zeros are
 //! written instead, and discards do nothing.
 
-use std::convert::Infallible;
-
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, IoKind};
 use cowbell_engine::units::align_down;
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Around;
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
-use crate::qcow2::run::allocate::Claim;
-use crate::qcow2::run::compressed::Inflated;
-use crate::qcow2::run::image::{Disk, Image};
-use crate::qcow2::run::lookup::Run;
-use crate::qcow2::run::metadata::Metadata;
-use crate::qcow2::run::piece::Progress;
-use crate::qcow2::run::tables::Tables;
-use crate::qcow2::run::writeback::Writeback;
+use crate::qcow2::run::piece::{Piece, PieceStep, Progress, RequestState};
 
-/// How far a piece has got; `None`: it is to be allocated. It has no state of its own, as entries
-/// change at once.
-type Cleared = Option<Progress<Infallible>>;
+/// How far a piece has got; `None`: it is to be allocated.
+type Cleared = Option<Progress>;
 
 /// What becomes of entries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,48 +29,20 @@ enum Mark {
     Discard,
 }
 
-/// A piece of a zero write or discard, and what it works with.
-pub(super) struct ClearStep<'a> {
-    pub image: &'a Image,
-    pub disk: &'a Disk,
-    /// Is the data file to read, by itself, as the guest's disk does?
-    pub is_raw_external: bool,
-    pub claims: &'a mut Claims<Claim>,
-    pub tables: &'a mut Tables,
-    pub metadata: &'a Metadata,
-    pub inflated: &'a mut Inflated,
-    pub writeback: &'a mut Writeback,
-}
-
-impl ClearStep<'_> {
-    /// Clears what it can from `at` on, which `run` describes; its slice maps all of `at..end`.
-    pub fn run(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+impl PieceStep<'_> {
+    /// Clears what it can of the piece.
+    pub fn clear(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Cleared {
         match cx.io().kind {
-            IoKind::Zero { unmap, .. } => self.zero(at, run, unmap, issued, cx),
-            _ => self.discard(at, end, run, issued, cx),
+            IoKind::Zero { unmap, .. } => self.zero(piece, unmap, cx),
+            _ => self.discard(piece, cx),
         }
     }
 
-    fn zero(
-        &mut self,
-        at: u64,
-        run: Run,
-        unmap: bool,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
-        let (geometry, len) = (self.image.geometry, run.end - at);
-        if self.is_raw_external {
-            cx.issue(Op::bare(OpKind::Zero { unmap }, self.image.data, at, len));
-            *issued = true;
-            return Some(Progress::To(run.end));
+    fn zero(&mut self, piece: Piece, unmap: bool, cx: &mut Cx<'_>) -> Cleared {
+        let Piece { at, run, .. } = piece;
+        let geometry = self.image.geometry;
+        if self.header.is_raw_external() {
+            return self.issue(OpKind::Zero { unmap }, at, at, run.end, cx);
         }
         match run.mapping {
             Mapping::Zero(None) => return Some(Progress::To(run.end)),
@@ -97,8 +59,7 @@ impl ClearStep<'_> {
         let can_say_so = geometry.has_zero_clusters() || !self.disk.shows_backing(at);
         match self.disk.whole(at, run.end, unit).filter(|_| can_say_so) {
             Some((first, last)) if first == at => {
-                let mark = if unmap { Mark::Unmap } else { Mark::Zero };
-                self.mark(at, last, run, mark, issued, cx)
+                self.mark(piece, last, if unmap { Mark::Unmap } else { Mark::Zero }, cx)
             }
             whole => {
                 let end = whole.map_or(run.end, |(first, _)| first);
@@ -108,24 +69,21 @@ impl ClearStep<'_> {
                 }
                 let host = host.0 + (at & (geometry.cluster_size() - 1));
                 if self.metadata.is_hit(host, end - at) {
-                    return Some(Progress::HitsMetadata { host });
+                    return Some(self.hits_metadata(host, cx));
                 }
-                let kind = OpKind::Zero { unmap: false };
-                cx.issue(Op::bare(kind, self.image.data, host, end - at));
-                *issued = true;
-                Some(Progress::To(end))
+                self.issue(OpKind::Zero { unmap: false }, host, at, end, cx)
             }
         }
     }
 
-    fn discard(
-        &mut self,
-        at: u64,
-        end: u64,
-        run: Run,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+    /// Zeroes or discards `at..to` of the guest's disk where it is in the data file, at `host`.
+    fn issue(&self, kind: OpKind, host: u64, at: u64, to: u64, cx: &mut Cx<'_>) -> Cleared {
+        cx.issue(Op::bare(kind, self.image.data, host, to - at));
+        Some(Progress::Issued(to))
+    }
+
+    fn discard(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Cleared {
+        let Piece { at, end, run, .. } = piece;
         // A cluster may be of several kinds, subcluster by subcluster: it goes as a whole.
         let end = if self.image.geometry.has_subclusters() { end } else { run.end };
         let (first, last) = match self.disk.whole_clusters(at, end) {
@@ -133,53 +91,44 @@ impl ClearStep<'_> {
             Some((first, _)) if first > at => return Some(Progress::To(first)),
             Some(whole) => whole,
         };
-        if self.image.has_data_file() {
-            if self.image.pass_discards {
-                cx.issue(Op::bare(OpKind::Discard, self.image.data, first, last - first));
-                *issued = true;
-            }
-            return Some(Progress::To(last));
+        if self.image.has_data_file() && self.image.pass_discards {
+            return self.issue(OpKind::Discard, first, first, last, cx);
         }
         let shows_backing = self.disk.shows_backing(at);
         let is_nothing = matches!(run.mapping, Mapping::Zero(None))
             || matches!(run.mapping, Mapping::Unallocated(None)) && !shows_backing;
         let is_nothing = is_nothing && !self.image.geometry.has_subclusters();
-        if is_nothing || shows_backing && !self.image.geometry.has_zero_clusters() {
+        let cannot_say_so = shows_backing && !self.image.geometry.has_zero_clusters();
+        if self.image.has_data_file() || is_nothing || cannot_say_so {
             return Some(Progress::To(last));
         }
-        self.mark(at, last, run, Mark::Discard, issued, cx)
+        self.mark(piece, last, Mark::Discard, cx)
     }
 
-    /// Changes the entries of `at..last`, whole units in one slice.
-    fn mark(
-        &mut self,
-        at: u64,
-        last: u64,
-        run: Run,
-        mark: Mark,
-        issued: &mut bool,
-        cx: &mut Cx<'_>,
-    ) -> Cleared {
+    /// Changes the entries of the piece up to `last`, whole units in one slice.
+    fn mark(&mut self, piece: Piece, last: u64, mark: Mark, cx: &mut Cx<'_>) -> Cleared {
         let bits = self.image.geometry.cluster_bits();
+        let Piece { at, run, after_ops, .. } = piece;
         let slot = run.slot?;
-        if *issued && (!self.tables.owns_table(at) || !self.writeback.has_room_for_frees()) {
-            return Some(Progress::AfterOps { at });
+        let claim = match self.claims.around(at, last) {
+            Around::Within(key) if !mutant!("qcow2_zero_ignores_claims") => Some(key),
+            _ => None,
+        };
+        let (has_table, has_room) =
+            (self.tables.owns_table(at), self.writeback.has_room_for_frees());
+        if after_ops && (!has_table || !has_room || claim.is_some()) {
+            return Some(Progress::Wait(RequestState::Pieces { at }));
         }
-        if !self.tables.owns_table(at) {
-            return Some(Progress::ProvideTable { at });
+        if !has_table {
+            return Some(self.provide_table(at, cx));
         }
-        if let Around::Within(key) = self.claims.around(at, last)
-            && !mutant!("qcow2_zero_ignores_claims")
-        {
-            if *issued {
-                return Some(Progress::AfterOps { at });
-            }
-            cx.park(self.claims[key].waiters());
-            return Some(Progress::LookAgain { at });
+        if let Some(key) = claim {
+            cx.park(&mut self.claims[key].waiters);
+            return Some(Progress::look_again(at));
         }
-        if !self.writeback.has_room_for_frees() {
+        if !has_room {
             let attempt = self.writeback.park_for_room(cx);
-            return Some(Progress::Room { at, attempt });
+            return Some(Progress::Wait(RequestState::Room { at, attempt }));
         }
         for cluster in at >> bits..=(last - 1) >> bits {
             let from = at.max(cluster << bits);
@@ -188,8 +137,7 @@ impl ClearStep<'_> {
             let to = end.min((cluster + 1) << bits);
             self.mark_cluster(slot, from, to, mark, cx);
         }
-        self.writeback.touch(slot, false, self.tables);
-        self.writeback.begin_if_full(cx);
+        self.writeback.touch(slot, false, self.tables, cx);
         Some(Progress::To(last))
     }
 
@@ -225,10 +173,7 @@ impl ClearStep<'_> {
         }
         new.write(self.tables.slices.bytes_mut(slot, cx.mem()), index, geometry);
         if let (Some(place), true) = (place, is_whole && (host.is_none() || new.is_none())) {
-            if let Mapping::Compressed(old) = place {
-                self.inflated.forget(old.host);
-            }
-            self.writeback.give_up(place, old.is_copied(), true, self.image);
+            self.give_up(place, old.is_copied(), true);
         }
     }
 }
