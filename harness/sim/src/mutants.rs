@@ -156,6 +156,12 @@ pub const MUTANTS: &[Mutant] = &[
     vmdk("vmdk_woken_trusts_old_lookup", "a woken request does not look up again"),
     vmdk("vmdk_cid_never_changes", "a session that writes leaves the content id"),
     vmdk("vmdk_cid_wakes_nobody", "who waits for the content id waits for ever"),
+    vmdk("vmdk_cid_error_ignored", "a failed write of the content id counts as a good one"),
+    vmdk("vmdk_published_before_cid", "an entry may be on disk before the new content id"),
+    vmdk(
+        "vmdk_in_place_before_cid",
+        "data is changed in place while the content id is the old one",
+    ),
     vmdk("vmdk_flush_writes_no_tables", "a guest's flush leaves changed tables in memory"),
     vmdk("vmdk_flush_rides_on_a_running_writeback", "a flush takes an older writeback for its own"),
     vmdk("vmdk_writeback_without_fence", "a writeback flushes nothing before it writes tables"),
