@@ -163,6 +163,7 @@ impl AllocateStep<'_> {
 
     /// Up to where nobody has claimed grains, from that of `at` on. `None`: somebody has claimed that
     /// one; the request is parked.
+    #[inline]
     pub fn free_to(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Option<u64> {
         let start = place.grain_start(place.grain_of(at));
         match self.claims.around(start, (start + place.grain_size()).min(place.end)) {
@@ -176,6 +177,7 @@ impl AllocateStep<'_> {
     }
 
     /// Claims grains for `at..end`, and pins their table.
+    #[inline]
     pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
         let Grown { grain, count, slot, entry } = grown;
         self.tables.pin(slot);
@@ -217,6 +219,7 @@ impl AllocateStep<'_> {
     }
 
     /// `bytes` bytes of space for an extent, or what the request waits for.
+    #[inline]
     pub fn take_space<S>(
         &mut self,
         bytes: u64,
@@ -242,6 +245,7 @@ impl AllocateStep<'_> {
     }
 
     /// Goes on with what the new grains must hold around the write; then the data is written.
+    #[inline]
     fn copy(
         &mut self,
         key: u32,
@@ -272,6 +276,7 @@ impl AllocateStep<'_> {
     }
 
     /// The data is there: publishes it, once the content id is a new one.
+    #[inline]
     fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
         if !self.id.is_written() && !mutant!("vmdk_published_before_cid") {
             self.claims[key].cow.give_bufs(cx);
@@ -282,6 +287,7 @@ impl AllocateStep<'_> {
     }
 
     /// The piece is done: everybody may see it. Answers where it ends.
+    #[inline]
     pub fn publish_and_end(&mut self, key: u32, cx: &mut Cx<'_>) -> u64 {
         self.publish(key, cx);
         let end = self.claims[key].end;
@@ -289,6 +295,7 @@ impl AllocateStep<'_> {
         end
     }
 
+    #[inline]
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
         let Claim { grain, count, slot, entry, .. } = self.claims[key];
         self.tables.publish(self.extents, Grown { grain, count, slot, entry }, cx);
@@ -304,6 +311,7 @@ impl AllocateStep<'_> {
         Progress::Failed(errno)
     }
 
+    #[inline]
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         let Claim { extent, grain, .. } = self.claims[key];
         self.claims[key].cow.give_bufs(cx);

@@ -9,11 +9,12 @@
 use cowbell_engine::op::{Base, Compute, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{Errno, FileId, RegionId};
+use cowbell_engine::units::{Errno, RegionId};
 
 use crate::vmdk::disk::grain;
-use crate::vmdk::disk::layout::{Header, SECTOR, SECTOR_BITS};
-use crate::vmdk::run::extents::Place;
+use crate::vmdk::disk::layout::{SECTOR, SECTOR_BITS};
+use crate::vmdk::run::allocate::Progress;
+use crate::vmdk::run::extents::{Extents, Place};
 
 /// The grains of a stream that are in memory, each named by its first byte on the disk.
 #[derive(Clone, Hash, Debug)]
@@ -31,33 +32,6 @@ pub enum InflateState {
     Read { host: u64, slot: u32, have: u32 },
     /// That grain, inflated into `slot`.
     Inflate { slot: u32 },
-}
-
-/// How far that is.
-pub(super) enum Inflating {
-    /// It waits.
-    Wait(InflateState),
-    /// The request is parked: it looks again.
-    LookAgain,
-    /// The grain is in memory, or is not going to be.
-    Over(Result<(), Errno>),
-}
-
-/// A deflated grain.
-#[derive(Clone, Copy)]
-pub(super) struct Deflated<'a> {
-    /// A byte of the disk that is in it.
-    pub at: u64,
-    pub place: Place,
-    pub header: &'a Header,
-    pub file: FileId,
-}
-
-impl Deflated<'_> {
-    /// What the cache calls it.
-    fn key(&self) -> u64 {
-        self.place.grain_start(self.place.grain_of(self.at))
-    }
 }
 
 const INFLATE: Compute = Compute { name: "inflate-grain", run: grain::inflate };
@@ -93,81 +67,85 @@ impl Compressed {
         true
     }
 
-    /// Loads a grain whose place in the file is `host`, behind which the next one's is `next`, or 0.
+    /// Loads the grain at `at`, whose place in the file is `host`, behind which the next one's is `next`,
+    /// or 0.
     pub fn load(
         &mut self,
-        grain: Deflated<'_>,
-        host: u64,
-        next: u64,
+        extents: &Extents,
+        at: u64,
+        (host, next): (u64, u64),
         cx: &mut Cx<'_>,
-    ) -> Inflating {
-        let most = grain::size_max(grain.place.grain_size());
+    ) -> Progress<InflateState> {
+        let index = extents.index_at(at);
+        let place = extents.place(index);
+        let most = grain::size_max(place.grain_size());
         let len = match next.checked_sub(host) {
             Some(len) if len > 0 && len <= most => len,
             _ => most,
         };
-        if let Some(slot) = self.grains.find(grain.key()) {
+        let key = place.grain_start(place.grain_of(at));
+        if let Some(slot) = self.grains.find(key) {
             cx.park(self.grains.waiters(slot));
-            return Inflating::LookAgain;
+            return Progress::LookAgain;
         }
-        let Some(slot) = self.grains.reserve(grain.key()) else {
+        let Some(slot) = self.grains.reserve(key) else {
             cx.park(&mut self.grains.full);
-            return Inflating::LookAgain;
+            return Progress::LookAgain;
         };
         // Whoever reads it now finds it in the cache.
-        let seg = self.beside(slot, 0, len);
-        cx.issue(Op::read(Target::File(grain.file), host, Segs::one(seg)));
-        Inflating::Wait(InflateState::Read { host, slot: slot as u32, have: len as u32 })
+        let segs = Segs::one(self.beside(slot, 0, len));
+        cx.issue(Op::read(Target::File(extents.get(index).file), host, segs));
+        Progress::Wait(InflateState::Read { host, slot: slot as u32, have: len as u32 })
     }
 
-    /// Goes on with it.
+    /// Goes on with the grain at `at`.
     pub fn run(
         &mut self,
+        extents: &Extents,
+        at: u64,
         state: InflateState,
         event: Event,
-        grain: Deflated<'_>,
         cx: &mut Cx<'_>,
-    ) -> Inflating {
-        match (state, event) {
+    ) -> Progress<InflateState> {
+        let (slot, result) = match (state, event) {
             (InflateState::Read { host, slot, have }, Event::Io(Ok(()))) => {
-                match self.inflate(host, slot as usize, have.into(), grain, cx) {
-                    Ok(state) => Inflating::Wait(state),
-                    Err(errno) => self.loaded(slot, Err(errno), cx),
+                match self.inflate(extents, at, (host, slot as usize, have.into()), cx) {
+                    Ok(state) => return Progress::Wait(state),
+                    Err(errno) => (slot, Err(errno)),
                 }
             }
             (
                 InflateState::Read { slot, .. } | InflateState::Inflate { slot },
                 Event::Io(result),
-            ) => self.loaded(slot, result, cx),
+            ) => (slot, result),
             (state, event) => panic!("{event:?} in {state:?}"),
-        }
-    }
-
-    fn loaded(&mut self, slot: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Inflating {
+        };
         self.grains.load_ended(slot as usize, result.is_ok(), cx);
-        Inflating::Over(result)
+        result.map_or_else(Progress::Failed, |()| Progress::To(at))
     }
 
     /// A grain, or the beginning of it, is there.
     fn inflate(
         &mut self,
-        host: u64,
-        slot: usize,
-        have: u64,
-        grain: Deflated<'_>,
+        extents: &Extents,
+        at: u64,
+        (host, slot, have): (u64, usize, u64),
         cx: &mut Cx<'_>,
     ) -> Result<InflateState, Errno> {
-        let (lba, size) =
-            ((grain.key() - grain.place.start) >> SECTOR_BITS, grain.place.grain_size());
+        let index = extents.index_at(at);
+        let place = extents.place(index);
+        let size = place.grain_size();
+        let lba = place.grain_of(at) << (place.grain_bits - SECTOR_BITS);
         let len = grain::marked_len(self.marker(slot, cx), lba, size)?;
         if len > have {
             let rest = (len - have).next_multiple_of(SECTOR);
-            let seg = self.beside(slot, have, rest);
-            cx.issue(Op::read(Target::File(grain.file), host + have, Segs::one(seg)));
+            let (file, seg) = (extents.get(index).file, self.beside(slot, have, rest));
+            cx.issue(Op::read(Target::File(file), host + have, Segs::one(seg)));
             return Ok(InflateState::Read { host, slot: slot as u32, have: (have + rest) as u32 });
         }
         let output = self.grains.seg(slot, 0, size as usize);
-        let work = if grain::is_last(grain.header, lba) { INFLATE_LAST } else { INFLATE };
+        let is_last = grain::is_last(&extents.grains(index).header, lba);
+        let work = if is_last { INFLATE_LAST } else { INFLATE };
         cx.issue(Op::compute(work, self.beside(slot, 0, len), output));
         Ok(InflateState::Inflate { slot: slot as u32 })
     }

@@ -3,10 +3,11 @@
 
 use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::Cx;
-use cowbell_engine::units::{FileId, RegionId};
+use cowbell_engine::units::RegionId;
 
 use crate::vmdk::disk::layout::{NOWHERE, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::open::{Extent, ExtentKind, SECTOR_ENTRIES, Sparse};
+use crate::vmdk::run::extents::Extents;
 
 /// Those of all extents.
 #[derive(Clone, Hash, Debug)]
@@ -136,14 +137,9 @@ impl Directories {
         self.sealed.len()
     }
 
-    /// The extent of the sealed sector number `n`.
-    pub fn extent_of(&self, n: usize) -> usize {
-        self.sealed[n].0 as usize
-    }
-
-    /// Writes the copy of the sealed sector number `n` to its `file`, or that of the redundant
+    /// Writes the copy of the sealed sector number `n`, or that of the redundant
     /// directory; false: there is none.
-    pub fn write(&self, n: usize, redundant: bool, file: FileId, cx: &mut Cx<'_>) -> bool {
+    pub fn write(&self, n: usize, redundant: bool, extents: &Extents, cx: &mut Cx<'_>) -> bool {
         let (extent, sector) = self.sealed[n];
         let directory = &self.all[extent as usize];
         let (at, copies_at) = match redundant {
@@ -154,7 +150,7 @@ impl Directories {
         let off = u64::from(sector) * SECTOR;
         let base = Base::Region(self.copies);
         let seg = Seg { base, off: (copies_at as u64 + off) as u32, len: SECTOR as u32 };
-        cx.issue(Op::write(file, at + off, Segs::one(seg)));
+        cx.issue(Op::write(extents.get(extent as usize).file, at + off, Segs::one(seg)));
         true
     }
 

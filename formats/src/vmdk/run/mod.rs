@@ -47,8 +47,7 @@ use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::growth::Growing;
 use crate::parts::writeback::WritebackState;
-use crate::vmdk::run::changes::TableChanges;
-use crate::vmdk::run::close::{CloseState, CloseStep};
+use crate::vmdk::run::close::CloseState;
 use crate::vmdk::run::content_id::WritingId;
 use crate::vmdk::run::image::PIECES;
 use crate::vmdk::run::request::RequestState;
@@ -169,22 +168,6 @@ impl Driver for Vmdk {
                 writeback.step(state, event, &mut changes, cx).map(State::Writeback)
             }
             State::Close(state) => self.closing().run(state, event, cx).map(State::Close),
-        }
-    }
-}
-
-/// The component that closes, with what it works with.
-impl Vmdk {
-    fn closing(&mut self) -> CloseStep<'_> {
-        CloseStep {
-            stream: self.deflated.as_mut().map(|(_, stream)| stream),
-            writeback: &mut self.writeback,
-            changes: TableChanges {
-                image: &self.image,
-                extents: &mut self.extents,
-                tables: &mut self.tables,
-                id: &mut self.id,
-            },
         }
     }
 }

@@ -22,7 +22,8 @@ use crate::vmdk::disk::layout::Entry;
 use crate::vmdk::rest::open::Opened;
 use crate::vmdk::run::allocate::{AllocateState, AllocateStep, Claim, Piece, Progress};
 use crate::vmdk::run::changes::TableChanges;
-use crate::vmdk::run::compressed::{Compressed, Deflated, InflateState, Inflating};
+use crate::vmdk::run::close::CloseStep;
+use crate::vmdk::run::compressed::{Compressed, InflateState};
 use crate::vmdk::run::content_id::ContentId;
 use crate::vmdk::run::extents::{Extents, Place};
 use crate::vmdk::run::image::{FLUSH, Image, PIECES, Regions, VmdkOptions};
@@ -197,9 +198,9 @@ impl Vmdk {
                 self.looked_for(at, result, cx)
             }
             (RequestState::Inflate { at, state }, event) => {
-                let (compressed, grain) = self.inflating(at);
-                let inflating = compressed.run(state, event, grain, cx);
-                self.inflated(at, inflating, cx)
+                let (compressed, _) = self.deflated.as_mut().expect("it began");
+                let progress = compressed.run(&self.extents, at, state, event, cx);
+                self.go_on(at, progress, |state| RequestState::Inflate { at, state }, cx)
             }
             (RequestState::Stream(state), event) => {
                 let at = cx.io().offset;
@@ -256,15 +257,6 @@ impl Vmdk {
         }
     }
 
-    /// As [`Vmdk::go_on`], for a grain that is being inflated.
-    fn inflated(&mut self, at: u64, inflating: Inflating, cx: &mut Cx<'_>) -> Step<RequestState> {
-        match inflating {
-            Inflating::Wait(state) => Step::Wait(RequestState::Inflate { at, state }),
-            Inflating::LookAgain => Step::Wait(RequestState::Next { at }),
-            Inflating::Over(result) => self.looked_for(at, result, cx),
-        }
-    }
-
     #[inline]
     fn allocating(&mut self) -> AllocateStep<'_> {
         AllocateStep {
@@ -290,23 +282,21 @@ impl Vmdk {
         StreamStep { stream, compressed, allocate }
     }
 
-    /// The cache of inflated grains, and the grain that byte `at` is in.
-    fn inflating(&mut self, at: u64) -> (&mut Compressed, Deflated<'_>) {
-        let (compressed, _) = self.deflated.as_mut().expect("a compressed extent has one");
-        let index = self.extents.index_at(at);
-        let (place, file) = (self.extents.place(index), self.extents.get(index).file);
-        (compressed, Deflated { at, place, header: &self.extents.grains(index).header, file })
-    }
-
     /// Who writes changed tables, and what there is to write.
     pub(super) fn changes(&mut self) -> (&mut Writeback, TableChanges<'_>) {
+        let CloseStep { writeback, changes, .. } = self.closing();
+        (writeback, changes)
+    }
+
+    pub(super) fn closing(&mut self) -> CloseStep<'_> {
         let changes = TableChanges {
             image: &self.image,
             extents: &mut self.extents,
             tables: &mut self.tables,
             id: &mut self.id,
         };
-        (&mut self.writeback, changes)
+        let stream = self.deflated.as_mut().map(|(_, stream)| stream);
+        CloseStep { stream, writeback: &mut self.writeback, changes }
     }
 
     /// A flush, and the end of a write that is to be stable.
@@ -405,16 +395,18 @@ impl Vmdk {
     #[inline(never)]
     fn provide(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Step<RequestState> {
         let io = cx.io();
-        let is_read = matches!(io.kind, IoKind::Read | IoKind::Status { .. });
-        if !is_read {
-            self.id.want(cx);
-        }
         if let Found::Invalid = found {
             // The request fails; others go on.
             self.tables.tell_invalid(&self.extents, at, cx);
             return Step::Done(Err(Errno::IO));
         }
-        if self.extents.piece_end(at) < io.end()
+        if !matches!(io.kind, IoKind::Read | IoKind::Status { .. }) {
+            // Beside whatever is missing.
+            self.id.want(cx);
+        }
+        let is_whole = matches!(found, Found::Run { end, .. } if end == io.end());
+        if !is_whole
+            && self.extents.piece_end(at) < io.end()
             && let Some(step) = self.cut_up(at, cx)
         {
             return step;
@@ -422,7 +414,7 @@ impl Vmdk {
         let index = self.extents.index_at(at);
         match found {
             Found::Run { entry: Entry::Data(host), slot, .. }
-                if self.extents.is_compressed(index) =>
+                if self.deflated.is_some() && self.extents.is_compressed(index) =>
             {
                 if io.kind != IoKind::Read {
                     // A stream takes nothing back.
@@ -430,9 +422,9 @@ impl Vmdk {
                 }
                 let place = self.extents.place(index);
                 let next = self.tables.next_in_file(slot, place, place.grain_of(at), cx.memory());
-                let (compressed, grain) = self.inflating(at);
-                let inflating = compressed.load(grain, host, next, cx);
-                self.inflated(at, inflating, cx)
+                let (compressed, _) = self.deflated.as_mut().expect("a compressed extent has one");
+                let progress = compressed.load(&self.extents, at, (host, next), cx);
+                self.go_on(at, progress, |state| RequestState::Inflate { at, state }, cx)
             }
             Found::Flat { .. } | Found::Run { entry: Entry::Data(_), .. }
                 if !self.id.is_written() =>
@@ -443,7 +435,8 @@ impl Vmdk {
             Found::Run { entry, end, slot } => {
                 let place = self.extents.place(index);
                 let piece = Piece { at, end, entry, slot };
-                if self.extents.is_compressed(index)
+                if self.deflated.is_some()
+                    && self.extents.is_compressed(index)
                     && self.allocating().becomes_zero(at, end, place, cx).is_none()
                 {
                     let progress = self.streaming().begin(at, slot, place, cx);
@@ -535,7 +528,7 @@ impl Vmdk {
                 cx.answer_status(StatusKind::Compressed, run_end - at, None);
                 return Some(Ok(io.end()));
             }
-            let (compressed, _) = self.inflating(at);
+            let (compressed, _) = self.deflated.as_mut().expect("a compressed extent has one");
             let is_done = io.kind == IoKind::Read && compressed.read(at, run_end, place, cx);
             return is_done.then_some(Ok(run_end));
         }

@@ -281,6 +281,7 @@ impl Tables {
     }
 
     /// Puts entries into their table: everybody sees them.
+    #[inline]
     pub fn publish(&mut self, extents: &Extents, grown: Grown, cx: &mut Cx<'_>) {
         let Grown { grain, count, slot, entry } = grown;
         let state = &mut self.slots[slot];
@@ -302,6 +303,7 @@ impl Tables {
         self.note_changed(slot, Some(range));
     }
 
+    #[inline]
     fn note_changed(&mut self, slot: usize, range: Option<(u16, u16)>) {
         let state = &mut self.slots[slot];
         if state.changed.is_none() {
@@ -349,10 +351,7 @@ impl Tables {
         let (mut next, mut issued) = (next as usize, false);
         while next < all && !(issued && cx.room() == 0) {
             issued |= match next.checked_sub(sectors) {
-                None => {
-                    let file = extents.get(self.directories.extent_of(next)).file;
-                    self.directories.write(next, redundant, file, cx)
-                }
+                None => self.directories.write(next, redundant, extents, cx),
                 Some(n) => self.write_table(self.sealed[n] as usize, redundant, extents, cx),
             };
             next += 1;
