@@ -174,7 +174,8 @@ fn attach_over<B: Backend<File: Store>>(
             LayerMeta::Vmdk(opened) => {
                 let files = [file].into_iter().chain(more.iter().map(|&(id, _)| id)).collect();
                 let options = options.vmdk;
-                let regions = vmdk::Regions::new(&opened, &options, |len| engine.region(len));
+                let region = |len| engine.region(len);
+                let regions = vmdk::Regions::new(&opened, writable, &options, region);
                 Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
             }
         };
@@ -304,7 +305,7 @@ impl Driver for Node {
             Node::Raw(raw) => raw.pass_on(io, mem),
             Node::Qed(qed) => qed.pass_on(io, mem).map(|pass| passed(pass, QED_LABELS)),
             Node::Qcow2(qcow2) => qcow2.pass_on(io, mem).map(|pass| passed(pass, QCOW2_LABELS)),
-            Node::Vmdk(_) => None,
+            Node::Vmdk(vmdk) => vmdk.pass_on(io, mem).map(|pass| passed(pass, VMDK_LABELS)),
             Node::Vdi(vdi) => vdi.pass_on(io, mem).map(|pass| passed(pass, VDI_LABELS)),
         }
     }

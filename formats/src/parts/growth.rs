@@ -20,6 +20,8 @@ use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, align_up};
 use cowbell_engine::wait::WaitList;
 
+use crate::parts::attempts::Attempts;
+
 /// What makes the file longer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Grow {
@@ -65,9 +67,8 @@ pub(crate) struct Space {
     asked: bool,
     /// The end that somebody waits for.
     want: u64,
-    /// Counts growths, so that who waited for one that failed learns it, and nobody else.
-    pub attempt: u32,
-    failed: Option<(u32, Errno)>,
+    /// Growths begun.
+    attempts: Attempts,
     pub waiters: WaitList,
 }
 
@@ -90,10 +91,10 @@ pub(crate) enum Lack {
 
 /// What became of a wish for space.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Taken {
+enum Taken {
     /// It is from here on.
     At(u64),
-    /// It will be there when the growth has ended: park on [`Space::waiters`].
+    /// It will be there when the growth has ended.
     Later,
     /// There is none: the file would be too long, or its device is full.
     None(Errno),
@@ -115,8 +116,7 @@ impl Space {
             growing: false,
             asked: false,
             want: 0,
-            attempt: 0,
-            failed: None,
+            attempts: Attempts::default(),
             waiters: WaitList::new(),
         }
     }
@@ -167,8 +167,8 @@ impl Space {
         self.stable = self.stable.max(self.fencing);
     }
 
-    /// As [`Space::take`]; if the space is not there yet, the request is parked until it is. Begins to
-    /// grow the file in time.
+    /// Takes `bytes` bytes: `table` wants them to be zeros already, whatever makes the file grow. If
+    /// they are not there yet, the request is parked until they are. Begins to grow the file in time.
     pub fn take_or_park(&mut self, bytes: u64, table: bool, cx: &mut Cx<'_>) -> Result<u64, Lack> {
         let (taken, grow) = self.take(bytes, table);
         if grow {
@@ -180,7 +180,7 @@ impl Space {
             Taken::None(errno) => Err(Lack::Never(errno)),
             Taken::Later => {
                 cx.park(&mut self.waiters);
-                Err(Lack::Parked(self.attempt))
+                Err(Lack::Parked(self.attempts.latest()))
             }
         }
     }
@@ -222,9 +222,8 @@ impl Space {
         Step::Done(result)
     }
 
-    /// Takes `bytes` bytes if they are there: `table` wants them to be zeros already, whatever
-    /// makes the file grow. The flag: begin to grow.
-    pub fn take(&mut self, bytes: u64, table: bool) -> (Taken, bool) {
+    /// Takes `bytes` bytes if they are there. The flag: begin to grow.
+    fn take(&mut self, bytes: u64, table: bool) -> (Taken, bool) {
         let by_write = self.growth.by == Grow::Write;
         let fits = |want: &u64| *want <= self.max || mutant!("device_grows");
         let Some(want) = self.end.checked_add(bytes).filter(fits) else {
@@ -246,17 +245,14 @@ impl Space {
         let begins = !self.growing && self.ready < self.max;
         if begins {
             self.growing = true;
-            self.attempt = self.attempt.wrapping_add(1);
+            self.attempts.begin();
         }
         begins
     }
 
     /// Why attempt number `attempt`, or one after it, failed; `None` if none did.
     pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
-        let since = |failed: u32| {
-            failed.wrapping_sub(attempt) < u32::MAX / 2 || mutant!("failed_growth_told_for_ever")
-        };
-        self.failed.and_then(|(failed, errno)| since(failed).then_some(errno))
+        self.attempts.failure_of(if mutant!("failed_growth_told_for_ever") { 0 } else { attempt })
     }
 
     fn step(&self) -> u64 {
@@ -271,7 +267,7 @@ impl Space {
     }
 
     /// The op that makes `file` `to` bytes long.
-    pub fn op(&self, file: FileId, to: u64) -> Op {
+    fn op(&self, file: FileId, to: u64) -> Op {
         match self.growth.by {
             Grow::Truncate => Op::bare(OpKind::Truncate, file, to, 0),
             // Never shortens: with `Grow::Write` the file may be longer than is known here.
@@ -282,17 +278,17 @@ impl Space {
     }
 
     /// It could not become that long: as far as somebody needs it, if anybody does.
-    pub fn lesser_goal(&self) -> Option<u64> {
+    fn lesser_goal(&self) -> Option<u64> {
         (self.want > self.ready).then_some(self.want)
     }
 
-    /// The growth has ended. Wake [`Space::waiters`].
-    pub fn grown(&mut self, to: u64, result: Result<(), Errno>) {
+    /// The growth has ended.
+    fn grown(&mut self, to: u64, result: Result<(), Errno>) {
         self.growing = result.is_err() && mutant!("failed_growth_never_ends");
         let result = if mutant!("failed_growth_is_done") { Ok(()) } else { result };
         match result {
             Ok(()) => self.ready = self.ready.max(to),
-            Err(errno) => self.failed = Some((self.attempt, errno)),
+            Err(errno) => self.attempts.failed(errno),
         }
     }
 

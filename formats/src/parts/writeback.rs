@@ -183,12 +183,12 @@ impl Writeback {
 
     /// A guest's flush: makes stable what was acknowledged.
     pub fn flush<C: Changes>(&mut self, changes: &mut C, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        if self.running.is_some() && !mutant!("vmdk_flush_rides_on_a_running_writeback") {
+        if self.running.is_some() && !mutant!("flush_rides_on_a_running_writeback") {
             cx.park(&mut self.waiters);
             let target = self.flushes.latest().wrapping_add(1);
             return Step::Wait(WritebackState::Ride { target });
         }
-        if changes.is_empty() || mutant!("vmdk_flush_writes_no_tables") {
+        if changes.is_empty() || mutant!("flush_writes_no_tables") {
             return flush_only(0, changes, cx);
         }
         self.begin(For::Flush, changes, cx)
@@ -269,14 +269,14 @@ impl Writeback {
         }
         self.due = None;
         let fences = !changes.is_empty() && changes.needs_fence();
-        if mutant!("vmdk_sealed_after_fence") && fences {
+        if mutant!("sealed_after_fence") && fences {
             return self.fence(0, changes, cx);
         }
         changes.seal(cx);
         if let Some(next) = changes.write(Phase::Ahead, 0, cx) {
             return Step::Wait(WritebackState::Write { phase: Phase::Ahead, next });
         }
-        if fences && !mutant!("vmdk_writeback_without_fence") {
+        if fences && !mutant!("writeback_without_fence") {
             return self.fence(0, changes, cx);
         }
         self.write(Phase::Primary, 0, changes, cx)
@@ -293,7 +293,7 @@ impl Writeback {
             let next = issue_flushes(next, changes.files(), cx);
             return Step::Wait(WritebackState::Fence { next });
         }
-        if mutant!("vmdk_sealed_after_fence") {
+        if mutant!("sealed_after_fence") {
             changes.seal(cx);
         }
         changes.stable();
@@ -316,7 +316,7 @@ impl Writeback {
                 self.write(Phase::Primary, 0, changes, cx)
             }
             Phase::Ahead => self.fence(0, changes, cx),
-            Phase::Primary if mutant!("vmdk_redundant_tables_before_flush") => {
+            Phase::Primary if mutant!("redundant_tables_before_flush") => {
                 self.write(Phase::Redundant, 0, changes, cx)
             }
             Phase::Primary => self.flushed(0, changes, cx),
@@ -336,7 +336,7 @@ impl Writeback {
             return Step::Wait(WritebackState::Flush { next });
         }
         changes.stable();
-        if mutant!("vmdk_redundant_tables_not_written") {
+        if mutant!("redundant_tables_not_written") {
             return self.over(Ok(()), changes, cx);
         }
         self.write(Phase::Redundant, 0, changes, cx)
@@ -349,7 +349,7 @@ impl Writeback {
         changes: &mut C,
         cx: &mut Cx<'_>,
     ) -> Step<WritebackState> {
-        let written = result.is_ok() || mutant!("vmdk_failed_writeback_counts_as_written");
+        let written = result.is_ok() || mutant!("failed_writeback_counts_as_written");
         changes.unseal(written, cx);
         if !changes.is_empty() {
             self.set_due(cx);
@@ -361,7 +361,7 @@ impl Writeback {
                 self.flushes.failed(errno);
             }
         }
-        if !mutant!("vmdk_writeback_wakes_nobody") {
+        if !mutant!("writeback_wakes_nobody") {
             cx.wake_all(&mut self.waiters);
         }
         Step::Done(result)

@@ -198,7 +198,7 @@ impl Image {
         RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk, vdi }
     }
 
-    fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {
+    pub(crate) fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {
         let options = OpenOptions {
             format: (!self.probed).then_some(self.format),
             write,
@@ -268,6 +268,9 @@ impl Image {
         for (i, name) in self.files().into_iter().enumerate() {
             let file = engine.backend().file(cowbell_engine::units::FileId(i as u32));
             host.put(name, file.now().clone());
+        }
+        if self.format == Format::Vmdk {
+            vmdk::put_id_back(self, host)?;
         }
         if self.format == Format::Vdi && self.state == State::Holes {
             vdi::forget(host, HOLES.map(|(table, cluster)| table * 128 + cluster))?;
@@ -496,10 +499,9 @@ impl Subject for Image {
             LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
             LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
         };
-        // Whoever has changed anything has said so first.
-        let is_untold = self.state == State::Cold
-            && report.allocated_clusters > 0
-            && matches!(&top.meta, LayerMeta::Vmdk(_) if vmdk::is_as_made(&top.meta));
+        // Whoever has changed a table has said so first.
+        let untold = vmdk::is_as_made(&top.meta);
+        let is_untold = untold && self.state == State::Cold && report.allocated_clusters > 0;
         // What is used of them may be used up.
         let is_holed = self.format == Format::Vdi && self.state == State::Holes;
         let holes = if is_holed { HOLES.len() as u64 } else { 0 };
@@ -508,6 +510,7 @@ impl Subject for Image {
             corruptions: report.corruptions + report.check_errors + u64::from(is_untold),
             // Copies that differ are what a crash between the two leaves, as leaks are.
             leaks: (report.leaks + report.stale).saturating_sub(holes),
+            untold,
         })
     }
 

@@ -512,6 +512,12 @@ impl Shadow {
         Ok(())
     }
 
+    /// Is something else there than before, and must be after any crash?
+    pub fn has_changed(&self, found: &Found) -> bool {
+        let mut pieces = self.cut.pieces.iter().zip(&found.0);
+        pieces.any(|(piece, found)| (self.cells[piece.cell].crash | found) & BEFORE == 0)
+    }
+
     /// Everything that had ended is stable now: the image was closed.
     pub fn settle(&mut self) {
         for cell in &mut self.cells {

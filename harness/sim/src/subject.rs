@@ -135,4 +135,6 @@ pub struct Checked {
     pub corruptions: u64,
     /// Clusters that nothing refers to.
     pub leaks: u64,
+    /// It has a content id, which is that of the image as it was made: nobody is told of a change.
+    pub untold: bool,
 }

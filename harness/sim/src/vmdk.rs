@@ -26,6 +26,21 @@ pub fn is_as_made(meta: &LayerMeta) -> bool {
     matches!(meta, LayerMeta::Vmdk(image) if image.descriptor.cid == MADE)
 }
 
+/// Has the image, which was filled, say again that it is as it was made.
+pub fn put_id_back(image: &Image, host: &SimHost) -> Result<(), String> {
+    let chain = image.chain(host, false)?;
+    let LayerMeta::Vmdk(opened) = &chain.layers[0].meta else {
+        return Err("it is no VMDK image".into());
+    };
+    let at = opened.text_at + opened.descriptor.cid_at as u64;
+    let id = format!("{MADE:08x}");
+    if opened.descriptor.cid_len != id.len() {
+        return Err("its content id is of another length".into());
+    }
+    let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
+    file.write_at(at, id.as_bytes()).map_err(|why| why.to_string())
+}
+
 /// Makes the files of `image`.
 pub fn make(image: &Image, host: &SimHost) -> Result<(), String> {
     let split = image.layout == Layout::Split;

@@ -811,7 +811,10 @@ impl<S: Subject> World<S> {
             true => self.shadow.check_crash(&image.found)?,
             false => self.shadow.check_live(&image.found)?,
         }
-        let Checked { marked, corruptions, leaks } = image.checked;
+        let Checked { marked, corruptions, leaks, untold } = image.checked;
+        if untold && !self.faulted && !self.crashed && self.shadow.has_changed(&image.found) {
+            return Err("closed: changed, and yet it has its old content id".into());
+        }
         if corruptions > 0 {
             return Err(format!("the closed image has {corruptions} corruptions"));
         }
@@ -854,10 +857,17 @@ impl<S: Subject> World<S> {
     ///
     /// When it may not.
     pub fn judge_crash(&self, image: &Inspection) -> Result<(), String> {
-        let Checked { marked, leaks, .. } = image.checked;
+        let Checked { marked, leaks, untold, .. } = image.checked;
         let unmarked = leaks > 0 && !marked;
         if unmarked && !self.faulted && !self.crashed && self.plan.subject.marks_leaks() {
             return Err(format!("after a crash: {leaks} leaks, and no mark says so"));
+        }
+        // A change that no flush has made stable may survive alone.
+        if untold && !self.crashed && self.shadow.has_changed(&image.found) {
+            return Err(
+                "after a crash: a change that a flush has made stable, and the old content id"
+                    .into(),
+            );
         }
         self.shadow.check_crash(&image.found)
     }

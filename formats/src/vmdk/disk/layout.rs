@@ -214,6 +214,12 @@ impl Header {
         self.capacity.div_ceil(1 << (self.span_bits() - SECTOR_BITS))
     }
 
+    /// Bytes in the end of a stream: [`end_of_stream`].
+    pub fn end_of_stream_bytes(&self) -> usize {
+        let directory = self.directory_entries() as usize * 4;
+        directory.next_multiple_of(SECTOR as usize) + 4 * SECTOR as usize
+    }
+
     /// Are the grains deflated?
     pub fn is_compressed(&self) -> bool {
         self.flags & COMPRESSED != 0

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cowbell_engine::store::Store;
+use cowbell_engine::units::align_down;
 
 use crate::error::Error;
 use crate::vmdk::disk::descriptor::{Descriptor, Kind, LineKind, TEXT_MAX};
@@ -29,6 +30,8 @@ pub struct Opened {
     pub descriptor: Descriptor,
     /// The descriptor's first byte in the image's own file.
     pub text_at: u64,
+    /// What is around the content id in that file.
+    pub id_block: IdBlock,
     /// The disk's size in bytes.
     pub size: u64,
     /// The extents, in the disk's order and without gaps. Of images with other files, none before
@@ -37,6 +40,40 @@ pub struct Opened {
     /// The parent is not the one that this image was made for: it has changed since. Whoever
     /// opened it says so.
     pub parent_changed: bool,
+}
+
+/// The content id and what is around it in the file, as far as it is the header's and the descriptor's:
+/// nobody changes it while the image is open. So it can be written without being read.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct IdBlock {
+    /// The first byte in the image's own file.
+    pub at: u64,
+    /// What is there.
+    pub bytes: Vec<u8>,
+    /// The first digit in it.
+    pub digits_at: usize,
+}
+
+/// A direct write of less than a block of the file system waits for every other write.
+const ID_BLOCK_BYTES: u64 = 4096;
+
+impl IdBlock {
+    /// Reads it. The digits, `len` of them, are at byte `at` of the file, in a text that begins at
+    /// `text_at`; nobody else's bytes are in front of `end`.
+    fn read<F: Store>(
+        file: &F,
+        (at, len): (u64, u64),
+        text_at: u64,
+        end: u64,
+    ) -> Result<IdBlock, Error> {
+        // Behind the header.
+        let own = if text_at == SECTOR { 0 } else { text_at };
+        let first = align_down(at, ID_BLOCK_BYTES).max(own);
+        let end = (at + len).next_multiple_of(ID_BLOCK_BYTES).min(end).max(at + len);
+        let mut bytes = vec![0; (end - first) as usize];
+        file.read_at(first, &mut bytes).map_err(Error::io("read the descriptor"))?;
+        Ok(IdBlock { at: first, bytes, digits_at: (at - first) as usize })
+    }
 }
 
 /// A part of the disk.
@@ -290,9 +327,15 @@ fn open_embedded<F: Store>(file: &F) -> Result<Opened, Error> {
     };
     let descriptor = Descriptor::parse_embedded(&text, kind)?;
     let size = header.capacity << SECTOR_BITS;
+    let digits = (text_at + descriptor.cid_at as u64, descriptor.cid_len as u64);
+    // In front of the grains, wherever the text is said to end.
+    let own_end =
+        (header.overhead << SECTOR_BITS).max((digits.0 + digits.1).next_multiple_of(SECTOR));
+    let id_end = own_end.min(text_at + len).min(sparse.file_len);
+    let id_block = IdBlock::read(file, digits, text_at, id_end)?;
     let kind = ExtentKind::Sparse(Box::new(sparse));
     let extents = vec![Extent { start: 0, len: size, file: 0, kind }];
-    Ok(Opened { descriptor, text_at, size, extents, parent_changed: false })
+    Ok(Opened { descriptor, text_at, id_block, size, extents, parent_changed: false })
 }
 
 fn open_descriptor<F: Store>(file: &F) -> Result<Opened, Error> {
@@ -305,7 +348,10 @@ fn open_descriptor<F: Store>(file: &F) -> Result<Opened, Error> {
         return corrupt("invalid VMDK image descriptor: no extents", 0);
     }
     let size = descriptor.size();
-    Ok(Opened { descriptor, text_at: 0, size, extents: Vec::new(), parent_changed: false })
+    let digits = (descriptor.cid_at as u64, descriptor.cid_len as u64);
+    let id_block = IdBlock::read(file, digits, 0, len)?;
+    let extents = Vec::new();
+    Ok(Opened { descriptor, text_at: 0, id_block, size, extents, parent_changed: false })
 }
 
 fn open_flat<F: Store>(file: &F, sector: u64, len: u64) -> Result<u64, Error> {

@@ -1,5 +1,4 @@
-//! Allocating writes: claim, copy-on-write, data, publish. And the content id, which changes before
-//! anything else does.
+//! Allocating writes: claim, copy-on-write, data, publish.
 //!
 //! A claim covers guest grains from before their space is taken until their entries are published.
 //! Others who would allocate there wait on it; readers do not: they see what was there before. A
@@ -7,23 +6,25 @@
 //! the file.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Op, Seg, Segs};
-use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{BufId, Errno};
+use cowbell_engine::step::{Cx, Event, IoKind};
+use cowbell_engine::units::Errno;
 use cowbell_engine::wait::WaitList;
 
-use crate::parts::claims::Around;
+use crate::parts::claims::{Around, Claims};
 use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
-use crate::parts::growth::Taken;
-use crate::vmdk::disk::layout::{Entry, SECTOR_BITS};
-use crate::vmdk::run::lookup::Place;
-use crate::vmdk::run::{Asked, Cid, CidState, State, Vmdk};
+use crate::parts::growth::Lack;
+use crate::parts::writeback::Writeback;
+use crate::vmdk::disk::layout::Entry;
+use crate::vmdk::run::content_id::ContentId;
+use crate::vmdk::run::extents::{Extents, Place};
+use crate::vmdk::run::image::Image;
+use crate::vmdk::run::tables::{Grown, Tables};
 
 /// Guest grains being allocated, or being said to be zeros.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Claim {
-    part: usize,
-    /// The first grain in the part, and how many there are.
+    extent: usize,
+    /// The first grain in the extent, and how many there are.
     grain: u64,
     count: u64,
     /// The slot of their table, pinned.
@@ -38,107 +39,167 @@ pub(super) struct Claim {
     waiters: WaitList,
 }
 
-impl Claim {
-    /// The guest range that is written.
-    pub fn range(&self) -> (u64, u64) {
-        (self.at, self.end)
-    }
-
-    pub fn set_entry(&mut self, entry: Entry) {
-        self.entry = entry;
-    }
+/// What an allocating piece awaits. `claim` is the key of the request's own claim.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum AllocateState {
+    /// What the new grains hold around the write.
+    Cow { claim: u32, state: CowState },
+    /// Head, guest data and tail, written as one.
+    WriteData { claim: u32 },
+    /// The content id, which attempt number `attempt` is to write: then the piece is published.
+    ContentId { claim: u32, attempt: u32 },
 }
 
-impl Vmdk {
-    /// Claims grains for the run `at..run_end` and begins to fill them.
-    pub(super) fn allocate(
+/// How far a piece is, whose states are these.
+pub(super) enum Progress<S> {
+    /// Done, up to here.
+    To(u64),
+    /// It waits.
+    Wait(S),
+    /// The request is parked: it looks again.
+    LookAgain,
+    /// It is parked until attempt number `attempt` to grow the extent's file has ended.
+    Space { extent: u32, attempt: u32 },
+    /// It is parked until this attempt to write the content id has ended.
+    ContentId(u32),
+    /// It could not be done.
+    Failed(Errno),
+}
+
+/// What is unallocated, or zeros, and is to be something else.
+#[derive(Clone, Copy)]
+pub(super) struct Piece {
+    pub at: u64,
+    pub end: u64,
+    pub entry: Entry,
+    /// Of the table that says so.
+    pub slot: usize,
+}
+
+/// A step of an allocating piece, and what it works with.
+pub(super) struct AllocateStep<'a> {
+    pub image: &'a Image,
+    pub extents: &'a mut Extents,
+    pub tables: &'a mut Tables,
+    pub claims: &'a mut Claims<Claim>,
+    pub id: &'a mut ContentId,
+    pub writeback: &'a mut Writeback,
+}
+
+impl AllocateStep<'_> {
+    #[inline]
+    pub fn run(
         &mut self,
-        at: u64,
-        run_end: u64,
-        entry: Entry,
-        slot: usize,
+        state: AllocateState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Progress<AllocateState> {
+        match (state, event) {
+            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
+            (AllocateState::WriteData { claim }, Event::Io(Ok(()))) => self.finish(claim, cx),
+            (AllocateState::WriteData { claim }, Event::Io(Err(errno))) => {
+                if mutant!("vmdk_data_error_ignored") {
+                    return self.finish(claim, cx);
+                }
+                self.fail(claim, errno, cx)
+            }
+            (AllocateState::ContentId { claim, attempt }, Event::Woken) => {
+                match self.id.failure_of(attempt) {
+                    Some(errno) => self.fail(claim, errno, cx),
+                    None => self.finish(claim, cx),
+                }
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    /// Claims grains for `piece` and begins to fill them; or says that they are zeros.
+    pub fn begin(
+        &mut self,
+        piece: Piece,
         place: Place,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
+    ) -> Progress<AllocateState> {
+        let Piece { at, end: run_end, entry, slot } = piece;
         let first = place.grain_of(at);
-        let (start, next) = (place.grain_start(first), place.grain_start(first + 1));
-        let free_to = match self.claims.around(start, next.min(place.end)) {
-            _ if mutant!("vmdk_no_claims") => u64::MAX,
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters);
-                return Step::Wait(State::Next { at });
-            }
-            Around::Before(next) => next,
-        };
-        if self.compressed.is_some() && self.becomes_zero(at, run_end, place, cx).is_none() {
-            return self.pack(at, slot, place, cx);
-        }
+        let Some(free_to) = self.free_to(at, place, cx) else { return Progress::LookAgain };
         let cow = match entry {
-            Entry::Zero => mutant!("vmdk_zero_grain_shows_parent") && self.shows_parent(at, place),
-            _ => self.shows_parent(at, place),
+            Entry::Zero if !mutant!("vmdk_zero_grain_shows_parent") => false,
+            _ => self.image.shows_parent(at, place),
         };
         let mut end = self.piece_end(run_end.min(free_to), cow, place);
         let zero = self.becomes_zero(at, end, place, cx);
         match zero {
             Some(zero_end) => end = zero_end,
             // A cut grain of a zero write is written as data, by itself.
-            None if !matches!(cx.io().kind, IoKind::Write { .. }) && self.can_say_zero(place) => {
-                end = end.min(next);
+            None if !matches!(cx.io().kind, IoKind::Write { .. })
+                && self.extents.can_say_zero(place.extent) =>
+            {
+                end = end.min(place.grain_start(first + 1));
             }
             None => {}
         }
-        let count = (end - start).div_ceil(place.grain_size());
+        let count = (end - place.grain_start(first)).div_ceil(place.grain_size());
         let entry = match zero {
             Some(_) => Entry::Zero,
-            None => match self.take_space(count << place.grain_bits, false, at, place, cx) {
+            None => match self.take_space(count << place.grain_bits, false, place.extent, cx) {
                 Ok(offset) => Entry::Data(offset),
-                Err(step) => return step,
+                Err(progress) => return progress,
             },
         };
-        self.tables.pin(slot);
-        let claim = Claim {
-            part: place.part,
-            grain: first,
-            count,
-            slot,
-            entry,
-            at,
-            end,
-            cow: match cow && zero.is_none() {
-                true => self.cow_of((first, count), (at, end), place),
-                false => Cow::NONE,
-            },
-            waiters: WaitList::new(),
+        let cow = match cow && zero.is_none() {
+            true => self.cow_of((first, count), (at, end), place),
+            false => Cow::NONE,
         };
-        let claim = self.insert_claim(claim, place);
+        let claim = self.claim(Grown { grain: first, count, slot, entry }, (at, end), cow, place);
         if mutant!("vmdk_published_early") {
             self.publish(claim, cx);
         }
         match zero {
-            Some(_) => self.published(claim, cx),
+            Some(_) => self.finish(claim, cx),
             None => self.copy(claim, CowState::Bufs, Event::Start, cx),
         }
     }
 
-    /// Claims the grain of a stream that `at..end` is.
-    pub(super) fn claim_compressed(&mut self, at: u64, end: u64, slot: usize, place: Place) -> u32 {
-        self.tables.pin(slot);
-        let (part, grain) = (place.part, place.grain_of(at));
-        let (entry, waiters) = (Entry::Unallocated, WaitList::new());
-        let cow = Cow::NONE;
-        let claim = Claim { part, grain, count: 1, slot, entry, at, end, cow, waiters };
-        self.insert_claim(claim, place)
+    /// Up to where nobody has claimed grains, from that of `at` on. `None`: somebody has claimed that
+    /// one; the request is parked.
+    #[inline]
+    pub fn free_to(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Option<u64> {
+        let start = place.grain_start(place.grain_of(at));
+        match self.claims.around(start, (start + place.grain_size()).min(place.end)) {
+            _ if mutant!("vmdk_no_claims") => Some(u64::MAX),
+            Around::Within(claim) => {
+                cx.park(&mut self.claims[claim].waiters);
+                None
+            }
+            Around::Before(next) => Some(next),
+        }
     }
 
-    fn insert_claim(&mut self, claim: Claim, place: Place) -> u32 {
-        let start = place.grain_start(claim.grain);
-        let end = place.grain_start(claim.grain + claim.count).min(place.end);
-        self.claims.insert(start..end, claim)
+    /// Claims grains for `at..end`, and pins their table.
+    #[inline]
+    pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
+        let Grown { grain, count, slot, entry } = grown;
+        self.tables.pin(slot);
+        let (extent, waiters) = (place.extent, WaitList::new());
+        let claim = Claim { extent, grain, count, slot, entry, at, end, cow, waiters };
+        let grains_end = place.grain_start(grain + count).min(place.end);
+        self.claims.insert(place.grain_start(grain)..grains_end, claim)
+    }
+
+    /// The first byte that a claim's piece writes.
+    pub fn start_of(&self, claim: u32) -> u64 {
+        self.claims[claim].at
+    }
+
+    /// A claim's grains are to be here.
+    pub fn set_entry(&mut self, claim: u32, entry: Entry) {
+        self.claims[claim].entry = entry;
     }
 
     /// How far one piece reaches: to where the parent ends.
     fn piece_end(&self, end: u64, cow: bool, place: Place) -> u64 {
-        match self.backing {
+        match self.image.backing {
             Some(backing) if cow => {
                 let last = place.grain_of(backing.size - 1);
                 end.min(place.grain_start(last + 1))
@@ -148,50 +209,34 @@ impl Vmdk {
     }
 
     /// Where a zero write or discard can just say so in the table: up to where.
-    fn becomes_zero(&self, at: u64, end: u64, place: Place, cx: &Cx<'_>) -> Option<u64> {
-        if matches!(cx.io().kind, IoKind::Write { .. }) || !self.can_say_zero(place) {
+    pub fn becomes_zero(&self, at: u64, end: u64, place: Place, cx: &Cx<'_>) -> Option<u64> {
+        let is_write = matches!(cx.io().kind, IoKind::Write { .. });
+        if is_write || !self.extents.can_say_zero(place.extent) {
             return None;
         }
         let (first, last) = place.whole_grains(at, end)?;
         (first == at).then_some(last)
     }
 
-    /// `bytes` bytes of space in a part for the request at `at`, or the step that waits for them.
-    fn take_space(
+    /// `bytes` bytes of space for an extent, or what the request waits for.
+    #[inline]
+    pub fn take_space<S>(
         &mut self,
         bytes: u64,
         table: bool,
-        at: u64,
-        place: Place,
+        extent: usize,
         cx: &mut Cx<'_>,
-    ) -> Result<u64, Step<State>> {
-        let part = place.part as u32;
-        let (taken, grow) = self.grains_mut(place.part).space.take(bytes, table);
-        if grow {
-            self.asked.push(Asked::Grow(part));
-            cx.ask();
-        }
-        let space = &mut self.grains_mut(place.part).space;
-        match taken {
-            Taken::At(offset) => Ok(offset),
-            Taken::None(errno) => Err(Step::Done(Err(errno))),
-            Taken::Later => {
-                cx.park(&mut space.waiters);
-                Err(Step::Wait(State::Space { at, part, attempt: space.attempt }))
-            }
-        }
-    }
-
-    /// The host offset of the guest's byte `at` in a claim of data grains.
-    fn host_of(&self, claim: &Claim, at: u64) -> u64 {
-        let Entry::Data(offset) = claim.entry else { unreachable!("zero grains have no data") };
-        offset + (at - self.place(claim.part).grain_start(claim.grain))
+    ) -> Result<u64, Progress<S>> {
+        self.extents.space(extent).take_or_park(bytes, table, cx).map_err(|lack| match lack {
+            Lack::Parked(attempt) => Progress::Space { extent: extent as u32, attempt },
+            Lack::Never(errno) => Progress::Failed(errno),
+        })
     }
 
     /// What a write of `at..end` into grains `first..first + count` copies from the parent. The rest of
     /// new grains is zeros.
     fn cow_of(&self, (first, count): (u64, u64), (at, end): (u64, u64), place: Place) -> Cow {
-        let Some(backing) = self.backing else { return Cow::NONE };
+        let Some(backing) = self.image.backing else { return Cow::NONE };
         let start = place.grain_start(first);
         let grains_end = place.grain_start(first + count).min(place.end);
         let tail_end = grains_end.min(backing.size).max(end);
@@ -200,141 +245,100 @@ impl Vmdk {
     }
 
     /// Goes on with what the new grains must hold around the write; then the data is written.
-    pub(super) fn copy(
+    #[inline]
+    fn copy(
         &mut self,
         key: u32,
         state: CowState,
         event: Event,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let claim = &self.claims[key];
-        if self.parent_changed && claim.cow.reads() {
+    ) -> Progress<AllocateState> {
+        let claim = &mut self.claims[key];
+        if self.image.parent_changed && claim.cow.reads() {
             return self.fail(key, Errno::INVALID, cx);
         }
-        let (file, start, backing) = (self.parts[claim.part].file, claim.at, self.backing);
-        let place = cow::Place { file, start, host: self.host_of(claim, start) };
+        let Entry::Data(offset) = claim.entry else { unreachable!("zero grains have no data") };
+        let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grain);
+        let file = self.extents.get(claim.extent).file;
+        let place = cow::Place { file, start: claim.at, host: offset + inside };
+        let backing = self.image.backing;
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
-        let claim = &mut self.claims[key];
         match claim.cow.step(state, event, place, read, cx) {
-            Copied::Wait(state) => Step::Wait(State::Cow { claim: key, state }),
+            Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
             Copied::Ready => {
                 claim.cow.write(claim.at, claim.end, place, cx);
-                Step::Wait(State::WriteData { claim: key })
+                Progress::Wait(AllocateState::WriteData { claim: key })
             }
         }
     }
 
-    pub(super) fn data_written(
-        &mut self,
-        key: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        match result {
-            Err(errno) if !mutant!("vmdk_data_error_ignored") => self.fail(key, errno, cx),
-            _ => self.published(key, cx),
+    /// The data is there: publishes it, once the content id is a new one.
+    #[inline]
+    fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+        if !self.id.is_written() && !mutant!("vmdk_published_before_cid") {
+            self.claims[key].cow.give_bufs(cx);
+            let attempt = self.id.park(cx);
+            return Progress::Wait(AllocateState::ContentId { claim: key, attempt });
         }
+        Progress::To(self.publish_and_end(key, cx))
     }
 
-    /// The piece is done: everybody may see it. Goes on behind it.
-    pub(super) fn published(&mut self, key: u32, cx: &mut Cx<'_>) -> Step<State> {
+    /// The piece is done: everybody may see it. Answers where it ends.
+    #[inline]
+    pub fn publish_and_end(&mut self, key: u32, cx: &mut Cx<'_>) -> u64 {
         self.publish(key, cx);
         let end = self.claims[key].end;
         self.end_claim(key, cx);
-        self.walk_from(end, Event::Start, cx)
+        end
     }
 
-    /// Puts a claim's entries into its table, in memory.
+    #[inline]
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let claim = &self.claims[key];
-        let place = self.place(claim.part);
-        let first = (claim.grain & ((1 << place.table_bits) - 1)) as usize;
-        let (from, to) = (first * 4, (first + claim.count as usize) * 4);
-        let bytes = self.tables.bytes_mut(claim.slot, cx.mem());
-        for (i, entry) in bytes[from..to].as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let value = match claim.entry {
-                Entry::Data(offset) => Entry::Data(offset + ((i as u64) << place.grain_bits)),
-                other => other,
-            };
-            *entry = value.encode().to_le_bytes();
-        }
-        let slot = claim.slot;
-        self.mark_dirty(slot, from, to, cx);
+        let Claim { grain, count, slot, entry, .. } = self.claims[key];
+        self.tables.publish(self.extents, Grown { grain, count, slot, entry }, cx);
+        self.writeback.set_due(cx);
     }
 
     /// Gives up. What was allocated is leaked; what was there before is still there.
-    pub(super) fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Step<State> {
+    pub fn fail<S>(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<S> {
         if mutant!("vmdk_no_wake_on_error") {
             self.claims[key].waiters = WaitList::new();
         }
         self.end_claim(key, cx);
-        Step::Done(Err(errno))
+        Progress::Failed(errno)
     }
 
+    #[inline]
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
+        let Claim { extent, grain, .. } = self.claims[key];
         self.claims[key].cow.give_bufs(cx);
-        let Claim { part, grain, .. } = self.claims[key];
-        let mut claim = self.claims.remove(key, self.place(part).grain_start(grain));
-        self.tables.unpin(claim.slot);
-        cx.wake_all(&mut self.tables.full);
+        let mut claim = self.claims.remove(key, self.extents.place(extent).grain_start(grain));
+        self.tables.unpin(claim.slot, cx);
         cx.wake_all(&mut claim.waiters);
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is
-    /// zeros, and two empty tables therefore. The directories say so on disk after the next writeback.
-    pub(super) fn allocate_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Step<State> {
-        if self.has_footer() {
-            return self.stream_table(at, place, cx);
-        }
-        let offset = match self.take_space(place.grain_size(), true, at, place, cx) {
-            Ok(offset) => offset,
-            Err(step) => return step,
-        };
-        let index = (at - place.start) >> (place.grain_bits + place.table_bits);
-        let grains = self.grains_mut(place.part);
-        let sector = (offset >> SECTOR_BITS) as u32;
-        let behind = (grains.header.table_bytes() >> SECTOR_BITS) as u32;
-        grains.root.set(index as usize, sector, sector + behind);
-        let key = grains.first_key + index;
-        if let Some(slot) = self.tables.put_zeros(key, cx) {
-            self.slots[slot].origin = (place.part as u32, index as u32);
-        }
-        self.note_change(cx);
-        Step::Go(State::Next { at })
-    }
-
-    /// Writes the new content id.
-    pub(super) fn write_cid(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<State> {
-        let Some([buf]) = cx.take_bufs() else {
-            cx.park_for_bufs();
-            return Step::Wait(State::Next { at });
-        };
-        let Cid { digits, at: place, len, .. } = self.cid;
-        cx.mem().pool_mut(buf)[..digits.len()].copy_from_slice(&digits);
-        let seg = Seg { base: Base::Pool(buf), off: 0, len };
-        cx.issue(Op::write(self.files[0], place, Segs::one(seg)));
-        self.cid.state = CidState::Writing;
-        Step::Wait(State::WriteCid { at, buf })
-    }
-
-    pub(super) fn cid_written(
+    /// zeros, and two empty tables therefore. The directories say so on disk after the next writeback:
+    /// so the content id comes first.
+    pub fn allocate_table(
         &mut self,
         at: u64,
-        buf: BufId,
-        result: Result<(), Errno>,
+        place: Place,
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        cx.give_buf(buf);
-        self.cid.state = if result.is_ok() { CidState::New } else { CidState::Old };
-        if !mutant!("vmdk_cid_wakes_nobody") {
-            cx.wake_all(&mut self.cid.waiters);
+    ) -> Progress<AllocateState> {
+        if !self.id.is_written() {
+            return Progress::ContentId(self.id.park(cx));
         }
-        match result {
-            Ok(()) => self.walk_from(at, Event::Start, cx),
-            Err(errno) => Step::Done(Err(errno)),
+        match self.take_space(place.grain_size(), true, place.extent, cx) {
+            Ok(offset) => {
+                self.tables.link(self.extents, at, offset, cx);
+                self.writeback.set_due(cx);
+                Progress::To(at)
+            }
+            Err(progress) => progress,
         }
     }
 }

@@ -7,160 +7,174 @@
 //! for the slot.
 
 use cowbell_engine::op::{Base, Compute, Op, Seg, Segs, Target};
-use cowbell_engine::step::{Cx, Event, Step};
+use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
 
 use crate::vmdk::disk::grain;
 use crate::vmdk::disk::layout::{SECTOR, SECTOR_BITS};
-use crate::vmdk::run::lookup::Place;
-use crate::vmdk::run::stream::Stream;
-use crate::vmdk::run::{State, Vmdk};
+use crate::vmdk::run::allocate::Progress;
+use crate::vmdk::run::extents::{Extents, Place};
 
-/// The grains of a stream that are in memory.
+/// The grains of a stream that are in memory, each named by its first byte on the disk.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Compressed {
-    pub grains: TableCache,
+    grains: TableCache,
     /// For each slot: a grain as it is in the file.
-    pub input: RegionId,
-    pub input_size: u64,
-    pub stream: Stream,
+    input: RegionId,
+    input_size: u64,
+}
+
+/// What who loads a grain awaits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum InflateState {
+    /// The first `have` bytes of the grain at `host`, beside `slot`.
+    Read { host: u64, slot: u32, have: u32 },
+    /// That grain, inflated into `slot`.
+    Inflate { slot: u32 },
 }
 
 const INFLATE: Compute = Compute { name: "inflate-grain", run: grain::inflate };
 const INFLATE_LAST: Compute = Compute { name: "inflate-last-grain", run: grain::inflate_last };
+const DEFLATE: Compute = Compute { name: "deflate-grain", run: grain::deflate };
 
 impl Compressed {
+    pub fn new(grains: TableCache, input: RegionId, input_size: u64) -> Compressed {
+        Compressed { grains, input, input_size }
+    }
+
     /// `len` bytes of what is beside a slot, from byte `off` on.
     pub fn beside(&self, slot: usize, off: u64, len: u64) -> Seg {
         let off = slot as u64 * self.input_size + off;
         Seg { base: Base::Region(self.input), off: off as u32, len: len as u32 }
     }
-}
 
-impl Vmdk {
-    /// The grains' cache.
-    pub(super) fn compressed(&mut self) -> &mut Compressed {
-        self.compressed.as_mut().expect("a compressed extent has one")
+    /// The marker beside a slot.
+    pub fn marker<'m>(&self, slot: usize, cx: &'m mut Cx<'_>) -> &'m mut [u8] {
+        let start = slot * self.input_size as usize;
+        &mut cx.mem().region_mut(self.input)[start..][..16]
     }
 
     /// Copies `at..end`, all in one grain, to the guest, if the grain is in memory.
-    pub(super) fn read_compressed(
-        &mut self,
-        at: u64,
-        end: u64,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> bool {
-        let (key, from) = (place.grain_key(at), at - cx.io().offset);
-        let compressed = self.compressed();
-        let Some(slot) =
-            compressed.grains.find(key).filter(|&slot| compressed.grains.is_ready(slot))
-        else {
+    pub fn read(&mut self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) -> bool {
+        let key = place.grain_start(place.grain_of(at));
+        let Some(slot) = self.grains.find(key).filter(|&slot| self.grains.is_ready(slot)) else {
             return false;
         };
-        let off = (at - key) as usize;
-        let (region, start) = (compressed.grains.region(), slot << place.grain_bits);
-        cx.copy_region_to_guest(from, region, start + off, (end - at) as usize);
+        let start = (slot << place.grain_bits) + (at - key) as usize;
+        let from = at - cx.io().offset;
+        cx.copy_region_to_guest(from, self.grains.region(), start, (end - at) as usize);
         true
     }
 
-    /// Loads the grain at `at`, whose place in the file is `host`; `table` is its table's slot.
-    pub(super) fn load_compressed(
+    /// Loads the grain at `at`, whose place in the file is `host`, behind which the next one's is `next`,
+    /// or 0.
+    pub fn load(
         &mut self,
+        extents: &Extents,
         at: u64,
-        host: u64,
-        table: usize,
-        place: Place,
+        (host, next): (u64, u64),
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let len = self.likely_len(at, host, table, place, cx);
-        let compressed = self.compressed();
-        let key = place.grain_key(at);
-        if let Some(slot) = compressed.grains.find(key) {
-            cx.park(compressed.grains.waiters(slot));
-            return Step::Wait(State::Next { at });
-        }
-        let Some(slot) = compressed.grains.reserve(key) else {
-            cx.park(&mut compressed.grains.full);
-            return Step::Wait(State::Next { at });
-        };
-        // Whoever reads it now finds it in the cache.
-        let seg = compressed.beside(slot, 0, len);
-        let file = Target::File(self.parts[place.part].file);
-        cx.issue(Op::read(file, host, Segs::one(seg)));
-        Step::Wait(State::ReadGrain { at, host, slot: slot as u32, have: len as u32 })
-    }
-
-    /// The bytes up to the next grain in the file, if that is a likely length; else the most.
-    fn likely_len(&self, at: u64, host: u64, table: usize, place: Place, cx: &mut Cx<'_>) -> u64 {
+    ) -> Progress<InflateState> {
+        let index = extents.index_at(at);
+        let place = extents.place(index);
         let most = grain::size_max(place.grain_size());
-        let count = 1usize << place.table_bits;
-        let index = place.grain_of(at) as usize & (count - 1);
-        let bytes = &self.tables.bytes(table, cx.mem())[..count * 4];
-        let mut later =
-            bytes.as_chunks::<4>().0[index + 1..].iter().map(|e| u32::from_le_bytes(*e));
-        let next = later.find(|&raw| raw > 1).map_or(0, |raw| u64::from(raw) << SECTOR_BITS);
-        match next.checked_sub(host) {
+        let len = match next.checked_sub(host) {
             Some(len) if len > 0 && len <= most => len,
             _ => most,
+        };
+        let key = place.grain_start(place.grain_of(at));
+        if let Some(slot) = self.grains.find(key) {
+            cx.park(self.grains.waiters(slot));
+            return Progress::LookAgain;
         }
+        let Some(slot) = self.grains.reserve(key) else {
+            cx.park(&mut self.grains.full);
+            return Progress::LookAgain;
+        };
+        // Whoever reads it now finds it in the cache.
+        let segs = Segs::one(self.beside(slot, 0, len));
+        cx.issue(Op::read(Target::File(extents.get(index).file), host, segs));
+        Progress::Wait(InflateState::Read { host, slot: slot as u32, have: len as u32 })
+    }
+
+    /// Goes on with the grain at `at`.
+    pub fn run(
+        &mut self,
+        extents: &Extents,
+        at: u64,
+        state: InflateState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Progress<InflateState> {
+        let (slot, result) = match (state, event) {
+            (InflateState::Read { host, slot, have }, Event::Io(Ok(()))) => {
+                match self.inflate(extents, at, (host, slot as usize, have.into()), cx) {
+                    Ok(state) => return Progress::Wait(state),
+                    Err(errno) => (slot, Err(errno)),
+                }
+            }
+            (
+                InflateState::Read { slot, .. } | InflateState::Inflate { slot },
+                Event::Io(result),
+            ) => (slot, result),
+            (state, event) => panic!("{event:?} in {state:?}"),
+        };
+        self.grains.load_ended(slot as usize, result.is_ok(), cx);
+        result.map_or_else(Progress::Failed, |()| Progress::To(at))
     }
 
     /// A grain, or the beginning of it, is there.
-    pub(super) fn grain_read(
+    fn inflate(
         &mut self,
+        extents: &Extents,
         at: u64,
-        host: u64,
-        slot: usize,
-        have: u32,
+        (host, slot, have): (u64, usize, u64),
         cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        let place = self.place(self.part_at(at));
-        let start = place.grain_start(place.grain_of(at)) - place.start;
-        let lba = start >> SECTOR_BITS;
-        let compressed = self.compressed();
-        let (input, offset) = (compressed.input, slot * compressed.input_size as usize);
-        let marker = &cx.mem().region(input)[offset..][..16];
-        let len = match grain::marked_len(marker, lba, place.grain_size()) {
-            Ok(len) => len,
-            Err(errno) => return self.compressed_loaded(at, slot, Err(errno), cx),
-        };
-        let have = u64::from(have);
+    ) -> Result<InflateState, Errno> {
+        let index = extents.index_at(at);
+        let place = extents.place(index);
+        let size = place.grain_size();
+        let lba = place.grain_of(at) << (place.grain_bits - SECTOR_BITS);
+        let len = grain::marked_len(self.marker(slot, cx), lba, size)?;
         if len > have {
             let rest = (len - have).next_multiple_of(SECTOR);
-            let seg = self.compressed().beside(slot, have, rest);
-            let file = Target::File(self.parts[place.part].file);
-            cx.issue(Op::read(file, host + have, Segs::one(seg)));
-            let have = (have + rest) as u32;
-            return Step::Wait(State::ReadGrain { at, host, slot: slot as u32, have });
+            let (file, seg) = (extents.get(index).file, self.beside(slot, have, rest));
+            cx.issue(Op::read(Target::File(file), host + have, Segs::one(seg)));
+            return Ok(InflateState::Read { host, slot: slot as u32, have: (have + rest) as u32 });
         }
-        let last = grain::is_last(&self.grains(place.part).header, lba);
-        let compressed = self.compressed();
-        let output = compressed.grains.seg(slot, 0, place.grain_size() as usize);
-        let work = if last { INFLATE_LAST } else { INFLATE };
-        cx.issue(Op::compute(work, compressed.beside(slot, 0, len), output));
-        Step::Wait(State::Inflate { at, slot: slot as u32 })
+        let output = self.grains.seg(slot, 0, size as usize);
+        let is_last = grain::is_last(&extents.grains(index).header, lba);
+        let work = if is_last { INFLATE_LAST } else { INFLATE };
+        cx.issue(Op::compute(work, self.beside(slot, 0, len), output));
+        Ok(InflateState::Inflate { slot: slot as u32 })
     }
 
-    /// A grain is in memory, or is not going to be.
-    pub(super) fn compressed_loaded(
-        &mut self,
-        at: u64,
-        slot: usize,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<State> {
-        self.compressed().grains.load_ended(slot, result.is_ok(), cx);
-        match result {
-            Ok(()) => self.walk_from(at, Event::Start, cx),
-            Err(errno) => Step::Done(Err(errno)),
-        }
+    /// Copies the guest's bytes `at..end`, a grain, into a slot, and deflates them beside it. Answers the
+    /// slot; `None`: there is none, the request is parked.
+    pub fn deflate(&mut self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) -> Option<usize> {
+        // In order of arrival: whoever comes later waits behind those who wait.
+        let first = self.grains.full.is_empty();
+        let Some(slot) = first.then(|| self.grains.reserve(at)).flatten() else {
+            cx.park(&mut self.grains.full);
+            return None;
+        };
+        let (region, off) = (self.grains.region(), slot << place.grain_bits);
+        let (len, grain_size) = ((end - at) as usize, place.grain_size() as usize);
+        cx.copy_guest_to_region(at - cx.io().offset, region, off, len);
+        cx.mem().region_mut(region)[off + len..off + grain_size].fill(0);
+        let input = self.grains.seg(slot, 0, grain_size);
+        cx.issue(Op::compute(DEFLATE, input, self.beside(slot, 0, self.input_size)));
+        Some(slot)
     }
 
-    /// Have the grains of a sparse part to be inflated?
-    #[inline]
-    pub(super) fn is_compressed(&self, part: usize) -> bool {
-        self.compressed.is_some() && self.grains(part).header.is_compressed()
+    /// A slot's grain is in the file, or is not going to be.
+    pub fn written(&mut self, slot: u32, is_there: bool, cx: &mut Cx<'_>) {
+        self.grains.load_ended(slot as usize, is_there, cx);
+    }
+
+    /// Panics if somebody waits. For tests, at rest.
+    pub fn assert_idle(&self) {
+        self.grains.assert_idle(|_| 0);
     }
 }
