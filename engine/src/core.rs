@@ -321,13 +321,12 @@ impl Core {
         }
     }
 
+    /// Makes `op` a request of its own, to this node or one below it.
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
         let kind = match op.kind {
             OpKind::Read => IoKind::Read,
-            _ if node != self.ops.slot(request).node => {
-                panic!("other layers are only read: {op:?}")
-            }
             OpKind::Write { fua } => IoKind::Write { fua },
+            OpKind::Flush => IoKind::Flush,
             OpKind::Discard => IoKind::Discard,
             OpKind::Zero { unmap } => IoKind::Zero { unmap, fua: false },
             _ => panic!("no piece of a request: {op:?}"),
@@ -337,6 +336,10 @@ impl Core {
             [] if !op.kind.has_memory() => Seg::zeros(0),
             _ => panic!("a node is given one segment: {op:?}"),
         };
+        // Who writes below may have to wait for pool buffers there, and so holds none.
+        let writes_below = op.kind.modifies() && node != self.ops.slot(request).node;
+        let holds_buf = matches!(seg.base, Base::Pool(_));
+        assert!(!(writes_below && holds_buf), "written below from the pool: {op:?}");
         let io = Io { kind, offset: op.offset, len: op.len };
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
