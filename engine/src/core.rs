@@ -10,6 +10,7 @@ use std::io;
 use slab::Slab;
 
 use crate::backend::FileInfo;
+use crate::copy_job::{CopyJob, Worker};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
@@ -46,6 +47,11 @@ pub(crate) struct Core {
     /// Regions of the node that is added next.
     pub loose_regions: Vec<RegionId>,
     pub jobs: Slab<Job>,
+    /// Copies that an embedder has started, and who does them.
+    pub copies: Slab<CopyJob>,
+    pub workers: Slab<Worker>,
+    /// The serial number of the next one.
+    pub next_job: u32,
     pub mem: Memory,
     pub bufs_free: Vec<BufId>,
     /// Of each buffer that is taken: the node it is taken for.
@@ -116,6 +122,9 @@ impl Core {
             moving: 0,
             loose_regions: Vec::new(),
             jobs: Slab::with_capacity(slots),
+            copies: Slab::new(),
+            workers: Slab::new(),
+            next_job: 0,
             mem: Memory::new(slots, buffers, limits.buffer_size),
             bufs_free: ids(0, limits.buffers),
             buf_owner: vec![0; buffers],
@@ -321,13 +330,12 @@ impl Core {
         }
     }
 
+    /// Makes `op` a request of its own, to this node or one below it.
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
         let kind = match op.kind {
             OpKind::Read => IoKind::Read,
-            _ if node != self.ops.slot(request).node => {
-                panic!("other layers are only read: {op:?}")
-            }
             OpKind::Write { fua } => IoKind::Write { fua },
+            OpKind::Flush => IoKind::Flush,
             OpKind::Discard => IoKind::Discard,
             OpKind::Zero { unmap } => IoKind::Zero { unmap, fua: false },
             _ => panic!("no piece of a request: {op:?}"),
@@ -337,6 +345,10 @@ impl Core {
             [] if !op.kind.has_memory() => Seg::zeros(0),
             _ => panic!("a node is given one segment: {op:?}"),
         };
+        // Who writes below may have to wait for pool buffers there, and so holds none.
+        let writes_below = op.kind.modifies() && node != self.ops.slot(request).node;
+        let holds_buf = matches!(seg.base, Base::Pool(_));
+        assert!(!(writes_below && holds_buf), "written below from the pool: {op:?}");
         let io = Io { kind, offset: op.offset, len: op.len };
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
@@ -357,6 +369,44 @@ impl Core {
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (base, base_off);
         self.expect_result(request);
+    }
+
+    /// Has `node` answer what is at `offset`, for up to `len` bytes, into `seg`, which is
+    /// [`Status::BYTES`] long.
+    pub fn ask_status(
+        &mut self,
+        request: ReqId,
+        node: NodeId,
+        (offset, len): (u64, u64),
+        seg: Seg,
+    ) {
+        let io = Io { kind: IoKind::Status { depth: 0 }, offset, len };
+        let bits = self.mem.misaligned_bits(seg.base);
+        let child = self.begin(node, io, Origin::Child(request), 0, bits);
+        let slot = self.ops.slot_mut(child);
+        (slot.base, slot.base_off) = (seg.base, seg.off);
+        self.expect_result(request);
+    }
+
+    /// A copy is to end.
+    pub fn cancel_copy(&mut self, key: usize) {
+        let copy = &mut self.copies[key];
+        copy.failed = copy.failed.or(Some(Errno::CANCELED));
+        let mut waiters = std::mem::take(&mut copy.waiters);
+        self.wake_all(&mut waiters);
+    }
+
+    /// The time of copies that wait for theirs has come.
+    #[cold]
+    pub fn wake_copies(&mut self) {
+        let due: Vec<usize> = self.copies.iter().map(|(key, _)| key).collect();
+        for key in due {
+            let copy = &mut self.copies[key];
+            if copy.deadline().is_some_and(|due| due <= self.now) {
+                let mut waiters = std::mem::take(&mut copy.waiters);
+                self.wake_all(&mut waiters);
+            }
+        }
     }
 
     /// Puts the answer into the memory of a request that asks what is where.
@@ -913,6 +963,7 @@ impl Core {
         assert_eq!(self.ops.live(), 0, "requests left: {:?}", self.ops);
         assert!(self.ops.is_empty() && self.out.is_empty(), "ops left: {:?}", self.ops);
         assert!(self.jobs.is_empty(), "jobs left: {:?}", self.jobs);
+        assert!(self.copies.is_empty() && self.workers.is_empty(), "left: {:?}", self.copies);
         assert_eq!(self.bufs_free.len(), self.limits.buffers, "buffers leaked");
         assert_eq!(self.bounce_free.len(), self.limits.bounce_buffers, "bounce buffers leaked");
         assert!(self.buf_waiters.is_empty() && self.bounce_waiters.is_empty());
@@ -954,6 +1005,9 @@ impl Core {
             moving: self.moving,
             loose_regions: self.loose_regions.clone(),
             jobs: self.jobs.clone(),
+            copies: self.copies.clone(),
+            workers: self.workers.clone(),
+            next_job: self.next_job,
             mem,
             bufs_free: self.bufs_free.clone(),
             buf_owner: self.buf_owner.clone(),
@@ -987,6 +1041,12 @@ impl Core {
         }
         for (key, job) in &self.jobs {
             (key, job).hash(h);
+        }
+        for (key, copy) in &self.copies {
+            (key, copy).hash(h);
+        }
+        for (key, worker) in &self.workers {
+            (key, worker).hash(h);
         }
         for &id in self.out.as_slice() {
             let OpRecord { op, moved, owner, .. } = &self.ops[id];

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::align;
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::copy;
 use crate::core::Core;
 use crate::life::{self, Drain, Life, Move, Why};
 use crate::limits::Limits;
@@ -21,6 +22,7 @@ use crate::status::Status;
 use crate::step::{Cx, Driver};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
+mod jobs;
 mod nodes;
 
 /// A finished request.
@@ -271,7 +273,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Nothing to do, or nothing that can be done: the request is not begun.
     #[cold]
     fn end_at_once(&mut self, node: NodeId, io: Io, mem: Mem, tag: u64) {
-        let fits = io.len == 0 && io.offset <= self.size(node) && mem_fits(&io, &mem);
+        let is_resize = io.kind == IoKind::Truncate;
+        let fits = !is_resize && io.len == 0 && io.offset <= self.size(node) && mem_fits(&io, &mem);
         let id = self.record(node, io, mem, tag);
         let unqueued = self.core.ready.pop_back();
         assert_eq!(unqueued, Some(id), "it was queued just now");
@@ -283,7 +286,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     fn is_valid(&self, node: NodeId, io: &Io, mem: &Mem) -> bool {
         let size = self.size(node);
         if matches!(io.kind, IoKind::Flush | IoKind::Truncate) {
-            return true;
+            // What a job copies keeps its size.
+            return io.kind == IoKind::Flush || self.core.nodes[node.index()].jobs == 0;
         }
         let end = io.offset.checked_add(io.len);
         io.len > 0 && end.is_some_and(|end| end <= size) && mem_fits(io, mem)
@@ -454,6 +458,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     fn begin_chores(&mut self, now: Time) {
+        if !self.core.copies.is_empty() {
+            self.core.wake_copies();
+        }
         if self.core.give_back_due().is_some_and(|due| due <= now) {
             self.core.give_back(|file| file.given_up.due <= now && !file.is_held);
         }
@@ -556,8 +563,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Cause::Io => Event::Io(slot.take_result()),
             Cause::Woken => Event::Woken,
         };
-        if let Work::Align(key) = slot.work {
-            return self.step_job(id, key, event);
+        match slot.work {
+            Work::Node => {}
+            Work::Align(key) => return self.step_job(id, key, event),
+            Work::Copy(key) => return self.step_copy(id, key, event),
         }
         let driver = driver_of(&mut self.life.nodes, slot.node);
         debug_assert_eq!(driver.size(), self.sizes[slot.node.index()], "nobody truncated it");
@@ -611,6 +620,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 self.core.end(id, result);
                 self.core.wake_past_waiters();
             }
+            None => self.wait(id, 0, Waits::Io),
+        }
+    }
+
+    #[inline(never)]
+    fn step_copy(&mut self, id: ReqId, key: u32, event: Event) {
+        match copy::step(&mut self.core, id, key, event) {
+            Some(()) => self.core.end(id, Ok(())),
             None => self.wait(id, 0, Waits::Io),
         }
     }
@@ -678,7 +695,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// `run`. Being late leaves images marked as in use for longer, no more.
     pub fn next_deadline(&self) -> Option<Time> {
         let nodes = (0..self.life.nodes.len()).filter_map(|index| self.deadline_of(index));
-        nodes.chain(self.core.give_back_due()).min()
+        let copies = self.core.copies.iter().filter_map(|(_, copy)| copy.deadline());
+        nodes.chain(self.core.give_back_due()).chain(copies).min()
     }
 
     /// Readable when `run` has something to collect, until it has; never read it. The same one for

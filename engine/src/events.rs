@@ -1,6 +1,6 @@
 //! What an engine tells its embedder beside the ends of requests.
 
-use crate::units::{Errno, NodeId};
+use crate::units::{Errno, JobId, NodeId};
 
 /// Something that happened to a node, beside the ends of requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,6 +23,13 @@ pub enum NodeEvent {
         /// The first error that kept an image from being left clean, as
         /// [`Engine::drained`](crate::Engine::drained) has it: not `Ok` if something is lost, or
         /// the image was found corrupt ([`Errno::IO`]).
+        result: Result<(), Errno>,
+    },
+    /// A job that was [started](crate::Engine::start) has ended, and its memory is freed.
+    JobEnded {
+        /// The job that was.
+        job: JobId,
+        /// `Ok`: all is copied, and stable. Else the first error; [`Errno::CANCELED`].
         result: Result<(), Errno>,
     },
     /// Nothing is in flight any more of a node that was [paused](crate::Engine::pause).

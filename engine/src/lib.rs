@@ -148,6 +148,8 @@ mod align;
 pub mod backend;
 #[cfg(feature = "contract")]
 pub mod contract;
+mod copy;
+mod copy_job;
 mod core;
 mod engine;
 #[cfg(feature = "event-loop")]
@@ -176,6 +178,7 @@ pub mod tables;
 pub mod units;
 pub mod wait;
 
+pub use copy_job::{Copy, JobProgress};
 pub use engine::{Engine, Finished, Progress, Refused};
 pub use events::NodeEvent;
 pub use life::Why;

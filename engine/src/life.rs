@@ -44,8 +44,11 @@ pub enum Why {
     Closing,
     /// The node is paused. Try again after [`Engine::resume`](crate::Engine::resume).
     Paused,
-    /// Another node reads from this one: it cannot be closed. No answer to a request.
+    /// Another node reads from this one: it cannot be closed. Or a job uses it: neither that, nor
+    /// paused. No answer to a request.
     InUse,
+    /// The target of a copy is shorter than its source. No answer to a request.
+    TooSmall,
 }
 
 /// How far a drain of all is.
@@ -158,7 +161,7 @@ impl<D: Driver, F> Life<D, F> {
         if core.nodes[node.index()].is_closing {
             return Err(Why::Closing);
         }
-        if self.is_read_from(node) {
+        if self.is_read_from(node) || core.nodes[node.index()].jobs > 0 {
             return Err(Why::InUse);
         }
         begin_to_close(core, node, (node, Ok(())));
@@ -182,6 +185,9 @@ impl<D: Driver, F> Life<D, F> {
         let record = record_of(core, node)?;
         if record.is_paused {
             return Err(Why::Paused);
+        }
+        if record.jobs > 0 {
+            return Err(Why::InUse);
         }
         (record.is_paused, record.owes_paused) = (true, true);
         record.set_open_to();

@@ -402,6 +402,12 @@ impl Memory {
         &mut self.regions[id.index()]
     }
 
+    /// The bytes of `seg`, part of a region.
+    pub(crate) fn region_mut_of(&mut self, seg: Seg) -> &mut [u8] {
+        let Base::Region(region) = seg.base else { panic!("{seg:?} is in no region") };
+        &mut self.regions[region.index()][seg.off as usize..][..seg.len as usize]
+    }
+
     /// A pool buffer's bytes.
     #[inline]
     pub fn pool(&self, id: BufId) -> &[u8] {

@@ -27,6 +27,8 @@ pub(crate) struct NodeRecord {
     pub open_to: u32,
     /// What is in flight besides: pieces of other nodes' requests, chores, the file layer's machines.
     pub inner: u32,
+    /// Jobs of an embedder's that use it.
+    pub jobs: u32,
     /// Guests' requests that ended together, not in the statistics yet.
     pub batch: Ended,
     /// How many requests it may have.
@@ -61,6 +63,7 @@ impl NodeRecord {
             guests: 0,
             open_to: u32::MAX,
             inner: 0,
+            jobs: 0,
             batch: Ended::default(),
             quota: u32::MAX,
             stage: Stage::Open,
@@ -80,7 +83,7 @@ impl NodeRecord {
 
     /// Is nothing of it in flight, its files apart?
     pub fn is_quiet(&self) -> bool {
-        self.guests == 0 && self.inner == 0
+        self.guests == 0 && self.inner == 0 && self.jobs == 0
     }
 
     /// Does something happen to it by itself, so that it is to be looked at?

@@ -92,8 +92,9 @@ impl std::fmt::Debug for Compute {
 pub enum Target {
     /// On a file, by the backend.
     File(FileId),
-    /// On a layer, by its driver, as a request of its own: a read of a backing image, or a piece of
-    /// the request that issues it.
+    /// On a layer, by its driver, as a request of its own: of the layer below, or a piece of the
+    /// request that issues it. Reads, writes, zeros, discards and flushes, of one segment at most;
+    /// what is written to another layer is not in a pool buffer.
     Node(NodeId),
     /// Wherever there is a processor: [`OpKind::Compute`].
     Cpu,

@@ -57,6 +57,8 @@ pub(crate) enum Work {
     Node,
     /// The engine's own, for an op that the file cannot take as it is; the key of its job.
     Align(u32),
+    /// The engine's own, for a copy; the key of its worker.
+    Copy(u32),
 }
 
 /// Another request, or none, in four bytes.

@@ -139,6 +139,20 @@ impl fmt::Debug for NodeId {
     }
 }
 
+/// A job of an engine. It carries which engine it is of, and none has the id of another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct JobId {
+    pub(crate) engine: u16,
+    pub(crate) serial: u32,
+}
+
+impl Hash for JobId {
+    /// Engines that are in the same state are so whatever their tags.
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.serial.hash(h);
+    }
+}
+
 /// A byte offset as the guest sees it, from 0 to the virtual size.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct GuestOffset(pub u64);
@@ -187,6 +201,8 @@ impl Errno {
     pub const INVALID: Errno = Errno(libc::EINVAL);
     /// No space left on device.
     pub const NO_SPACE: Errno = Errno(libc::ENOSPC);
+    /// Canceled before it was done.
+    pub const CANCELED: Errno = Errno(libc::ECANCELED);
     /// Operation not permitted.
     pub const NOT_PERMITTED: Errno = Errno(libc::EPERM);
     /// Try again; the backend hands such an op on to somebody who can wait.

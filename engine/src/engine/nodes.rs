@@ -39,7 +39,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.has(node).then(|| &self.core.nodes[node.index()].stats)
     }
 
-    /// Begins to drain: no more requests are taken, those in flight run to their end, and every
+    /// Begins to drain: jobs are cancelled, no more requests are taken, those in flight run to their end, and every
     /// node leaves its image clean and stable, paused ones too. Go on as ever, with `run` and `poll`,
     /// until [`Engine::drained`] answers; `run` once before waiting. While it drains, calling it
     /// again changes nothing.
@@ -47,6 +47,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Nodes do not wait for each other: the images of some are clean while another's storage
     /// hangs. To have one clean and gone while others go on, [`close`](Engine::close) it.
     pub fn drain(&mut self) {
+        self.cancel_jobs();
         self.life.drain(&mut self.core);
     }
 
@@ -65,7 +66,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// # Errors
     ///
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`], it is being closed already;
-    /// [`Why::InUse`], another node reads from it: close that first.
+    /// [`Why::InUse`], another node reads from it, or a job uses it: close or cancel that first.
     pub fn close(&mut self, node: NodeId) -> Result<(), Why> {
         self.life.close(&mut self.core, node)
     }
@@ -92,7 +93,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// # Errors
     ///
-    /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already.
+    /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already;
+    /// [`Why::InUse`], a job uses it.
     pub fn pause(&mut self, node: NodeId) -> Result<(), Why> {
         self.life.pause(&mut self.core, node)
     }

@@ -539,7 +539,8 @@ impl<S: Subject> World<S> {
     fn see_events(&mut self) -> Result<(), String> {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                NodeEvent::Corrupt { .. } => {}
+                // No workload starts one.
+                NodeEvent::Corrupt { .. } | NodeEvent::JobEnded { .. } => {}
                 NodeEvent::Paused { node } => {
                     let is_so = self.engine.backend().is_still() && self.ended == self.next;
                     if node != self.node || !self.life.is_paused || !is_so {

@@ -1,0 +1,128 @@
+//! Jobs: work over several nodes that an embedder starts. What a copy does is said in `copy.rs`.
+
+use super::Engine;
+use crate::backend::Backend;
+use crate::copy;
+use crate::copy_job::{Copy, CopyJob, JobProgress, State, Worker};
+use crate::life::{Drain, Why};
+use crate::request::{Io, IoKind};
+use crate::slots::{Cause, Origin, Work};
+use crate::step::Driver;
+use crate::units::{JobId, Time};
+use crate::wait::WaitList;
+
+impl<D: Driver, B: Backend> Engine<D, B> {
+    /// Begins to copy one node to another, while others go on. Go on as ever, with `run` and `poll`,
+    /// until [`poll_event`](Engine::poll_event) answers
+    /// [`NodeEvent::JobEnded`](crate::NodeEvent::JobEnded); `run` once before waiting. `Ok` there means that all bytes are in
+    /// the target and stable. After an error, or a cancel, any part of the target may have been
+    /// written.
+    ///
+    /// Each byte is copied as it was at some moment of the job: who writes to the source meanwhile
+    /// gets no image of one moment. Neither node is closed, paused or resized while the job runs
+    /// ([`Why::InUse`]; a truncation fails). A [`drain`](Engine::drain) cancels the job.
+    ///
+    /// # Errors
+    ///
+    /// And nothing was begun. As a [`submit`](Engine::submit) to each of them;
+    /// [`Why::InUse`]: they are one node, another node reads from the target, or one of them is being
+    /// resized; [`Why::TooSmall`]: the target is shorter than the source.
+    pub fn start(&mut self, copy: Copy) -> Result<JobId, Why> {
+        let copy = copy.within_ranges();
+        let uses = [copy.source, copy.target];
+        if uses.iter().any(|&node| !self.has(node)) {
+            return Err(Why::NoSuchNode);
+        }
+        let is_resized = self
+            .core
+            .ops
+            .slots()
+            .any(|(_, slot)| slot.io.kind == IoKind::Truncate && uses.contains(&slot.node));
+        let is_below = !self.core.nodes[copy.target.index()].is_top;
+        if copy.source == copy.target || is_resized || is_below {
+            return Err(Why::InUse);
+        }
+        let (source_size, total) = (self.size(copy.source), self.size(copy.target));
+        if total < source_size {
+            return Err(Why::TooSmall);
+        }
+        for node in uses {
+            self.life.why_not(&mut self.core, node)?;
+        }
+        let core = &mut self.core;
+        let id = JobId { engine: self.tag, serial: core.next_job };
+        core.next_job = core.next_job.wrapping_add(1);
+        let lane = copy::memory_of(copy.piece);
+        let job = CopyJob {
+            id,
+            copy,
+            region: core.mem.add_region(lane * copy.in_flight),
+            source_size,
+            total,
+            next: 0,
+            done: 0,
+            workers: copy.in_flight as u32,
+            is_paused: false,
+            failed: None,
+            due: Time(0),
+            waiters: WaitList::new(),
+        };
+        let job = core.copies.insert(job) as u32;
+        uses.iter().for_each(|node| core.nodes[node.index()].jobs += 1);
+        for at in 0..copy.in_flight {
+            let memory = (at * lane) as u32;
+            let worker = Worker { job, memory, at: 0, end: 0, state: State::Piece };
+            let key = core.workers.insert(worker) as u32;
+            let id = core.begin(copy.target, Io::flush(), Origin::Chore, 0, 0);
+            let slot = core.ops.slot_mut(id);
+            (slot.work, slot.cause) = (Work::Copy(key), Cause::Start);
+        }
+        Ok(id)
+    }
+
+    fn job_mut(&mut self, job: JobId) -> Option<&mut CopyJob> {
+        self.core.copies.iter_mut().map(|(_, copy)| copy).find(|copy| copy.id == job)
+    }
+
+    /// How far a job is. `None`: there is no such job (any more).
+    pub fn job_progress(&self, job: JobId) -> Option<JobProgress> {
+        let copies = self.core.copies.iter().map(|(_, copy)| copy);
+        let copy = copies.into_iter().find(|copy| copy.id == job)?;
+        Some(JobProgress { done: copy.done, total: copy.total })
+    }
+
+    /// The job begins no more pieces; those in flight run to their end. False: there is no such job.
+    pub fn pause_job(&mut self, job: JobId) -> bool {
+        let found = self.job_mut(job);
+        found.map(|job| job.is_paused = true).is_some()
+    }
+
+    /// Ends a pause; the job goes on at the next `run`. False: there is no such job.
+    pub fn resume_job(&mut self, job: JobId) -> bool {
+        let Some(found) = self.job_mut(job) else { return false };
+        found.is_paused = false;
+        let mut waiters = std::mem::take(&mut found.waiters);
+        self.core.wake_all(&mut waiters);
+        true
+    }
+
+    /// The job is to end: it begins nothing more, what is in flight runs to its end, and then it has
+    /// ended with `ECANCELED`. One that is just ending may end well. False: there is no such job.
+    pub fn cancel_job(&mut self, job: JobId) -> bool {
+        let Some(at) = self.core.copies.iter().find(|(_, copy)| copy.id == job).map(|(at, _)| at)
+        else {
+            return false;
+        };
+        self.core.cancel_copy(at);
+        true
+    }
+
+    /// A drain begins: no job writes to a node that has settled.
+    pub(super) fn cancel_jobs(&mut self) {
+        if self.life.drain == Drain::Going {
+            return;
+        }
+        let all: Vec<usize> = self.core.copies.iter().map(|(at, _)| at).collect();
+        all.into_iter().for_each(|at| self.core.cancel_copy(at));
+    }
+}

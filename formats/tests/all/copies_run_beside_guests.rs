@@ -1,0 +1,283 @@
+//! A job copies one disk to another while the engine goes on: of any format, with holes and without,
+//! paused, canceled, slowed down, and failing.
+
+use std::path::Path;
+
+use crate::common::drive::{add, check, drain, folder, is_readable, make, make_with, settle};
+use crate::common::shadow::Rng;
+use cowbell_engine::backend::Backend;
+use cowbell_engine::faulty::{Fault, Faulty, What};
+use cowbell_engine::mem::{Buf, Mem};
+use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::sys::aio::{Aio, AioOptions};
+use cowbell_engine::sys::clock;
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::inline::Inline;
+use cowbell_engine::units::{Errno, FileId, JobId, NodeId, Time};
+use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why};
+use cowbell_formats::{CreateOptions, Format, Node};
+
+const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
+const SIZE: u64 = 4 << 20;
+
+fn aio(limits: Limits) -> Engine<Node, Aio> {
+    Engine::new(Aio::new(AioOptions::default()).expect("native AIO"), limits)
+}
+
+/// Writes some stretches of any length; what is on the disk then, of `size` bytes.
+fn fill<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, model: &mut [u8], rng: &mut Rng) {
+    for _ in 0..12 {
+        let at = rng.below(model.len() as u64 - 1);
+        let len = (1 + rng.below(100_000)).min(model.len() as u64 - at);
+        let byte = 1 + rng.below(255) as u8;
+        let range = at as usize..(at + len) as usize;
+        model[range.clone()].fill(byte);
+        let bytes = Buf::copied(&model[range]);
+        engine.submit(disk, Io::write(at, len), bytes, 0).expect("room");
+        assert!(settle(engine).iter().all(|done| done.result == Ok(())));
+    }
+}
+
+fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -> Vec<u8> {
+    engine.submit(disk, Io::read(0, size), Buf::zeroed(size as usize), 0).expect("room");
+    let done = settle(engine).pop().expect("it ended");
+    assert_eq!(done.result, Ok(()));
+    done.mem.into_buf().expect("it was lent").to_vec()
+}
+
+/// Runs until the job has ended.
+fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Errno> {
+    loop {
+        let again = engine.run(clock()).again;
+        if let Some(NodeEvent::JobEnded { job: ended, result }) = engine.poll_event() {
+            assert_eq!(ended, job);
+            assert_eq!(engine.job_progress(job), None);
+            assert!(!engine.cancel_job(job), "it is gone");
+            return result;
+        }
+        let waits = || match engine.next_deadline() {
+            Some(_) => true,
+            None => is_readable(engine, 20_000),
+        };
+        assert!(again || engine.fd().is_none() || waits(), "nothing wakes the loop: {engine:?}");
+    }
+}
+
+/// Copies with these limits between two formats, onto a disk that has other bytes, or none.
+fn copies(from: Format, to: Format, limits: Limits, is_new: bool, longer: u64) {
+    let (folder, mut rng) = (folder(), Rng(7));
+    let mut engine = aio(limits);
+    let paths = [folder.path().join("from"), folder.path().join("to")];
+    let (formats, sizes) = ([from, to], [SIZE, SIZE + longer]);
+    let mut models = sizes.map(|size| vec![0; size as usize]);
+    let mut disks = Vec::new();
+    for i in 0..2 {
+        make(&paths[i], formats[i], sizes[i]);
+        let disk = add(&mut engine, &paths[i], formats[i], i == 1);
+        if i == 0 || !is_new {
+            fill(&mut engine, disk, &mut models[i], &mut rng);
+        }
+        disks.push(disk);
+    }
+    let options = Copy { target_is_zero: is_new, ..Copy::new(disks[0], disks[1]) };
+    let job = engine.start(options).expect("it starts");
+    assert_eq!(engine.job_progress(job).map(|its| its.total), Some(sizes[1]));
+    assert_eq!(end_of(&mut engine, job), Ok(()), "{from} to {to}");
+    let mut copied = models[0].clone();
+    copied.resize(sizes[1] as usize, 0);
+    let differs =
+        read(&mut engine, disks[1], sizes[1]).iter().zip(&copied).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{from} to {to}");
+    assert!(read(&mut engine, disks[0], SIZE) == models[0], "the source stays");
+    drain(&mut engine);
+    drop(engine);
+    assert_eq!(check(&paths[1], to), (0, 0), "{to}");
+}
+
+#[test]
+fn of_every_format_to_every_other() {
+    for from in FORMATS {
+        for to in FORMATS {
+            copies(from, to, Limits::default(), true, 0);
+            copies(from, to, Limits::default(), false, 1 << 20);
+        }
+    }
+}
+
+#[test]
+fn with_the_least_that_an_engine_can_have() {
+    let limits = Limits {
+        requests: 1,
+        ops: 4,
+        buffers: 2,
+        bounce_buffers: 1,
+        buffer_size: 64 << 10,
+        ..Limits::default()
+    };
+    for (from, to) in [
+        (Format::Raw, Format::Qcow2),
+        (Format::Qcow2, Format::Qed),
+        (Format::Qed, Format::Qcow2),
+        (Format::Vmdk, Format::Vdi),
+        (Format::Vdi, Format::Vmdk),
+    ] {
+        copies(from, to, limits, true, 0);
+        copies(from, to, limits, false, 65_536);
+    }
+}
+
+#[test]
+fn of_an_overlay_with_what_is_below_it() {
+    let (folder, mut rng) = (folder(), Rng(3));
+    let path = |name: &str| folder.path().join(name);
+    let mut model = vec![0; SIZE as usize];
+    make(&path("base"), Format::Qed, SIZE);
+    let mut engine = aio(Limits::default());
+    let base = add(&mut engine, &path("base"), Format::Qed, false);
+    fill(&mut engine, base, &mut model, &mut rng);
+    drain(&mut engine);
+    drop(engine);
+    let options = CreateOptions {
+        backing_file: Some("base".into()),
+        backing_format: Some(Format::Qed),
+        size: Some(SIZE),
+        ..CreateOptions::default()
+    };
+    make_with(&path("top"), Format::Qcow2, &options);
+    make(&path("copy"), Format::Raw, SIZE);
+    let mut engine = aio(Limits::default());
+    let top = add(&mut engine, &path("top"), Format::Qcow2, false);
+    fill(&mut engine, top, &mut model, &mut rng);
+    let copy = add(&mut engine, &path("copy"), Format::Raw, false);
+    let job = engine.start(Copy::new(top, copy)).expect("it starts");
+    assert_eq!(end_of(&mut engine, job), Ok(()));
+    assert!(read(&mut engine, copy, SIZE) == model);
+    drain(&mut engine);
+}
+
+/// An engine with a source full of bytes, and a target.
+fn two<B: Backend<File = DiskFile>>(
+    folder: &Path,
+    engine: &mut Engine<Node, B>,
+    to: Format,
+) -> [NodeId; 2] {
+    let paths = [folder.join("from"), folder.join("to")];
+    make(&paths[0], Format::Raw, SIZE);
+    make(&paths[1], to, SIZE);
+    std::fs::write(&paths[0], vec![0x5a; SIZE as usize]).expect("a scratch file");
+    [add(engine, &paths[0], Format::Raw, false), add(engine, &paths[1], to, false)]
+}
+
+#[test]
+fn one_that_is_paused_or_canceled_stands_still() {
+    let folder = folder();
+    let mut engine = aio(Limits::default());
+    let [from, to] = two(folder.path(), &mut engine, Format::Qcow2);
+    let options = Copy { piece: 4096, in_flight: 3, ..Copy::new(from, to) };
+    let job = engine.start(options).expect("it starts");
+    // What it uses stays as it is.
+    for node in [from, to] {
+        assert_eq!(engine.close(node), Err(Why::InUse));
+        assert_eq!(engine.pause(node), Err(Why::InUse));
+        let shrink = Io { kind: IoKind::Truncate, offset: 512, len: 0 };
+        engine.submit(node, shrink, Mem::None, 0).expect("room");
+        assert_eq!(engine.poll().expect("it ended").result, Err(Errno::INVALID));
+    }
+    while engine.job_progress(job).expect("it runs").done == 0 {
+        engine.run(clock());
+    }
+    assert!(engine.pause_job(job));
+    while engine.run(clock()).again || is_readable(&engine, 50) {}
+    let before = engine.job_progress(job);
+    for _ in 0..100 {
+        engine.run(clock());
+    }
+    assert_eq!(engine.job_progress(job), before);
+    let done = before.expect("it is there").done;
+    assert!(0 < done && done < SIZE, "{done} bytes");
+    assert!(engine.resume_job(job));
+    while engine.job_progress(job) == before {
+        engine.run(clock());
+    }
+    assert!(engine.pause_job(job) && engine.cancel_job(job));
+    assert_eq!(end_of(&mut engine, job), Err(Errno::CANCELED));
+    assert!(engine.close(to).is_ok(), "nobody uses it any more");
+    assert!(!engine.resume_job(job) && !engine.pause_job(job));
+    // Another one, ended by a drain.
+    make(&folder.path().join("other"), Format::Raw, SIZE);
+    let other = add(&mut engine, &folder.path().join("other"), Format::Raw, false);
+    let job = engine.start(Copy::new(from, other)).expect("it starts");
+    engine.pause_job(job);
+    engine.run(clock());
+    drain(&mut engine);
+    let canceled = NodeEvent::JobEnded { job, result: Err(Errno::CANCELED) };
+    assert!(std::iter::from_fn(|| engine.poll_event()).any(|event| event == canceled));
+}
+
+#[test]
+fn a_rate_is_kept() {
+    let folder = folder();
+    let mut engine: Engine<Node, _> = Engine::new(Inline::new(), Limits::default());
+    let [from, to] = two(folder.path(), &mut engine, Format::Qed);
+    let options = Copy { piece: 65_536, rate: Some(1 << 20), ..Copy::new(from, to) };
+    let job = engine.start(options).expect("it starts");
+    let (mut now, mut seconds) = (Time(1_000_000_000), 0.0);
+    loop {
+        while engine.run(now).again {}
+        if let Some(event) = engine.poll_event() {
+            assert_eq!(event, NodeEvent::JobEnded { job, result: Ok(()) });
+            break;
+        }
+        let done = engine.job_progress(job).expect("it runs").done as f64;
+        assert!(done <= (seconds + 0.07) * 1_048_576.0, "{done} bytes in {seconds} s");
+        let due = engine.next_deadline().expect("it waits for its time");
+        assert!(due > now, "{due:?} has come");
+        (now, seconds) = (due, due.since(Time(1_000_000_000)) as f64 / 1e9);
+    }
+    // 4 MiB, of which the last piece begins a sixteenth of a second before.
+    assert!((3.8..4.2).contains(&seconds), "{seconds} s");
+    assert!(read(&mut engine, to, SIZE).iter().all(|&byte| byte == 0x5a));
+}
+
+#[test]
+fn what_cannot_be_copied_is_refused() {
+    let folder = folder();
+    let mut engine = aio(Limits::default());
+    let [from, to] = two(folder.path(), &mut engine, Format::Qed);
+    make(&folder.path().join("small"), Format::Raw, SIZE / 2);
+    let small = add(&mut engine, &folder.path().join("small"), Format::Raw, false);
+    assert_eq!(engine.start(Copy::new(from, from)), Err(Why::InUse));
+    assert_eq!(engine.start(Copy::new(from, small)), Err(Why::TooSmall));
+    engine.close(to).expect("nobody uses it");
+    assert_eq!(engine.start(Copy::new(from, to)), Err(Why::Closing));
+    drain(&mut engine);
+    assert_eq!(engine.start(Copy::new(from, to)), Err(Why::NoSuchNode));
+    assert!(engine.drained().is_some(), "who is refused does not open it again");
+}
+
+#[test]
+fn the_first_error_ends_it() {
+    for (on_target, what) in [(false, What::Read), (true, What::Write), (true, What::Flush)] {
+        let folder = folder();
+        let backend = Faulty::new(Aio::new(AioOptions::default()).expect("native AIO"));
+        let mut engine: Engine<Node, _> = Engine::new(backend, Limits::default());
+        let [from, to] = two(folder.path(), &mut engine, Format::Qed);
+        let failing = [from, to][usize::from(on_target)];
+        let mut files = (0..2).map(FileId);
+        let file = files.find(|&file| engine.node(failing).uses(file)).expect("it has a file");
+        let errno = Errno::NO_SPACE;
+        let plan = Fault { what: Some(what), file: Some(file), errno, ..Fault::default() };
+        engine.backend_mut().plan_mut().push(plan);
+        let job = engine.start(Copy { piece: 65_536, ..Copy::new(from, to) }).expect("it starts");
+        assert_eq!(end_of(&mut engine, job), Err(errno), "{what:?}");
+        assert!(engine.backend().injected() > 0);
+        // Nothing of it is left, and both can be used on.
+        engine.backend_mut().plan_mut().clear();
+        if what != What::Flush {
+            let job = engine.start(Copy::new(from, to)).expect("it starts");
+            assert_eq!(end_of(&mut engine, job), Ok(()), "{what:?}");
+            assert!(read(&mut engine, to, SIZE).iter().all(|&byte| byte == 0x5a));
+            drain(&mut engine);
+        }
+    }
+}
