@@ -563,10 +563,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Cause::Io => Event::Io(slot.take_result()),
             Cause::Woken => Event::Woken,
         };
-        match slot.work {
-            Work::Node => {}
-            Work::Align(key) => return self.step_job(id, key, event),
-            Work::Copy(key) => return self.step_copy(id, key, event),
+        if slot.work != Work::Node {
+            return self.step_own(id, event);
         }
         let driver = driver_of(&mut self.life.nodes, slot.node);
         debug_assert_eq!(driver.size(), self.sizes[slot.node.index()], "nobody truncated it");
@@ -613,7 +611,16 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         panic!("{id:?} goes on and on: {state:?}");
     }
 
+    /// Delivers an event to a machine of the engine's own.
     #[inline(never)]
+    fn step_own(&mut self, id: ReqId, event: Event) {
+        match self.core.ops.slot(id).work {
+            Work::Node => unreachable!("{id:?} is of its node's driver"),
+            Work::Align(key) => self.step_job(id, key, event),
+            Work::Copy(key) => self.step_copy(id, key, event),
+        }
+    }
+
     fn step_job(&mut self, id: ReqId, key: u32, event: Event) {
         match align::step(&mut self.core, id, key, event) {
             Some(result) => {
@@ -624,7 +631,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
     }
 
-    #[inline(never)]
     fn step_copy(&mut self, id: ReqId, key: u32, event: Event) {
         match copy::step(&mut self.core, id, key, event) {
             Some(()) => self.core.end(id, Ok(())),
