@@ -239,7 +239,7 @@ impl Qcow2 {
         if !self.tables.slices.is_ready(slot) {
             return None;
         }
-        let is_write = io.kind != IoKind::Read;
+        let is_write = !matches!(io.kind, IoKind::Read);
         let (host, copied) = self.tables.one_piece(slot, at, end, is_write, mem)?;
         let usable = !is_write || copied && !self.metadata.is_hit(host, io.len);
         usable.then_some(host)
@@ -299,7 +299,7 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Result<u64, Step<RequestState>> {
         let kind = cx.io().kind;
-        let found = match self.tables.look_up(at, end, kind != IoKind::Read, cx.memory()) {
+        let found = match self.tables.look_up(at, end, !matches!(kind, IoKind::Read), cx.memory()) {
             Found::NoTable { end } if self.needs_no_table(at, end, kind) => {
                 let mapping = Mapping::Unallocated(None);
                 Found::Run(Run { mapping, copied: false, end, slot: None })
@@ -338,7 +338,7 @@ impl Qcow2 {
         let mut piece = self.step_piece();
         let progress = match found {
             Found::Run(Run { mapping: Mapping::Compressed(place), .. })
-                if cx.io().kind == IoKind::Read =>
+                if matches!(cx.io().kind, IoKind::Read) =>
             {
                 piece.read_compressed(at, place, cx)
             }
@@ -417,7 +417,7 @@ impl Qcow2 {
     fn transfer(&mut self, piece: Piece, cx: &mut Cx<'_>) -> Option<Progress> {
         let Piece { mut at, end, mut run, .. } = piece;
         let io = cx.io();
-        let is_write = io.kind != IoKind::Read;
+        let is_write = !matches!(io.kind, IoKind::Read);
         while let Mapping::Data(host) = run.mapping {
             let host = host.0 + (at & (self.image.geometry.cluster_size() - 1));
             let (from, len) = (at - io.offset, run.end - at);
