@@ -16,7 +16,7 @@
 //! is in flight.
 
 use crate::copy_job::{PAGE, State, Worker};
-use crate::core::Core;
+use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
@@ -26,7 +26,7 @@ use crate::units::{Errno, ReqId};
 /// Delivers an event; answers when the worker has ended.
 pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Option<()> {
     let mut worker = core.workers[key as usize];
-    loop {
+    for _ in 0..GO_MAX {
         let mut machine = Machine { core, me, worker: &mut worker };
         match machine.step(event) {
             Step::Go(state) => {
@@ -46,6 +46,7 @@ pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Op
             }
         }
     }
+    panic!("{me:?} copies on and on: {worker:?}");
 }
 
 /// A worker has ended: if it was the last, so has the job.
@@ -121,6 +122,9 @@ impl Machine<'_> {
         if job.next < job.source_size {
             // No piece is of both.
             len = len.min(job.source_size - job.next);
+        } else if job.copy.target_is_zero {
+            // Nothing has to be done for the rest, however long it is.
+            len = job.total - job.next;
         }
         (self.worker.at, self.worker.end) = (job.next, job.next + len);
         job.next += len;

@@ -28,6 +28,9 @@ use crate::status::Status;
 use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
+/// `Go` steps in a row that no sound machine or driver reaches.
+pub(crate) const GO_MAX: usize = 64;
+
 #[derive(Debug)]
 pub(crate) struct Core {
     pub limits: Limits,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use crate::align;
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::copy;
-use crate::core::Core;
+use crate::core::{Core, GO_MAX};
 use crate::life::{self, Drain, Life, Move, Why};
 use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
@@ -811,9 +811,6 @@ const STEPS_PER_LOOK: usize = 32;
 /// Ops in the first slice, before anything is known of the backend: twice as many in the next.
 const PACE_FIRST: usize = 1;
 const PACE_MAX: usize = 1024;
-
-/// `Go` steps in a row that no sound driver reaches.
-const GO_MAX: usize = 64;
 
 impl<D: Driver + Clone, B: Backend + Clone> Clone for Engine<D, B> {
     fn clone(&self) -> Self {

@@ -105,6 +105,26 @@ fn of_every_format_to_every_other() {
 }
 
 #[test]
+fn a_far_longer_target_holds_nobody_up() {
+    // Only where that is a few numbers: the rest is not looked at.
+    for to in [Format::Raw, Format::Qcow2] {
+        let folder = folder();
+        let mut engine = aio(Limits::default());
+        let paths = [folder.path().join("from"), folder.path().join("to")];
+        make(&paths[0], Format::Qed, SIZE);
+        make(&paths[1], to, 1 << 40);
+        let source = add(&mut engine, &paths[0], Format::Qed, false);
+        let target = add(&mut engine, &paths[1], to, true);
+        let mut model = vec![0; SIZE as usize];
+        fill(&mut engine, source, &mut model, &mut Rng(3));
+        let options = Copy { target_is_zero: true, piece: 4096, ..Copy::new(source, target) };
+        let job = engine.start(options).expect("it starts");
+        assert_eq!(end_of(&mut engine, job), Ok(()));
+        assert!(read(&mut engine, target, SIZE) == model, "{to}");
+    }
+}
+
+#[test]
 fn with_the_least_that_an_engine_can_have() {
     let limits = Limits {
         requests: 1,
