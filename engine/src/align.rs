@@ -41,6 +41,7 @@ use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
 use crate::slots::Origin;
 use crate::units::{BufId, Errno, ReqId, align_down, align_up};
+use crate::wait::On;
 
 /// What to zero next: so many bytes.
 enum Zeroing {
@@ -142,7 +143,7 @@ impl Machine<'_> {
         let mut gate = self.core.files[self.job.file.index()].gate;
         // It may have been handed over.
         if gate.closed_by.is_some_and(|by| by != self.me) {
-            self.core.park(self.me, &mut gate.next);
+            self.core.park(self.me, &mut gate.next, On::Turn);
             self.core.files[self.job.file.index()].gate = gate;
             return Step::Wait(State::Gate);
         }
@@ -157,7 +158,7 @@ impl Machine<'_> {
     fn wait_for_quiet(&mut self) -> Step<State> {
         if !self.is_quiet() && !mutant!("lock_taken_over_ops_in_flight") {
             let mut list = self.core.files[self.job.file.index()].gate.quiet_waiter;
-            self.core.park(self.me, &mut list);
+            self.core.park(self.me, &mut list, On::Quiet);
             self.core.files[self.job.file.index()].gate.quiet_waiter = list;
             return Step::Wait(State::Quiet);
         }
@@ -265,7 +266,7 @@ impl Machine<'_> {
             || is_claimed && !mutant!("rmw_without_claim");
         if waits {
             let mut list = self.core.files[file.index()].claim_waiters;
-            self.core.park(self.me, &mut list);
+            self.core.park(self.me, &mut list, On::Blocks);
             self.core.files[file.index()].claim_waiters = list;
             return Step::Wait(State::Claim);
         }
@@ -310,7 +311,7 @@ impl Machine<'_> {
         });
         if in_flight && !mutant!("rmw_ignores_writes_in_flight") {
             let mut list = self.core.write_waiters;
-            self.core.park(self.me, &mut list);
+            self.core.park(self.me, &mut list, On::Quiet);
             self.core.write_waiters = list;
             return Step::Wait(State::Quiesce);
         }
@@ -334,7 +335,7 @@ impl Machine<'_> {
         }
         let Some(buf) = self.job.buf.or_else(|| self.core.take_bounce(self.me)) else {
             let mut list = self.core.bounce_waiters;
-            self.core.park(self.me, &mut list);
+            self.core.park(self.me, &mut list, On::Buffer);
             self.core.bounce_waiters = list;
             return Step::Wait(State::Chunk);
         };

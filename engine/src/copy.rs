@@ -22,6 +22,7 @@ use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
 use crate::status::Status;
 use crate::units::{Errno, ReqId};
+use crate::wait::On;
 
 /// Delivers an event; answers when the worker has ended.
 pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Option<()> {
@@ -114,7 +115,7 @@ impl Machine<'_> {
         }
         if job.is_paused || job.due > now {
             let mut list = std::mem::take(&mut job.waiters);
-            self.core.park(self.me, &mut list);
+            self.core.park(self.me, &mut list, On::Job);
             self.core.copies[self.worker.job as usize].waiters = list;
             return Step::Wait(State::Piece);
         }

@@ -26,7 +26,7 @@ use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
 use crate::status::Status;
 use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
-use crate::wait::WaitList;
+use crate::wait::{On, WaitList};
 
 /// `Go` steps in a row that no sound machine or driver reaches.
 pub(crate) const GO_MAX: usize = 64;
@@ -747,11 +747,11 @@ impl Core {
         self.op_done(parent, result);
     }
 
-    pub fn park(&mut self, request: ReqId, list: &mut WaitList) {
+    pub fn park(&mut self, request: ReqId, list: &mut WaitList, on: On) {
         let slot = self.ops.slot_mut(request);
         assert_eq!(slot.waits, Waits::Nothing, "{request:?} would wait for two things");
         assert!(!slot.issued, "{request:?} would wait for its ops and a list");
-        slot.waits = Waits::List;
+        slot.waits = Waits::List(on);
         slot.next = Link::NONE;
         list.ends = Some(match list.ends {
             None => (request, request),
@@ -765,7 +765,10 @@ impl Core {
     pub fn wake_first(&mut self, list: &mut WaitList) -> Option<ReqId> {
         let (head, tail) = list.ends?;
         let slot = self.ops.slot_mut(head);
-        assert_eq!(slot.waits, Waits::List, "{head:?} is on a list without waiting for it");
+        let Waits::List(on) = slot.waits else {
+            panic!("{head:?} is on a list without waiting for it: {:?}", slot.waits)
+        };
+        self.stats.lists[on as usize].record(self.now, slot.entered, 1);
         slot.waits = Waits::Nothing;
         let next = std::mem::replace(&mut slot.next, Link::NONE);
         list.ends = next.get().map(|next| (next, tail));

@@ -650,7 +650,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let slot = self.core.ops.slot_mut(id);
         slot.label = label;
         slot.entered = self.core.now;
-        if slot.waits == Waits::List {
+        if matches!(slot.waits, Waits::List(_)) {
             assert!(waits == Waits::Io, "{id:?} is on a wait list and has nothing left to do");
             return;
         }

@@ -5,6 +5,7 @@ use std::hash::{Hash, Hasher};
 use crate::op::{Base, OpOwner, Seg};
 use crate::request::Io;
 use crate::units::{Errno, NodeId, ReqId, Time};
+use crate::wait::On;
 
 /// What a request waits for: exactly one thing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -18,8 +19,8 @@ pub(crate) enum Waits {
     /// As `Last`, of a request that was passed on when it was first seen: it is one op, in its
     /// first place.
     Pass,
-    /// A wait list.
-    List,
+    /// A wait list, where others wait for the same.
+    List(On),
     /// `Engine::poll`: it has ended.
     Poll,
     /// It is not there.

@@ -3,6 +3,7 @@
 use crate::op::{Op, OpKind, Target};
 use crate::request::{Io, IoKind};
 use crate::units::{Errno, Time};
+use crate::wait::On;
 
 /// Counts of values in logarithmic buckets, 16 to each power of two: 6 % wide at worst.
 ///
@@ -256,6 +257,9 @@ pub struct Stats {
     pub longest: Option<Held>,
     /// Waiting, by the driver's state labels (the index into `Driver::STATES`).
     pub states: [StateStats; STATES_MAX],
+    /// Waiting on lists, by what was waited for, in the order of [`On::ALL`]. It is counted among the
+    /// states as well.
+    pub lists: [StateStats; On::ALL.len()],
     /// Flushes handed to the backend: far fewer than were asked for, when many ask at once.
     pub flushes: u64,
     /// Requests that went through a bounce buffer or a read-modify-write.
@@ -270,6 +274,7 @@ impl Default for Stats {
             run_per_op: Histogram::default(),
             longest: None,
             states: std::array::from_fn(|_| StateStats::default()),
+            lists: std::array::from_fn(|_| StateStats::default()),
             flushes: 0,
             bounced: 0,
         }

@@ -10,7 +10,7 @@ use crate::mutant;
 use crate::op::{Op, OpKind, Seg, Segs};
 use crate::status::{Status, StatusKind};
 use crate::units::{BufId, FileId, HostOffset, NodeId, RegionId, ReqId, Time};
-use crate::wait::WaitList;
+use crate::wait::{On, WaitList};
 
 pub use crate::request::{Chore, Event, Io, IoKind, Pass, Step};
 
@@ -111,7 +111,7 @@ impl Cx<'_> {
     /// Parks the request until [`Cx::is_past`] may answer something else. It is false now.
     pub fn park_until_past(&mut self) {
         let mut list = std::mem::take(&mut self.core.past_waiters);
-        self.core.park(self.me, &mut list);
+        self.core.park(self.me, &mut list, On::Users);
         self.core.past_waiters = list;
     }
 
@@ -204,9 +204,9 @@ impl Cx<'_> {
         self.core.room(self.me)
     }
 
-    /// Parks the request at the end of `list`.
-    pub fn park(&mut self, list: &mut WaitList) {
-        self.core.park(self.me, list);
+    /// Parks the request at the end of `list`, which is waited on for `on`.
+    pub fn park(&mut self, list: &mut WaitList, on: On) {
+        self.core.park(self.me, list, on);
     }
 
     /// Wakes everybody on `list`.
@@ -238,7 +238,7 @@ impl Cx<'_> {
     /// Parks the request until buffers have been given back.
     pub fn park_for_bufs(&mut self) {
         let mut list = std::mem::take(&mut self.core.buf_waiters);
-        self.core.park(self.me, &mut list);
+        self.core.park(self.me, &mut list, On::Buffer);
         self.core.buf_waiters = list;
     }
 

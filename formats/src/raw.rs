@@ -12,7 +12,7 @@ use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs, Target};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::probe::{Format, PROBE_BYTES, Probed, probe};
 
@@ -132,7 +132,7 @@ impl Raw {
             return LAST;
         }
         if self.busy {
-            cx.park(&mut self.waiters);
+            cx.park(&mut self.waiters, On::Turn);
             return Step::Wait(State::Turn);
         }
         self.busy = true;

@@ -18,7 +18,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, align_up};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::attempts::Attempts;
 
@@ -179,7 +179,7 @@ impl Space {
             Taken::At(offset) => Ok(offset),
             Taken::None(errno) => Err(Lack::Never(errno)),
             Taken::Later => {
-                cx.park(&mut self.waiters);
+                cx.park(&mut self.waiters, On::FileLength);
                 Err(Lack::Parked(self.attempts.latest()))
             }
         }

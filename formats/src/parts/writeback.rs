@@ -18,7 +18,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::Op;
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, Time};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::attempts::Attempts;
 
@@ -167,7 +167,7 @@ impl Writeback {
             self.asked = true;
             cx.ask();
         }
-        cx.park(room);
+        cx.park(room, On::Writeback);
         self.all.latest().wrapping_add(u32::from(self.running.is_none()))
     }
 
@@ -184,7 +184,7 @@ impl Writeback {
     /// A guest's flush: makes stable what was acknowledged.
     pub fn flush<C: Changes>(&mut self, changes: &mut C, cx: &mut Cx<'_>) -> Step<WritebackState> {
         if self.running.is_some() && !mutant!("flush_rides_on_a_running_writeback") {
-            cx.park(&mut self.waiters);
+            cx.park(&mut self.waiters, On::Writeback);
             let target = self.flushes.latest().wrapping_add(1);
             return Step::Wait(WritebackState::Ride { target });
         }
@@ -249,7 +249,7 @@ impl Writeback {
             return Step::Done(self.flushes.failure_of(target).map_or(Ok(()), Err));
         }
         if self.running.is_some() {
-            cx.park(&mut self.waiters);
+            cx.park(&mut self.waiters, On::Writeback);
             return Step::Wait(WritebackState::Ride { target });
         }
         // Even if there is nothing to write: others wait for a writeback of this number.

@@ -14,6 +14,7 @@ use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::Target;
 use cowbell_engine::stats::{Call, Held, Histogram, Stats};
 use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::wait::On;
 use cowbell_engine::{Finished, Limits};
 use cowbell_formats::Node;
 use cowbell_formats::parts::growth::{Grow, Growth};
@@ -488,18 +489,56 @@ pub fn write_longest(out: &mut Out, longest: Option<&Held>) -> Result<(), Fail> 
     Ok(())
 }
 
-/// Time by state, as a chart of bars.
+/// What requests waited for that they had no ops for, in the same way.
+fn lists(stats: &Stats) -> Vec<(String, u64, u64)> {
+    let names = On::ALL.iter().map(|on| in_words(&format!("{on:?}")));
+    let lists = names.zip(&stats.lists).map(|(name, list)| (name, list.visits, list.nanos));
+    let mut lists: Vec<_> = lists.filter(|&(_, visits, _)| visits > 0).collect();
+    lists.sort_by_key(|&(_, _, nanos)| std::cmp::Reverse(nanos));
+    lists
+}
+
+/// `CacheSlot` as `cache slot`.
+fn in_words(name: &str) -> String {
+    let mut words = String::new();
+    for letter in name.chars() {
+        if letter.is_uppercase() && !words.is_empty() {
+            words.push(' ');
+        }
+        words.extend(letter.to_lowercase());
+    }
+    words
+}
+
+/// Time by state, as a chart of bars; then by what was waited for.
 pub fn write_states(out: &mut Out, stats: &Stats) -> Result<(), Fail> {
     let states = states(stats);
     let total: u64 = states.iter().map(|&(_, _, nanos)| nanos).sum();
     writeln!(out, "Time by state:")?;
     for (name, visits, nanos) in states {
-        let share = nanos as f64 / total.max(1) as f64;
-        let mean = duration(nanos / visits);
-        let bar = out.paint("36", &bar(share));
-        let share = share * 100.0;
-        writeln!(out, "  {name:<13} {share:5.1} % {mean:>8} x {visits:<8} {bar}")?;
+        write_bar(out, name, total, (visits, nanos))?;
     }
+    let lists = lists(stats);
+    if !lists.is_empty() {
+        writeln!(out, "Of that, waiting for:")?;
+    }
+    for (name, visits, nanos) in lists {
+        write_bar(out, &name, total, (visits, nanos))?;
+    }
+    Ok(())
+}
+
+fn write_bar(
+    out: &mut Out,
+    name: &str,
+    total: u64,
+    (visits, nanos): (u64, u64),
+) -> Result<(), Fail> {
+    let share = nanos as f64 / total.max(1) as f64;
+    let mean = duration(nanos / visits);
+    let bar = out.paint("36", &bar(share));
+    let share = share * 100.0;
+    writeln!(out, "  {name:<13} {share:5.1} % {mean:>8} x {visits:<8} {bar}")?;
     Ok(())
 }
 
@@ -531,6 +570,13 @@ fn to_json(stats: &Stats, sent: u64, nanos: u64, plan: &Plan) -> Json {
             ("ns", Json::Int(nanos)),
         ])
     });
+    let lists = lists(stats).into_iter().map(|(name, visits, nanos)| {
+        Json::Object(vec![
+            ("for", Json::text(&name)),
+            ("visits", Json::Int(visits)),
+            ("ns", Json::Int(nanos)),
+        ])
+    });
     Json::Object(vec![
         ("requests", Json::Int(sent)),
         ("bytes-each", Json::Int(plan.len)),
@@ -540,6 +586,7 @@ fn to_json(stats: &Stats, sent: u64, nanos: u64, plan: &Plan) -> Json {
         ("run-ns", times_to_json(&stats.run)),
         ("run-per-op-ns", times_to_json(&stats.run_per_op)),
         ("states", Json::List(states.collect())),
+        ("waited", Json::List(lists.collect())),
         ("flushes", Json::Int(stats.flushes)),
         ("bounced", Json::Int(stats.bounced)),
     ])

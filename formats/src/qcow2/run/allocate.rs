@@ -11,7 +11,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
@@ -55,7 +55,7 @@ impl PieceStep<'_> {
         match self.claims.around(start, start + reach - short) {
             _ if mutant!("qcow2_no_claims") => {}
             Around::Within(key) => {
-                cx.park(&mut self.claims[key].waiters);
+                cx.park(&mut self.claims[key].waiters, On::Cluster);
                 return Progress::look_again(at);
             }
             Around::Before(next) => to = to.min(next),

@@ -8,6 +8,7 @@
 use cowbell_engine::op::{Compute, Op, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
+use cowbell_engine::wait::On;
 
 use crate::qcow2::disk::codec::inflate;
 use crate::qcow2::disk::header::Compression;
@@ -31,11 +32,11 @@ impl PieceStep<'_> {
             if self.inflated.is_ready(slot) {
                 return self.copy_inflated(at, slot, cx);
             }
-            cx.park(self.inflated.waiters(slot));
+            cx.park(self.inflated.waiters(slot), On::Compressed);
             return Progress::look_again(at);
         }
         let Some(slot) = self.inflated.reserve(place.host.0) else {
-            cx.park(&mut self.inflated.full);
+            cx.park(&mut self.inflated.full, On::CacheSlot);
             return Progress::look_again(at);
         };
         // A cluster that grew when it was compressed is none: what it would need is not looked at.

@@ -11,7 +11,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::{BufId, Errno, HostOffset};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::qcow2::disk::layout::{L1Entry, Mapping};
 use crate::qcow2::run::piece::{NewTable, PieceStep, Progress, RequestState};
@@ -35,7 +35,7 @@ impl PieceStep<'_> {
     /// Provides the table for the guest's byte `at`; or waits for who is providing it already.
     pub fn provide_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
         if let Some(place) = self.new_table(at).filter(|_| !mutant!("qcow2_no_table_freeze")) {
-            cx.park(&mut self.new_tables[place].waiters);
+            cx.park(&mut self.new_tables[place].waiters, On::Table);
             return Progress::look_again(at);
         }
         let l1_index = self.l1_index(at);
@@ -143,7 +143,7 @@ impl PieceStep<'_> {
     /// Links the table, in memory, unless the L1 table is moving.
     pub fn link_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
         if self.tables.l1_moves() && !mutant!("qcow2_root_linked_while_moving") {
-            cx.park(&mut self.tables.l1_waiters);
+            cx.park(&mut self.tables.l1_waiters, On::Table);
             return Progress::Wait(RequestState::LinkTable { at });
         }
         let mut new = self.new_tables.remove(self.my_table(at));

@@ -5,7 +5,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Seg, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, Compression, Header, SECTOR};
 use crate::qcow2::run::image::Image;
@@ -60,7 +60,7 @@ impl LiveHeader {
     /// woken. When the header is there, or could not be written, the request calls [`LiveHeader::changed`].
     pub fn change(&mut self, change: impl FnOnce(&mut Header), cx: &mut Cx<'_>) {
         if self.busy {
-            cx.park(&mut self.waiters);
+            cx.park(&mut self.waiters, On::Header);
             return;
         }
         self.busy = true;

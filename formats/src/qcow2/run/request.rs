@@ -11,6 +11,7 @@ use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, FileId, HostOffset};
+use cowbell_engine::wait::On;
 
 use crate::parts::backing::{self, Backing};
 use crate::parts::claims::Claims;
@@ -346,7 +347,7 @@ impl Qcow2 {
             Found::NoTable { .. } => piece.provide_table(at, cx),
             Found::NotLoaded => self.load_slice(at, cx),
             Found::Loading { slot } => {
-                cx.park(self.tables.slices.waiters(slot));
+                cx.park(self.tables.slices.waiters(slot), On::Table);
                 Progress::look_again(at)
             }
             Found::Invalid => piece.invalid_entry(at, cx),

@@ -21,7 +21,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::attempts::Attempts;
 use crate::parts::growth::Grow;
@@ -454,7 +454,7 @@ impl Reserve {
     /// Parks the request until the chore has brought clusters, or failed.
     fn park(&mut self, cx: &mut Cx<'_>) -> Short {
         self.ask(cx);
-        cx.park(&mut self.waiters);
+        cx.park(&mut self.waiters, On::FreeClusters);
         Short::Later(self.attempts.latest())
     }
 
@@ -469,7 +469,7 @@ impl Reserve {
     /// A writeback waits for the counts of what is in use: parks it.
     pub fn park_for_counts(&mut self, cx: &mut Cx<'_>) {
         self.ask(cx);
-        cx.park(&mut self.counting);
+        cx.park(&mut self.counting, On::Refcounts);
     }
 
     /// A writeback has ended: was something given up?
@@ -485,7 +485,7 @@ impl Reserve {
             self.rest = self.end;
         }
         self.ask(cx);
-        cx.park(&mut self.settler);
+        cx.park(&mut self.settler, On::Refcounts);
     }
 
     /// How that went.

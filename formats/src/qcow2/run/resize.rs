@@ -9,7 +9,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::qcow2::disk::header::{self, L1_BYTES_MAX, SECTOR};
 use crate::qcow2::run::image::{Disk, Image};
@@ -87,7 +87,7 @@ impl ResizeStep<'_> {
             return Step::Done(Err(Errno::NOT_SUPPORTED));
         }
         if self.resize.busy {
-            cx.park(&mut self.resize.waiters);
+            cx.park(&mut self.resize.waiters, On::Resize);
             return Step::Wait(ResizeState::Turn);
         }
         self.resize.busy = true;

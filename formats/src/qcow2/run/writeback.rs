@@ -21,7 +21,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::attempts::Attempts;
 use crate::qcow2::disk::layout::Mapping;
@@ -216,7 +216,7 @@ impl Writeback {
             return false;
         }
         if mutant!("qcow2_flush_joins_writeback_under_way") && self.running {
-            cx.park(&mut self.current);
+            cx.park(&mut self.current, On::Writeback);
         } else {
             self.park(cx);
         }
@@ -225,7 +225,7 @@ impl Writeback {
 
     /// Parks the request until all that was changed before is stable.
     pub fn park(&mut self, cx: &mut Cx<'_>) {
-        cx.park(&mut self.next);
+        cx.park(&mut self.next, On::Writeback);
         self.ask(cx);
     }
 
@@ -245,7 +245,7 @@ impl Writeback {
         if !self.dirty.is_empty() {
             self.ask(cx);
         }
-        cx.park(&mut tables.slices.full);
+        cx.park(&mut tables.slices.full, On::CacheSlot);
         // Nobody waits for a writeback that is not asked for: slots come back otherwise, too.
         let asked = self.running || self.asked;
         self.attempts.latest().wrapping_add(u32::from(!asked))
@@ -254,7 +254,7 @@ impl Writeback {
     /// Too much has been given up: a writeback is to make it leave. Parks the request; answers the
     /// writeback's number.
     pub fn park_for_room(&mut self, cx: &mut Cx<'_>) -> u32 {
-        cx.park(&mut self.room);
+        cx.park(&mut self.room, On::Writeback);
         self.ask(cx);
         self.attempts.latest()
     }

@@ -7,7 +7,7 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{Errno, HostOffset, align_down};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::claims::{Around, Claims};
 use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
@@ -103,7 +103,7 @@ impl AllocateStep<'_> {
         let free_to = match self.claims.around(start, start + size) {
             _ if mutant!("no_claims") => u64::MAX,
             Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters);
+                cx.park(&mut self.claims[claim].waiters, On::Cluster);
                 return Progress::LookAgain;
             }
             Around::Before(next) => next,

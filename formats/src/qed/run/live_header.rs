@@ -8,7 +8,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::{Errno, Time};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::qed::disk::layout::Header;
 use crate::qed::run::image::{Image, SLICE_BYTES};
@@ -109,7 +109,7 @@ impl LiveHeader {
     /// The request has the header's turn, or is parked for it.
     pub fn take_turn(&mut self, cx: &mut Cx<'_>) -> bool {
         if self.busy {
-            cx.park(&mut self.waiters);
+            cx.park(&mut self.waiters, On::Header);
             return false;
         }
         self.busy = true;

@@ -10,6 +10,7 @@ use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::units::{Errno, FileId, HostOffset};
+use cowbell_engine::wait::On;
 
 use crate::parts::backing::{self, Backing};
 use crate::parts::claims::Claims;
@@ -359,7 +360,7 @@ impl Qed {
                 }
             },
             Found::Loading { slot } => {
-                cx.park(self.tables.slices.waiters(slot));
+                cx.park(self.tables.slices.waiters(slot), On::Table);
                 Step::Wait(RequestState::Next { at })
             }
             // The request fails; others go on.

@@ -9,6 +9,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::Errno;
+use cowbell_engine::wait::On;
 
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::qed::run::changes::TableChanges;
@@ -61,7 +62,7 @@ impl TidyStep<'_> {
             return Step::Done(Ok(()));
         }
         if self.changes.space.is_growing() {
-            cx.park(&mut self.changes.space.waiters);
+            cx.park(&mut self.changes.space.waiters, On::FileLength);
             return Step::Wait(TidyState::Turn);
         }
         if !self.header.take_turn(cx) {

@@ -8,6 +8,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, RegionId};
+use cowbell_engine::wait::On;
 
 use crate::parts::growth::{Grow, Growing, Growth, Lack, Space};
 use crate::parts::writeback::{Changes, Phase};
@@ -165,7 +166,7 @@ impl Map {
     /// Parks the request until the file has grown; false: it is not growing.
     pub fn park_for_growth(&mut self, cx: &mut Cx<'_>) -> bool {
         if self.space.is_growing() {
-            cx.park(&mut self.space.waiters);
+            cx.park(&mut self.space.waiters, On::FileLength);
         }
         self.space.is_growing()
     }

@@ -8,7 +8,7 @@ use cowbell_engine::op::{Op, OpKind, Seg, Segs};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{Errno, FileId, HostOffset, RegionId, align_down};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::claims::{Around, Claims};
 use crate::parts::growth::{Growth, Lack};
@@ -234,7 +234,7 @@ impl Vdi {
         let free_to = match self.claims.around(index << bits, (index + 1) << bits) {
             _ if mutant!("vdi_no_claims") => u64::MAX,
             Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters);
+                cx.park(&mut self.claims[claim].waiters, On::Cluster);
                 return Step::Wait(RequestState::Next { at });
             }
             Around::Before(next) => next,

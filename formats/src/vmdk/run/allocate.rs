@@ -8,7 +8,7 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::claims::{Around, Claims};
 use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
@@ -169,7 +169,7 @@ impl AllocateStep<'_> {
         match self.claims.around(start, (start + place.grain_size()).min(place.end)) {
             _ if mutant!("vmdk_no_claims") => Some(u64::MAX),
             Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters);
+                cx.park(&mut self.claims[claim].waiters, On::Cluster);
                 None
             }
             Around::Before(next) => Some(next),

@@ -10,6 +10,7 @@ use cowbell_engine::op::{Base, Compute, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
+use cowbell_engine::wait::On;
 
 use crate::vmdk::disk::grain;
 use crate::vmdk::disk::layout::{SECTOR, SECTOR_BITS};
@@ -85,11 +86,11 @@ impl Compressed {
         };
         let key = place.grain_start(place.grain_of(at));
         if let Some(slot) = self.grains.find(key) {
-            cx.park(self.grains.waiters(slot));
+            cx.park(self.grains.waiters(slot), On::Compressed);
             return Progress::LookAgain;
         }
         let Some(slot) = self.grains.reserve(key) else {
-            cx.park(&mut self.grains.full);
+            cx.park(&mut self.grains.full, On::CacheSlot);
             return Progress::LookAgain;
         };
         // Whoever reads it now finds it in the cache.
@@ -156,7 +157,7 @@ impl Compressed {
         // In order of arrival: whoever comes later waits behind those who wait.
         let first = self.grains.full.is_empty();
         let Some(slot) = first.then(|| self.grains.reserve(at)).flatten() else {
-            cx.park(&mut self.grains.full);
+            cx.park(&mut self.grains.full, On::CacheSlot);
             return None;
         };
         let (region, off) = (self.grains.region(), slot << place.grain_bits);

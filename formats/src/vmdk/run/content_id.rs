@@ -16,7 +16,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, RegionId};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::attempts::Attempts;
 
@@ -102,7 +102,7 @@ impl ContentId {
     /// Answers the attempt's number.
     pub fn park(&mut self, cx: &mut Cx<'_>) -> u32 {
         self.want(cx);
-        cx.park(&mut self.waiters);
+        cx.park(&mut self.waiters, On::ContentId);
         self.attempts.latest()
     }
 

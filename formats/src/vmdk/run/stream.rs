@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, FileId, RegionId};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::cow::Cow;
 use crate::parts::growth::Lack;
@@ -191,7 +191,7 @@ impl StreamStep<'_> {
     /// The grain is deflated: if it is its turn, takes space and writes it.
     fn append(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress<StreamState> {
         if self.stream.queue.front() != Some(&claim) {
-            cx.park(&mut self.stream.turn);
+            cx.park(&mut self.stream.turn, On::Turn);
             return Progress::Wait(StreamState::Append { claim, slot });
         }
         let place = self.place_of(claim);
@@ -235,7 +235,7 @@ impl StreamStep<'_> {
             return Progress::ContentId(self.allocate.id.park(cx));
         }
         if self.stream.making {
-            cx.park(&mut self.stream.making_waiters);
+            cx.park(&mut self.stream.making_waiters, On::Table);
             return Progress::LookAgain;
         }
         let bytes = self.allocate.extents.grains(place.extent).header.table_bytes();

@@ -10,7 +10,7 @@ use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
-use cowbell_engine::wait::WaitList;
+use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::past_end::PastEnd;
 use crate::vmdk::disk::layout::{Entry, Header, SECTOR, SECTOR_BITS};
@@ -231,7 +231,7 @@ impl Tables {
 
     /// Parks the request until the table of `slot` is there.
     pub fn park_for(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        cx.park(self.cache.waiters(slot));
+        cx.park(self.cache.waiters(slot), On::Table);
     }
 
     /// Who waits for any slot.
