@@ -184,12 +184,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// # Panics
     ///
-    /// If there are [`NodeId::MAX`] already, or the node [below](Driver::below) is not
+    /// If there are [`NodeId::MAX`] already, or a node [below](Driver::below) is not
     /// [there](Engine::has) or is being closed.
     pub fn add(&mut self, node: D) -> NodeId {
-        let is_ready = node.below().is_none_or(|below| self.may_be_read_from(below));
-        assert!(is_ready, "{:?} is not there to be read from", node.below());
-        if let Some(below) = node.below() {
+        for &below in node.below() {
+            assert!(self.may_be_read_from(below), "{below:?} is not there to be read from");
             self.core.nodes[below.index()].is_top = false;
         }
         let (size, index) = (node.size(), self.core.next_node(self.tag));

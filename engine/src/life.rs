@@ -153,8 +153,8 @@ impl<D: Driver, F> Life<D, F> {
         core.recount_moving();
     }
 
-    /// See `Engine::close`.
-    pub fn close(&mut self, core: &mut Core, node: NodeId) -> Result<(), Why> {
+    /// See `Engine::close` and `Engine::close_filter`.
+    pub fn close(&mut self, core: &mut Core, node: NodeId, leaves_below: bool) -> Result<(), Why> {
         if !core.has_node(node) {
             return Err(Why::NoSuchNode);
         }
@@ -164,13 +164,14 @@ impl<D: Driver, F> Life<D, F> {
         if self.is_read_from(node) || core.nodes[node.index()].jobs > 0 {
             return Err(Why::InUse);
         }
+        core.nodes[node.index()].leaves_below = leaves_below;
         begin_to_close(core, node, (node, Ok(())));
         Ok(())
     }
 
     /// Does another node read from this one?
     fn is_read_from(&self, node: NodeId) -> bool {
-        self.nodes.iter().flatten().any(|other| other.below() == Some(node))
+        self.nodes.iter().flatten().any(|other| other.below().contains(&node))
     }
 
     /// Is nothing of it in flight, nor of its files?
@@ -280,7 +281,7 @@ impl<D: Driver, F> Life<D, F> {
         let id = core.nodes[index].id;
         let mut above = self.nodes.iter().zip(&core.nodes);
         let waits = above.any(|(node, record)| {
-            let is_above = node.as_ref().is_some_and(|node| node.below() == Some(id));
+            let is_above = node.as_ref().is_some_and(|node| node.below().contains(&id));
             is_above && !matches!(record.stage, Stage::Settled(_))
         });
         if waits {
@@ -292,8 +293,8 @@ impl<D: Driver, F> Life<D, F> {
         if skips { Move::On } else { Move::Settle(id) }
     }
 
-    /// A node that has settled goes, with its files; then the layer below, if nobody else reads from
-    /// it.
+    /// A node that has settled goes, with its files; then the layers below, if nobody else reads from
+    /// them. Who was to be closed is told of when the last of those has gone.
     fn remove<B: Backend<File = F>>(
         &mut self,
         core: &mut Core,
@@ -316,20 +317,26 @@ impl<D: Driver, F> Life<D, F> {
                 core.free_file(file);
             }
         }
+        let leaves_below = core.nodes[index].leaves_below;
         core.free_node(index);
         core.wake_for_shares();
-        let below = node
-            .below()
-            .filter(|&below| core.has_node(below) && !core.nodes[below.index()].is_closing);
-        if let Some(below) = below {
-            core.nodes[below.index()].is_top = !self.is_read_from(below);
-        }
-        match below {
-            Some(below) if !self.is_read_from(below) || mutant!("close_takes_shared_layer") => {
-                begin_to_close(core, below, (whom, result));
+        for &below in node.below() {
+            if !core.has_node(below) || core.nodes[below.index()].is_closing {
+                continue;
             }
-            _ => core.events.push(NodeEvent::Closed { node: whom, result }),
+            let is_others = self.is_read_from(below);
+            core.nodes[below.index()].is_top = !is_others;
+            if !is_others && !leaves_below || mutant!("close_takes_shared_layer") {
+                begin_to_close(core, below, (whom, Ok(())));
+            }
         }
+        // The first error is handed on to those that go for the same node.
+        let rest = core.nodes.iter_mut().filter_map(|record| record.closing_for.as_mut());
+        let mut rest = rest.filter(|closing| closing.0 == whom).peekable();
+        if rest.peek().is_none() {
+            return core.events.push(NodeEvent::Closed { node: whom, result });
+        }
+        rest.for_each(|closing| closing.1 = result.and(closing.1));
     }
 
     /// See `Engine::take_files`.

@@ -41,6 +41,8 @@ pub(crate) struct NodeRecord {
     pub owes_paused: bool,
     /// When it has settled, it goes.
     pub is_closing: bool,
+    /// The nodes below it stay when it goes.
+    pub leaves_below: bool,
     /// What the layers above it had to say when they went: whose closing this is.
     pub closing_for: Option<(NodeId, Result<(), Errno>)>,
     /// Files of it were taken away.
@@ -71,6 +73,7 @@ impl NodeRecord {
             is_paused: false,
             owes_paused: false,
             is_closing: false,
+            leaves_below: false,
             closing_for: None,
             is_gone: false,
             chore_failed: None,
@@ -109,7 +112,8 @@ impl NodeRecord {
     /// Everything that decides what can happen next and does not follow from its requests.
     pub fn decisive(&self) -> impl std::hash::Hash {
         let NodeRecord { stage, is_paused, owes_paused, is_closing, is_gone, .. } = *self;
-        let flags = (is_paused, owes_paused, is_closing, is_gone, self.is_vacant);
+        let flags =
+            (is_paused, owes_paused, is_closing, is_gone, self.is_vacant, self.leaves_below);
         (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares)
     }
 }

@@ -44,14 +44,14 @@ pub trait Driver {
     /// Does the node use this file?
     fn uses(&self, file: FileId) -> bool;
 
-    /// The node below it, to which it issues requests of any kind but truncations
+    /// The nodes below it, to which it issues requests of any kind but truncations
     /// ([`Target::Node`](crate::op::Target::Node)): an overlay reads where it has nothing itself, a
-    /// filter passes on what comes. Always the same one, which was added before it: so there is no
-    /// circle. Ranges are within the size of that node, and who writes to it holds no pool buffer,
-    /// nor writes from one.
+    /// filter passes on what comes, or writes it twice. Always the same ones, which were added before
+    /// it: so there is no circle. Ranges are within the size of that node, and who writes to it holds
+    /// no pool buffer, nor writes from one.
     #[inline]
-    fn below(&self) -> Option<NodeId> {
-        None
+    fn below(&self) -> &[NodeId] {
+        &[]
     }
 
     /// A new request's first step; [`Cx::io`] tells what it wants. Its range is within the size

@@ -288,7 +288,7 @@ impl Driver for Node {
         }
     }
 
-    fn below(&self) -> Option<NodeId> {
+    fn below(&self) -> &[NodeId] {
         match self {
             Node::Raw(raw) => raw.below(),
             Node::Qed(qed) => qed.below(),

@@ -68,7 +68,17 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`], it is being closed already;
     /// [`Why::InUse`], another node reads from it, or a job uses it: close or cancel that first.
     pub fn close(&mut self, node: NodeId) -> Result<(), Why> {
-        self.life.close(&mut self.core, node)
+        self.life.close(&mut self.core, node, false)
+    }
+
+    /// As [`close`](Engine::close), for a node that was added above one that is a disk by itself: the
+    /// nodes below it stay, each open for requests as before.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Engine::close).
+    pub fn close_filter(&mut self, node: NodeId) -> Result<(), Why> {
+        self.life.close(&mut self.core, node, true)
     }
 
     /// May another node be added that reads from this one? It is there, and not being closed.

@@ -1,6 +1,8 @@
 //! A node passes every kind of request on to the node below it: nothing is lost, errors come back, and
 //! the node below settles last.
 
+use cowbell_engine::backend::Backend;
+use cowbell_engine::faulty::{Fault, Faulty, What};
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Step};
@@ -12,11 +14,12 @@ use cowbell_engine::{Engine, Finished, Limits, NodeEvent, Why};
 
 const SIZE: u64 = 1 << 20;
 
-/// A file, or a node over another that adds nothing.
+/// A file, or a node over another that adds nothing, or one that does everything twice.
 #[derive(Clone, Copy)]
 enum Layer {
     File(FileId),
     Filter(NodeId),
+    Twice([NodeId; 2]),
 }
 
 impl Driver for Layer {
@@ -31,10 +34,11 @@ impl Driver for Layer {
     fn uses(&self, file: FileId) -> bool {
         matches!(self, Layer::File(its) if *its == file)
     }
-    fn below(&self) -> Option<NodeId> {
-        match *self {
-            Layer::File(_) => None,
-            Layer::Filter(below) => Some(below),
+    fn below(&self) -> &[NodeId] {
+        match self {
+            Layer::File(_) => &[],
+            Layer::Filter(below) => std::slice::from_ref(below),
+            Layer::Twice(below) => below,
         }
     }
     fn deadline(&self) -> Option<Time> {
@@ -66,14 +70,29 @@ impl Layer {
     fn issue(self, kind: OpKind, offset: u64, len: u64, segs: Segs, cx: &mut Cx<'_>) -> Step<()> {
         let target = match self {
             Layer::File(file) => Target::File(file),
-            Layer::Filter(below) => Target::Node(below),
+            Layer::Filter(below) | Layer::Twice([below, _]) => Target::Node(below),
         };
+        if let Layer::Twice([_, other]) = self
+            && kind != OpKind::Read
+        {
+            let target = Target::Node(other);
+            cx.issue(Op { kind, target, offset, len, segs });
+        }
         cx.issue(Op { kind, target, offset, len, segs });
         Step::Last { label: 0 }
     }
 }
 
-fn done(engine: &mut Engine<Layer, Inline>) -> Finished {
+fn event(engine: &mut Engine<Layer, impl Backend>) -> NodeEvent {
+    loop {
+        engine.run(clock());
+        if let Some(event) = engine.poll_event() {
+            return event;
+        }
+    }
+}
+
+fn done(engine: &mut Engine<Layer, impl Backend>) -> Finished {
     loop {
         engine.run(clock());
         if let Some(done) = engine.poll() {
@@ -142,18 +161,112 @@ fn through_three_of_them() {
         assert_eq!(done(&mut engine).result, Err(Errno::NOT_SUPPORTED));
         assert_eq!(engine.close(disk), Err(Why::InUse));
         engine.close(top).expect("nobody is above it");
-        let closed = loop {
-            engine.run(clock());
-            if let Some(event) = engine.poll_event() {
-                break event;
-            }
-        };
-        assert_eq!(closed, NodeEvent::Closed { node: top, result: Ok(()) });
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Ok(()) });
         assert!(!engine.has(disk));
         engine.assert_idle();
         drop(engine);
         let found = std::fs::read(&path).expect("the file");
         assert!(found[..kept] == model[..kept], "direct: {direct}");
         model[kept..].copy_from_slice(&found[kept..]);
+    }
+}
+
+/// Two files of zeros in an engine, and a node that writes both.
+fn two(dir: &std::path::Path) -> (Engine<Layer, Faulty<Inline>>, [NodeId; 2], [FileId; 2]) {
+    let mut engine = Engine::new(Faulty::new(Inline::new()), Limits::default());
+    let mut files = [FileId(0); 2];
+    let disks = [0, 1].map(|which| {
+        let path = dir.join(format!("disk{which}"));
+        std::fs::write(&path, vec![0; SIZE as usize]).expect("a scratch file");
+        let options = DiskOptions { write: true, create: Create::No, ..DiskOptions::default() };
+        let file = DiskFile::open(&path, &options).expect("it opens");
+        let (file, _) = engine.attach(file).expect("it attaches");
+        files[which] = file;
+        engine.add(Layer::File(file))
+    });
+    (engine, disks, files)
+}
+
+fn write_and_flush(engine: &mut Engine<Layer, Faulty<Inline>>, top: NodeId, byte: u8) {
+    for (io, mem) in
+        [(Io::write(4096, 512), Mem::from(Buf::copied(&[byte; 512]))), (Io::flush(), Mem::None)]
+    {
+        engine.submit(top, io, mem, 0).expect("room");
+        assert_eq!(done(engine).result, Ok(()));
+    }
+}
+
+fn read_from(engine: &mut Engine<Layer, Faulty<Inline>>, node: NodeId) -> u8 {
+    engine.submit(node, Io::read(4096, 512), Buf::zeroed(512), 0).expect("room");
+    let read = done(engine);
+    assert_eq!(read.result, Ok(()));
+    read.mem.into_buf().expect("it was lent")[0]
+}
+
+#[test]
+fn to_two_nodes_below_which_go_with_it() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory");
+    let (mut engine, disks, _) = two(dir.path());
+    let top = engine.add(Layer::Twice(disks));
+    write_and_flush(&mut engine, top, 7);
+    assert_eq!(disks.map(|disk| engine.close(disk)), [Err(Why::InUse); 2]);
+    engine.close(top).expect("nobody is above it");
+    assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Ok(()) });
+    assert!(disks.iter().all(|&disk| !engine.has(disk)), "both are gone when it is told");
+    assert_eq!(engine.take_files(top).len(), 2);
+    assert_eq!(engine.poll_event(), None);
+    engine.assert_idle();
+    for which in [0, 1] {
+        let found = std::fs::read(dir.path().join(format!("disk{which}"))).expect("the file");
+        assert!(found[4096..4608].iter().all(|&byte| byte == 7));
+    }
+}
+
+#[test]
+fn to_two_nodes_below_of_which_another_uses_one() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory");
+    let (mut engine, disks, _) = two(dir.path());
+    let top = engine.add(Layer::Twice(disks));
+    let other = engine.add(Layer::Filter(disks[1]));
+    engine.close(top).expect("nobody is above it");
+    assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Ok(()) });
+    assert_eq!(disks.map(|disk| engine.has(disk)), [false, true]);
+    assert_eq!(read_from(&mut engine, other), 0);
+}
+
+#[test]
+fn a_filter_goes_and_what_is_below_it_stays() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory");
+    let (mut engine, disks, _) = two(dir.path());
+    for byte in [1, 2, 3] {
+        let top = engine.add(Layer::Twice(disks));
+        write_and_flush(&mut engine, top, byte);
+        engine.close_filter(top).expect("nobody is above it");
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Ok(()) });
+        assert!(!engine.has(top) && engine.take_files(top).is_empty());
+        assert_eq!(disks.map(|disk| read_from(&mut engine, disk)), [byte; 2]);
+    }
+    // Each is a disk by itself again.
+    for disk in disks {
+        engine.close(disk).expect("nobody is above it");
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node: disk, result: Ok(()) });
+    }
+    engine.assert_idle();
+}
+
+#[test]
+fn an_error_of_either_is_told_when_both_have_gone() {
+    for bad in [0, 1] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory");
+        let (mut engine, disks, files) = two(dir.path());
+        let top = engine.add(Layer::Twice(disks));
+        write_and_flush(&mut engine, top, 9);
+        engine.submit(top, Io::write(0, 512), Buf::copied(&[4; 512]), 0).expect("room");
+        assert_eq!(done(&mut engine).result, Ok(()));
+        let fault = Fault { what: Some(What::Flush), file: Some(files[bad]), ..Fault::default() };
+        engine.backend_mut().plan_mut().push(fault);
+        engine.close(top).expect("nobody is above it");
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Err(Errno::IO) });
+        assert!(disks.iter().all(|&disk| !engine.has(disk)));
     }
 }

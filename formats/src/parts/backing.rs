@@ -15,6 +15,11 @@ pub struct Backing {
     pub size: u64,
 }
 
+/// For [`Driver::below`](cowbell_engine::step::Driver::below).
+pub(crate) fn below(backing: Option<&Backing>) -> &[NodeId] {
+    backing.map_or(&[], |backing| std::slice::from_ref(&backing.node))
+}
+
 impl Backing {
     /// Reads `from..to` into the start of `buf`, zeros behind the end. False: all of it lies there,
     /// there is nothing to wait for.

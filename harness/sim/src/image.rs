@@ -467,7 +467,7 @@ impl Subject for Image {
         engine: &mut SimEngine<Node>,
         main: NodeId,
     ) -> Result<NodeId, String> {
-        let Some(below) = engine.node(main).below().filter(|_| self.backing) else {
+        let Some(&below) = engine.node(main).below().first().filter(|_| self.backing) else {
             return self.open(host, engine);
         };
         let mut chain = self.chain(host, true)?;

@@ -183,6 +183,10 @@ impl Disk {
         self.backing
     }
 
+    pub fn backing_ref(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
     /// Begins to grow to `reach`.
     pub fn set_reach(&mut self, reach: u64) {
         self.reach = reach;

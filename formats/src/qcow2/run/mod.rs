@@ -59,6 +59,7 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
+use crate::parts::backing;
 use crate::qcow2::run::close::{CloseState, CloseStep};
 use crate::qcow2::run::corrupt::MarkState;
 use crate::qcow2::run::piece::{PIECES, RequestState};
@@ -131,8 +132,8 @@ impl Driver for Qcow2 {
         file == self.image.file || file == self.image.data
     }
 
-    fn below(&self) -> Option<NodeId> {
-        self.disk.backing().map(|backing| backing.node)
+    fn below(&self) -> &[NodeId] {
+        backing::below(self.disk.backing_ref())
     }
 
     #[inline(always)]

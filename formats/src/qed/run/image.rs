@@ -155,6 +155,10 @@ impl Disk {
         self.backing
     }
 
+    pub fn backing_ref(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
     /// Would an unallocated cluster at `at` show the backing file's contents?
     #[inline]
     pub fn shows_backing(&self, at: u64) -> bool {

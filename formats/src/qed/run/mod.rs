@@ -48,6 +48,7 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
+use crate::parts::backing;
 use crate::parts::growth::Growing;
 use crate::parts::writeback::WritebackState;
 use crate::qed::run::changes::TableChanges;
@@ -114,8 +115,8 @@ impl Driver for Qed {
         file == self.image.file
     }
 
-    fn below(&self) -> Option<NodeId> {
-        self.disk.backing().map(|backing| backing.node)
+    fn below(&self) -> &[NodeId] {
+        backing::below(self.disk.backing_ref())
     }
 
     #[inline(always)]

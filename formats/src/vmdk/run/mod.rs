@@ -45,6 +45,7 @@ use cowbell_engine::mem::Memory;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
+use crate::parts::backing;
 use crate::parts::growth::Growing;
 use crate::parts::writeback::WritebackState;
 use crate::vmdk::run::close::CloseState;
@@ -112,8 +113,8 @@ impl Driver for Vmdk {
         self.image.files.contains(&file)
     }
 
-    fn below(&self) -> Option<NodeId> {
-        self.image.backing.map(|backing| backing.node)
+    fn below(&self) -> &[NodeId] {
+        backing::below(self.image.backing.as_ref())
     }
 
     #[inline(always)]
