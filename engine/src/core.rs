@@ -337,7 +337,7 @@ impl Core {
     fn issue_to_node(&mut self, request: ReqId, node: NodeId, op: Op) {
         let kind = match op.kind {
             OpKind::Read => IoKind::Read,
-            OpKind::Write { fua } => IoKind::Write { fua },
+            OpKind::Write { fua } => IoKind::Write { fua, compressed: false },
             OpKind::Flush => IoKind::Flush,
             OpKind::Discard => IoKind::Discard,
             OpKind::Zero { unmap } => IoKind::Zero { unmap, fua: false },
@@ -352,7 +352,11 @@ impl Core {
         let writes_below = op.kind.modifies() && node != self.ops.slot(request).node;
         let holds_buf = matches!(seg.base, Base::Pool(_));
         assert!(!(writes_below && holds_buf), "written below from the pool: {op:?}");
-        let io = Io { kind, offset: op.offset, len: op.len };
+        self.issue_request(request, node, Io { kind, offset: op.offset, len: op.len }, seg);
+    }
+
+    /// Makes `io` a request to `node`, with `seg` for its memory, that `request` waits for.
+    pub fn issue_request(&mut self, request: ReqId, node: NodeId, io: Io, seg: Seg) {
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
         let slot = self.ops.slot_mut(child);
@@ -384,11 +388,7 @@ impl Core {
         seg: Seg,
     ) {
         let io = Io { kind: IoKind::Status { depth: 0 }, offset, len };
-        let bits = self.mem.misaligned_bits(seg.base);
-        let child = self.begin(node, io, Origin::Child(request), 0, bits);
-        let slot = self.ops.slot_mut(child);
-        (slot.base, slot.base_off) = (seg.base, seg.off);
-        self.expect_result(request);
+        self.issue_request(request, node, io, seg);
     }
 
     /// A copy is to end.

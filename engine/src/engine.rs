@@ -507,7 +507,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         slot.submitted = *now;
         let kind = match slot.io.kind {
             IoKind::Read => OpKind::Read,
-            IoKind::Write { fua } => OpKind::Write { fua },
+            IoKind::Write { fua, .. } => OpKind::Write { fua },
             _ => return self.begin(id),
         };
         let driver = driver_of(&mut self.life.nodes, slot.node);
@@ -537,7 +537,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let mut cx = Cx { core: &mut self.core, me: id };
         let (target, segs) = (Target::File(file), Segs::one(cx.guest(0, io.len)));
         let kind = match io.kind {
-            IoKind::Write { fua } => OpKind::Write { fua },
+            IoKind::Write { fua, .. } => OpKind::Write { fua },
             _ => OpKind::Read,
         };
         cx.issue(Op { kind, target, offset, len: io.len, segs });

@@ -60,7 +60,7 @@
 //!                 let to = Segs::one(cx.guest(0, io.len));
 //!                 Op::read(Target::File(self.file), io.offset, to)
 //!             }
-//!             IoKind::Write { fua: false } => {
+//!             IoKind::Write { fua: false, .. } => {
 //!                 Op::write(self.file, io.offset, Segs::one(cx.guest(0, io.len)))
 //!             }
 //!             IoKind::Flush => Op::flush(self.file),

@@ -15,6 +15,9 @@ pub enum IoKind {
     Write {
         /// Finish only when it is stable.
         fua: bool,
+        /// Compress it, where the format can: what covers whole clusters, and becomes smaller. Else as
+        /// any other write. It reads the same.
+        compressed: bool,
     },
     /// Make every write that had finished before this request was submitted stable.
     Flush,
@@ -61,7 +64,12 @@ impl Io {
 
     /// Write `len` bytes at `offset`.
     pub fn write(offset: u64, len: u64) -> Io {
-        Io { kind: IoKind::Write { fua: false }, offset, len }
+        Io { kind: IoKind::Write { fua: false, compressed: false }, offset, len }
+    }
+
+    /// Write `len` bytes at `offset`, compressed where the format can.
+    pub fn write_compressed(offset: u64, len: u64) -> Io {
+        Io { kind: IoKind::Write { fua: false, compressed: true }, offset, len }
     }
 
     /// Flush.

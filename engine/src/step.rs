@@ -165,6 +165,19 @@ impl Cx<'_> {
         self.core.issue(self.me, op);
     }
 
+    /// Makes part of this request, `offset` and `len` bytes from there, a request of its own to the same
+    /// node. It is joined like an op.
+    pub fn issue_part(&mut self, offset: u64, len: u64) {
+        let (node, io) = (self.node(), self.io());
+        let seg = self.guest(offset - io.offset, len);
+        let kind = match io.kind {
+            // Stable is what the whole becomes, in the end.
+            IoKind::Write { compressed, .. } => IoKind::Write { fua: false, compressed },
+            kind => kind,
+        };
+        self.core.issue_request(self.me, node, Io { kind, offset, len }, seg);
+    }
+
     /// Reads into `len` bytes of the request's memory, from byte `off` on, what `file` has at
     /// `offset`.
     pub fn read_guest(&mut self, file: FileId, offset: u64, off: u64, len: u64) {

@@ -184,7 +184,7 @@ impl Raw {
         if io.len > in_sector {
             segs.push(cx.guest(in_sector, io.len - in_sector));
         }
-        let fua = io.kind == IoKind::Write { fua: true };
+        let fua = matches!(io.kind, IoKind::Write { fua: true, .. });
         let op = Op { kind: OpKind::Write { fua }, ..Op::write(self.file, io.offset, segs) };
         cx.issue(op);
         Step::Wait(State::WriteGuarded { buf })

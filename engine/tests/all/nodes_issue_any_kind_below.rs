@@ -51,7 +51,7 @@ impl Driver for Layer {
         let io = cx.io();
         let kind = match io.kind {
             IoKind::Read => OpKind::Read,
-            IoKind::Write { fua } => OpKind::Write { fua },
+            IoKind::Write { fua, .. } => OpKind::Write { fua },
             IoKind::Flush => OpKind::Flush,
             IoKind::Zero { unmap, .. } => OpKind::Zero { unmap },
             IoKind::Discard => OpKind::Discard,
@@ -129,7 +129,7 @@ fn through_three_of_them() {
         let (at, len) = (5_001, 9_000);
         let range = at as usize..(at + len) as usize;
         for byte in [1, 2] {
-            let kind = IoKind::Write { fua: byte == 2 };
+            let kind = IoKind::Write { fua: byte == 2, compressed: false };
             let mem = Buf::copied(&[byte; 9_000]);
             engine.submit(top, Io { kind, offset: at, len }, mem, 0).expect("room");
             assert_eq!(done(&mut engine).result, Ok(()));

@@ -148,7 +148,7 @@ impl<B: Backend<File = DiskFile>> Rig<B> {
         let fua = self.rng.below(8) == 0;
         let (kind, mem) = match zero {
             true => (IoKind::Zero { unmap: self.rng.below(2) == 0, fua }, Mem::None),
-            false => (IoKind::Write { fua }, buf.into()),
+            false => (IoKind::Write { fua, compressed: false }, buf.into()),
         };
         let io = Io { kind, offset, len };
         self.submit(io, mem, Flying::Write(io));

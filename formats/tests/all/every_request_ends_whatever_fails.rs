@@ -66,7 +66,7 @@ impl Shadow {
         let (range, new) = (io.offset as usize..io.end() as usize, Values::only(value));
         let certain = ok && io.kind != IoKind::Discard;
         let stable =
-            matches!(io.kind, IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. });
+            matches!(io.kind, IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. });
         for at in range {
             self.now[at].add(new);
             self.later[at].add(new);
@@ -224,7 +224,7 @@ impl<B: Backend<File = DiskFile>> Disk<B> {
             let kind = match rng.below(if quiet { 1 } else { 12 }) {
                 0 => IoKind::Flush,
                 1..4 => IoKind::Read,
-                4..8 => IoKind::Write { fua: rng.below(6) == 0 },
+                4..8 => IoKind::Write { fua: rng.below(6) == 0, compressed: rng.below(4) == 0 },
                 8..10 => IoKind::Zero { unmap: rng.below(2) == 0, fua: rng.below(6) == 0 },
                 _ => IoKind::Discard,
             };

@@ -41,7 +41,7 @@ fn answer(engine: &mut Engine<Node, Aio>, disk: NodeId, io: Io, len: usize) -> R
 }
 
 const ZERO: IoKind = IoKind::Zero { unmap: true, fua: true };
-const WRITE: IoKind = IoKind::Write { fua: true };
+const WRITE: IoKind = IoKind::Write { fua: true, compressed: false };
 
 #[test]
 fn ranges_behind_the_end() {

@@ -31,7 +31,7 @@ impl Rig {
     fn write(&mut self, sector: u64, byte: u8, fua: bool) {
         self.of(sector).fill(byte);
         let data = Buf::copied(&[byte; SECTOR as usize]);
-        self.submit(IoKind::Write { fua }, sector, 1, data.into());
+        self.submit(IoKind::Write { fua, compressed: false }, sector, 1, data.into());
     }
 
     fn of(&mut self, sector: u64) -> &mut [u8] {

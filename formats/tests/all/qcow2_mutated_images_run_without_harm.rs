@@ -26,7 +26,13 @@ fn request(random: &mut Random) -> (Io, Mem) {
     let buf = || Mem::from(Buf::zeroed(len as usize));
     let (kind, mem) = match random.next() % 10 {
         0..4 => (IoKind::Read, buf()),
-        4..7 => (IoKind::Write { fua: random.next().is_multiple_of(4) }, buf()),
+        4..7 => (
+            IoKind::Write {
+                fua: random.next().is_multiple_of(4),
+                compressed: random.next().is_multiple_of(4),
+            },
+            buf(),
+        ),
         7 => (IoKind::Zero { unmap: random.next().is_multiple_of(2), fua: false }, Mem::None),
         8 => (IoKind::Discard, Mem::None),
         _ => (IoKind::Flush, Mem::None),

@@ -49,8 +49,14 @@ const SHAPES: [Shape; 16] = [
 
 fn run_options() -> RunOptions {
     let growth = Growth { step_min: 64 << 10, step_max: 1 << 20, ..Growth::default() };
-    let qcow2 =
-        Qcow2Options { cache_slices: 2, growth, reserve_max: 32, ..Qcow2Options::default() };
+    let qcow2 = Qcow2Options {
+        cache_slices: 2,
+        cache_packed: 3,
+        deflate_depth: 2,
+        growth,
+        reserve_max: 32,
+        ..Qcow2Options::default()
+    };
     RunOptions { qcow2, trust_probed: true, ..RunOptions::default() }
 }
 

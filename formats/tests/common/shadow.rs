@@ -39,6 +39,8 @@ pub struct Rig<B: Backend> {
     in_flight: Vec<Option<(Io, Option<Vec<u8>>)>>,
     cluster: u64,
     pub has_backing: bool,
+    /// With nothing in flight.
+    turns: u64,
     /// Do discarded clusters read as zeros?
     pub discards: bool,
 }
@@ -71,12 +73,15 @@ impl<B: Backend<File = DiskFile>> Rig<B> {
             in_flight: vec![None; DEPTH],
             cluster,
             has_backing,
+            turns: 0,
             discards: true,
         }
     }
 
     fn turn(&mut self) {
         self.engine.run(clock());
+        self.turns = if self.engine.ops().is_empty() { self.turns + 1 } else { 0 };
+        assert!(self.turns < 100_000, "nothing ends any more: {:?}", self.engine);
         while let Some(done) = self.engine.poll() {
             let (io, expected) = self.in_flight[done.tag as usize].take().expect("one answer");
             done.result.unwrap_or_else(|errno| panic!("{io:?}: {errno}"));
@@ -121,7 +126,11 @@ impl<B: Backend<File = DiskFile>> Rig<B> {
                 let mut buf = Buf::zeroed(len as usize);
                 buf.iter_mut().enumerate().for_each(|(i, b)| *b = seed.wrapping_add((i / 7) as u8));
                 self.shadow[range].copy_from_slice(&buf);
-                (IoKind::Write { fua: rng.below(20) == 0 }, buf.into(), None)
+                (
+                    IoKind::Write { fua: rng.below(20) == 0, compressed: rng.below(8) == 0 },
+                    buf.into(),
+                    None,
+                )
             }
             7 => {
                 self.shadow[range].fill(0);

@@ -181,6 +181,37 @@ fn statuses(image: &Image) -> Vec<Workload> {
     all.into_iter().map(Workload::new).collect()
 }
 
+/// Compressed writes, with each other and with what else may happen to their clusters; more than fit one
+/// host cluster.
+fn compressed(image: &Image) -> Vec<Workload> {
+    let whole = image.cluster();
+    let one = |cluster| Request::write_compressed(image.place(0, cluster), whole);
+    let two = Request::write_compressed(image.place(0, 0), 2 * whole);
+    let others = [Shape::Read, Shape::WriteSubSector, Shape::ZeroWhole, Shape::Discard];
+    let mut all = vec![vec![one(0)], vec![one(0), one(1)], vec![two, one(1)]];
+    for other in others.into_iter().chain([Shape::Flush, Shape::WriteWhole]) {
+        all.push(vec![one(0), other.at(image, HERE)]);
+        all.push(vec![other.at(image, HERE), one(0)]);
+    }
+    all.into_iter().map(Workload::new).collect()
+}
+
+/// The same in rows: what is given up, used again, and written in part by a flush.
+fn compressed_rows(image: &Image) -> Vec<Workload> {
+    let whole = image.cluster();
+    let one = |cluster| Request::write_compressed(image.place(0, cluster), whole);
+    let discard = Request::discard(image.place(0, 0), whole);
+    let (read, flush) = (Request::read(image.place(0, 0), 2 * whole), Request::flush());
+    let head = Request::write(image.place(0, 2), 1024);
+    vec![
+        Workload::new([one(0), flush, one(1)]),
+        Workload::new([one(0), discard, one(1)]),
+        Workload::new([one(0), one(0), read]),
+        Workload::new([one(0), discard, flush, head]),
+        Workload::new([one(0), one(1), one(2)]),
+    ]
+}
+
 /// All pairs of a request and a change of the disk's size, in either order; and what was written
 /// behind the old end, flushed.
 fn resizes(image: &Image) -> Vec<Workload> {
@@ -375,6 +406,9 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         scopes_on(others().filter(is_shared), fault, |image| workloads(image, &Shape::FEW, 2)),
         scopes_on(small(), QUIET, count(3)),
     ];
+    // Clusters that deflate to less; and some, of 512 bytes, that do not.
+    let is_packing = |image: &Image| !image.backing && image.align < 4096;
+    let packing = || small().filter(is_packing);
     let is_quick = |image: &Image| image.cluster < CLUSTER || image.state == State::Warm;
     let pairs = match format {
         Format::Qcow2 => vec![
@@ -384,6 +418,9 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
             scopes_on(small().filter(|image| !is_quick(image)), QUIET, count(2)),
             scopes_on(small().chain(long()), fault, |image| table_resizes(image, 1)),
             scopes_on(small().chain(long()), QUIET, |image| table_resizes(image, 2)),
+            scopes_on(packing(), fault, compressed),
+            scopes_on(packing(), QUIET, compressed_rows),
+            scopes_on(packing().take(1), Budget { crashes: 1, ..QUIET }, compressed_rows),
         ],
         _ => vec![
             scopes_on(small().take(1), both, core),

@@ -186,6 +186,8 @@ impl Image {
         let qcow2 = Qcow2Options {
             cache_slices: self.cache,
             cache_inflated: 1,
+            deflate_depth: 1,
+            cache_packed: 3,
             growth,
             reserve_max: self.ahead,
             reserve_min: self.ahead,

@@ -229,6 +229,16 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_counted_down_is_no_hole", "what was given up is not found again"),
     qcow2("qcow2_never_grows_after_a_failure", "a file that could not grow once never grows again"),
     qcow2("failed_attempt_told_for_ever", "who waits is told of a failure before his time"),
+    qcow2("qcow2_packed_not_counted", "two compressed clusters in one are counted once"),
+    qcow2("qcow2_packed_after_tables", "entries lead to compressed clusters that are not on disk"),
+    qcow2(
+        "qcow2_packed_not_awaited",
+        "a writeback does not wait for compressed bytes on their way",
+    ),
+    qcow2("qcow2_packed_error_forgotten", "compressed bytes whose write failed are forgotten"),
+    qcow2("qcow2_packed_beside_given_up", "more is packed where counts fall to nothing"),
+    qcow2("qcow2_packed_not_read", "a read looks on disk for bytes that are still in memory"),
+    qcow2("qcow2_compressed_over_data_leaks", "what a compressed cluster replaces is never free"),
     lie("device-zero-does-nothing", "the device's zeroing zeroes nothing", Lie::ZeroDoesNothing),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
@@ -547,6 +557,7 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
     let whole = |table, cluster| Request::write(at(table, cluster), 4096);
     let discard = |table, cluster| Request::discard(at(table, cluster), 4096);
     let discards = |table, cluster| Request::discard(at(table, cluster), 8192);
+    let packed = |table, cluster| Request::write_compressed(at(table, cluster), 4096);
     let flush = Request::flush();
     let scope = |image: Image, faults: u8, requests: &[Request]| Scope {
         image,
@@ -608,6 +619,11 @@ fn special_qcow2(image: Image) -> Vec<Scope> {
             budget: Budget { faults: 1, breaks: true, mends: true, ..QUIET },
             ..scope(tight, 0, &[head(0, 2), head(0, 3)])
         },
+        scope(image, 0, &[packed(0, 0), Request::read(at(0, 0), 4096), flush]),
+        scope(image, 0, &[packed(0, 0), flush, packed(0, 1), flush]),
+        scope(image, 1, &[packed(0, 0), packed(0, 1), flush]),
+        scope(warm, 0, &[packed(0, 0), flush]),
+        scope(tight, 0, &[packed(0, 2), discard(0, 2), flush, packed(0, 3), whole(0, 4)]),
         // A rewrite in place, a discard of the cluster, an allocation: whose is it?
         scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),
     ]

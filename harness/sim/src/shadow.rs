@@ -30,7 +30,7 @@ use cowbell_engine::step::IoKind;
 
 use crate::disk::{Contents, SECTOR, Sector, fixed_hash};
 use crate::verdicts::Verdict;
-use crate::workload::{Request, Workload, pattern};
+use crate::workload::{Request, Workload};
 
 /// A set of writers: bit 0 is what was there before, bit n + 1 request number n.
 pub type Writers = u64;
@@ -229,7 +229,7 @@ fn known_bytes(
             continue;
         }
         match request.kind {
-            IoKind::Write { .. } => pattern(which, start, bytes),
+            IoKind::Write { .. } => request.fill(which, start, bytes),
             _ => bytes.fill(0),
         }
         add(hash_of(bytes), writer(which));
@@ -387,7 +387,7 @@ impl Shadow {
                 }
                 Ok(())
             }
-            IoKind::Write { fua } | IoKind::Zero { fua, .. } => {
+            IoKind::Write { fua, .. } | IoKind::Zero { fua, .. } => {
                 for (cell, older) in self.cells[pending.cells].iter_mut().zip(&pending.sets) {
                     cell.live &= !older;
                     if fua {

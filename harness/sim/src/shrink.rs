@@ -167,7 +167,7 @@ fn plainer_requests(request: &Request) -> Vec<Request> {
         return Vec::new();
     }
     let kind = match request.kind {
-        IoKind::Write { .. } => IoKind::Write { fua: false },
+        IoKind::Write { compressed, .. } => IoKind::Write { fua: false, compressed },
         IoKind::Zero { .. } => IoKind::Zero { unmap: true, fua: false },
         kind => kind,
     };

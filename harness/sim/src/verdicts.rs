@@ -34,6 +34,11 @@ impl Verdict {
         self.map.last().map_or(0, |last| last.start + last.len)
     }
 
+    /// Is part of it compressed? Then where its bytes are says nothing of what they are.
+    pub fn has_compressed(&self) -> bool {
+        self.map.iter().any(|extent| extent.kind == Kind::Compressed)
+    }
+
     /// In which of `files` files, and where, byte `offset` of the disk is; `None`: it reads as
     /// zeros, or lies behind the disk's end. And up to where that holds.
     pub fn locate(&self, offset: u64, files: usize) -> (Option<(usize, u64)>, u64) {
@@ -42,7 +47,7 @@ impl Verdict {
         let place = match extent.kind {
             Kind::Data(host) => Some((file_of(extent, files), host.0 + offset - extent.start)),
             Kind::Zero(_) | Kind::Unallocated => None,
-            Kind::Compressed => unreachable!("nobody compresses in the simulator"),
+            Kind::Compressed => unreachable!("such a disk is read"),
         };
         (place, extent.start + extent.len)
     }

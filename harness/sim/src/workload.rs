@@ -10,6 +10,8 @@ use cowbell_engine::mem::Buf;
 use cowbell_engine::status::Status;
 use cowbell_engine::step::{Io, IoKind};
 
+use crate::disk::splitmix;
+
 /// A guest's request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Request {
@@ -29,12 +31,17 @@ impl Request {
 
     /// Writes.
     pub const fn write(offset: u64, len: u64) -> Request {
-        Request { kind: IoKind::Write { fua: false }, offset, len }
+        Request { kind: IoKind::Write { fua: false, compressed: false }, offset, len }
+    }
+
+    /// Writes, compressed where the format can.
+    pub const fn write_compressed(offset: u64, len: u64) -> Request {
+        Request { kind: IoKind::Write { fua: false, compressed: true }, offset, len }
     }
 
     /// Writes, and is done when that is stable.
     pub fn write_fua(offset: u64, len: u64) -> Request {
-        Request { kind: IoKind::Write { fua: true }, offset, len }
+        Request { kind: IoKind::Write { fua: true, compressed: false }, offset, len }
     }
 
     /// Writes zeros.
@@ -77,6 +84,18 @@ impl Request {
         Io { kind: self.kind, offset: self.offset, len: self.len }
     }
 
+    /// What it writes from `offset` on, as request number `which`. What is to be compressed can be: every
+    /// other one to less than half, the others to nearly as much as it was.
+    pub fn fill(&self, which: usize, offset: u64, bytes: &mut [u8]) {
+        if !matches!(self.kind, IoKind::Write { compressed: true, .. }) {
+            return pattern(which, offset, bytes);
+        }
+        let mask = if which.is_multiple_of(2) { 0x0f } else { 0x7f };
+        for (at, byte) in (offset..).zip(bytes) {
+            *byte = splitmix(at << 8 | which as u64) as u8 & mask | 1;
+        }
+    }
+
     /// The memory it brings, as request number `which`.
     pub fn memory(&self, which: usize) -> Option<Buf> {
         match self.kind {
@@ -85,7 +104,7 @@ impl Request {
             IoKind::Status { .. } => Some(Buf::copied(&[UNREAD; Status::BYTES])),
             IoKind::Write { .. } => {
                 let mut bytes = vec![0; self.len as usize];
-                pattern(which, self.offset, &mut bytes);
+                self.fill(which, self.offset, &mut bytes);
                 Some(Buf::copied(&bytes))
             }
             _ => None,
@@ -95,7 +114,7 @@ impl Request {
 
 const UNREAD: u8 = 0xee;
 
-/// The bytes that request number `which` writes from `offset` on.
+/// The bytes that request number `which` writes from `offset` on, but for what [`Request::fill`] says.
 pub fn pattern(which: usize, offset: u64, bytes: &mut [u8]) {
     for (at, byte) in (offset..).zip(bytes) {
         let mixed = (which as u64 + 1).wrapping_mul(0x9e37_79b9) ^ at.wrapping_mul(0x85eb_ca6b);
@@ -107,8 +126,10 @@ impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (verb, flags) = match self.kind {
             IoKind::Read => ("read", ""),
-            IoKind::Write { fua: false } => ("write", ""),
-            IoKind::Write { fua: true } => ("write", " fua"),
+            IoKind::Write { fua: false, compressed: false } => ("write", ""),
+            IoKind::Write { fua: true, compressed: false } => ("write", " fua"),
+            IoKind::Write { fua: false, compressed: true } => ("write", " compressed"),
+            IoKind::Write { fua: true, compressed: true } => ("write", " fua compressed"),
             IoKind::Flush => return f.write_str("flush"),
             IoKind::Zero { unmap: false, fua: false } => ("zero", ""),
             IoKind::Zero { unmap: true, fua: false } => ("zero", " unmap"),
@@ -150,7 +171,7 @@ impl FromStr for Request {
             range.split_once('+').ok_or_else(|| format!("'{range}' is no offset+length"))?;
         let kind = match verb {
             "read" => IoKind::Read,
-            "write" => IoKind::Write { fua },
+            "write" => IoKind::Write { fua, compressed: flags.contains(&"compressed") },
             "zero" => IoKind::Zero { unmap, fua },
             "discard" => IoKind::Discard,
             "status" => IoKind::Status { depth: 0 },

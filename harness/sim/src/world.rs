@@ -884,7 +884,13 @@ impl<S: Subject> World<S> {
 
     fn inspect(&self, files: &[Contents]) -> Result<Inspection, String> {
         let verdict = self.plan.verdicts.of(&self.plan.subject, files)?;
-        let found = self.plan.cut.found(&verdict, files);
+        let found = if verdict.has_compressed() {
+            let host = host_of(&self.plan.subject, files);
+            let read = |at: u64, bytes: &mut [u8]| self.plan.subject.read(&host, at, bytes);
+            self.plan.cut.recognise(verdict.size(), read)?
+        } else {
+            self.plan.cut.found(&verdict, files)
+        };
         Ok(Inspection { found, checked: verdict.checked, size: verdict.size() })
     }
 

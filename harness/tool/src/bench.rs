@@ -312,7 +312,8 @@ fn send(session: &mut Session, plan: &Plan, setup: &Setup, stop: &Stop) -> Resul
     // Each slot has memory from the start; from then on it is handed from one request to the next.
     let slots = plan.depth.min(plan.total);
     let mut spare: Vec<Mem> = (0..slots).map(|_| memory(plan)).collect();
-    let kind = if plan.write { IoKind::Write { fua: plan.fua } } else { IoKind::Read };
+    let kind =
+        if plan.write { IoKind::Write { fua: plan.fua, compressed: false } } else { IoKind::Read };
     let node = session.node;
     let (mut unsent, mut in_flight, mut flushing) = (plan.total, 0, false);
     let mut flushes = 0;

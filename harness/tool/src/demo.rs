@@ -190,7 +190,7 @@ impl Mix {
             if self.session.now() >= end || self.stop.is_asked() {
                 break;
             }
-            let kind = IoKind::Write { fua: false };
+            let kind = IoKind::Write { fua: false, compressed: false };
             self.send(Io { kind, offset: cluster * CLUSTER, len: CLUSTER })?;
         }
         self.finish()?;
@@ -215,7 +215,7 @@ impl Mix {
     fn choose(&mut self) -> Io {
         let kind = match self.random.below(100) {
             0..45 => IoKind::Read,
-            45..85 => IoKind::Write { fua: false },
+            45..85 => IoKind::Write { fua: false, compressed: false },
             85..92 => IoKind::Zero { unmap: self.random.below(2) == 0, fua: false },
             92..98 => IoKind::Discard,
             _ => return Io::flush(),

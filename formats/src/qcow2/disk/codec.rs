@@ -1,10 +1,10 @@
-//! Inflating a compressed cluster.
+//! Compressed clusters: inflating one, and deflating one.
 //!
-//! Its bytes are untrusted. The output is as long as a cluster and cannot become longer; memory is
+//! The bytes of one that is inflated are untrusted. The output is as long as a cluster and cannot become longer; memory is
 //! bounded by the decoders' windows: 32 KiB of deflate, 16 MiB of Zstandard.
 
-use flate2::{Decompress, FlushDecompress};
-use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer};
 
 use crate::qcow2::disk::header::Compression;
 use crate::qcow2::disk::layout::Invalid;
@@ -52,6 +52,48 @@ fn inflate_zstd(input: &[u8], output: &mut [u8]) -> Result<(), Invalid> {
     }
 }
 
+/// Bytes in front of a deflated cluster: its length, little-endian.
+pub const DEFLATED_HEADER: usize = 4;
+
+/// log2 of the window of a deflate stream: QEMU inflates with no more.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+
+/// Zstandard's own default.
+const ZSTD_LEVEL: i32 = 3;
+
+/// Deflates `input`, a cluster, into `output`, which is as long and [`DEFLATED_HEADER`] bytes more:
+/// the length, and the stream. A length of 0 says that it did not become smaller.
+///
+/// # Errors
+///
+/// [`Invalid`] if there is no memory, or `output` is too short for a length.
+pub fn deflate(compression: Compression, input: &[u8], output: &mut [u8]) -> Result<(), Invalid> {
+    let (header, stream) = output.split_at_mut_checked(DEFLATED_HEADER).ok_or(Invalid)?;
+    // One byte less than a cluster, or it is stored as it is.
+    let room = stream.len().min(input.len().saturating_sub(1));
+    let len = match compression {
+        Compression::Zlib => deflate_raw(input, &mut stream[..room]),
+        Compression::Zstd => deflate_zstd(input, &mut stream[..room])?,
+    };
+    header.copy_from_slice(&(len.unwrap_or(0) as u32).to_le_bytes());
+    Ok(())
+}
+
+fn deflate_raw(input: &[u8], output: &mut [u8]) -> Option<usize> {
+    let level = flate2::Compression::default();
+    let mut stream = Compress::new_with_window_bits(level, false, DEFLATE_WINDOW_BITS);
+    match stream.compress(input, output, FlushCompress::Finish) {
+        Ok(Status::StreamEnd) => Some(stream.total_out() as usize),
+        _ => None,
+    }
+}
+
+fn deflate_zstd(input: &[u8], output: &mut [u8]) -> Result<Option<usize>, Invalid> {
+    let mut stream = CCtx::try_create().ok_or(Invalid)?;
+    stream.set_parameter(CParameter::CompressionLevel(ZSTD_LEVEL)).map_err(|_| Invalid)?;
+    Ok(stream.compress2(output, input).ok())
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -85,6 +127,31 @@ mod tests {
             assert_eq!(inflate(kind, &input, &mut larger), Err(Invalid));
             assert_eq!(inflate(kind, &[], &mut output), Err(Invalid));
             assert_eq!(inflate(kind, &[0xff; 100], &mut output), Err(Invalid));
+        }
+    }
+
+    #[test]
+    fn a_cluster_is_deflated_and_inflated_or_said_not_to_become_smaller() {
+        let mut seed = 1u64;
+        let noise = |_| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 56) as u8
+        };
+        let noise: Vec<u8> = (0..65536).map(noise).collect();
+        let text: Vec<u8> = (0..65536u32).map(|i| (i / 7 * i % 61) as u8).collect();
+        for kind in [Compression::Zlib, Compression::Zstd] {
+            for cluster in [vec![1; 512], vec![0; 65536], text.clone(), vec![7; 2 << 20]] {
+                let mut output = vec![0xaa; cluster.len() + DEFLATED_HEADER];
+                assert_eq!(deflate(kind, &cluster, &mut output), Ok(()));
+                let len = u32::from_le_bytes(output[..4].try_into().expect("four")) as usize;
+                assert!(0 < len && len < cluster.len());
+                let mut back = vec![0xbb; cluster.len()];
+                assert_eq!(inflate(kind, &output[4..4 + len], &mut back), Ok(()));
+                assert!(back == cluster);
+            }
+            let mut output = vec![0xaa; noise.len() + DEFLATED_HEADER];
+            assert_eq!(deflate(kind, &noise, &mut output), Ok(()));
+            assert_eq!(output[..4], [0; 4]);
         }
     }
 

@@ -376,6 +376,21 @@ impl L2Entry {
         L2Entry { word: host.0 | COPIED, bitmap }
     }
 
+    /// A compressed cluster, which begins where one [may](L2Entry::may_be_compressed_in).
+    pub fn compressed(place: Compressed, geometry: Geometry) -> L2Entry {
+        let bits = 62 - (geometry.cluster_bits() - 8);
+        let host = place.host.0;
+        let sectors = (u64::from(place.bytes) + (host & 511)).div_ceil(512) - 1;
+        debug_assert!(host >> bits == 0 && sectors >> (62 - bits) == 0);
+        L2Entry { word: COMPRESSED | sectors << bits | host, bitmap: 0 }
+    }
+
+    /// Can an entry say that a compressed cluster begins in this host cluster?
+    pub fn may_be_compressed_in(cluster: u64, geometry: Geometry) -> bool {
+        let bits = (62 - (geometry.cluster_bits() - 8)).min(HOST_MAX.ilog2() - 1);
+        cluster >> (bits - geometry.cluster_bits()) == 0
+    }
+
     /// A cluster of zeros, that keeps its place if it has one.
     pub fn zero(host: Option<HostOffset>, geometry: Geometry) -> L2Entry {
         let place = host.map_or(0, |host| host.0 | COPIED);
@@ -442,7 +457,7 @@ impl L2Entry {
     /// The place in the data file, or the compressed bytes; whatever the subclusters are.
     pub fn place(self, geometry: Geometry) -> Result<Option<Mapping>, Invalid> {
         if self.word & COMPRESSED != 0 {
-            return self.compressed(geometry).map(Some);
+            return self.compressed_place(geometry).map(Some);
         }
         Ok(self.host(geometry)?.map(Mapping::Data))
     }
@@ -466,7 +481,7 @@ impl L2Entry {
             return Ok(Mapping::Unallocated(None));
         }
         if self.word & COMPRESSED != 0 {
-            return self.compressed(geometry);
+            return self.compressed_place(geometry);
         }
         let host = self.host(geometry)?;
         if !geometry.extended {
@@ -498,7 +513,7 @@ impl L2Entry {
         Ok(is_there.then_some(HostOffset(offset)))
     }
 
-    fn compressed(self, geometry: Geometry) -> Result<Mapping, Invalid> {
+    fn compressed_place(self, geometry: Geometry) -> Result<Mapping, Invalid> {
         let is_whole = !geometry.extended || self.bitmap == 0;
         if self.is_copied() || geometry.external || !is_whole {
             return Err(Invalid);
@@ -529,6 +544,26 @@ mod tests {
     fn geometry(cluster_bits: u32, refcount_order: u32, extended: bool) -> Geometry {
         let shape = Shape { cluster_bits, refcount_order, version: 3, extended, external: false };
         Geometry::new(shape).expect("a legal shape")
+    }
+
+    #[test]
+    fn a_compressed_clusters_place_is_what_its_entry_says() {
+        for (bits, extended) in [(9, false), (12, false), (16, false), (21, false), (16, true)] {
+            let geometry = geometry(bits, 4, extended);
+            let size = geometry.cluster_size();
+            let last = (1 << (62 - (bits - 8)).min(55)) - size;
+            for (host, len) in
+                [(size, 1), (size + 511, 2), (3 * size - 7, size - 1), (last, size / 2)]
+            {
+                assert!(L2Entry::may_be_compressed_in(host >> bits, geometry));
+                let end = (host + len).next_multiple_of(512);
+                let place = Compressed { host: HostOffset(host), bytes: (end - host) as u32 };
+                let entry = L2Entry::compressed(place, geometry);
+                assert_eq!(entry.mapping(0, geometry), Ok(Mapping::Compressed(place)));
+                assert!(!entry.is_copied());
+            }
+            assert!(!L2Entry::may_be_compressed_in((last >> bits) + 1, geometry));
+        }
     }
 
     #[test]

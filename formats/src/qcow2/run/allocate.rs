@@ -15,7 +15,7 @@ use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
-use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
+use crate::qcow2::disk::layout::{Compressed, L2Entry, Mapping, units_mask};
 use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
 use crate::qcow2::run::reserve::{Short, Taken};
 use crate::qcow2::run::tables::Run;
@@ -231,17 +231,24 @@ impl PieceStep<'_> {
 
     /// An entry gave up `place`. Was it the only one that led there, and may the space go?
     pub fn give_up(&mut self, place: Mapping, sole: bool, discard: bool) {
-        if let Mapping::Compressed(old) = place
-            && let Some(slot) = self.inflated.find(old.host.0)
-            && self.inflated.is_ready(slot)
-        {
-            self.inflated.forget(slot);
+        if let Mapping::Compressed(old) = place {
+            self.packing.seal(old);
+            self.forget_inflated(old);
         }
         self.writeback.give_up(place, sole, discard, self.image);
     }
 
+    /// Nobody is to find there what was.
+    pub fn forget_inflated(&mut self, place: Compressed) {
+        if let Some(slot) = self.inflated.find(place.host.0)
+            && self.inflated.is_ready(slot)
+        {
+            self.inflated.forget(slot);
+        }
+    }
+
     /// Fails. What was there before is still there.
-    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
+    pub fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
         let claim = &self.claims[key];
         if claim.is_new && !self.image.has_data_file() && !mutant!("qcow2_published_early") {
             let bits = self.image.geometry.cluster_bits();
@@ -255,7 +262,7 @@ impl PieceStep<'_> {
         Progress::Failed(errno)
     }
 
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
+    pub fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
         let start = self.claims[key].start;
         let mut claim = self.claims.remove(key, start);
         claim.cow.give_bufs(cx);

@@ -7,6 +7,7 @@ use cowbell_engine::step::{Cx, Event, Step};
 
 use crate::qcow2::run::image::Image;
 use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::packing::Packing;
 use crate::qcow2::run::reserve::Reserve;
 use crate::qcow2::run::writeback::Writeback;
 
@@ -29,6 +30,7 @@ pub(super) struct CloseStep<'a> {
     pub header: &'a LiveHeader,
     pub writeback: &'a mut Writeback,
     pub reserve: &'a mut Reserve,
+    pub packing: &'a mut Packing,
 }
 
 impl CloseStep<'_> {
@@ -68,6 +70,7 @@ impl CloseStep<'_> {
     }
 
     fn empty_reserve(&mut self, cx: &mut Cx<'_>) -> Step<CloseState> {
+        self.packing.close();
         if self.reserve.is_corrupt() {
             // What is in reserve stays counted: a leak.
             return self.flush(cx);

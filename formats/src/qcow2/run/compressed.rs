@@ -5,7 +5,7 @@
 //! by the host offset of the compressed bytes, which stay as they are as long as an entry leads to
 //! them; when an entry gives them up, the cache forgets them.
 
-use cowbell_engine::op::{Compute, Op, Segs};
+use cowbell_engine::op::{Compute, Op};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::On;
@@ -41,8 +41,10 @@ impl PieceStep<'_> {
         };
         // A cluster that grew when it was compressed is none: what it would need is not looked at.
         let bytes = u64::from(place.bytes).min(compressed_max(self.image.geometry)) as u32;
-        let seg = self.inflated.seg(slot, 0, bytes as usize);
-        cx.issue(self.image.read_op(place.host.0, Segs::one(seg)));
+        let off = self.inflated.seg(slot, 0, bytes as usize).off;
+        if !self.packing.fetch(place.host.0, bytes, off, cx) {
+            return self.compressed_read(at, (slot as u32, bytes), Ok(()), cx);
+        }
         Progress::Wait(RequestState::ReadCompressed { at, slot: slot as u32, bytes })
     }
 

@@ -9,6 +9,7 @@ use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
 use crate::qcow2::disk::layout::Geometry;
+use crate::qcow2::run::packing::{buffers_for, deflate_slot_bytes};
 
 /// How a qcow2 image is run.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -17,6 +18,10 @@ pub struct Qcow2Options {
     pub cache_slices: usize,
     /// How many inflated clusters are kept.
     pub cache_inflated: usize,
+    /// Clusters that are deflated at once; at least 1.
+    pub deflate_depth: usize,
+    /// Host clusters of compressed ones that are kept in memory until they are full; at least 3.
+    pub cache_packed: usize,
     /// How the file grows.
     pub growth: Growth,
     /// The most clusters that are counted ahead of their use: what a crash may leak.
@@ -36,6 +41,8 @@ impl Default for Qcow2Options {
         Qcow2Options {
             cache_slices: 2048,
             cache_inflated: 8,
+            deflate_depth: 8,
+            cache_packed: 8,
             growth: Growth::default(),
             reserve_max: 2048,
             reserve_min: 64,
@@ -53,6 +60,10 @@ pub struct Regions {
     pub(super) tables: RegionId,
     /// Inflated clusters, each behind its compressed bytes.
     pub(super) inflated: RegionId,
+    /// Clusters that are deflated, and what they become.
+    pub(super) deflated: RegionId,
+    /// Host clusters that compressed ones are packed into.
+    pub(super) packed: RegionId,
     /// Copies of what a writeback writes.
     pub(super) staging: RegionId,
     /// Pieces of refcount blocks, or one of the refcount table, that the reserve works on.
@@ -72,9 +83,12 @@ impl Regions {
     ) -> Regions {
         let slice = 1 << geometry.slice_bits();
         let pair = inflated_slot_bytes(geometry);
+        let cluster = geometry.cluster_size();
         Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
+            deflated: region(deflate_depth(options, cluster) * deflate_slot_bytes(cluster)),
+            packed: region(buffers_for(options.cache_packed) * cluster as usize),
             staging: region(options.writeback_depth.max(1) * slice),
             counts: region(PIECES_MAX as usize * slice),
             header: region(slice),
@@ -82,6 +96,15 @@ impl Regions {
         }
     }
 }
+
+/// Clusters that are deflated at once: fewer, if they are large.
+pub(super) fn deflate_depth(options: &Qcow2Options, cluster: u64) -> usize {
+    let most = (DEFLATE_BYTES_MAX / cluster).max(1) as usize;
+    options.deflate_depth.clamp(1, most)
+}
+
+/// Bytes of clusters that are deflated at once.
+const DEFLATE_BYTES_MAX: u64 = 4 << 20;
 
 /// The most pieces of refcount blocks that are read at once.
 pub(super) const PIECES_MAX: u64 = 16;

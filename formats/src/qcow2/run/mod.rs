@@ -41,12 +41,14 @@
 
 mod allocate;
 mod close;
+mod compress;
 mod compressed;
 mod corrupt;
 mod image;
 mod l2_table;
 mod live_header;
 mod metadata;
+mod packing;
 mod piece;
 mod request;
 mod reserve;
@@ -109,6 +111,8 @@ impl Driver for Qcow2 {
         "writeback",
         "reserve",
         "close",
+        "deflate",
+        "pack",
     ];
 
     #[inline]
@@ -141,7 +145,7 @@ impl Driver for Qcow2 {
         let passes = match io.kind {
             IoKind::Read => true,
             // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.image.writable && !fua,
+            IoKind::Write { fua, compressed } => self.image.writable && !(fua || compressed),
             _ => false,
         };
         let offset = if passes { self.in_one_piece(io, mem)? } else { return None };
@@ -213,6 +217,7 @@ impl Qcow2 {
             tables: &mut self.tables,
             header: &mut self.header,
             reserve: &mut self.reserve,
+            packing: &mut self.packing,
         }
     }
 
@@ -223,6 +228,7 @@ impl Qcow2 {
             header: &self.header,
             writeback: &mut self.writeback,
             reserve: &mut self.reserve,
+            packing: &mut self.packing,
         }
     }
 

@@ -1,7 +1,7 @@
 //! A piece of a request: what it is, what it awaits, how it gets on, what it works with.
 //!
 //! What is done to pieces is in other files: `allocate.rs`, `l2_table.rs`, `zero_discard.rs`,
-//! `compressed.rs`.
+//! `compressed.rs`, `compress.rs`.
 
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
@@ -14,6 +14,7 @@ use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::image::{Disk, Image};
 use crate::qcow2::run::live_header::LiveHeader;
 use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::packing::{PackState, Packing};
 use crate::qcow2::run::reserve::{Reserve, Short};
 use crate::qcow2::run::tables::{Run, Tables};
 use crate::qcow2::run::writeback::Writeback;
@@ -61,6 +62,8 @@ pub enum RequestState {
     WriteData { claim: u32 },
     /// Room for what the entries give up, that writeback number `attempt` was to make.
     Publish { claim: u32, attempt: u32 },
+    /// What a compressed write waits for.
+    Pack(PackState),
     /// A writeback that began after the request came.
     Swept,
 }
@@ -88,6 +91,8 @@ impl RequestState {
             RequestState::Cow { .. } => 9,
             RequestState::WriteData { .. } => 10,
             RequestState::Publish { .. } => 11,
+            RequestState::Pack(PackState::Deflate { .. }) => 18,
+            RequestState::Pack(_) => 19,
             RequestState::Swept => 13,
         }
     }
@@ -102,6 +107,9 @@ pub(super) enum Progress {
     Issued(u64),
     /// It waits for something, in this state.
     Wait(RequestState),
+    /// What is to be compressed does not become smaller: it is to be written as it is, from here up to
+    /// the end of its cluster.
+    Incompressible(u64),
     Failed(Errno),
 }
 
@@ -172,6 +180,7 @@ pub(super) struct PieceStep<'a> {
     pub tables: &'a mut Tables,
     pub metadata: &'a mut Metadata,
     pub inflated: &'a mut TableCache,
+    pub packing: &'a mut Packing,
     pub reserve: &'a mut Reserve,
     pub writeback: &'a mut Writeback,
     pub header: &'a LiveHeader,

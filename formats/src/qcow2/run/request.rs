@@ -6,7 +6,7 @@
 //! side, however many there are; what is mapped goes out as plain ops from the same step.
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::op::Segs;
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::tables::TableCache;
@@ -18,9 +18,12 @@ use crate::parts::claims::Claims;
 use crate::qcow2::disk::layout::{Geometry, Mapping};
 use crate::qcow2::rest::open::Opened;
 use crate::qcow2::run::corrupt::Corrupt;
-use crate::qcow2::run::image::{Disk, Image, Qcow2Options, Regions, inflated_slot_bytes};
+use crate::qcow2::run::image::{
+    Disk, Image, Qcow2Options, Regions, deflate_depth, inflated_slot_bytes,
+};
 use crate::qcow2::run::live_header::LiveHeader;
 use crate::qcow2::run::metadata::Metadata;
+use crate::qcow2::run::packing::Packing;
 use crate::qcow2::run::piece::{
     Claim, FLUSH, NewTable, PIECES, Piece, PieceStep, Progress, RequestState,
 };
@@ -45,6 +48,8 @@ pub struct Qcow2 {
     new_tables: Vec<NewTable>,
     /// Compressed clusters: as on disk and, behind that, as the guest sees them.
     inflated: TableCache,
+    /// Compressed clusters that are written.
+    pub(super) packing: Packing,
     pub(super) writeback: Writeback,
     pub(super) reserve: Reserve,
     pub(super) resize: Resize,
@@ -79,6 +84,11 @@ impl Qcow2 {
             claims: Claims::new(),
             new_tables: Vec::with_capacity(4),
             inflated: TableCache::new(regions.inflated, slot, options.cache_inflated),
+            packing: Packing::new(
+                image,
+                options.cache_packed,
+                deflate_depth(&options, geometry.cluster_size()),
+            ),
             reserve,
             resize: Resize::default(),
         }
@@ -94,6 +104,7 @@ impl Qcow2 {
         // What could not be written stays in memory.
         self.tables.assert_idle(|slot| self.writeback.is_changed(slot).into());
         self.inflated.assert_idle(|_| 0);
+        self.packing.assert_idle();
         assert!(self.claims.is_empty() && self.new_tables.is_empty(), "something is claimed");
         self.writeback.assert_idle();
         self.reserve.assert_idle();
@@ -176,6 +187,7 @@ impl Qcow2 {
                 piece.table_copied(at, (done, buf), result, cx)
             }
             (RequestState::LinkTable { at }, Event::Woken) => piece.link_table(at, cx),
+            (RequestState::Pack(state), event) => piece.step_pack(state, event, cx),
             (RequestState::Publish { claim, attempt }, Event::Woken) => {
                 piece.publish_in_room(claim, attempt, cx)
             }
@@ -192,6 +204,7 @@ impl Qcow2 {
             Progress::To(to) => self.walk(to, cx),
             Progress::Issued(at) => Step::Wait(RequestState::Pieces { at }),
             Progress::Wait(state) => Step::Wait(state),
+            Progress::Incompressible(at) => self.store(at, cx),
             Progress::Failed(errno) => Step::Done(Err(errno)),
         }
     }
@@ -207,6 +220,7 @@ impl Qcow2 {
             tables: &mut self.tables,
             metadata: &mut self.metadata,
             inflated: &mut self.inflated,
+            packing: &mut self.packing,
             reserve: &mut self.reserve,
             writeback: &mut self.writeback,
             header: &self.header,
@@ -226,7 +240,7 @@ impl Qcow2 {
     /// The whole range is done.
     fn end(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
         match cx.io().kind {
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => self.flush(cx),
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => self.flush(cx),
             _ => Step::Done(Ok(())),
         }
     }
@@ -258,7 +272,7 @@ impl Qcow2 {
             }
             let slice_end = self.image.slice_end(at);
             if is_transfer && slice_end < end {
-                self.delegate(at, slice_end, cx);
+                cx.issue_part(at, slice_end - at);
                 (at, issued) = (slice_end, true);
                 continue;
             }
@@ -271,23 +285,11 @@ impl Qcow2 {
         }
         match io.kind {
             _ if !issued => self.end(cx),
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => {
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => {
                 Step::Wait(RequestState::Pieces { at })
             }
             _ => Step::Last { label: PIECES },
         }
-    }
-
-    /// Makes the piece `at..to` of this request a request of its own.
-    fn delegate(&mut self, at: u64, to: u64, cx: &mut Cx<'_>) {
-        let io = cx.io();
-        let seg = cx.guest(at - io.offset, to - at);
-        let kind = match io.kind {
-            IoKind::Read => OpKind::Read,
-            _ => OpKind::Write { fua: false },
-        };
-        let (target, segs) = (Target::Node(cx.node()), Segs::one(seg));
-        cx.issue(Op { kind, target, offset: at, len: to - at, segs });
     }
 
     /// One piece: where it ends, if it is done or on its way; else the step that waits for what
@@ -308,7 +310,10 @@ impl Qcow2 {
             found => found,
         };
         let mut lacking = end;
-        if let Found::Run(run) = found {
+        let compressed = self.compressed_end(at, end, cx.io());
+        if let Some(to) = compressed {
+            lacking = to;
+        } else if let Found::Run(run) = found {
             match self.in_place(Piece { at, end, run, after_ops: *issued }, cx) {
                 Some(Progress::To(to)) => return Ok(to),
                 Some(Progress::Issued(to)) => {
@@ -322,16 +327,43 @@ impl Qcow2 {
         let is_transfer = matches!(kind, IoKind::Read | IoKind::Write { .. });
         let is_all = lacking == cx.io().end() && !*issued;
         if is_transfer && !is_all && !matches!(found, Found::Invalid) {
-            self.delegate(at, lacking, cx);
+            cx.issue_part(at, lacking - at);
             *issued = true;
             return Ok(lacking);
         }
         // First what is under way; then this, looked up again.
         Err(if *issued {
             Step::Wait(RequestState::Pieces { at })
+        } else if let (Found::Run(run), Some(to)) = (found, compressed) {
+            let progress = self.step_piece().compress(at, to, run, cx);
+            self.go_on(progress, cx)
         } else {
             self.provide(at, found, cx)
         })
+    }
+
+    /// One past the cluster at `at` of a write that is to be compressed; `None`: none is there, whole.
+    fn compressed_end(&self, at: u64, end: u64, io: Io) -> Option<u64> {
+        let IoKind::Write { compressed: true, .. } = io.kind else { return None };
+        if self.image.has_data_file() {
+            return None;
+        }
+        let (first, last) = self.disk.whole_clusters(at, end)?;
+        (first == at).then(|| last.min(at + self.image.geometry.cluster_size()))
+    }
+
+    /// The cluster at `at` does not become smaller: it is written as it is.
+    fn store(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
+        let end = (at + self.image.geometry.cluster_size()).min(cx.io().end());
+        let found = self.tables.look_up(at, end, true, cx.memory());
+        let in_place = match found {
+            Found::Run(run) => self.in_place(Piece { at, end, run, after_ops: false }, cx),
+            _ => None,
+        };
+        match in_place {
+            Some(progress) => self.go_on(progress, cx),
+            None => self.provide(at, found, cx),
+        }
     }
 
     /// Provides what is missing at `at`.

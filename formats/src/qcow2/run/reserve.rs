@@ -120,6 +120,8 @@ enum Phase {
     Drop,
     /// Counting up clusters in the piece at hand: holes, or the file's end.
     Count { fresh: bool },
+    /// Counting clusters in use once more.
+    Raise,
     /// Making refcount blocks, and perhaps a longer table for them.
     Blocks(Area),
 }
@@ -237,6 +239,8 @@ pub(super) struct Reserve {
     discarded: Vec<Run>,
     /// References to be counted down.
     drops: Vec<Run>,
+    /// Clusters in use that are to be counted so many times more.
+    raises: Vec<(u64, u32)>,
     /// Pieces of blocks in memory; the one at hand, if any; is that ahead of the disk?
     pieces: Range<u64>,
     piece: Option<u64>,
@@ -308,6 +312,7 @@ impl Reserve {
             returned: Vec::with_capacity(options.frees_max),
             discarded: Vec::with_capacity(options.frees_max),
             drops: with_room(),
+            raises: Vec::with_capacity(RAISES_MAX),
             pieces: 0..0,
             piece: None,
             piece_dirty: false,
@@ -345,7 +350,19 @@ impl Reserve {
     /// Is a cluster in use, or may it be, whose count is not stable, or behind whose end the file
     /// may end after a crash?
     pub fn is_uncounted(&self) -> bool {
-        self.uncounted && !mutant!("qcow2_reserve_before_stable")
+        (self.uncounted || !self.raises.is_empty()) && !mutant!("qcow2_reserve_before_stable")
+    }
+
+    /// Another entry will lead to a cluster that is in use already.
+    pub fn raise(&mut self, cluster: u64, cx: &mut Cx<'_>) {
+        match self.raises.last_mut() {
+            Some(last) if last.0 == cluster => last.1 += 1,
+            _ => self.raises.push((cluster, 1)),
+        }
+        // A writeback asks for that anyway: but nothing grows without end until then.
+        if self.raises.len() > RAISES_MAX / 2 {
+            self.ask(cx);
+        }
     }
 
     /// Was the chore asked for, and is it to begin?
@@ -625,6 +642,10 @@ impl ReserveStep<'_> {
         if reserve.is_corrupt {
             return self.done(Err(Errno::IO), cx);
         }
+        if let Some(&(cluster, _)) = reserve.raises.first() {
+            reserve.phase = Phase::Raise;
+            return self.look_at(cluster, cx);
+        }
         if reserve.at_hand.total > 0 && reserve.wanted {
             cx.wake_all(&mut reserve.waiters);
         }
@@ -729,6 +750,7 @@ impl ReserveStep<'_> {
         match self.reserve.phase {
             Phase::Drop => self.count_down(cx),
             Phase::Count { fresh } => self.count_up(fresh, cx),
+            Phase::Raise => self.count_again(cx),
             phase => panic!("no piece is wanted in {phase:?}"),
         }
     }
@@ -776,6 +798,35 @@ impl ReserveStep<'_> {
         self.write_piece(cx)
     }
 
+    /// Counts clusters in the piece at hand once more.
+    fn count_again(&mut self, cx: &mut Cx<'_>) -> Outcome {
+        let (geometry, bits) = (self.image.geometry, self.reserve.piece_bits);
+        let piece = self.reserve.piece.expect("it was loaded");
+        let bytes = self.counts(cx);
+        let mut raises = std::mem::take(&mut self.reserve.raises);
+        let mut wrong = None;
+        raises.retain(|&(cluster, times)| {
+            if cluster >> bits != piece {
+                return true;
+            }
+            let index = (cluster & ((1 << bits) - 1)) as usize;
+            match geometry.refcount(bytes, index) {
+                count @ 1.. if geometry.refcount_max() - count >= times.into() => {
+                    geometry.set_refcount(bytes, index, count + u64::from(times));
+                }
+                _ => wrong = Some(cluster),
+            }
+            false
+        });
+        self.reserve.raises = raises;
+        if let Some(cluster) = wrong {
+            let at = cluster << geometry.cluster_bits();
+            self.counts_are_wrong("cluster in use has a wrong refcount", at, cx);
+        }
+        self.reserve.uncounted = true;
+        self.write_piece(cx)
+    }
+
     fn write_piece(&mut self, cx: &mut Cx<'_>) -> Outcome {
         self.reserve.piece_dirty = true;
         let piece = self.reserve.piece.expect("it was changed");
@@ -803,7 +854,7 @@ impl ReserveStep<'_> {
         match self.reserve.phase {
             Phase::Count { .. } if self.reserve.is_low() => self.count_holes(cx),
             Phase::Count { .. } => self.done(Ok(()), cx),
-            Phase::Drop => self.next(cx),
+            Phase::Drop | Phase::Raise => self.next(cx),
             Phase::Idle | Phase::Blocks(_) => self.begin_if_sure(cx),
         }
     }
@@ -942,7 +993,7 @@ impl ReserveStep<'_> {
     fn no_block(&mut self, cluster: u64, cx: &mut Cx<'_>) -> Outcome {
         let block_bits = self.image.geometry.block_bits();
         let index = cluster >> block_bits;
-        if self.reserve.phase == Phase::Drop {
+        if matches!(self.reserve.phase, Phase::Drop | Phase::Raise) {
             return self.stop_counting("no refcount block for a cluster in use", cluster, cx);
         }
         if self.reserve.phase == (Phase::Count { fresh: true }) {
@@ -1135,7 +1186,7 @@ impl ReserveStep<'_> {
         self.reserve.grown = self.reserve.len;
         let len = match self.reserve.phase {
             Phase::Blocks(area) => Some(area.end() << self.image.geometry.cluster_bits()),
-            Phase::Idle | Phase::Drop | Phase::Count { .. } => self.wanted_len(1),
+            Phase::Idle | Phase::Drop | Phase::Raise | Phase::Count { .. } => self.wanted_len(1),
         };
         match len.filter(|&len| len > self.reserve.grown) {
             Some(len) => self.grow(len, true, cx),
@@ -1184,6 +1235,9 @@ impl ReserveStep<'_> {
         Outcome::Done(result)
     }
 }
+
+/// Clusters that wait to be counted again, about.
+const RAISES_MAX: usize = 512;
 
 /// Offsets are signed 64-bit numbers to the system, and an entry has 56 bits for one.
 const LEN_MAX: u64 = 1 << 55;

@@ -27,6 +27,7 @@ use crate::parts::attempts::Attempts;
 use crate::qcow2::disk::layout::Mapping;
 use crate::qcow2::run::image::{Image, Qcow2Options};
 use crate::qcow2::run::live_header::LiveHeader;
+use crate::qcow2::run::packing::Packing;
 use crate::qcow2::run::reserve::{Free, Reserve};
 use crate::qcow2::run::tables::Tables;
 
@@ -37,6 +38,11 @@ pub enum WritebackState {
     Counts {
         /// Has it taken what is changed?
         begun: bool,
+    },
+    /// Host clusters of compressed ones, written: those that entries among the copies lead to.
+    Packed {
+        /// The one that is being written, if this chore writes it.
+        buffer: Option<u32>,
     },
     /// The data that the copies owe a fence for, stable.
     Fence,
@@ -280,6 +286,7 @@ pub(super) struct WritebackStep<'a> {
     pub tables: &'a mut Tables,
     pub header: &'a mut LiveHeader,
     pub reserve: &'a mut Reserve,
+    pub packing: &'a mut Packing,
 }
 
 impl WritebackStep<'_> {
@@ -295,6 +302,11 @@ impl WritebackStep<'_> {
             }
             (WritebackState::Counts { begun }, Event::Woken) => {
                 self.when_counted(begun, self.reserve.result(), cx)
+            }
+            (WritebackState::Packed { buffer: None }, Event::Woken) => self.write_packed(cx),
+            (WritebackState::Packed { buffer: Some(buffer) }, Event::Io(result)) => {
+                self.packing.written(buffer, result, cx);
+                if result.is_ok() { self.write_packed(cx) } else { self.ended(result, cx) }
             }
             (WritebackState::Fence, Event::Io(Ok(()))) if mutant!("qcow2_copied_after_fence") => {
                 self.writeback.owes = false;
@@ -359,11 +371,28 @@ impl WritebackStep<'_> {
             return Step::Wait(WritebackState::Fence);
         }
         while self.writeback.copies.len() < self.writeback.depth && self.copy_next(cx) {}
-        if owes && !mutant!("qcow2_no_fence_in_writeback") {
+        if !owes || mutant!("qcow2_no_fence_in_writeback") {
+            return self.write(0, cx);
+        }
+        if mutant!("qcow2_packed_after_tables") {
             self.image.flush_files(cx);
             return Step::Wait(WritebackState::Fence);
         }
-        self.write(0, cx)
+        self.packing.begin_to_write();
+        self.write_packed(cx)
+    }
+
+    /// Writes what is packed; then makes it stable.
+    fn write_packed(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
+        if let Some(buffer) = self.packing.next_due() {
+            self.packing.write(buffer, cx);
+            return Step::Wait(WritebackState::Packed { buffer: Some(buffer) });
+        }
+        if self.packing.park_for_writes(cx) {
+            return Step::Wait(WritebackState::Packed { buffer: None });
+        }
+        self.image.flush_files(cx);
+        Step::Wait(WritebackState::Fence)
     }
 
     /// Copies the next slice or L1 block that was taken, if there is one, and notes where it goes.
@@ -465,6 +494,7 @@ impl WritebackStep<'_> {
                 self.reserve.take_in(freed, self.writeback.freed_in);
             }
             Err(errno) => {
+                self.packing.nothing_is_due();
                 self.take_back(cx);
                 self.writeback.attempts.failed(errno);
             }

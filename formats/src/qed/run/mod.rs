@@ -124,7 +124,7 @@ impl Driver for Qed {
         let passes = match io.kind {
             IoKind::Read => true,
             // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.image.writable && !fua,
+            IoKind::Write { fua, .. } => self.image.writable && !fua,
             _ => false,
         };
         let offset = if passes { self.in_one_piece(io, mem)?.0 } else { return None };

@@ -257,7 +257,7 @@ impl Qed {
     #[inline]
     fn end(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
         match cx.io().kind {
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => self.flush(cx),
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => self.flush(cx),
             _ => Step::Done(Ok(())),
         }
     }
@@ -302,7 +302,7 @@ impl Qed {
     fn walked(&mut self, at: u64, issued: bool, cx: &mut Cx<'_>) -> Step<RequestState> {
         match cx.io().kind {
             _ if !issued => self.end(cx),
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => {
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => {
                 Step::Wait(RequestState::Pieces { at })
             }
             _ => Step::Last { label: PIECES },

@@ -80,7 +80,7 @@ impl Driver for Vdi {
         let passes = match io.kind {
             IoKind::Read => true,
             // A stable one is flushed, map and all.
-            IoKind::Write { fua } => self.writable && !fua,
+            IoKind::Write { fua, .. } => self.writable && !fua,
             _ => false,
         };
         match self.map.run_at(io.offset, io.end()) {

@@ -174,10 +174,10 @@ impl Vdi {
             at = end;
         }
         match io.kind {
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } if issued => {
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } if issued => {
                 Step::Wait(RequestState::Pieces { at })
             }
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => self.flush(cx),
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => self.flush(cx),
             _ if issued => Step::Last { label: PIECES },
             _ => Step::Done(Ok(())),
         }

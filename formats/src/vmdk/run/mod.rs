@@ -122,7 +122,7 @@ impl Driver for Vmdk {
         let passes = match io.kind {
             IoKind::Read => true,
             // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.image.writable && self.id.is_written() && !fua,
+            IoKind::Write { fua, .. } => self.image.writable && self.id.is_written() && !fua,
             _ => false,
         };
         let passes = passes && io.len > 0;

@@ -309,7 +309,7 @@ impl Vmdk {
     #[inline]
     fn end(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
         match cx.io().kind {
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => self.flush(cx),
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => self.flush(cx),
             _ => Step::Done(Ok(())),
         }
     }
@@ -353,7 +353,7 @@ impl Vmdk {
         // Everything is done or on its way.
         match cx.io().kind {
             _ if !issued => self.end(cx),
-            IoKind::Write { fua: true } | IoKind::Zero { fua: true, .. } => {
+            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => {
                 Step::Wait(RequestState::Pieces { at })
             }
             _ => Step::Last { label: PIECES },

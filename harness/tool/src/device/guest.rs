@@ -225,7 +225,7 @@ impl Guest {
         }
         let Disk { blocks: all, ref busy, .. } = self.disks[disk];
         let kind = match kind {
-            Kind::Write => IoKind::Write { fua: false },
+            Kind::Write => IoKind::Write { fua: false, compressed: false },
             Kind::Zero => IoKind::Zero { unmap: self.random.below(2) == 0, fua: false },
             Kind::Discard => IoKind::Discard,
             Kind::Read | Kind::Flush => IoKind::Read,

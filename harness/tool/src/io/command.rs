@@ -580,7 +580,9 @@ impl Runner {
         let unbounded = options.has('n');
         let (offset, len) =
             options.range(if unbounded { u64::MAX } else { LEN_MAX }, " without -n")?;
-        if options.has('b') || options.has('c') {
+        let node = self.image_node();
+        let compresses = matches!(self.image().engine.node(node), cowbell_formats::Node::Qcow2(_));
+        if options.has('b') || options.has('c') && !compresses {
             return say(&format!("write failed: {}", not_supported()));
         }
         let mem = match options.get('s') {
@@ -595,9 +597,11 @@ impl Runner {
 
     fn write_io(&self, options: &Options<'_>, offset: u64, len: u64) -> Io {
         let fua = self.current.cache.fua || options.has('f');
+        let compressed = options.has('c');
         let unmap = options.has('u') && self.current.discard;
         let zero = options.has('z');
-        let kind = if zero { IoKind::Zero { unmap, fua } } else { IoKind::Write { fua } };
+        let kind =
+            if zero { IoKind::Zero { unmap, fua } } else { IoKind::Write { fua, compressed } };
         Io { kind, offset, len }
     }
 
