@@ -11,9 +11,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
 use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
@@ -52,14 +50,10 @@ impl PieceStep<'_> {
         let reach = if plan.place.is_some() { plan.grain } else { 1 << bits };
         let start = align_down(at, reach);
         let short = if mutant!("qcow2_claim_short") { reach } else { 0 };
-        match self.claims.around(start, start + reach - short) {
-            _ if mutant!("qcow2_no_claims") => {}
-            Around::Within(key) => {
-                cx.park(&mut self.claims[key].waiters, On::Cluster);
-                return Progress::look_again(at);
-            }
-            Around::Before(next) => to = to.min(next),
-        }
+        let Some(free_to) = self.claims.free_to(start, start + reach - short, cx) else {
+            return Progress::look_again(at);
+        };
+        to = to.min(free_to);
         let fill = if plan.was_zeros { Fill::Zeros } else { Fill::Read };
         // Before anything is claimed, so that who waits for buffers holds nothing.
         let bufs = match fill {
@@ -90,7 +84,6 @@ impl PieceStep<'_> {
         let claim = Claim {
             start,
             end: to.next_multiple_of(reach),
-            waiters: WaitList::new(),
             slot: run.slot.expect("as above"),
             host,
             is_new: plan.place.is_none(),
@@ -256,13 +249,9 @@ impl PieceStep<'_> {
     }
 
     fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let start = self.claims[key].start;
-        let mut claim = self.claims.remove(key, start);
+        let mut claim = self.claims.end(key, cx);
         claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
-        if !claim.waiters.is_empty() && !mutant!("qcow2_claim_never_wakes") {
-            cx.wake_all(&mut claim.waiters);
-        }
     }
 }
 

@@ -132,7 +132,6 @@ pub(super) struct Claim {
     pub start: u64,
     /// One past the last.
     pub end: u64,
-    pub waiters: WaitList,
     /// The slot of their table slice, pinned.
     pub slot: usize,
     /// Where the cluster of `start` is, or will be, in the data file; others follow it.

@@ -7,9 +7,8 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{Errno, HostOffset, align_down};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Claims;
 use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
 use crate::parts::growth::{Lack, Space};
 use crate::parts::writeback::Writeback;
@@ -33,7 +32,6 @@ pub(super) struct Claim {
     end: u64,
     /// The rest of the clusters.
     cow: Cow,
-    waiters: WaitList,
 }
 
 /// What an allocating piece awaits. `claim` is the key of the request's own claim.
@@ -100,13 +98,8 @@ impl AllocateStep<'_> {
         let Piece { at, end: run_end, entry, slot } = piece;
         let (bits, size) = (self.image.geometry.cluster_bits(), self.image.geometry.cluster_size());
         let start = align_down(at, size);
-        let free_to = match self.claims.around(start, start + size) {
-            _ if mutant!("no_claims") => u64::MAX,
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                return Progress::LookAgain;
-            }
-            Around::Before(next) => next,
+        let Some(free_to) = self.claims.free_to(start, start + size, cx) else {
+            return Progress::LookAgain;
         };
         let mut copies = entry == Entry::Unallocated && self.disk.shows_backing(at);
         if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
@@ -132,8 +125,7 @@ impl AllocateStep<'_> {
         }
         let short = u64::from(mutant!("claim_one_cluster_short"));
         let cow = self.cow_of((start, start + (count << bits)), (at, end), copies);
-        let waiters = WaitList::new();
-        let claim = Claim { start, count, slot, host, at, end, cow, waiters };
+        let claim = Claim { start, count, slot, host, at, end, cow };
         let claim = self.claims.insert(start..start + ((count - short) << bits), claim);
         if mutant!("published_early") {
             self.publish(claim, cx);
@@ -237,8 +229,9 @@ impl AllocateStep<'_> {
             Err(errno) if !mutant!("data_error_ignored") => self.fail(key, errno, cx),
             _ => {
                 self.publish(key, cx);
-                let end = self.claims[key].end;
-                self.end_claim(key, cx);
+                let claim = self.claims.end(key, cx);
+                let end = claim.end;
+                self.claim_ended(claim, cx);
                 Progress::To(end)
             }
         }
@@ -258,22 +251,16 @@ impl AllocateStep<'_> {
             self.claims[key].cow.give_bufs(cx);
             return Progress::Failed(errno);
         }
-        if mutant!("no_wake_on_error") {
-            self.claims[key].waiters = WaitList::new();
-        }
-        self.end_claim(key, cx);
+        let claim = self.claims.end_failed(key, cx);
+        self.claim_ended(claim, cx);
         Progress::Failed(errno)
     }
 
     #[inline]
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        self.claims[key].cow.give_bufs(cx);
-        let mut claim = self.claims.remove(key, self.claims[key].start);
+    fn claim_ended(&mut self, mut claim: Claim, cx: &mut Cx<'_>) {
+        claim.cow.give_bufs(cx);
         if !mutant!("slice_not_pinned") {
             self.tables.unpin(claim.slot, cx);
-        }
-        if !mutant!("claim_never_wakes") {
-            cx.wake_all(&mut claim.waiters);
         }
         self.header.allocation_ended(self.claims.is_empty(), cx);
     }

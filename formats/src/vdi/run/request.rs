@@ -8,9 +8,8 @@ use cowbell_engine::op::{Op, OpKind, Seg, Segs};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
 use cowbell_engine::units::{Errno, FileId, HostOffset, RegionId, align_down};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Claims;
 use crate::parts::growth::{Growth, Lack};
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::vdi::disk::layout::Entry;
@@ -53,7 +52,6 @@ struct Claim {
     new: New,
     /// Where the guest range that this piece writes ends.
     end: u64,
-    waiters: WaitList,
 }
 
 /// What a request awaits. `at` is the first byte of its range that is not done yet.
@@ -231,13 +229,8 @@ impl Vdi {
     fn allocate(&mut self, at: u64, run_end: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
         let bits = self.map.header().block_bits;
         let index = at >> bits;
-        let free_to = match self.claims.around(index << bits, (index + 1) << bits) {
-            _ if mutant!("vdi_no_claims") => u64::MAX,
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                return Step::Wait(RequestState::Next { at });
-            }
-            Around::Before(next) => next,
+        let Some(free_to) = self.claims.free_to(index << bits, (index + 1) << bits, cx) else {
+            return Step::Wait(RequestState::Next { at });
         };
         let blocks = ((run_end.min(free_to) - 1) >> bits) + 1 - index;
         let new = match self.map.take(blocks.min((PIECE_MAX >> bits).max(1)), cx) {
@@ -248,8 +241,7 @@ impl Vdi {
         };
         let (start, blocks_end) = (index << bits, (index + new.count) << bits);
         let end = run_end.min(blocks_end);
-        let claim = Claim { index, new, end, waiters: WaitList::new() };
-        let claim = self.claims.insert(start..blocks_end, claim);
+        let claim = self.claims.insert(start..blocks_end, Claim { index, new, end });
         if mutant!("vdi_published_early") {
             self.map.publish(index, new);
         }
@@ -273,15 +265,11 @@ impl Vdi {
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
-        let start = self.claims[key].index << self.map.header().block_bits;
-        let mut claim = self.claims.remove(key, start);
-        if result.is_err() && mutant!("vdi_no_wake_on_error") {
-            claim.waiters = WaitList::new();
-        }
-        cx.wake_all(&mut claim.waiters);
         if result.is_err() && !mutant!("vdi_data_error_ignored") {
+            self.claims.end_failed(key, cx);
             return Step::Done(result);
         }
+        let claim = self.claims.end(key, cx);
         self.map.publish(claim.index, claim.new);
         self.writeback.set_due(cx);
         self.walk(claim.end, cx)

@@ -8,9 +8,8 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Claims;
 use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
 use crate::parts::growth::Lack;
 use crate::parts::writeback::Writeback;
@@ -36,7 +35,6 @@ pub(super) struct Claim {
     end: u64,
     /// The rest of the grains.
     cow: Cow,
-    waiters: WaitList,
 }
 
 /// What an allocating piece awaits. `claim` is the key of the request's own claim.
@@ -166,14 +164,7 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn free_to(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Option<u64> {
         let start = place.grain_start(place.grain_of(at));
-        match self.claims.around(start, (start + place.grain_size()).min(place.end)) {
-            _ if mutant!("vmdk_no_claims") => Some(u64::MAX),
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                None
-            }
-            Around::Before(next) => Some(next),
-        }
+        self.claims.free_to(start, (start + place.grain_size()).min(place.end), cx)
     }
 
     /// Claims grains for `at..end`, and pins their table.
@@ -181,8 +172,7 @@ impl AllocateStep<'_> {
     pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
         let Grown { grain, count, slot, entry } = grown;
         self.tables.pin(slot);
-        let (extent, waiters) = (place.extent, WaitList::new());
-        let claim = Claim { extent, grain, count, slot, entry, at, end, cow, waiters };
+        let claim = Claim { extent: place.extent, grain, count, slot, entry, at, end, cow };
         let grains_end = place.grain_start(grain + count).min(place.end);
         self.claims.insert(place.grain_start(grain)..grains_end, claim)
     }
@@ -290,8 +280,9 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn publish_and_end(&mut self, key: u32, cx: &mut Cx<'_>) -> u64 {
         self.publish(key, cx);
-        let end = self.claims[key].end;
-        self.end_claim(key, cx);
+        let claim = self.claims.end(key, cx);
+        let end = claim.end;
+        self.claim_ended(claim, cx);
         end
     }
 
@@ -304,20 +295,15 @@ impl AllocateStep<'_> {
 
     /// Gives up. What was allocated is leaked; what was there before is still there.
     pub fn fail<S>(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<S> {
-        if mutant!("vmdk_no_wake_on_error") {
-            self.claims[key].waiters = WaitList::new();
-        }
-        self.end_claim(key, cx);
+        let claim = self.claims.end_failed(key, cx);
+        self.claim_ended(claim, cx);
         Progress::Failed(errno)
     }
 
     #[inline]
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let Claim { extent, grain, .. } = self.claims[key];
-        self.claims[key].cow.give_bufs(cx);
-        let mut claim = self.claims.remove(key, self.extents.place(extent).grain_start(grain));
+    fn claim_ended(&mut self, mut claim: Claim, cx: &mut Cx<'_>) {
+        claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
-        cx.wake_all(&mut claim.waiters);
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is
