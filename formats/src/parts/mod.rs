@@ -9,4 +9,5 @@ pub mod growth;
 pub mod length;
 pub(crate) mod past_end;
 pub mod report;
+pub(crate) mod units;
 pub mod writeback;

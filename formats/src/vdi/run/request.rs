@@ -7,10 +7,11 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind, Seg, Segs};
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{Errno, FileId, HostOffset, RegionId, align_down};
+use cowbell_engine::units::{Errno, FileId, HostOffset, RegionId};
 
 use crate::parts::claims::Claims;
 use crate::parts::growth::{Growth, Lack};
+use crate::parts::units;
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::vdi::disk::layout::Entry;
 use crate::vdi::rest::open::Opened;
@@ -211,13 +212,10 @@ impl Vdi {
                 cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, len));
             }
             _ => {
-                let size = self.block_size();
-                let first = at.next_multiple_of(size);
-                let is_last = end == self.map.header().size;
-                let last = if is_last { end } else { align_down(end, size) };
-                if first >= last {
+                let disk = 0..self.map.header().size;
+                let Some((first, last)) = units::whole(at, end, self.block_size(), disk) else {
                     return false;
-                }
+                };
                 let host = host + (first - at);
                 cx.issue(Op::bare(OpKind::Discard, file, host, last - first));
             }

@@ -1,9 +1,10 @@
 //! The extents of a running image: where on the disk each is, in which file, and how it is kept.
 
 use cowbell_engine::step::{Cx, Event, Step};
-use cowbell_engine::units::{FileId, align_down};
+use cowbell_engine::units::FileId;
 
 use crate::parts::growth::{FILE_MAX, Growing, Growth, Space};
+use crate::parts::units;
 use crate::vmdk::disk::layout::{AT_END, Header, SECTOR};
 use crate::vmdk::rest::open::{self, ExtentKind};
 
@@ -92,11 +93,7 @@ impl Place {
 
     /// The whole grains in `at..end`. The extent's end counts as the end of its last grain.
     pub fn whole_grains(&self, at: u64, end: u64) -> Option<(u64, u64)> {
-        let size = self.grain_size();
-        let first = self.start + (at - self.start).next_multiple_of(size);
-        let last =
-            if end == self.end { end } else { self.start + align_down(end - self.start, size) };
-        (first < last).then_some((first, last))
+        units::whole(at, end, self.grain_size(), self.start..self.end)
     }
 }
 
@@ -280,13 +277,9 @@ mod tests {
     }
 
     #[test]
-    fn the_extents_end_ends_its_last_grain() {
+    fn the_extents_end_ends_its_last_table() {
         let end = 512 + 3 * 4096 + 1024;
         let place = Place { extent: 1, start: 512, end, grain_bits: 12, table_bits: 1 };
-        assert_eq!(place.whole_grains(512, 512 + 4096), Some((512, 512 + 4096)));
-        assert_eq!(place.whole_grains(513, 512 + 4096), None);
-        assert_eq!(place.whole_grains(513, end), Some((512 + 4096, end)));
-        assert_eq!(place.whole_grains(513, end - 1), Some((512 + 4096, 512 + 3 * 4096)));
         assert_eq!((place.table_end(512), place.table_end(end - 1)), (512 + 8192, end));
         assert_eq!((place.table_of(end - 1), place.entry_of(place.grain_of(end - 1))), (1, 1));
     }
