@@ -11,6 +11,7 @@ use cowbell_engine::units::{Errno, HostOffset, align_down};
 use crate::parts::claims::Claims;
 use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
 use crate::parts::growth::{Lack, Space};
+use crate::parts::pieces;
 use crate::parts::writeback::Writeback;
 use crate::qed::disk::layout::Entry;
 use crate::qed::run::image::{Disk, Image};
@@ -34,9 +35,13 @@ pub(super) struct Claim {
     cow: Cow,
 }
 
-/// What an allocating piece awaits. `claim` is the key of the request's own claim.
+/// What an allocating piece awaits: from `at` on, or for its own claim, whose key is `claim`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum AllocateState {
+    /// Space that attempt number `attempt` to grow the file was to give.
+    Space { at: u64, attempt: u32 },
+    /// The header with the need-check mark, stable.
+    Mark { at: u64 },
     /// What the new clusters hold around the write.
     Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
@@ -44,20 +49,7 @@ pub enum AllocateState {
 }
 
 /// How far it is.
-pub(super) enum Progress {
-    /// Done, up to here.
-    To(u64),
-    /// It waits.
-    Wait(AllocateState),
-    /// The request is parked: it looks again.
-    LookAgain,
-    /// It is parked until attempt number so-and-so to grow the file has ended.
-    Space(u32),
-    /// The need-check mark is being written.
-    Marking,
-    /// It could not be done.
-    Failed(Errno),
-}
+type Progress = pieces::Progress<AllocateState>;
 
 /// What is unallocated, or zeros, and is to be something else.
 pub(super) struct Piece {
@@ -85,6 +77,17 @@ pub(super) struct AllocateStep<'a> {
 impl AllocateStep<'_> {
     pub fn run(&mut self, state: AllocateState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
+            (AllocateState::Space { at, attempt }, Event::Woken) => {
+                let failure = self.space.failure_of(attempt);
+                if failure.is_some() {
+                    self.header.allocation_ended(self.claims.is_empty(), cx);
+                }
+                Progress::tried(at, failure)
+            }
+            (AllocateState::Mark { at }, Event::Io(result)) => {
+                self.header.marked(result, self.claims.is_empty(), cx);
+                Progress::tried(at, result.err())
+            }
             (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (AllocateState::WriteData { claim }, Event::Io(result)) => {
                 self.data_written(claim, result, cx)
@@ -99,7 +102,7 @@ impl AllocateStep<'_> {
         let (bits, size) = (self.image.geometry.cluster_bits(), self.image.geometry.cluster_size());
         let start = align_down(at, size);
         let Some(free_to) = self.claims.free_to(start, start + size, cx) else {
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         };
         let mut copies = entry == Entry::Unallocated && self.disk.shows_backing(at);
         if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
@@ -116,7 +119,7 @@ impl AllocateStep<'_> {
             }
         }
         let count = (end - start).div_ceil(size);
-        let host = match self.take_space(count << bits, false, cx) {
+        let host = match self.take_space(at, count << bits, false, cx) {
             Ok(offset) => HostOffset(offset),
             Err(progress) => return progress,
         };
@@ -154,7 +157,7 @@ impl AllocateStep<'_> {
 
     /// Allocates the L2 table that maps `at`, in memory: empty, as its space is.
     pub fn allocate_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
-        let offset = match self.take_space(self.image.geometry.table_bytes(), true, cx) {
+        let offset = match self.take_space(at, self.image.geometry.table_bytes(), true, cx) {
             Ok(offset) => offset,
             Err(progress) => return progress,
         };
@@ -164,12 +167,18 @@ impl AllocateStep<'_> {
         Progress::To(at)
     }
 
-    /// `bytes` bytes of space, or what the request waits for.
-    fn take_space(&mut self, bytes: u64, table: bool, cx: &mut Cx<'_>) -> Result<u64, Progress> {
+    /// `bytes` bytes of space for what is at `at`, or what the request waits for.
+    fn take_space(
+        &mut self,
+        at: u64,
+        bytes: u64,
+        table: bool,
+        cx: &mut Cx<'_>,
+    ) -> Result<u64, Progress> {
         match self.header.ready_to_allocate(cx) {
             Ok(()) => {}
-            Err(NotReady::Parked) => return Err(Progress::LookAgain),
-            Err(NotReady::Marking) => return Err(Progress::Marking),
+            Err(NotReady::Parked) => return Err(Progress::LookAgain(at)),
+            Err(NotReady::Marking) => return Err(Progress::Wait(AllocateState::Mark { at })),
         }
         let taken = self.space.take_or_park(bytes, table, cx);
         match taken {
@@ -177,10 +186,7 @@ impl AllocateStep<'_> {
             Ok(_) | Err(Lack::Parked(_)) => self.header.keep_mark(),
             Err(Lack::Never(_)) => {}
         }
-        taken.map_err(|lack| match lack {
-            Lack::Parked(attempt) => Progress::Space(attempt),
-            Lack::Never(errno) => Progress::Failed(errno),
-        })
+        taken.map_err(|lack| Progress::lacks(lack, |attempt| AllocateState::Space { at, attempt }))
     }
 
     /// What a write of `at..end` into clusters `start..clusters_end` copies. The rest of new clusters is

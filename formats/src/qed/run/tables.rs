@@ -18,7 +18,8 @@ use crate::qed::rest::open::L1_BLOCK_ENTRIES;
 use crate::qed::run::image::{Image, SLICE_BITS, SLICE_BYTES};
 
 /// What is at a guest offset.
-pub(super) enum Found {
+#[derive(Clone, Copy)]
+pub(crate) enum Found {
     /// The table slice is not in memory.
     NotLoaded { table: HostOffset },
     /// It is being loaded into this slot, or is about to be.

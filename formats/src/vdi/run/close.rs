@@ -31,11 +31,11 @@ impl CloseStep<'_> {
                 if self.map.park_for_growth(cx) {
                     return Step::Wait(CloseState::Turn);
                 }
-                let step = self.writeback.settle(self.map, cx);
+                let step = self.writeback.settle(&mut self.map, cx);
                 self.written(step, cx)
             }
             (CloseState::Writeback(state), event) => {
-                let step = self.writeback.step(state, event, self.map, cx);
+                let step = self.writeback.step(state, event, &mut self.map, cx);
                 self.written(step, cx)
             }
             (CloseState::Ends, Event::Io(result)) => {

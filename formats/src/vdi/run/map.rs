@@ -16,7 +16,7 @@ use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header};
 use crate::vdi::rest::open::Opened;
 
 /// The label of a flush that is all that is left to do.
-const FLUSH: u8 = 4;
+pub(super) const FLUSH: u8 = 4;
 
 /// See the module.
 #[derive(Clone, Hash, Debug)]
@@ -248,7 +248,7 @@ impl Map {
     }
 }
 
-impl Changes for Map {
+impl Changes for &mut Map {
     const FLUSH: u8 = FLUSH;
 
     fn files(&self) -> &[FileId] {

@@ -23,14 +23,16 @@ mod map;
 mod request;
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::units::{FileId, Time};
 
 use crate::parts::growth::Growing;
+use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vdi::disk::layout::Entry;
 use crate::vdi::run::close::{CloseState, CloseStep};
-use crate::vdi::run::request::{PIECES, RequestState};
+use crate::vdi::run::map::FLUSH;
+use crate::vdi::run::request::{PIECES, PieceState};
 
 pub use crate::vdi::run::request::{Vdi, VdiOptions};
 
@@ -38,7 +40,7 @@ pub use crate::vdi::run::request::{Vdi, VdiOptions};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// A guest's request.
-    Request(RequestState),
+    Request(RequestState<PieceState>),
     /// Chore: the file is made longer.
     Grow(Growing),
     /// Chore: the map goes to disk.
@@ -55,11 +57,10 @@ impl Driver for Vdi {
 
     fn label(state: &State) -> usize {
         match state {
-            State::Request(RequestState::Next { .. }) => 0,
-            State::Request(RequestState::Space { .. }) => 1,
-            State::Request(RequestState::Pieces { .. }) => 2,
-            State::Request(RequestState::WriteData { .. }) => 3,
-            State::Request(RequestState::Flush(_)) => 4,
+            State::Request(state) => state.label(PIECES, FLUSH, |state| match state {
+                PieceState::Space { .. } => 1,
+                PieceState::WriteData { .. } => 3,
+            }),
             State::Writeback(_) => 5,
             State::Grow(_) => 6,
             State::Close(_) => 7,
@@ -77,12 +78,7 @@ impl Driver for Vdi {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, map and all.
-            IoKind::Write { fua } => self.writable && !fua,
-            _ => false,
-        };
+        let passes = may_pass(io.kind, self.writable);
         match self.map.run_at(io.offset, io.end()) {
             Some((Entry::Block(block), end)) if passes && end == io.end() => {
                 let offset = self.map.host_of(block, io.offset);
@@ -113,9 +109,7 @@ impl Driver for Vdi {
         match state {
             State::Request(state) => self.step_request(state, event, cx).map(State::Request),
             State::Grow(state) => self.map.grow(state, event, cx).map(State::Grow),
-            State::Writeback(state) => {
-                self.writeback.step(state, event, &mut self.map, cx).map(State::Writeback)
-            }
+            State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Close(state) => {
                 let mut step = CloseStep { map: &mut self.map, writeback: &mut self.writeback };
                 step.run(state, event, cx).map(State::Close)

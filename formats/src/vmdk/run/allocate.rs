@@ -11,7 +11,7 @@ use cowbell_engine::units::Errno;
 
 use crate::parts::claims::Claims;
 use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
-use crate::parts::growth::Lack;
+use crate::parts::pieces;
 use crate::parts::writeback::Writeback;
 use crate::vmdk::disk::layout::Entry;
 use crate::vmdk::run::content_id::ContentId;
@@ -37,9 +37,11 @@ pub(super) struct Claim {
     cow: Cow,
 }
 
-/// What an allocating piece awaits. `claim` is the key of the request's own claim.
+/// What an allocating piece awaits: from `at` on, or for its own claim, whose key is `claim`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum AllocateState {
+    /// Space that attempt number `attempt` to grow the extent's file was to give.
+    Space { at: u64, extent: u32, attempt: u32 },
     /// What the new grains hold around the write.
     Cow { claim: u32, state: CowState },
     /// Head, guest data and tail, written as one.
@@ -48,21 +50,8 @@ pub enum AllocateState {
     ContentId { claim: u32, attempt: u32 },
 }
 
-/// How far a piece is, whose states are these.
-pub(super) enum Progress<S> {
-    /// Done, up to here.
-    To(u64),
-    /// It waits.
-    Wait(S),
-    /// The request is parked: it looks again.
-    LookAgain,
-    /// It is parked until attempt number `attempt` to grow the extent's file has ended.
-    Space { extent: u32, attempt: u32 },
-    /// It is parked until this attempt to write the content id has ended.
-    ContentId(u32),
-    /// It could not be done.
-    Failed(Errno),
-}
+/// How far it is.
+type Progress = pieces::Progress<AllocateState>;
 
 /// What is unallocated, or zeros, and is to be something else.
 #[derive(Clone, Copy)]
@@ -86,13 +75,11 @@ pub(super) struct AllocateStep<'a> {
 
 impl AllocateStep<'_> {
     #[inline]
-    pub fn run(
-        &mut self,
-        state: AllocateState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    pub fn run(&mut self, state: AllocateState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
+            (AllocateState::Space { at, extent, attempt }, Event::Woken) => {
+                Progress::tried(at, self.extents.space(extent as usize).failure_of(attempt))
+            }
             (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (AllocateState::WriteData { claim }, Event::Io(Ok(()))) => self.finish(claim, cx),
             (AllocateState::WriteData { claim }, Event::Io(Err(errno))) => {
@@ -112,15 +99,10 @@ impl AllocateStep<'_> {
     }
 
     /// Claims grains for `piece` and begins to fill them; or says that they are zeros.
-    pub fn begin(
-        &mut self,
-        piece: Piece,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    pub fn begin(&mut self, piece: Piece, place: Place, cx: &mut Cx<'_>) -> Progress {
         let Piece { at, end: run_end, entry, slot } = piece;
         let first = place.grain_of(at);
-        let Some(free_to) = self.free_to(at, place, cx) else { return Progress::LookAgain };
+        let Some(free_to) = self.free_to(at, place, cx) else { return Progress::LookAgain(at) };
         let cow = match entry {
             Entry::Zero if !mutant!("vmdk_zero_grain_shows_parent") => false,
             _ => self.image.shows_parent(at, place),
@@ -140,7 +122,7 @@ impl AllocateStep<'_> {
         let count = (end - place.grain_start(first)).div_ceil(place.grain_size());
         let entry = match zero {
             Some(_) => Entry::Zero,
-            None => match self.take_space(count << place.grain_bits, false, place.extent, cx) {
+            None => match self.take_space(at, count << place.grain_bits, false, place, cx) {
                 Ok(offset) => Entry::Data(offset),
                 Err(progress) => return progress,
             },
@@ -208,19 +190,20 @@ impl AllocateStep<'_> {
         (first == at).then_some(last)
     }
 
-    /// `bytes` bytes of space for an extent, or what the request waits for.
+    /// `bytes` bytes of space for what is at `at`, or what the request waits for.
     #[inline]
-    pub fn take_space<S>(
+    fn take_space(
         &mut self,
+        at: u64,
         bytes: u64,
         table: bool,
-        extent: usize,
+        place: Place,
         cx: &mut Cx<'_>,
-    ) -> Result<u64, Progress<S>> {
-        self.extents.space(extent).take_or_park(bytes, table, cx).map_err(|lack| match lack {
-            Lack::Parked(attempt) => Progress::Space { extent: extent as u32, attempt },
-            Lack::Never(errno) => Progress::Failed(errno),
-        })
+    ) -> Result<u64, Progress> {
+        let (taken, extent) =
+            (self.extents.space(place.extent).take_or_park(bytes, table, cx), place.extent as u32);
+        let space = |attempt| AllocateState::Space { at, extent, attempt };
+        taken.map_err(|lack| Progress::lacks(lack, space))
     }
 
     /// What a write of `at..end` into grains `first..first + count` copies from the parent. The rest of
@@ -236,13 +219,7 @@ impl AllocateStep<'_> {
 
     /// Goes on with what the new grains must hold around the write; then the data is written.
     #[inline]
-    fn copy(
-        &mut self,
-        key: u32,
-        state: CowState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let claim = &mut self.claims[key];
         if self.image.parent_changed && claim.cow.reads() {
             return self.fail(key, Errno::INVALID, cx);
@@ -267,7 +244,7 @@ impl AllocateStep<'_> {
 
     /// The data is there: publishes it, once the content id is a new one.
     #[inline]
-    fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+    fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress {
         if !self.id.is_written() && !mutant!("vmdk_published_before_cid") {
             self.claims[key].cow.give_bufs(cx);
             let attempt = self.id.park(cx);
@@ -293,11 +270,15 @@ impl AllocateStep<'_> {
         self.writeback.set_due(cx);
     }
 
-    /// Gives up. What was allocated is leaked; what was there before is still there.
-    pub fn fail<S>(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<S> {
+    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
+        self.give_up(key, cx);
+        Progress::Failed(errno)
+    }
+
+    /// What was allocated is leaked; what was there before is still there.
+    pub fn give_up(&mut self, key: u32, cx: &mut Cx<'_>) {
         let claim = self.claims.end_failed(key, cx);
         self.claim_ended(claim, cx);
-        Progress::Failed(errno)
     }
 
     #[inline]
@@ -307,24 +288,14 @@ impl AllocateStep<'_> {
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is
-    /// zeros, and two empty tables therefore. The directories say so on disk after the next writeback:
-    /// so the content id comes first.
-    pub fn allocate_table(
-        &mut self,
-        at: u64,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
-        if !self.id.is_written() {
-            return Progress::ContentId(self.id.park(cx));
-        }
-        match self.take_space(place.grain_size(), true, place.extent, cx) {
-            Ok(offset) => {
-                self.tables.link(self.extents, at, offset, cx);
-                self.writeback.set_due(cx);
-                Progress::To(at)
-            }
-            Err(progress) => progress,
-        }
+    /// zeros, and two empty tables therefore.
+    pub fn allocate_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Progress {
+        let offset = match self.take_space(at, place.grain_size(), true, place, cx) {
+            Ok(offset) => offset,
+            Err(progress) => return progress,
+        };
+        self.tables.link(self.extents, at, offset, cx);
+        self.writeback.set_due(cx);
+        Progress::To(at)
     }
 }

@@ -42,16 +42,17 @@ mod stream;
 mod tables;
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::backing;
 use crate::parts::growth::Growing;
+use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vmdk::run::close::CloseState;
 use crate::vmdk::run::content_id::WritingId;
-use crate::vmdk::run::image::PIECES;
-use crate::vmdk::run::request::RequestState;
+use crate::vmdk::run::image::{FLUSH, PIECES};
+use crate::vmdk::run::request::PieceState;
 
 pub use crate::vmdk::run::image::{Regions, VmdkOptions};
 pub use crate::vmdk::run::request::Vmdk;
@@ -60,7 +61,7 @@ pub use crate::vmdk::run::request::Vmdk;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// A guest's request.
-    Request(RequestState),
+    Request(RequestState<PieceState>),
     /// Chore: the content id is written.
     WriteId(WritingId),
     /// Chore: an extent's file is made longer.
@@ -96,7 +97,7 @@ impl Driver for Vmdk {
     #[inline]
     fn label(state: &State) -> usize {
         match state {
-            State::Request(state) => state.label(),
+            State::Request(state) => state.label(PIECES, FLUSH, PieceState::label),
             State::WriteId(_) => 6,
             State::Writeback(_) => 11,
             State::Grow(..) => 12,
@@ -119,13 +120,7 @@ impl Driver for Vmdk {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.image.writable && self.id.is_written() && !fua,
-            _ => false,
-        };
-        let passes = passes && io.len > 0;
+        let passes = may_pass(io.kind, self.image.writable && self.id.is_written()) && io.len > 0;
         let (file, offset) = if passes { self.in_one_piece(io, mem)? } else { return None };
         Some(Pass { file, offset, label: PIECES })
     }
@@ -164,10 +159,7 @@ impl Driver for Vmdk {
                 let step = self.extents.grow(extent, state, event, cx);
                 step.map(|state| State::Grow(extent, state))
             }
-            State::Writeback(state) => {
-                let (writeback, mut changes) = self.changes();
-                writeback.step(state, event, &mut changes, cx).map(State::Writeback)
-            }
+            State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Close(state) => self.closing().run(state, event, cx).map(State::Close),
         }
     }

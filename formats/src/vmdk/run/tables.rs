@@ -20,7 +20,8 @@ use crate::vmdk::run::extents::{Extents, Grains, Kind, Place};
 use crate::vmdk::run::image::{COPY_AT, SLOT_BYTES};
 
 /// What is at a guest offset.
-pub(super) enum Found {
+#[derive(Clone, Copy)]
+pub(crate) enum Found {
     /// A flat extent: byte `host` of its file, up to `end`.
     Flat { host: u64, end: u64 },
     /// An extent that is nothing but zeros, up to `end`.
