@@ -51,7 +51,7 @@ impl PieceStep<'_> {
         let start = align_down(at, reach);
         let short = if mutant!("qcow2_claim_short") { reach } else { 0 };
         let Some(free_to) = self.claims.free_to(start, start + reach - short, cx) else {
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         };
         to = to.min(free_to);
         let fill = if plan.was_zeros { Fill::Zeros } else { Fill::Read };
@@ -62,7 +62,7 @@ impl PieceStep<'_> {
         };
         let Some(bufs) = bufs else {
             cx.park_for_bufs();
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         };
         let (host, is_fresh) = match plan.place {
             Some(place) => (place, false),

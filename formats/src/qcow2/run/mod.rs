@@ -60,6 +60,7 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::backing;
+use crate::parts::pieces::may_pass;
 use crate::qcow2::run::close::{CloseState, CloseStep};
 use crate::qcow2::run::corrupt::MarkState;
 use crate::qcow2::run::piece::{PIECES, RequestState};
@@ -138,12 +139,7 @@ impl Driver for Qcow2 {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, tables and all.
-            IoKind::Write { fua } => self.image.writable && !fua,
-            _ => false,
-        };
+        let passes = may_pass(io.kind, self.image.writable);
         let offset = if passes { self.in_one_piece(io, mem)? } else { return None };
         Some(Pass { file: self.image.data, offset, label: PIECES })
     }

@@ -5,11 +5,12 @@
 
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, HostOffset};
+use cowbell_engine::units::{BufId, HostOffset};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Claims;
 use crate::parts::cow::{Cow, CowState};
+use crate::parts::pieces;
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::image::{Disk, Image};
 use crate::qcow2::run::live_header::LiveHeader;
@@ -94,30 +95,11 @@ impl RequestState {
 }
 
 /// How far a piece has got.
-#[derive(Debug)]
-pub(super) enum Progress {
-    /// Done, up to here.
-    To(u64),
-    /// On its way, up to here.
-    Issued(u64),
-    /// It waits for something, in this state.
-    Wait(RequestState),
-    Failed(Errno),
-}
+pub(super) type Progress = pieces::Progress<RequestState>;
 
 impl Progress {
-    /// Done up to `to`; is it on its way?
-    pub fn done(to: u64, is_issued: bool) -> Progress {
-        if is_issued { Progress::Issued(to) } else { Progress::To(to) }
-    }
-
-    /// It is parked, and looked up again when it is woken.
-    pub fn look_again(at: u64) -> Progress {
-        Progress::Wait(RequestState::Next { at })
-    }
-
     /// The clusters that it needs were not to be had.
-    pub fn short(at: u64, short: Short) -> Progress {
+    pub(super) fn short(at: u64, short: Short) -> Progress {
         match short {
             Short::Failed(errno) => Progress::Failed(errno),
             Short::Later(attempt) => Progress::Wait(RequestState::Space { at, attempt }),

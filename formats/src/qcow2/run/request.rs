@@ -6,7 +6,7 @@
 //! side, however many there are; what is mapped goes out as plain ops from the same step.
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::op::{Op, OpKind, Segs, Target};
+use cowbell_engine::op::Segs;
 use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind, Step};
 use cowbell_engine::tables::TableCache;
@@ -15,6 +15,7 @@ use cowbell_engine::wait::On;
 
 use crate::parts::backing::{self, Backing};
 use crate::parts::claims::Claims;
+use crate::parts::pieces::delegate;
 use crate::qcow2::disk::layout::{Geometry, Mapping};
 use crate::qcow2::rest::open::Opened;
 use crate::qcow2::run::corrupt::Corrupt;
@@ -145,20 +146,15 @@ impl Qcow2 {
         let progress = match (state, event) {
             (RequestState::Swept, Event::Woken) => return Step::Done(self.writeback.result()),
             (RequestState::Space { at, attempt }, Event::Woken) => {
-                match piece.reserve.failure_of(attempt) {
-                    Some(errno) if piece.reserve.has_nothing() => Progress::Failed(errno),
-                    _ => Progress::To(at),
-                }
+                let failure = piece.reserve.failure_of(attempt);
+                Progress::tried(at, failure.filter(|_| piece.reserve.has_nothing()))
             }
             (RequestState::Room { at, attempt }, Event::Woken) => {
-                match piece.writeback.no_room(attempt) {
-                    Some(errno) => Progress::Failed(errno),
-                    None => Progress::To(at),
-                }
+                Progress::tried(at, piece.writeback.no_room(attempt))
             }
             (RequestState::LoadSlice { at, slot }, Event::Io(result)) => {
                 piece.tables.slices.load_ended(slot as usize, result.is_ok(), cx);
-                result.map_or_else(Progress::Failed, |()| Progress::To(at))
+                Progress::tried(at, result.err())
             }
             (RequestState::ReadCompressed { at, slot, bytes }, Event::Io(result)) => {
                 piece.compressed_read(at, (slot, bytes), result, cx)
@@ -170,10 +166,10 @@ impl Qcow2 {
                 piece.table_filled(at, result, cx)
             }
             (RequestState::ReadTable { at, done, buf }, Event::Io(result)) => {
-                piece.table_read(at, (done, buf), result, cx)
+                piece.copy_table(at, (done, buf), true, result, cx)
             }
             (RequestState::CopyTable { at, done, buf }, Event::Io(result)) => {
-                piece.table_copied(at, (done, buf), result, cx)
+                piece.copy_table(at, (done, buf), false, result, cx)
             }
             (RequestState::LinkTable { at }, Event::Woken) => piece.link_table(at, cx),
             (RequestState::Publish { claim, attempt }, Event::Woken) => {
@@ -192,6 +188,7 @@ impl Qcow2 {
             Progress::To(to) => self.walk(to, cx),
             Progress::Issued(at) => Step::Wait(RequestState::Pieces { at }),
             Progress::Wait(state) => Step::Wait(state),
+            Progress::LookAgain(at) => Step::Wait(RequestState::Next { at }),
             Progress::Failed(errno) => Step::Done(Err(errno)),
         }
     }
@@ -258,7 +255,7 @@ impl Qcow2 {
             }
             let slice_end = self.image.slice_end(at);
             if is_transfer && slice_end < end {
-                self.delegate(at, slice_end, cx);
+                delegate(at, slice_end, cx);
                 (at, issued) = (slice_end, true);
                 continue;
             }
@@ -276,18 +273,6 @@ impl Qcow2 {
             }
             _ => Step::Last { label: PIECES },
         }
-    }
-
-    /// Makes the piece `at..to` of this request a request of its own.
-    fn delegate(&mut self, at: u64, to: u64, cx: &mut Cx<'_>) {
-        let io = cx.io();
-        let seg = cx.guest(at - io.offset, to - at);
-        let kind = match io.kind {
-            IoKind::Read => OpKind::Read,
-            _ => OpKind::Write { fua: false },
-        };
-        let (target, segs) = (Target::Node(cx.node()), Segs::one(seg));
-        cx.issue(Op { kind, target, offset: at, len: to - at, segs });
     }
 
     /// One piece: where it ends, if it is done or on its way; else the step that waits for what
@@ -322,7 +307,7 @@ impl Qcow2 {
         let is_transfer = matches!(kind, IoKind::Read | IoKind::Write { .. });
         let is_all = lacking == cx.io().end() && !*issued;
         if is_transfer && !is_all && !matches!(found, Found::Invalid) {
-            self.delegate(at, lacking, cx);
+            delegate(at, lacking, cx);
             *issued = true;
             return Ok(lacking);
         }
@@ -348,7 +333,7 @@ impl Qcow2 {
             Found::NotLoaded => self.load_slice(at, cx),
             Found::Loading { slot } => {
                 cx.park(self.tables.slices.waiters(slot), On::Table);
-                Progress::look_again(at)
+                Progress::LookAgain(at)
             }
             Found::Invalid => piece.invalid_entry(at, cx),
         };

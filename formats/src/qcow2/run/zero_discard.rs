@@ -124,7 +124,7 @@ impl PieceStep<'_> {
         }
         if let Some(key) = claim {
             self.claims.park(key, cx);
-            return Some(Progress::look_again(at));
+            return Some(Progress::LookAgain(at));
         }
         if !has_room {
             let attempt = self.writeback.park_for_room(cx);
