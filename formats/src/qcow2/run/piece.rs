@@ -56,10 +56,8 @@ pub enum RequestState {
     CopyTable { at: u64, done: u32, buf: BufId },
     /// The L1 table, at rest, to link an L2 table.
     LinkTable { at: u64 },
-    /// What new clusters hold around a write.
+    /// What new clusters are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
     /// Room for what the entries give up, that writeback number `attempt` was to make.
     Publish { claim: u32, attempt: u32 },
     /// A writeback that began after the request came.
@@ -85,9 +83,7 @@ impl RequestState {
             | RequestState::ReadTable { .. }
             | RequestState::CopyTable { .. } => 6,
             RequestState::LinkTable { .. } => 7,
-            RequestState::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
-            RequestState::Cow { .. } => 9,
-            RequestState::WriteData { .. } => 10,
+            RequestState::Cow { state, .. } => state.label([8, 8, 9, 10]),
             RequestState::Publish { .. } => 11,
             RequestState::Swept => 13,
         }

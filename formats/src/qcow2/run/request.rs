@@ -120,10 +120,6 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
         match (state, event) {
-            (RequestState::WriteData { claim }, Event::Io(result)) => {
-                let progress = self.step_piece().data_written(claim, result, cx);
-                self.go_on(progress, cx)
-            }
             (RequestState::Cow { claim, state }, event) => {
                 let progress = self.step_piece().copy(claim, state, event, cx);
                 self.go_on(progress, cx)

@@ -42,10 +42,8 @@ pub enum AllocateState {
     Space { at: u64, attempt: u32 },
     /// The header with the need-check mark, stable.
     Mark { at: u64 },
-    /// What the new clusters hold around the write.
+    /// What the new clusters are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
 }
 
 /// How far it is.
@@ -89,9 +87,6 @@ impl AllocateStep<'_> {
                 Progress::tried(at, result.err())
             }
             (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::WriteData { claim }, Event::Io(result)) => {
-                self.data_written(claim, result, cx)
-            }
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
@@ -210,30 +205,19 @@ impl AllocateStep<'_> {
         }
     }
 
-    /// Goes on with what the new clusters must hold around the write; then the data is written.
+    /// Goes on with what the new clusters are to hold; then publishes them.
     fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let (file, backing) = (self.image.file, self.disk.backing());
         let claim = &mut self.claims[key];
         let host = claim.host.0 + (claim.at - claim.start);
-        let place = Place { file, start: claim.at, host };
+        let place = Place { file, start: claim.at, end: claim.end, host };
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
         match claim.cow.step(state, event, place, read, cx) {
             Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
-            Copied::Ready => {
-                claim.cow.write(claim.at, claim.end, place, cx);
-                Progress::Wait(AllocateState::WriteData { claim: key })
-            }
-        }
-    }
-
-    #[inline]
-    fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
-        match result {
-            Err(errno) if !mutant!("data_error_ignored") => self.fail(key, errno, cx),
-            _ => {
+            Copied::Written => {
                 self.publish(key, cx);
                 let claim = self.claims.end(key, cx);
                 let end = claim.end;

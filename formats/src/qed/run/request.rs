@@ -8,7 +8,6 @@ use cowbell_engine::wait::On;
 
 use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
-use crate::parts::cow::CowState;
 use crate::parts::growth::{FILE_MAX, Space};
 use crate::parts::in_place::{Content, in_place};
 use crate::parts::pieces::{Pieces, Progress};
@@ -60,13 +59,7 @@ impl PieceState {
             PieceState::Allocate(state) => match state {
                 AllocateState::Space { .. } => 1,
                 AllocateState::Mark { .. } => 5,
-                AllocateState::Cow { state: CowState::Bufs, .. } => 6,
-                AllocateState::Cow { state: CowState::Read, .. } => 7,
-                AllocateState::Cow {
-                    state: CowState::CopyRead { .. } | CowState::CopyWrite { .. },
-                    ..
-                } => 8,
-                AllocateState::WriteData { .. } => 9,
+                AllocateState::Cow { state, .. } => state.label([6, 7, 8, 9]),
             },
         }
     }

@@ -42,10 +42,8 @@ pub(super) struct Claim {
 pub enum AllocateState {
     /// Space that attempt number `attempt` to grow the extent's file was to give.
     Space { at: u64, extent: u32, attempt: u32 },
-    /// What the new grains hold around the write.
+    /// What the new grains are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
     /// The content id, which attempt number `attempt` is to write: then the piece is published.
     ContentId { claim: u32, attempt: u32 },
 }
@@ -81,13 +79,6 @@ impl AllocateStep<'_> {
                 Progress::tried(at, self.extents.space(extent as usize).failure_of(attempt))
             }
             (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::WriteData { claim }, Event::Io(Ok(()))) => self.finish(claim, cx),
-            (AllocateState::WriteData { claim }, Event::Io(Err(errno))) => {
-                if mutant!("vmdk_data_error_ignored") {
-                    return self.finish(claim, cx);
-                }
-                self.fail(claim, errno, cx)
-            }
             (AllocateState::ContentId { claim, attempt }, Event::Woken) => {
                 match self.id.failure_of(attempt) {
                     Some(errno) => self.fail(claim, errno, cx),
@@ -217,7 +208,7 @@ impl AllocateStep<'_> {
         Cow::new([(start, at), (end, tail_end)], Fill::Read, backing.size)
     }
 
-    /// Goes on with what the new grains must hold around the write; then the data is written.
+    /// Goes on with what the new grains are to hold; then publishes them.
     #[inline]
     fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let claim = &mut self.claims[key];
@@ -227,7 +218,7 @@ impl AllocateStep<'_> {
         let Entry::Data(offset) = claim.entry else { unreachable!("zero grains have no data") };
         let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grain);
         let file = self.extents.get(claim.extent).file;
-        let place = cow::Place { file, start: claim.at, host: offset + inside };
+        let place = cow::Place { file, start: claim.at, end: claim.end, host: offset + inside };
         let backing = self.image.backing;
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
@@ -235,10 +226,7 @@ impl AllocateStep<'_> {
         match claim.cow.step(state, event, place, read, cx) {
             Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
-            Copied::Ready => {
-                claim.cow.write(claim.at, claim.end, place, cx);
-                Progress::Wait(AllocateState::WriteData { claim: key })
-            }
+            Copied::Written => self.finish(key, cx),
         }
     }
 

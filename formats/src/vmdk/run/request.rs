@@ -13,7 +13,6 @@ use cowbell_engine::units::{Errno, FileId};
 
 use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
-use crate::parts::cow::CowState;
 use crate::parts::in_place::{Content, in_place};
 use crate::parts::pieces::{self, Pieces, delegate};
 use crate::parts::writeback::{Changes, Writeback};
@@ -76,13 +75,7 @@ impl PieceState {
             PieceState::Allocate(state) => match state {
                 AllocateState::Space { .. } => 1,
                 AllocateState::ContentId { .. } => 6,
-                AllocateState::Cow { state: CowState::Bufs, .. } => 7,
-                AllocateState::Cow { state: CowState::Read, .. } => 8,
-                AllocateState::Cow {
-                    state: CowState::CopyRead { .. } | CowState::CopyWrite { .. },
-                    ..
-                } => 15,
-                AllocateState::WriteData { .. } => 9,
+                AllocateState::Cow { state, .. } => state.label([7, 8, 15, 9]),
             },
             PieceState::Stream(state) => match state {
                 StreamState::TableSpace { .. } => 1,
