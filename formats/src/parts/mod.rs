@@ -3,6 +3,7 @@
 pub mod access;
 pub(crate) mod attempts;
 pub mod backing;
+pub(crate) mod changed;
 pub(crate) mod claims;
 pub mod cow;
 pub mod growth;

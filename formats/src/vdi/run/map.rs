@@ -10,6 +10,7 @@ use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, RegionId};
 use cowbell_engine::wait::On;
 
+use crate::parts::changed::Changed;
 use crate::parts::growth::{Grow, Growing, Growth, Lack, Space};
 use crate::parts::writeback::{Changes, Phase};
 use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header};
@@ -25,10 +26,8 @@ pub(super) struct Map {
     image: Opened,
     /// The map as it was sealed, unit by unit, and behind it the header as it is written.
     copies: RegionId,
-    /// Units that have changed, and those that are sealed.
-    dirty: Vec<u32>,
-    sealed: Vec<u32>,
-    is_dirty: Vec<bool>,
+    /// Units that have changed.
+    changed: Changed,
     /// Does a changed entry, or a sealed one, name a block whose contents must be stable first?
     owes: bool,
     sealed_owes: bool,
@@ -69,9 +68,7 @@ impl Map {
         Map {
             files: [file],
             copies,
-            dirty: Vec::with_capacity(units),
-            sealed: Vec::with_capacity(units),
-            is_dirty: vec![false; units],
+            changed: Changed::new(units),
             owes: false,
             sealed_owes: false,
             space,
@@ -147,9 +144,7 @@ impl Map {
         self.owes |= new.unknown;
         let per_unit = self.per_unit();
         for unit in index / per_unit..=(index + new.count as usize - 1) / per_unit {
-            if !std::mem::replace(&mut self.is_dirty[unit], true) {
-                self.dirty.push(unit as u32);
-            }
+            self.changed.note(unit);
         }
     }
 
@@ -234,7 +229,7 @@ impl Map {
 
     /// Panics if something is changed, sealed or waited for. For tests, at rest.
     pub fn assert_idle(&self) {
-        assert!(self.sealed.is_empty(), "the map is being written");
+        assert!(self.changed.sealed().is_empty(), "the map is being written");
         self.space.assert_idle();
     }
 
@@ -256,7 +251,7 @@ impl Changes for &mut Map {
     }
 
     fn is_empty(&self) -> bool {
-        self.dirty.is_empty()
+        self.changed.is_empty()
     }
 
     fn needs_fence(&self) -> bool {
@@ -264,14 +259,10 @@ impl Changes for &mut Map {
     }
 
     fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.dirty, &mut self.sealed);
+        self.changed.seal();
         self.sealed_owes = std::mem::take(&mut self.owes);
         self.space.seal();
-        for i in 0..self.sealed.len() {
-            let unit = self.sealed[i];
-            self.copy(unit, cx);
-            self.is_dirty[unit as usize] = mutant!("vdi_change_after_seal_lost");
-        }
+        self.changed.sealed().iter().for_each(|&unit| self.copy(unit, cx));
     }
 
     fn stable(&mut self) {
@@ -282,7 +273,7 @@ impl Changes for &mut Map {
     fn write(&mut self, phase: Phase, next: u32, cx: &mut Cx<'_>) -> Option<u32> {
         match phase {
             Phase::Ahead if next > 0 => self.counted = Some(self.image.header.allocated),
-            Phase::Ahead if self.sealed.is_empty() || !self.counts_too_few() => {}
+            Phase::Ahead if self.changed.sealed().is_empty() || !self.counts_too_few() => {}
             Phase::Ahead => {
                 // Ahead of need, but no block that may not be there.
                 let (goal, _) = self.space.goal();
@@ -291,9 +282,9 @@ impl Changes for &mut Map {
             }
             Phase::Primary => {
                 let unit_bytes = self.image.header.map_unit();
-                let left = self.sealed.len() - next as usize;
-                let count = left.min(cx.room().max(1));
-                for &unit in &self.sealed[next as usize..][..count] {
+                let left = &self.changed.sealed()[next as usize..];
+                let count = left.len().min(cx.room().max(1));
+                for &unit in &left[..count] {
                     if mutant!("vdi_seal_ignored") {
                         self.copy(unit, cx);
                     }
@@ -314,17 +305,6 @@ impl Changes for &mut Map {
         if !written {
             self.owes |= std::mem::take(&mut self.sealed_owes);
         }
-        for unit in self.sealed.drain(..) {
-            let is_dirty = &mut self.is_dirty[unit as usize];
-            if mutant!("vdi_change_after_seal_lost") {
-                *is_dirty = false;
-            }
-            if !written
-                && !mutant!("vdi_failed_write_forgotten")
-                && !std::mem::replace(is_dirty, true)
-            {
-                self.dirty.push(unit);
-            }
-        }
+        self.changed.unseal(written || mutant!("vdi_failed_write_forgotten"), |_| {});
     }
 }

@@ -12,6 +12,7 @@ use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
 use cowbell_engine::wait::{On, WaitList};
 
+use crate::parts::changed::Changed;
 use crate::parts::past_end::PastEnd;
 use crate::vmdk::disk::layout::{Entry, Header, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::open::{Extent, ExtentKind};
@@ -54,8 +55,7 @@ pub(super) struct Grown {
 struct Slot {
     extent: u32,
     table: u32,
-    /// Bytes that have changed since the last seal, in whole sectors; and those that are being
-    /// written. A pin goes with each.
+    /// Bytes that have changed since the last seal, in whole sectors; and those that are being written.
     changed: Option<(u16, u16)>,
     sealed: Option<(u16, u16)>,
 }
@@ -68,9 +68,8 @@ pub(super) struct Tables {
     directories: Directories,
     /// For each extent. The pieces are sectors of tables.
     past_end: Vec<PastEnd>,
-    /// Slots whose tables have changed since the last seal, and those that are being written.
-    changed: Vec<u32>,
-    sealed: Vec<u32>,
+    /// Slots whose tables have changed, or are being written: a pin goes with each.
+    changed: Changed,
     writable: bool,
 }
 
@@ -95,8 +94,7 @@ impl Tables {
             directories: Directories::new(extents, copies),
             slots: vec![Slot::default(); slots],
             cache,
-            changed: Vec::with_capacity(slots),
-            sealed: Vec::with_capacity(slots),
+            changed: Changed::new(slots),
             writable,
         }
     }
@@ -301,17 +299,10 @@ impl Tables {
         let piece = u64::from(state.table) * sectors_of_table(header);
         self.past_end[state.extent as usize].changed(piece + sectors.start..piece + sectors.end);
         let range = ((sectors.start * SECTOR) as u16, (sectors.end * SECTOR) as u16);
-        self.note_changed(slot, Some(range));
-    }
-
-    #[inline]
-    fn note_changed(&mut self, slot: usize, range: Option<(u16, u16)>) {
-        let state = &mut self.slots[slot];
-        if state.changed.is_none() {
+        state.changed = union(state.changed, Some(range));
+        if self.changed.note(slot) {
             self.cache.pin(slot);
-            self.changed.push(slot as u32);
         }
-        state.changed = union(state.changed, range);
     }
 
     /// Has a table changed since the last seal?
@@ -326,8 +317,8 @@ impl Tables {
 
     /// Copies what has changed.
     pub fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.changed, &mut self.sealed);
-        for &slot in &self.sealed {
+        self.changed.seal();
+        for &slot in self.changed.sealed() {
             let state = &mut self.slots[slot as usize];
             state.sealed = state.changed.take();
             let bytes = self.cache.bytes_mut(slot as usize, cx.mem());
@@ -347,13 +338,13 @@ impl Tables {
         extents: &Extents,
         cx: &mut Cx<'_>,
     ) -> Option<u32> {
-        let sectors = self.directories.sealed();
-        let all = sectors + self.sealed.len();
+        let (sectors, tables) = (self.directories.sealed(), self.changed.sealed());
+        let all = sectors + tables.len();
         let (mut next, mut issued) = (next as usize, false);
         while next < all && !(issued && cx.room() == 0) {
             issued |= match next.checked_sub(sectors) {
                 None => self.directories.write(next, redundant, extents, cx),
-                Some(n) => self.write_table(self.sealed[n] as usize, redundant, extents, cx),
+                Some(n) => self.write_table(tables[n] as usize, redundant, extents, cx),
             };
             next += 1;
         }
@@ -389,15 +380,12 @@ impl Tables {
     /// The copies are of no use any more. Unless all have been `written`, what they hold is to be
     /// written again.
     pub fn unseal(&mut self, written: bool, cx: &mut Cx<'_>) {
-        for i in 0..self.sealed.len() {
-            let slot = self.sealed[i] as usize;
-            let sealed = self.slots[slot].sealed.take();
-            if !written {
-                self.note_changed(slot, sealed);
-            }
-            self.cache.unpin(slot);
+        for &slot in self.changed.sealed() {
+            let Slot { changed, sealed, .. } = &mut self.slots[slot as usize];
+            let again = sealed.take().filter(|_| !written);
+            *changed = union(*changed, again);
         }
-        self.sealed.clear();
+        self.changed.unseal(written, |slot| self.cache.unpin(slot));
         self.directories.unseal(written);
         cx.wake_all(&mut self.cache.full);
     }
@@ -405,9 +393,9 @@ impl Tables {
     /// Panics if somebody waits or loads, or if a table is pinned that has not changed: what could not
     /// be written stays in memory.
     pub fn assert_idle(&self) {
-        assert!(self.sealed.is_empty(), "tables are being written");
+        assert!(self.changed.sealed().is_empty(), "tables are being written");
         self.directories.assert_idle();
-        self.cache.assert_idle(|slot| u32::from(self.slots[slot].changed.is_some()));
+        self.cache.assert_idle(|slot| self.changed.contains(slot).into());
     }
 }
 
