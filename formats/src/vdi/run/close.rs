@@ -1,9 +1,10 @@
 //! Leaving the image as one that was closed: the map written, no spare end, an exact count, all stable.
 
+use cowbell_engine::op::Op;
 use cowbell_engine::step::{Cx, Event, Step};
 
 use crate::parts::writeback::{Writeback, WritebackState};
-use crate::vdi::run::map::Map;
+use crate::vdi::run::map::{FLUSH, Map};
 
 /// What the chore awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -14,8 +15,6 @@ pub enum CloseState {
     Writeback(WritebackState),
     /// The spare end, cut off; the exact count, written.
     Ends,
-    /// All of it, stable.
-    Flush,
 }
 
 /// A step of the chore, and what it works with.
@@ -28,7 +27,7 @@ impl CloseStep<'_> {
     pub fn run(&mut self, state: CloseState, event: Event, cx: &mut Cx<'_>) -> Step<CloseState> {
         match (state, event) {
             (CloseState::Turn, Event::Start | Event::Woken) => {
-                if self.map.park_for_growth(cx) {
+                if self.map.space.park_while_growing(cx) {
                     return Step::Wait(CloseState::Turn);
                 }
                 let step = self.writeback.settle(&mut self.map, cx);
@@ -43,10 +42,9 @@ impl CloseStep<'_> {
                 if result.is_err() {
                     return Step::Done(result);
                 }
-                self.map.flush(cx);
-                Step::Wait(CloseState::Flush)
+                cx.issue(Op::flush(self.map.file()));
+                Step::Last { label: FLUSH }
             }
-            (CloseState::Flush, Event::Io(result)) => Step::Done(result),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }

@@ -8,12 +8,11 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, RegionId};
-use cowbell_engine::wait::On;
 
 use crate::parts::changed::Changed;
 use crate::parts::growth::{Grow, Growing, Growth, Lack, Space};
 use crate::parts::writeback::{Changes, Phase};
-use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header};
+use crate::vdi::disk::layout::HEADER_BYTES;
 use crate::vdi::rest::open::Opened;
 
 /// The label of a flush that is all that is left to do.
@@ -32,7 +31,7 @@ pub(super) struct Map {
     owes: bool,
     sealed_owes: bool,
     /// The file's end, counted from the first block on.
-    space: Space,
+    pub space: Space,
     /// As many blocks the header on disk counts; `None`: nobody knows, its write failed.
     counted: Option<u32>,
 }
@@ -82,22 +81,10 @@ impl Map {
         self.files[0]
     }
 
+    /// The image: its header, and the map as everybody sees it.
     #[inline]
-    pub fn header(&self) -> &Header {
-        &self.image.header
-    }
-
-    /// What is at `at`, and up to where at most `end` it is so: data is in one piece then. `None`: an
-    /// entry that cannot be.
-    #[inline]
-    pub fn run_at(&self, at: u64, end: u64) -> Option<(Entry, u64)> {
-        self.image.run_at(at, end)
-    }
-
-    /// Where byte `at` of the guest's disk is, if it is in this block.
-    #[inline]
-    pub fn host_of(&self, block: u32, at: u64) -> u64 {
-        self.image.host_of(block, at)
+    pub fn image(&self) -> &Opened {
+        &self.image
     }
 
     /// The entry for byte `at` cannot be.
@@ -131,11 +118,6 @@ impl Map {
         taken.map(|offset| New { first: (offset >> bits) as u32, count, unknown })
     }
 
-    /// Why attempt number `attempt` to get new blocks failed; `None` if it did not.
-    pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
-        self.space.failure_of(attempt)
-    }
-
     /// The blocks hold what they are to: entry `index` and those behind it name them.
     pub fn publish(&mut self, index: u64, new: New) {
         let index = index as usize;
@@ -151,19 +133,6 @@ impl Map {
     /// Entries in a unit of the map.
     fn per_unit(&self) -> usize {
         self.image.header.map_unit() / 4
-    }
-
-    /// The growing chore, if it was asked for.
-    pub fn begin_growth(&mut self) -> Option<Growing> {
-        self.space.begin_asked()
-    }
-
-    /// Parks the request until the file has grown; false: it is not growing.
-    pub fn park_for_growth(&mut self, cx: &mut Cx<'_>) -> bool {
-        if self.space.is_growing() {
-            cx.park(&mut self.space.waiters, On::FileLength);
-        }
-        self.space.is_growing()
     }
 
     /// A step of the growing chore.
@@ -220,11 +189,6 @@ impl Map {
         if result.is_ok() {
             self.counted = Some(self.image.header.allocated);
         }
-    }
-
-    /// Flushes the file.
-    pub fn flush(&self, cx: &mut Cx<'_>) {
-        cx.issue(Op::flush(self.file()));
     }
 
     /// Panics if something is changed, sealed or waited for. For tests, at rest.

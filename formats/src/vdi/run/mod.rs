@@ -69,7 +69,7 @@ impl Driver for Vdi {
 
     #[inline]
     fn size(&self) -> u64 {
-        self.map.header().size
+        self.map.image().header.size
     }
 
     fn uses(&self, file: FileId) -> bool {
@@ -79,9 +79,10 @@ impl Driver for Vdi {
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
         let passes = may_pass(io.kind, self.writable);
-        match self.map.run_at(io.offset, io.end()) {
+        let image = self.map.image();
+        match image.run_at(io.offset, io.end()) {
             Some((Entry::Block(block), end)) if passes && end == io.end() => {
-                let offset = self.map.host_of(block, io.offset);
+                let offset = image.host_of(block, io.offset);
                 Some(Pass { file: self.map.file(), offset, label: PIECES })
             }
             _ => None,
@@ -94,7 +95,7 @@ impl Driver for Vdi {
 
     fn chore(&mut self, chore: Chore) -> Option<State> {
         match chore {
-            Chore::Asked => self.map.begin_growth().map(State::Grow),
+            Chore::Asked => self.map.space.begin_asked().map(State::Grow),
             Chore::Deadline => Some(State::Writeback(self.writeback.begin_due())),
             Chore::Settle => self.writable.then_some(State::Close(CloseState::Turn)),
         }

@@ -91,7 +91,7 @@ impl Vdi {
 
     /// Bytes in a block.
     pub fn block_size(&self) -> u64 {
-        self.map.header().block_size()
+        self.map.image().header.block_size()
     }
 
     /// Panics if something is claimed, parked or busy. For tests, at rest.
@@ -103,7 +103,7 @@ impl Vdi {
 
     /// Claims blocks for the unallocated run `at..run_end` and writes them.
     fn allocate(&mut self, at: u64, run_end: u64, cx: &mut Cx<'_>) -> Progress {
-        let bits = self.map.header().block_bits;
+        let bits = self.map.image().header.block_bits;
         let index = at >> bits;
         let Some(free_to) = self.claims.free_to(index << bits, (index + 1) << bits, cx) else {
             return Progress::LookAgain(at);
@@ -129,7 +129,7 @@ impl Vdi {
             segs.push(data);
             segs.push(Seg::zeros((blocks_end - end) as u32));
         }
-        cx.issue(Op::write(self.map.file(), self.map.host_of(new.first, from), segs));
+        cx.issue(Op::write(self.map.file(), self.map.image().host_of(new.first, from), segs));
         Progress::Wait(PieceState::WriteData { claim })
     }
 
@@ -161,17 +161,17 @@ impl Pieces for Vdi {
     }
 
     fn find(&mut self, at: u64, end: u64, _: &mut Cx<'_>) -> Self::Found {
-        self.map.run_at(at, end)
+        self.map.image().run_at(at, end)
     }
 
     fn in_place(&mut self, at: u64, found: Self::Found, cx: &mut Cx<'_>) -> Option<Progress> {
-        let (entry, end) = found?;
+        let ((entry, end), image) = (found?, self.map.image());
         let content = match entry {
-            Entry::Block(block) => Content::Data(self.map.file(), self.map.host_of(block, at)),
+            Entry::Block(block) => Content::Data(self.map.file(), image.host_of(block, at)),
             Entry::Zero => Content::Zeros,
         };
-        let header = self.map.header();
-        let whole = |at, end| units::whole(at, end, header.block_size(), 0..header.size);
+        let (size, disk) = (image.header.block_size(), image.header.size);
+        let whole = |at, end| units::whole(at, end, size, 0..disk);
         in_place((at, end), content, None, whole, cx)
     }
 
@@ -188,7 +188,7 @@ impl Pieces for Vdi {
     fn run_piece(&mut self, state: PieceState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
             (PieceState::Space { at, attempt }, Event::Woken) => {
-                Progress::tried(at, self.map.failure_of(attempt))
+                Progress::tried(at, self.map.space.failure_of(attempt))
             }
             (PieceState::WriteData { claim }, Event::Io(result)) => {
                 self.data_written(claim, result, cx)

@@ -144,7 +144,7 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
         let Grown { grain, count, slot, entry } = grown;
-        self.tables.pin(slot);
+        self.tables.cache.pin(slot);
         let claim = Claim { extent: place.extent, grain, count, slot, entry, at, end, cow };
         let grains_end = place.grain_start(grain + count).min(place.end);
         self.claims.insert(place.grain_start(grain)..grains_end, claim)

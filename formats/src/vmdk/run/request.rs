@@ -10,6 +10,7 @@ use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Cx, Event, Io, IoKind};
 use cowbell_engine::sys::random;
 use cowbell_engine::units::{Errno, FileId};
+use cowbell_engine::wait::On;
 
 use crate::parts::backing::Backing;
 use crate::parts::claims::Claims;
@@ -373,12 +374,13 @@ impl Pieces for Vmdk {
                 Some(slot) => Progress::Wait(PieceState::LoadTable { at, slot: slot as u32 }),
                 None => {
                     let of_use = self.tables.have_changed_tables();
-                    let attempt = self.writeback.park_for_room(of_use, self.tables.full(), cx);
+                    let room = &mut self.tables.cache.full;
+                    let attempt = self.writeback.park_for_room(of_use, room, cx);
                     Progress::Wait(PieceState::Room { at, attempt })
                 }
             },
             Found::Loading { slot } => {
-                self.tables.park_for(slot, cx);
+                cx.park(self.tables.cache.waiters(slot), On::Table);
                 Progress::LookAgain(at)
             }
             Found::Flat { .. } | Found::Zeros { .. } | Found::Invalid => {

@@ -10,7 +10,6 @@ use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
-use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::changed::Changed;
 use crate::parts::past_end::PastEnd;
@@ -63,7 +62,7 @@ struct Slot {
 /// See the module.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Tables {
-    cache: TableCache,
+    pub cache: TableCache,
     slots: Vec<Slot>,
     directories: Directories,
     /// For each extent. The pieces are sectors of tables.
@@ -226,21 +225,6 @@ impl Tables {
             past_end.disarm(first, SECTOR as usize, bytes, past);
         }
         self.cache.load_ended(slot, result.is_ok(), cx);
-    }
-
-    /// Parks the request until the table of `slot` is there.
-    pub fn park_for(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        cx.park(self.cache.waiters(slot), On::Table);
-    }
-
-    /// Who waits for any slot.
-    pub fn full(&mut self) -> &mut WaitList {
-        &mut self.cache.full
-    }
-
-    /// Keeps a table in memory until it is unpinned.
-    pub fn pin(&mut self, slot: usize) {
-        self.cache.pin(slot);
     }
 
     /// Ends one pin, and wakes who needs the slot.
