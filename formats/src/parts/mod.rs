@@ -6,6 +6,7 @@ pub mod backing;
 pub(crate) mod changed;
 pub(crate) mod claims;
 pub mod cow;
+pub(crate) mod entries;
 pub mod growth;
 pub(crate) mod in_place;
 pub mod length;

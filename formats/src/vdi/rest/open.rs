@@ -6,6 +6,7 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
+use crate::parts::entries::read_entries;
 use crate::parts::length::file_len;
 use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header, NOWHERE};
 
@@ -166,13 +167,5 @@ pub fn write_header<F: Store>(file: &F, header: &Header) -> Result<(), Error> {
 /// [`Error::Io`].
 pub fn read_map<F: Store>(file: &F, header: &Header) -> Result<Vec<u32>, Error> {
     let len = (header.blocks as usize * 4).next_multiple_of(header.map_unit());
-    let mut map = Vec::with_capacity(len / 4);
-    let mut chunk = vec![0; len.min(1 << 20)];
-    while map.len() * 4 < len {
-        let part = chunk.len().min(len - map.len() * 4);
-        let at = header.map_offset + map.len() as u64 * 4;
-        file.read_at(at, &mut chunk[..part]).map_err(Error::io("read the block map"))?;
-        map.extend(chunk[..part].as_chunks::<4>().0.iter().map(|raw| u32::from_le_bytes(*raw)));
-    }
-    Ok(map)
+    read_entries(file, header.map_offset, len / 4, u32::from_le_bytes, "read the block map")
 }
