@@ -33,6 +33,25 @@ pub(super) enum Kind {
     Sparse(Box<Grains>),
 }
 
+impl Extent {
+    /// Its tables and grains, if it is sparse.
+    #[inline]
+    pub fn sparse(&self) -> Option<&Grains> {
+        match &self.kind {
+            Kind::Sparse(grains) => Some(grains),
+            Kind::Flat(_) | Kind::Zero => None,
+        }
+    }
+
+    #[inline]
+    fn sparse_mut(&mut self) -> Option<&mut Grains> {
+        match &mut self.kind {
+            Kind::Sparse(grains) => Some(grains),
+            Kind::Flat(_) | Kind::Zero => None,
+        }
+    }
+}
+
 /// A sparse extent.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Grains {
@@ -148,34 +167,22 @@ impl Extents {
     /// A sparse one.
     #[inline]
     pub fn grains(&self, index: usize) -> &Grains {
-        match &self.all[index].kind {
-            Kind::Sparse(grains) => grains,
-            Kind::Flat(_) | Kind::Zero => unreachable!("only sparse extents have tables"),
-        }
+        self.all[index].sparse().expect("only sparse extents have tables")
     }
 
     /// The end of a sparse one's file.
     pub fn space(&mut self, index: usize) -> &mut Space {
-        match &mut self.all[index].kind {
-            Kind::Sparse(grains) => &mut grains.space,
-            Kind::Flat(_) | Kind::Zero => unreachable!("only sparse extents have tables"),
-        }
+        &mut self.all[index].sparse_mut().expect("only sparse extents have tables").space
     }
 
     /// The ends of the files of all sparse ones.
     pub fn spaces(&mut self) -> impl Iterator<Item = &mut Space> {
-        self.all.iter_mut().filter_map(|extent| match &mut extent.kind {
-            Kind::Sparse(grains) => Some(&mut grains.space),
-            Kind::Flat(_) | Kind::Zero => None,
-        })
+        self.all.iter_mut().filter_map(|extent| Some(&mut extent.sparse_mut()?.space))
     }
 
     /// Is all that was handed out within the files' lengths after any crash?
     pub fn are_stable(&self) -> bool {
-        self.all.iter().all(|extent| match &extent.kind {
-            Kind::Sparse(grains) => grains.space.is_stable(),
-            Kind::Flat(_) | Kind::Zero => true,
-        })
+        self.all.iter().filter_map(Extent::sparse).all(|grains| grains.space.is_stable())
     }
 
     #[inline]
@@ -204,24 +211,17 @@ impl Extents {
     /// Where the table, or the flat extent, ends that byte `at` is in; in a stream the grain.
     pub fn piece_end(&self, at: u64) -> u64 {
         let index = self.index_at(at);
-        match &self.all[index].kind {
-            Kind::Flat(_) | Kind::Zero => self.all[index].end,
-            Kind::Sparse(grains) => {
-                let place = self.place(index);
-                match grains.header.is_compressed() {
-                    true => place.grain_start(place.grain_of(at) + 1).min(place.end),
-                    false => place.table_end(at),
-                }
-            }
+        let Some(grains) = self.all[index].sparse() else { return self.all[index].end };
+        let place = self.place(index);
+        match grains.header.is_compressed() {
+            true => place.grain_start(place.grain_of(at) + 1).min(place.end),
+            false => place.table_end(at),
         }
     }
 
     /// Bytes in a grain, where all have the same.
     pub fn grain_size(&self) -> Option<u64> {
-        let mut sizes = self.all.iter().map(|extent| match &extent.kind {
-            Kind::Sparse(grains) => Some(grains.header.grain_size()),
-            Kind::Flat(_) | Kind::Zero => None,
-        });
+        let mut sizes = self.all.iter().map(|extent| Some(extent.sparse()?.header.grain_size()));
         let first = sizes.next().flatten();
         first.filter(|&first| sizes.all(|size| size == Some(first)))
     }
@@ -229,10 +229,7 @@ impl Extents {
     /// The chore that makes a file longer, if one was asked for: whose, and its state.
     pub fn begin_growth(&mut self) -> Option<(u32, Growing)> {
         let mut all = (0..).zip(&mut self.all);
-        all.find_map(|(index, extent)| match &mut extent.kind {
-            Kind::Sparse(grains) => Some((index, grains.space.begin_asked()?)),
-            Kind::Flat(_) | Kind::Zero => None,
-        })
+        all.find_map(|(index, extent)| Some((index, extent.sparse_mut()?.space.begin_asked()?)))
     }
 
     /// A step of that chore.
@@ -249,11 +246,7 @@ impl Extents {
 
     /// Panics if a file grows, or somebody waits for that. For tests, at rest.
     pub fn assert_idle(&self) {
-        for extent in &self.all {
-            if let Kind::Sparse(grains) = &extent.kind {
-                grains.space.assert_idle();
-            }
-        }
+        self.all.iter().filter_map(Extent::sparse).for_each(|grains| grains.space.assert_idle());
     }
 }
 

@@ -142,18 +142,11 @@ impl Vmdk {
 
     #[inline]
     fn allocating(&mut self) -> AllocateStep<'_> {
-        AllocateStep {
-            image: &self.image,
-            extents: &mut self.extents,
-            tables: &mut self.tables,
-            claims: &mut self.claims,
-            id: &mut self.id,
-            writeback: &mut self.writeback,
-        }
+        self.allocating_and_deflated().0
     }
 
-    fn streaming(&mut self) -> StreamStep<'_> {
-        let (compressed, stream) = self.deflated.as_mut().expect("a stream has deflated grains");
+    #[inline]
+    fn allocating_and_deflated(&mut self) -> (AllocateStep<'_>, Option<&mut (Compressed, Stream)>) {
         let allocate = AllocateStep {
             image: &self.image,
             extents: &mut self.extents,
@@ -162,6 +155,12 @@ impl Vmdk {
             id: &mut self.id,
             writeback: &mut self.writeback,
         };
+        (allocate, self.deflated.as_mut())
+    }
+
+    fn streaming(&mut self) -> StreamStep<'_> {
+        let (allocate, deflated) = self.allocating_and_deflated();
+        let (compressed, stream) = deflated.expect("a stream has deflated grains");
         StreamStep { stream, compressed, allocate }
     }
 
@@ -345,7 +344,9 @@ impl Pieces for Vmdk {
                 self.inflate(at, host, slot, cx)
             }
             // In place; and directories say so on disk after the next writeback.
-            Found::Flat { .. } | Found::NoTable { .. } | Found::Run { entry: Entry::Data(_), .. }
+            Found::Flat { .. }
+            | Found::NoTable { .. }
+            | Found::Run { entry: Entry::Data(_), .. }
                 if !self.id.is_written() =>
             {
                 self.wait_for_id(at, cx)
