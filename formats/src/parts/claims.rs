@@ -62,24 +62,15 @@ impl<T> Claims<T> {
         key
     }
 
-    /// Ends a claim, and wakes who waits for that.
-    pub fn end(&mut self, key: u32, cx: &mut Cx<'_>) -> T {
+    /// Ends a claim, and wakes who waits for that. Is what was to be allocated there?
+    pub fn end(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> T {
         let Claim { mut waiters, what, .. } = self.remove(key);
-        if !mutant!("claim_never_wakes") && !mutant!("qcow2_claim_never_wakes") {
+        let forgets = mutant!("no_wake_on_error") || mutant!("vmdk_no_wake_on_error");
+        let forgets = (forgets || mutant!("vdi_no_wake_on_error")) && !is_there;
+        if !forgets && !mutant!("claim_never_wakes") && !mutant!("qcow2_claim_never_wakes") {
             cx.wake_all(&mut waiters);
         }
         what
-    }
-
-    /// As [`Claims::end`], where what was to be allocated could not be.
-    pub fn end_failed(&mut self, key: u32, cx: &mut Cx<'_>) -> T {
-        if mutant!("no_wake_on_error")
-            || mutant!("vmdk_no_wake_on_error")
-            || mutant!("vdi_no_wake_on_error")
-        {
-            return self.remove(key).what;
-        }
-        self.end(key, cx)
     }
 
     fn remove(&mut self, key: u32) -> Claim<T> {

@@ -166,7 +166,7 @@ impl PieceStep<'_> {
         }
         self.put_entries(key, cx);
         self.writeback.touch(slot, owes, self.tables, cx);
-        self.end_claim(key, cx);
+        self.end_claim(key, true, cx);
         Progress::To(to)
     }
 
@@ -228,12 +228,12 @@ impl PieceStep<'_> {
         if mutant!("qcow2_claim_kept_on_error") {
             return Progress::Failed(errno);
         }
-        self.end_claim(key, cx);
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let mut claim = self.claims.end(key, cx);
+    fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) {
+        let mut claim = self.claims.end(key, is_there, cx);
         claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
     }

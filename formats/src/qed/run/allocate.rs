@@ -219,10 +219,7 @@ impl AllocateStep<'_> {
             Copied::Failed(errno) => self.fail(key, errno, cx),
             Copied::Written => {
                 self.publish(key, cx);
-                let claim = self.claims.end(key, cx);
-                let end = claim.end;
-                self.claim_ended(claim, cx);
-                Progress::To(end)
+                Progress::To(self.end_claim(key, true, cx))
             }
         }
     }
@@ -241,17 +238,19 @@ impl AllocateStep<'_> {
             self.claims[key].cow.give_bufs(cx);
             return Progress::Failed(errno);
         }
-        let claim = self.claims.end_failed(key, cx);
-        self.claim_ended(claim, cx);
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
+    /// Answers where its piece ends. Are the clusters there?
     #[inline]
-    fn claim_ended(&mut self, mut claim: Claim, cx: &mut Cx<'_>) {
+    fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> u64 {
+        let mut claim = self.claims.end(key, is_there, cx);
         claim.cow.give_bufs(cx);
         if !mutant!("slice_not_pinned") {
             self.tables.unpin(claim.slot, cx);
         }
         self.header.allocation_ended(self.claims.is_empty(), cx);
+        claim.end
     }
 }

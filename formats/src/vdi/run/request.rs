@@ -139,10 +139,10 @@ impl Vdi {
         if let Err(errno) = result
             && !mutant!("vdi_data_error_ignored")
         {
-            self.claims.end_failed(key, cx);
+            self.claims.end(key, false, cx);
             return Progress::Failed(errno);
         }
-        let claim = self.claims.end(key, cx);
+        let claim = self.claims.end(key, true, cx);
         self.map.publish(claim.index, claim.new);
         self.writeback.set_due(cx);
         Progress::To(claim.end)

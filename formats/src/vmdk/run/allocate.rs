@@ -23,13 +23,8 @@ use crate::vmdk::run::tables::{Grown, Tables};
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Claim {
     extent: usize,
-    /// The first grain in the extent, and how many there are.
-    grain: u64,
-    count: u64,
-    /// The slot of their table, pinned.
-    slot: usize,
-    /// What the first one's entry will be; data grains follow one another in the file.
-    entry: Entry,
+    /// What is to be published. Their table is pinned.
+    grown: Grown,
     /// The guest range that this piece writes.
     at: u64,
     end: u64,
@@ -143,9 +138,9 @@ impl AllocateStep<'_> {
     /// Claims grains for `at..end`, and pins their table.
     #[inline]
     pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
-        let Grown { grain, count, slot, entry } = grown;
+        let Grown { grain, count, slot, .. } = grown;
         self.tables.cache.pin(slot);
-        let claim = Claim { extent: place.extent, grain, count, slot, entry, at, end, cow };
+        let claim = Claim { extent: place.extent, grown, at, end, cow };
         let grains_end = place.grain_start(grain + count).min(place.end);
         self.claims.insert(place.grain_start(grain)..grains_end, claim)
     }
@@ -157,7 +152,7 @@ impl AllocateStep<'_> {
 
     /// A claim's grains are to be here.
     pub fn set_entry(&mut self, claim: u32, entry: Entry) {
-        self.claims[claim].entry = entry;
+        self.claims[claim].grown.entry = entry;
     }
 
     /// How far one piece reaches: to where the parent ends.
@@ -191,9 +186,8 @@ impl AllocateStep<'_> {
         place: Place,
         cx: &mut Cx<'_>,
     ) -> Result<u64, Progress> {
-        let (taken, extent) =
-            (self.extents.space(place.extent).take_or_park(bytes, table, cx), place.extent as u32);
-        let space = |attempt| AllocateState::Space { at, extent, attempt };
+        let taken = self.extents.space(place.extent).take_or_park(bytes, table, cx);
+        let space = |attempt| AllocateState::Space { at, extent: place.extent as u32, attempt };
         taken.map_err(|lack| Progress::lacks(lack, space))
     }
 
@@ -215,8 +209,10 @@ impl AllocateStep<'_> {
         if self.image.parent_changed && claim.cow.reads() {
             return self.fail(key, Errno::INVALID, cx);
         }
-        let Entry::Data(offset) = claim.entry else { unreachable!("zero grains have no data") };
-        let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grain);
+        let Entry::Data(offset) = claim.grown.entry else {
+            unreachable!("zero grains have no data")
+        };
+        let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grown.grain);
         let file = self.extents.get(claim.extent).file;
         let place = cow::Place { file, start: claim.at, end: claim.end, host: offset + inside };
         let backing = self.image.backing;
@@ -245,34 +241,28 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn publish_and_end(&mut self, key: u32, cx: &mut Cx<'_>) -> u64 {
         self.publish(key, cx);
-        let claim = self.claims.end(key, cx);
-        let end = claim.end;
-        self.claim_ended(claim, cx);
-        end
+        self.end_claim(key, true, cx)
     }
 
     #[inline]
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let Claim { grain, count, slot, entry, .. } = self.claims[key];
-        self.tables.publish(self.extents, Grown { grain, count, slot, entry }, cx);
+        self.tables.publish(self.extents, self.claims[key].grown, cx);
         self.writeback.set_due(cx);
     }
 
+    /// Gives up. What was allocated is leaked; what was there before is still there.
     fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
-        self.give_up(key, cx);
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
-    /// What was allocated is leaked; what was there before is still there.
-    pub fn give_up(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let claim = self.claims.end_failed(key, cx);
-        self.claim_ended(claim, cx);
-    }
-
+    /// Answers where its piece ends. Are the grains there?
     #[inline]
-    fn claim_ended(&mut self, mut claim: Claim, cx: &mut Cx<'_>) {
+    pub fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> u64 {
+        let mut claim = self.claims.end(key, is_there, cx);
         claim.cow.give_bufs(cx);
-        self.tables.unpin(claim.slot, cx);
+        self.tables.unpin(claim.grown.slot, cx);
+        claim.end
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is

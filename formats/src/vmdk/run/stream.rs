@@ -83,7 +83,7 @@ impl Stream {
 
     /// Closing: writes the stream's end if it has none, which may be; false: it has.
     pub fn write_end(&self, extents: &Extents, tables: &Tables, cx: &mut Cx<'_>) -> bool {
-        if !self.open || !extents.has_footer(0) {
+        if !self.open || !extents.grains(0).has_footer {
             return false;
         }
         let grains = extents.grains(0);
@@ -217,7 +217,7 @@ impl StreamStep<'_> {
     fn fail(&mut self, claim: u32, slot: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
         self.stream.next_turn(claim, cx);
         self.compressed.written(slot, false, cx);
-        self.allocate.give_up(claim, cx);
+        self.allocate.end_claim(claim, false, cx);
         Progress::Failed(errno)
     }
 

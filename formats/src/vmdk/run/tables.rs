@@ -39,7 +39,7 @@ pub(crate) enum Found {
 }
 
 /// Grains of one table, from the first one on, whose entries change.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Hash, Debug)]
 pub(super) struct Grown {
     pub grain: u64,
     pub count: u64,
