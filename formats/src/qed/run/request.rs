@@ -2,7 +2,7 @@
 //! `parts::pieces` walks over its range.
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::step::{Cx, Event, Io, IoKind};
+use cowbell_engine::step::{Cx, Event, Io};
 use cowbell_engine::units::{Errno, FileId, HostOffset};
 use cowbell_engine::wait::On;
 
@@ -157,19 +157,6 @@ impl Qed {
             _ => None,
         }
     }
-
-    /// Does a range without an L2 table do without one? Reads do, and what would only say zeros
-    /// where zeros are.
-    fn needs_no_table(&self, at: u64, end: u64, cx: &Cx<'_>) -> bool {
-        match cx.io().kind {
-            IoKind::Read | IoKind::Status { .. } => true,
-            IoKind::Zero { .. } => !self.disk.shows_backing(at),
-            IoKind::Discard => {
-                !self.disk.shows_backing(at) || self.disk.whole_clusters(at, end).is_none()
-            }
-            _ => false,
-        }
-    }
 }
 
 impl Pieces for Qed {
@@ -183,16 +170,15 @@ impl Pieces for Qed {
     }
 
     fn find(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Found {
-        match self.tables.look_up(at, end, self.bounds(), cx.memory()) {
-            Found::NoTable { end } if self.needs_no_table(at, end, cx) => {
-                Found::Run { entry: Entry::Unallocated, end, slot: usize::MAX }
-            }
-            found => found,
-        }
+        self.tables.look_up(at, end, self.bounds(), cx.memory())
     }
 
     fn in_place(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Option<Progress<PieceState>> {
-        let Found::Run { entry, end, .. } = found else { return None };
+        let (entry, end) = match found {
+            Found::Run { entry, end, .. } => (entry, end),
+            Found::NoTable { end } => (Entry::Unallocated, end),
+            Found::NotLoaded { .. } | Found::Loading { .. } | Found::Invalid => return None,
+        };
         let content = match entry {
             Entry::Data(offset) => {
                 let inside = at & (self.image.geometry.cluster_size() - 1);

@@ -195,22 +195,6 @@ impl Vmdk {
         }
     }
 
-    /// Does a range without a table do without one? Reads do, and what would only say zeros where
-    /// zeros are, or could not say so.
-    fn needs_no_table(&self, at: u64, end: u64, cx: &Cx<'_>) -> bool {
-        let place = self.extents.place(self.extents.index_at(at));
-        match cx.io().kind {
-            IoKind::Read | IoKind::Status { .. } => true,
-            IoKind::Zero { .. } => !self.image.shows_parent(at, place),
-            IoKind::Discard => {
-                !self.image.shows_parent(at, place)
-                    || !self.extents.can_say_zero(place.extent)
-                    || place.whole_grains(at, end).is_none()
-            }
-            _ => false,
-        }
-    }
-
     fn wait_for_id(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
         let attempt = self.id.park(cx);
         Progress::Wait(PieceState::ContentId { at, attempt })
@@ -268,12 +252,7 @@ impl Pieces for Vmdk {
     }
 
     fn find(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Found {
-        match self.tables.look_up(&self.extents, at, end, cx.memory()) {
-            Found::NoTable { end } if self.needs_no_table(at, end, cx) => {
-                Found::Run { entry: Entry::Unallocated, end, slot: usize::MAX }
-            }
-            found => found,
-        }
+        self.tables.look_up(&self.extents, at, end, cx.memory())
     }
 
     fn in_place(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Option<Progress> {
@@ -282,9 +261,7 @@ impl Pieces for Vmdk {
         let reads = matches!(io.kind, IoKind::Read | IoKind::Status { .. });
         let (end, content) = match found {
             Found::Flat { host, end } => (end, Content::Data(file, host)),
-            Found::Zeros { end } | Found::Run { entry: Entry::Zero, end, .. } => {
-                (end, Content::Zeros)
-            }
+            Found::Run { entry: Entry::Zero, end, .. } => (end, Content::Zeros),
             Found::Run { entry: Entry::Data(_), end, .. } if self.extents.is_compressed(index) => {
                 return self.in_compressed(at, end, cx);
             }
@@ -293,17 +270,14 @@ impl Pieces for Vmdk {
                 let inside = (at - place.start) & (place.grain_size() - 1);
                 (end, Content::Data(file, offset + inside))
             }
-            Found::Run { entry: Entry::Unallocated, .. } if reads && self.image.parent_changed => {
-                return Some(Progress::Failed(Errno::INVALID));
-            }
-            Found::Run { entry: Entry::Unallocated, end, .. } => {
+            Found::NoTable { end } | Found::Run { entry: Entry::Unallocated, end, .. } => {
+                if reads && self.image.parent_changed {
+                    return Some(Progress::Failed(Errno::INVALID));
+                }
                 let place = self.extents.place(index);
                 (end, Content::Below { shows: self.image.shows_parent(at, place) })
             }
-            Found::NotLoaded { .. }
-            | Found::Loading { .. }
-            | Found::NoTable { .. }
-            | Found::Invalid => return None,
+            Found::NotLoaded { .. } | Found::Loading { .. } | Found::Invalid => return None,
         };
         let is_data = matches!(content, Content::Data(..));
         if is_data && !reads && !self.id.is_written() && !mutant!("vmdk_in_place_before_cid") {
@@ -366,7 +340,7 @@ impl Pieces for Vmdk {
             }
             Found::NoTable { .. } => {
                 let place = self.extents.place(index);
-                if self.extents.has_footer(index) {
+                if self.extents.grains(index).has_footer {
                     return self.streaming().make_table(at, place, cx).map(PieceState::Stream);
                 }
                 self.allocating().allocate_table(at, place, cx).map(PieceState::Allocate)
@@ -384,9 +358,7 @@ impl Pieces for Vmdk {
                 cx.park(self.tables.cache.waiters(slot), On::Table);
                 Progress::LookAgain(at)
             }
-            Found::Flat { .. } | Found::Zeros { .. } | Found::Invalid => {
-                unreachable!("dealt with before")
-            }
+            Found::Flat { .. } | Found::Invalid => unreachable!("dealt with before"),
         }
     }
 

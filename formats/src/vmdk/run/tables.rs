@@ -24,8 +24,6 @@ use crate::vmdk::run::image::{COPY_AT, SLOT_BYTES};
 pub(crate) enum Found {
     /// A flat extent: byte `host` of its file, up to `end`.
     Flat { host: u64, end: u64 },
-    /// An extent that is nothing but zeros, up to `end`.
-    Zeros { end: u64 },
     /// The table is not in memory; this is its place.
     NotLoaded { table: u64 },
     /// It is being loaded into this slot, or is about to be.
@@ -41,6 +39,7 @@ pub(crate) enum Found {
 /// Grains of one table, from the first one on, whose entries change.
 #[derive(Clone, Copy, Hash, Debug)]
 pub(super) struct Grown {
+    /// The first one in its extent.
     pub grain: u64,
     pub count: u64,
     /// Of the table.
@@ -106,7 +105,7 @@ impl Tables {
         let end = end.min(extent.end);
         let grains = match &extent.kind {
             Kind::Flat(host) => return Found::Flat { host: host + (at - extent.start), end },
-            Kind::Zero => return Found::Zeros { end },
+            Kind::Zero => return Found::Run { entry: Entry::Zero, end, slot: usize::MAX },
             Kind::Sparse(grains) => grains,
         };
         let table = (at - extent.start) >> grains.header.span_bits();
