@@ -198,11 +198,6 @@ impl Extents {
         self.grains(index).header.is_compressed()
     }
 
-    /// Is it a stream whose directory is at its end?
-    pub fn has_footer(&self, index: usize) -> bool {
-        self.grains(index).has_footer
-    }
-
     /// Can a table say that a grain is zeros?
     pub fn can_say_zero(&self, index: usize) -> bool {
         self.grains(index).header.has_zeroed_grains()

@@ -2,7 +2,7 @@
 //! and answers how it goes on; this one routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                                    (request.rs)
+//! a request, by its pieces                                   (parts/pieces.rs, request.rs)
 //!            ┌────────────── look again ◄─────────────────────────────┐
 //! Next ──────┤ table not there ─> LoadTable ──────────────────────────┤
 //!  │ │ │ │   │ no slot for it ─> Room (a writeback makes it) ──────────┤
@@ -10,7 +10,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ─┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
 //!  │ │ └─── mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └───── allocate: [Cow] ─> WriteData ─> [ContentId] ─> published ─> Next  (allocate.rs)
+//!  │ └───── allocate: Cow … ─> [ContentId] ─> published ─> Next  (allocate.rs, parts/cow.rs)
 //!  └─────── flush: [Fence] ─> Write ─> Flush ─> Write, the redundant ones     (parts/writeback.rs)
 //!
 //! a deflated grain: Read … ─> Inflate ─> Next                                 (compressed.rs)
@@ -132,13 +132,10 @@ impl Driver for Vmdk {
     fn chore(&mut self, chore: Chore) -> Option<State> {
         match chore {
             Chore::Asked => {
-                if let Some(state) = self.id.begin_asked() {
-                    return Some(State::WriteId(state));
-                }
-                match self.extents.begin_growth() {
-                    Some((extent, growing)) => Some(State::Grow(extent, growing)),
-                    None => self.writeback.begin_asked().map(State::Writeback),
-                }
+                let id = self.id.begin_asked().map(State::WriteId);
+                let grow = |(extent, state)| State::Grow(extent, state);
+                id.or_else(|| self.extents.begin_growth().map(grow))
+                    .or_else(|| self.writeback.begin_asked().map(State::Writeback))
             }
             Chore::Deadline => Some(State::Writeback(self.writeback.begin_due())),
             Chore::Settle => self.image.writable.then_some(State::Close(CloseState::Begin)),
