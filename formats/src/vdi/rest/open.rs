@@ -83,33 +83,27 @@ impl Opened {
 /// What [`Header::parse`] says; [`Error::Io`].
 pub fn open<F: Store>(file: &F, write: bool) -> Result<Opened, Error> {
     let mut len = file_len(file)?;
-    let mut header = read_header(file, len)?;
+    let header = read_header(file, len)?;
     let map = read_map(file, &header)?;
-    let mut image = Opened {
-        file_blocks: header.blocks_in(len),
-        header: header.clone(),
-        map,
-        holes: Vec::new(),
-        doubled: Vec::new(),
-        fixed_len: file.has_fixed_len().then_some(len),
-    };
-    let named = image.entries().iter().filter(|&&raw| raw < image.file_blocks).max();
-    let counted = header.allocated.min(image.file_blocks).max(named.map_or(0, |max| max + 1));
-    if image.fixed_len.is_some() {
+    let (file_blocks, holes, doubled) = (header.blocks_in(len), Vec::new(), Vec::new());
+    let fixed_len = file.has_fixed_len().then_some(len);
+    let mut image = Opened { header, map, file_blocks, holes, doubled, fixed_len };
+    let named = image.entries().iter().filter(|&&raw| raw < file_blocks).max();
+    let counted = image.header.allocated.min(file_blocks).max(named.map_or(0, |max| max + 1));
+    if fixed_len.is_some() {
         image.file_blocks = counted;
     }
     if write {
-        if image.fixed_len.is_none() && len > header.offset_of(counted) {
-            file.set_len(header.offset_of(counted))
-                .map_err(Error::io("cut off the image's end"))?;
+        let end = image.header.offset_of(counted);
+        if fixed_len.is_none() && len > end {
+            file.set_len(end).map_err(Error::io("cut off the image's end"))?;
             len = file_len(file)?;
-            image.file_blocks = header.blocks_in(len);
+            image.file_blocks = image.header.blocks_in(len);
         }
-        if header.allocated < image.file_blocks {
-            header.allocated = image.file_blocks;
-            write_header(file, &header)?;
+        if image.header.allocated < image.file_blocks {
+            image.header.allocated = image.file_blocks;
+            write_header(file, &image.header)?;
         }
-        image.header = header;
     }
     image.look_through();
     Ok(image)

@@ -11,7 +11,7 @@ use cowbell_engine::units::{Errno, FileId, RegionId};
 
 use crate::parts::changed::Changed;
 use crate::parts::growth::{Grow, Growing, Growth, Lack, Space};
-use crate::parts::writeback::{Changes, Phase};
+use crate::parts::writeback::{Changes, Phase, Writeback, WritebackState};
 use crate::vdi::disk::layout::HEADER_BYTES;
 use crate::vdi::rest::open::Opened;
 
@@ -34,6 +34,17 @@ pub(super) struct Map {
     pub space: Space,
     /// As many blocks the header on disk counts; `None`: nobody knows, its write failed.
     counted: Option<u32>,
+}
+
+/// What the chore awaits that leaves the image clean.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum CloseState {
+    /// Nothing stands in the way.
+    Turn,
+    /// The map, written and stable.
+    Writeback(WritebackState),
+    /// The spare end, cut off; the exact count, written.
+    Ends,
 }
 
 /// New blocks, in a row.
@@ -164,8 +175,41 @@ impl Map {
         cx.issue(Op::write(self.file(), 0, Segs::one(seg)));
     }
 
+    /// A step of the chore that leaves the image as one that was closed: the map written, no spare end,
+    /// an exact count, all stable.
+    pub fn close(
+        mut self: &mut Self,
+        writeback: &mut Writeback,
+        state: CloseState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<CloseState> {
+        let step = match (state, event) {
+            (CloseState::Turn, Event::Start | Event::Woken) => {
+                if self.space.park_while_growing(cx) {
+                    return Step::Wait(CloseState::Turn);
+                }
+                writeback.settle(&mut self, cx)
+            }
+            (CloseState::Writeback(state), event) => writeback.step(state, event, &mut self, cx),
+            (CloseState::Ends, Event::Io(result)) => {
+                self.made_exact(result);
+                if result.is_err() {
+                    return Step::Done(result);
+                }
+                cx.issue(Op::flush(self.file()));
+                return Step::Last { label: FLUSH };
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        };
+        match step {
+            Step::Done(Ok(())) if self.make_exact(cx) => Step::Wait(CloseState::Ends),
+            step => step.map(CloseState::Writeback),
+        }
+    }
+
     /// Cuts off the spare end, and writes the exact count. False: there is none, and it is exact.
-    pub fn make_exact(&mut self, cx: &mut Cx<'_>) -> bool {
+    fn make_exact(&mut self, cx: &mut Cx<'_>) -> bool {
         let (spare, end) = (self.space.has_spare_end(), self.space.end());
         let blocks = self.blocks(end);
         if !spare && self.counted == Some(blocks) {
@@ -181,7 +225,7 @@ impl Map {
     }
 
     /// That is done, or may be.
-    pub fn made_exact(&mut self, result: Result<(), Errno>) {
+    fn made_exact(&mut self, result: Result<(), Errno>) {
         // Also when it failed: it may have happened, and what may be gone is not handed out.
         if result.is_ok() || !mutant!("vdi_spare_end_kept") {
             self.space.cut();

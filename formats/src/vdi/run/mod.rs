@@ -2,7 +2,7 @@
 //! routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                               (request.rs)
+//! a request, by its pieces                              (parts/pieces.rs, request.rs)
 //!             ┌─────────── look again ◄─────────────────────────┐
 //! Next, Space ┼─ mapped or zeros: Pieces (all ops joined) ─> Next
 //!             ├─ allocate: WriteData ─> published ─> Next       │
@@ -12,13 +12,12 @@
 //! chores: Grow                                                  (parts/growth.rs)
 //!         Writeback, as a flush: [count] ─> [fence] ─> map ─> flush
 //!                                                    (parts/writeback.rs, map.rs)
-//!         Close: Turn ─> Writeback ─> [Ends ─> Flush]                 (close.rs)
+//!         Close: Turn ─> Writeback ─> [Ends ─> flush]                   (map.rs)
 //! ```
 //!
 //! The block map is in memory whole: a lookup never waits. Allocating pieces of different requests
 //! run side by side, and wait for nothing but their data. The crash argument is in `DESIGN.md`.
 
-mod close;
 mod map;
 mod request;
 
@@ -30,8 +29,7 @@ use crate::parts::growth::Growing;
 use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vdi::disk::layout::Entry;
-use crate::vdi::run::close::{CloseState, CloseStep};
-use crate::vdi::run::map::FLUSH;
+use crate::vdi::run::map::{CloseState, FLUSH};
 use crate::vdi::run::request::{PIECES, PieceState};
 
 pub use crate::vdi::run::request::{Vdi, VdiOptions};
@@ -112,8 +110,7 @@ impl Driver for Vdi {
             State::Grow(state) => self.map.grow(state, event, cx).map(State::Grow),
             State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Close(state) => {
-                let mut step = CloseStep { map: &mut self.map, writeback: &mut self.writeback };
-                step.run(state, event, cx).map(State::Close)
+                self.map.close(&mut self.writeback, state, event, cx).map(State::Close)
             }
         }
     }
