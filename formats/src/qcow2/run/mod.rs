@@ -11,7 +11,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──────┘
 //!  │ │ │ └─ compressed: ReadCompressed ─> Inflate ─> Next
 //!  │ │ └─── mapped, zero, or several pieces: Pieces (all ops joined) ─> Next
-//!  │ └───── allocate: [Cow] ─> WriteData ─> [Publish] ─> Next
+//!  │ └───── allocate: Cow … ─> [Publish] ─> Next                     (parts/cow.rs)
 //!  └─────── end of the range: [Swept] ─> done
 //!
 //! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader]

@@ -2,16 +2,16 @@
 //! and answers how it goes on; this one routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                                  (request.rs)
+//! a request, by its pieces                                 (parts/pieces.rs, request.rs)
 //!
 //!            ┌────────────── look again ◄───────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────┤
 //!  │ │ │ │   │ no slot for it ─> Room (a writeback makes it) ────────────┤
-//!  │ │ │ │   │ first allocation ─> WriteMark ───────────────────────────┤
+//!  │ │ │ │   │ first allocation ─> Mark ────────────────────────────────┤
 //!  │ │ │ │   │ no L2 table: made, in memory ────────────────────────────┤
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──┘
 //!  │ │ │ └─ mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ │ └─── allocate: [Cow] ─> WriteData ─> published in memory ─> Next  (allocate.rs)
+//!  │ │ └─── allocate: Cow … ─> published in memory ─> Next  (allocate.rs, parts/cow.rs)
 //!  │ └───── end of the range: [Flush] ─> done
 //!  └─────── flush: [Fence] ─> Write ─> Flush                             (parts/writeback.rs)
 //!
