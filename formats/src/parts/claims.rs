@@ -1,4 +1,5 @@
 //! Ranges of the guest's disk that requests have claimed, to allocate them: none overlaps another.
+//! Who would claim one that is claimed already waits for the end of that claim, and looks again.
 //!
 //! Found by key, which a request keeps in its state, and by place: in order, so that a range is
 //! looked for by halves however many there are.
@@ -6,14 +7,24 @@
 use std::hash::{Hash, Hasher};
 use std::ops::{Index, IndexMut, Range};
 
+use cowbell_engine::mutant;
+use cowbell_engine::step::Cx;
+use cowbell_engine::wait::{On, WaitList};
 use slab::Slab;
 
 /// The claims, and what is known of each.
 #[derive(Clone, Debug)]
 pub(crate) struct Claims<T> {
-    claims: Slab<T>,
+    claims: Slab<Claim<T>>,
     /// Where they are, first byte first.
     places: Vec<Place>,
+}
+
+#[derive(Clone, Hash, Debug)]
+struct Claim<T> {
+    start: u64,
+    waiters: WaitList,
+    what: T,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -43,19 +54,50 @@ impl<T> Claims<T> {
     }
 
     /// Claims `range`, which is free; answers the key.
-    pub fn insert(&mut self, range: Range<u64>, claim: T) -> u32 {
+    pub fn insert(&mut self, range: Range<u64>, what: T) -> u32 {
+        let claim = Claim { start: range.start, waiters: WaitList::new(), what };
         let key = self.claims.insert(claim) as u32;
         let at = self.count_before(range.start);
         self.places.insert(at, Place { start: range.start, end: range.end, key });
         key
     }
 
-    /// Ends the claim that begins at `start`.
-    pub fn remove(&mut self, key: u32, start: u64) -> T {
-        let at = self.count_before(start);
+    /// Ends a claim, and wakes who waits for that. Is what was to be allocated there?
+    pub fn end(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> T {
+        let Claim { mut waiters, what, .. } = self.remove(key);
+        let forgets = mutant!("no_wake_on_error") || mutant!("vmdk_no_wake_on_error");
+        let forgets = (forgets || mutant!("vdi_no_wake_on_error")) && !is_there;
+        if !forgets && !mutant!("claim_never_wakes") && !mutant!("qcow2_claim_never_wakes") {
+            cx.wake_all(&mut waiters);
+        }
+        what
+    }
+
+    fn remove(&mut self, key: u32) -> Claim<T> {
+        let claim = self.claims.remove(key as usize);
+        let at = self.count_before(claim.start);
         let mine = self.places[at..].iter().position(|place| place.key == key);
         self.places.remove(at + mine.expect("a claim is where it was made"));
-        self.claims.remove(key as usize)
+        claim
+    }
+
+    /// Up to where nobody has claimed anything, from `start` on. `None`: somebody has claimed some of
+    /// `start..end`; the request is parked until that claim ends.
+    pub fn free_to(&mut self, start: u64, end: u64, cx: &mut Cx<'_>) -> Option<u64> {
+        match self.around(start, end) {
+            _ if mutant!("no_claims") || mutant!("vmdk_no_claims") => Some(u64::MAX),
+            _ if mutant!("qcow2_no_claims") || mutant!("vdi_no_claims") => Some(u64::MAX),
+            Around::Within(key) => {
+                self.park(key, cx);
+                None
+            }
+            Around::Before(next) => Some(next),
+        }
+    }
+
+    /// Parks the request until this claim ends.
+    pub fn park(&mut self, key: u32, cx: &mut Cx<'_>) {
+        cx.park(&mut self.claims[key as usize].waiters, On::Cluster);
     }
 
     /// Where `start..end` is among the claims.
@@ -80,13 +122,13 @@ impl<T> Claims<T> {
 impl<T> Index<u32> for Claims<T> {
     type Output = T;
     fn index(&self, key: u32) -> &T {
-        &self.claims[key as usize]
+        &self.claims[key as usize].what
     }
 }
 
 impl<T> IndexMut<u32> for Claims<T> {
     fn index_mut(&mut self, key: u32) -> &mut T {
-        &mut self.claims[key as usize]
+        &mut self.claims[key as usize].what
     }
 }
 
@@ -132,13 +174,13 @@ mod tests {
             if random >> 60 < 7 && !known.is_empty() {
                 let (key, start, end) = known.swap_remove((random >> 20) as usize % known.len());
                 assert_eq!(claims[key], (start, end));
-                assert_eq!(claims.remove(key, start), (start, end));
+                assert_eq!(claims.remove(key).what, (start, end));
                 met[2] += 1;
             }
         }
         assert!(met.iter().all(|&n| n > 500), "{met:?}");
-        for (key, start, _) in known {
-            claims.remove(key, start);
+        for (key, ..) in known {
+            claims.remove(key);
         }
         assert!(claims.is_empty());
     }

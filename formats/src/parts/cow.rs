@@ -1,12 +1,13 @@
-//! Copy-on-write: what the clusters or grains that a write allocates must hold around it.
+//! Copy-on-write: what a write puts into the clusters or grains that it allocates, and what they must
+//! hold around that.
 //!
 //! The *edges* are the guest ranges in front of and behind what is written, up to the ends of what is
 //! allocated. If each fits a buffer, both are read and go out with the data as one write. If one does
 //! not, they are copied a *stretch* at a time through one buffer, head first, and the data follows.
 //!
 //! ```text
-//! Bufs ─> Read ─────────────────────────> ready: the data is written, with the edges
-//!   └──> CopyRead ─> CopyWrite ─> … ────> ready: the data is written
+//! Bufs ─> [Read] ─────────────────────> WriteData, with the edges ─> written
+//!   └──> CopyRead ─> CopyWrite ─> … ──> WriteData ─> written
 //! ```
 
 use cowbell_engine::mutant;
@@ -55,6 +56,21 @@ pub enum CowState {
         /// Where the next begins.
         from: u64,
     },
+    /// Head, guest data and tail, written as one.
+    WriteData,
+}
+
+impl CowState {
+    /// Of these, where its name is in the list of the driver's states: waits for buffers, reads, copies,
+    /// writes data.
+    pub(crate) fn label(&self, [bufs, read, copy, write]: [usize; 4]) -> usize {
+        match self {
+            CowState::Bufs => bufs,
+            CowState::Read => read,
+            CowState::CopyRead { .. } | CowState::CopyWrite { .. } => copy,
+            CowState::WriteData => write,
+        }
+    }
 }
 
 /// How far it is.
@@ -62,17 +78,19 @@ pub enum CowState {
 pub(crate) enum Copied {
     /// It waits.
     Wait(CowState),
-    /// The data may be written: [`Cow::write`].
-    Ready,
+    /// All is where it is to be.
+    Written,
     /// It could not be done.
     Failed(Errno),
 }
 
-/// Where guest bytes are to be: `start` at `host` of `file`, others around it.
+/// Where guest bytes are to be: those of the write, `start..end`, at `host` of `file`; others around
+/// them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub file: FileId,
     pub start: u64,
+    pub end: u64,
     pub host: u64,
 }
 
@@ -117,8 +135,16 @@ impl Cow {
             (CowState::CopyWrite { from }, Event::Io(Err(_))) if mutant!("copy_error_ignored") => {
                 self.copy_next(from, place, read, cx)
             }
+            (CowState::WriteData, Event::Io(Err(_)))
+                if mutant!("data_error_ignored")
+                    || mutant!("vmdk_data_error_ignored")
+                    || mutant!("qcow2_data_error_ignored") =>
+            {
+                Copied::Written
+            }
             (_, Event::Io(Err(errno))) => Copied::Failed(errno),
-            (CowState::Read, Event::Io(Ok(()))) => Copied::Ready,
+            (CowState::WriteData, Event::Io(Ok(()))) => Copied::Written,
+            (CowState::Read, Event::Io(Ok(()))) => self.write_data(place, cx),
             (CowState::CopyRead { from }, Event::Io(Ok(()))) => self.copy_write(from, place, cx),
             (CowState::CopyWrite { from }, Event::Io(Ok(()))) => {
                 self.copy_next(from, place, read, cx)
@@ -134,7 +160,7 @@ impl Cow {
         cx: &mut Cx<'_>,
     ) -> Copied {
         if !self.reads() {
-            return Copied::Ready;
+            return self.write_data(place, cx);
         }
         if self.bufs == [None; 2] {
             let Some(bufs) = take_bufs(self.edges, cx) else {
@@ -152,7 +178,7 @@ impl Cow {
                 waits |= read(from, to, buf, cx);
             }
         }
-        if waits { Copied::Wait(CowState::Read) } else { Copied::Ready }
+        if waits { Copied::Wait(CowState::Read) } else { self.write_data(place, cx) }
     }
 
     /// The stretch at `from`, as far as there is something to copy.
@@ -179,7 +205,7 @@ impl Cow {
             (None, _) | (_, None) => {
                 self.fill = Fill::Nothing;
                 self.give_bufs(cx);
-                Copied::Ready
+                self.write_data(place, cx)
             }
         }
     }
@@ -192,14 +218,16 @@ impl Cow {
         Copied::Wait(CowState::CopyWrite { from: to })
     }
 
-    /// Writes the request's bytes `at..end` and the edges around them, as one.
-    pub fn write(&self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) {
+    /// Writes the request's bytes and the edges around them, as one.
+    #[inline]
+    fn write_data(&self, place: Place, cx: &mut Cx<'_>) -> Copied {
+        let Place { file, start, end, host } = place;
         let io = cx.io();
-        let (from, len) = (at - io.offset, end - at);
+        let (from, len) = (start - io.offset, end - start);
         let is_write = matches!(io.kind, IoKind::Write { .. });
         if self.fill == Fill::Nothing && is_write {
-            cx.write_guest(place.file, place.of(at), from, len, false);
-            return;
+            cx.write_guest(file, host, from, len, false);
+            return Copied::Wait(CowState::WriteData);
         }
         let edge = |which: usize| {
             let len = (self.edges[which].1 - self.edges[which].0) as u32;
@@ -214,7 +242,8 @@ impl Cow {
         segs.push(head);
         segs.push(if is_write { cx.guest(from, len) } else { Seg::zeros(len as u32) });
         segs.push(tail);
-        cx.issue(Op::write(place.file, place.of(at) - u64::from(head.len), segs));
+        cx.issue(Op::write(file, host - u64::from(head.len), segs));
+        Copied::Wait(CowState::WriteData)
     }
 
     /// It is over.

@@ -69,7 +69,7 @@ pub(crate) struct Space {
     want: u64,
     /// Growths begun.
     attempts: Attempts,
-    pub waiters: WaitList,
+    waiters: WaitList,
 }
 
 /// The growing chore: it awaits the file's new length.
@@ -131,6 +131,14 @@ impl Space {
     }
 
     pub fn is_growing(&self) -> bool {
+        self.growing
+    }
+
+    /// Parks the request until the growth under way has ended; false: there is none.
+    pub fn park_while_growing(&mut self, cx: &mut Cx<'_>) -> bool {
+        if self.growing {
+            cx.park(&mut self.waiters, On::FileLength);
+        }
         self.growing
     }
 

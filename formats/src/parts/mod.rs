@@ -3,10 +3,15 @@
 pub mod access;
 pub(crate) mod attempts;
 pub mod backing;
+pub(crate) mod changed;
 pub(crate) mod claims;
 pub mod cow;
+pub(crate) mod entries;
 pub mod growth;
+pub(crate) mod in_place;
 pub mod length;
 pub(crate) mod past_end;
+pub(crate) mod pieces;
 pub mod report;
+pub(crate) mod units;
 pub mod writeback;

@@ -64,3 +64,4 @@ mod vmdk_images_of_other_programs_are_read;
 mod vmdk_mutated_images_do_no_harm;
 mod vmdk_random_requests_match_a_shadow;
 mod vmdk_streams_are_written_once;
+mod vmdk_writes_in_its_order;

@@ -12,7 +12,8 @@ use cowbell_engine::store::Store;
 use cowbell_engine::units::HostOffset;
 
 use crate::error::Error;
-use crate::qcow2::disk::header::{AUTOCLEAR_KNOWN, HEADER_BYTES_NEW, Header, SECTOR, u64_at};
+use crate::parts::entries::read_entries;
+use crate::qcow2::disk::header::{AUTOCLEAR_KNOWN, HEADER_BYTES_NEW, Header, SECTOR};
 use crate::qcow2::disk::layout::Geometry;
 use crate::qcow2::disk::snapshot_table::{self, Snapshot};
 use crate::qcow2::rest::bitmap::{self, Bitmap};
@@ -189,15 +190,5 @@ pub fn read_words<F: Store>(
     count: usize,
     doing: &'static str,
 ) -> Result<Vec<u64>, Error> {
-    const CHUNK: usize = 8192;
-    let mut words = vec![0; count];
-    let mut bytes = vec![0; CHUNK.min(count) * 8];
-    for (i, part) in words.chunks_mut(CHUNK).enumerate() {
-        let bytes = &mut bytes[..part.len() * 8];
-        file.read_at(at + (i * CHUNK * 8) as u64, bytes).map_err(Error::io(doing))?;
-        for (j, word) in part.iter_mut().enumerate() {
-            *word = u64_at(bytes, j * 8);
-        }
-    }
-    Ok(words)
+    read_entries(file, at, count, u64::from_be_bytes, doing)
 }

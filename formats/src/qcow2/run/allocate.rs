@@ -11,9 +11,7 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{BufId, Errno, HostOffset, align_down};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::Around;
 use crate::parts::cow::{self, Copied, Cow, CowState, Edges, Fill, Place};
 use crate::qcow2::disk::layout::{Compressed, L2Entry, Mapping, units_mask};
 use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
@@ -52,14 +50,10 @@ impl PieceStep<'_> {
         let reach = if plan.place.is_some() { plan.grain } else { 1 << bits };
         let start = align_down(at, reach);
         let short = if mutant!("qcow2_claim_short") { reach } else { 0 };
-        match self.claims.around(start, start + reach - short) {
-            _ if mutant!("qcow2_no_claims") => {}
-            Around::Within(key) => {
-                cx.park(&mut self.claims[key].waiters, On::Cluster);
-                return Progress::look_again(at);
-            }
-            Around::Before(next) => to = to.min(next),
-        }
+        let Some(free_to) = self.claims.free_to(start, start + reach - short, cx) else {
+            return Progress::LookAgain(at);
+        };
+        to = to.min(free_to);
         let fill = if plan.was_zeros { Fill::Zeros } else { Fill::Read };
         // Before anything is claimed, so that who waits for buffers holds nothing.
         let bufs = match fill {
@@ -68,7 +62,7 @@ impl PieceStep<'_> {
         };
         let Some(bufs) = bufs else {
             cx.park_for_bufs();
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         };
         let (host, is_fresh) = match plan.place {
             Some(place) => (place, false),
@@ -90,7 +84,6 @@ impl PieceStep<'_> {
         let claim = Claim {
             start,
             end: to.next_multiple_of(reach),
-            waiters: WaitList::new(),
             slot: run.slot.expect("as above"),
             host,
             is_new: plan.place.is_none(),
@@ -142,32 +135,16 @@ impl PieceStep<'_> {
         claim.host.0 + (at - align_down(claim.start, self.image.geometry.cluster_size()))
     }
 
-    /// Goes on with what the entries will expose around the write; then the data is written.
+    /// Goes on with what the entries will expose; then publishes them.
     pub fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let claim = &self.claims[key];
         let (file, start) = (self.image.data, claim.at);
-        let place = Place { file, start, host: self.host_of(claim, start) };
+        let place = Place { file, start, end: claim.to, host: self.host_of(claim, start) };
         let claim = &mut self.claims[key];
         match claim.cow.step(state, event, place, read_own, cx) {
             Copied::Wait(state) => Progress::Wait(RequestState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
-            Copied::Ready => {
-                claim.cow.write(claim.at, claim.to, place, cx);
-                Progress::Wait(RequestState::WriteData { claim: key })
-            }
-        }
-    }
-
-    #[inline]
-    pub fn data_written(
-        &mut self,
-        key: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Progress {
-        match result {
-            Err(errno) if !mutant!("qcow2_data_error_ignored") => self.fail(key, errno, cx),
-            _ => self.publish(key, cx),
+            Copied::Written => self.publish(key, cx),
         }
     }
 
@@ -189,7 +166,7 @@ impl PieceStep<'_> {
         }
         self.put_entries(key, cx);
         self.writeback.touch(slot, owes, self.tables, cx);
-        self.end_claim(key, cx);
+        self.end_claim(key, true, cx);
         Progress::To(to)
     }
 
@@ -258,18 +235,14 @@ impl PieceStep<'_> {
         if mutant!("qcow2_claim_kept_on_error") {
             return Progress::Failed(errno);
         }
-        self.end_claim(key, cx);
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
-    pub fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let start = self.claims[key].start;
-        let mut claim = self.claims.remove(key, start);
+    pub fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) {
+        let mut claim = self.claims.end(key, is_there, cx);
         claim.cow.give_bufs(cx);
         self.tables.unpin(claim.slot, cx);
-        if !claim.waiters.is_empty() && !mutant!("qcow2_claim_never_wakes") {
-            cx.wake_all(&mut claim.waiters);
-        }
     }
 }
 

@@ -5,15 +5,13 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::units::{Errno, HostOffset};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::Around;
 use crate::parts::cow::Cow;
-use crate::qcow2::disk::layout::{Compressed, L2Entry};
+use crate::qcow2::disk::layout::{Compressed, L2Entry, Mapping};
 use crate::qcow2::run::packing::{Lack, PackState, Packed};
 use crate::qcow2::run::piece::{Claim, PieceStep, Progress, RequestState};
 use crate::qcow2::run::reserve::Short;
-use crate::qcow2::run::tables::Run;
+use crate::qcow2::run::tables::{Found, Run};
 
 impl PieceStep<'_> {
     /// Claims the cluster `at..to`, the end of the disk counting as its end, and deflates it.
@@ -22,19 +20,17 @@ impl PieceStep<'_> {
             return self.provide_table(at, cx);
         }
         let end = at + self.image.geometry.cluster_size();
-        if let Around::Within(key) = self.claims.around(at, end) {
-            cx.park(&mut self.claims[key].waiters, On::Cluster);
-            return Progress::look_again(at);
+        if self.claims.free_to(at, end, cx).is_none() {
+            return Progress::LookAgain(at);
         }
         let Some(slot) = self.packing.take_slot(cx) else {
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         };
         let table_slot = run.slot.expect("a claim is made of what a slice says");
         self.tables.slices.pin(table_slot);
         let claim = Claim {
             start: at,
             end,
-            waiters: WaitList::new(),
             slot: table_slot,
             host: HostOffset(0),
             is_new: false,
@@ -99,12 +95,28 @@ impl PieceStep<'_> {
         }
     }
 
-    /// It is written as it is.
+    /// It is written as it is: in place, or like what allocates. (Who is parked on the way there begins
+    /// anew.)
     fn store_instead(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress {
-        let at = self.claims[claim].at;
+        let (at, to) = (self.claims[claim].at, self.claims[claim].to);
         self.packing.give_slot(slot, cx);
-        self.end_claim(claim, cx);
-        Progress::Incompressible(at)
+        self.end_claim(claim, false, cx);
+        let run = match self.tables.look_up(at, to, true, cx.memory()) {
+            Found::Run(run) => run,
+            Found::NoTable { .. } | Found::NotLoaded | Found::Loading { .. } | Found::Invalid => {
+                return Progress::To(at);
+            }
+        };
+        match run.mapping {
+            Mapping::Data(host) if run.copied && self.metadata.is_hit(host.0, to - at) => {
+                self.hits_metadata(host.0, cx)
+            }
+            Mapping::Data(host) if run.copied => {
+                cx.write_guest(self.image.data, host.0, at - cx.io().offset, to - at, false);
+                Progress::Issued(to)
+            }
+            _ => self.allocate(at, run, cx),
+        }
     }
 
     fn unpacked(&mut self, packed: Packed, errno: Errno, cx: &mut Cx<'_>) -> Progress {
@@ -134,7 +146,7 @@ impl PieceStep<'_> {
         let to = self.claims[packed.claim].to;
         self.put_compressed(packed.claim, place, cx);
         self.packing.give_slot(packed.slot, cx);
-        self.end_claim(packed.claim, cx);
+        self.end_claim(packed.claim, true, cx);
         match self.packing.filled() {
             Some(buffer) => {
                 self.packing.write(buffer, cx);

@@ -33,11 +33,11 @@ impl PieceStep<'_> {
                 return self.copy_inflated(at, slot, cx);
             }
             cx.park(self.inflated.waiters(slot), On::Compressed);
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         }
         let Some(slot) = self.inflated.reserve(place.host.0) else {
             cx.park(&mut self.inflated.full, On::CacheSlot);
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         };
         // A cluster that grew when it was compressed is none: what it would need is not looked at.
         let bytes = u64::from(place.bytes).min(compressed_max(self.image.geometry)) as u32;

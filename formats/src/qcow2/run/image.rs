@@ -8,6 +8,7 @@ use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
 
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
+use crate::parts::units;
 use crate::qcow2::disk::layout::Geometry;
 use crate::qcow2::run::packing::{buffers_for, deflate_slot_bytes};
 
@@ -234,8 +235,6 @@ impl Disk {
 
     /// The whole units of `size` bytes in `at..end`.
     pub fn whole(&self, at: u64, end: u64, size: u64) -> Option<(u64, u64)> {
-        let first = at.checked_next_multiple_of(size)?;
-        let last = if end == self.reach { end } else { align_down(end, size) };
-        (first < last).then_some((first, last))
+        units::whole(at, end, size, 0..self.reach)
     }
 }

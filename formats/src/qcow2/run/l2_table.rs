@@ -36,7 +36,7 @@ impl PieceStep<'_> {
     pub fn provide_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
         if let Some(place) = self.new_table(at).filter(|_| !mutant!("qcow2_no_table_freeze")) {
             cx.park(&mut self.new_tables[place].waiters, On::Table);
-            return Progress::look_again(at);
+            return Progress::LookAgain(at);
         }
         let l1_index = self.l1_index(at);
         if u64::from(l1_index) >= self.tables.l1_len() {
@@ -51,7 +51,7 @@ impl PieceStep<'_> {
             Some(Some([buf])) => Some(buf),
             Some(None) => {
                 cx.park_for_bufs();
-                return Progress::look_again(at);
+                return Progress::LookAgain(at);
             }
         };
         let taken = match self.reserve.take(1, cx) {
@@ -90,33 +90,23 @@ impl PieceStep<'_> {
         Progress::Wait(RequestState::ReadTable { at, done, buf })
     }
 
-    /// A piece of the shared table was read: it is written to the copy.
-    pub fn table_read(
+    /// A piece of the shared table was read: it is written to the copy. Or it was written there: the
+    /// next one's turn.
+    pub fn copy_table(
         &mut self,
         at: u64,
         (done, buf): (u32, BufId),
+        is_read: bool,
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
     ) -> Progress {
-        if result.is_err() {
-            cx.give_buf(buf);
-            return self.table_filled(at, result, cx);
-        }
-        let offset = self.new_tables[self.my_table(at)].table.0 + u64::from(done);
         let seg = self.stretch(done, buf, cx);
-        cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
-        Progress::Wait(RequestState::CopyTable { at, done, buf })
-    }
-
-    /// It was written there; the next one's turn.
-    pub fn table_copied(
-        &mut self,
-        at: u64,
-        (done, buf): (u32, BufId),
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Progress {
-        let done = done + self.stretch(done, buf, cx).len;
+        if result.is_ok() && is_read {
+            let offset = self.new_tables[self.my_table(at)].table.0 + u64::from(done);
+            cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
+            return Progress::Wait(RequestState::CopyTable { at, done, buf });
+        }
+        let done = done + seg.len;
         if result.is_ok() && u64::from(done) < self.image.geometry.cluster_size() {
             return self.read_table(at, done, buf, cx);
         }

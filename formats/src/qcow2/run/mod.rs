@@ -11,7 +11,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──────┘
 //!  │ │ │ └─ compressed: ReadCompressed ─> Inflate ─> Next
 //!  │ │ └─── mapped, zero, or several pieces: Pieces (all ops joined) ─> Next
-//!  │ └───── allocate: [Cow] ─> WriteData ─> [Publish] ─> Next
+//!  │ └───── allocate: Cow … ─> [Publish] ─> Next                     (parts/cow.rs)
 //!  └─────── end of the range: [Swept] ─> done
 //!
 //! resize, by its own states: [Space ─> Swept ─> WriteL1 ─> FlushL1 ─> WriteHeader]
@@ -62,6 +62,7 @@ use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::backing;
+use crate::parts::pieces::may_pass;
 use crate::qcow2::run::close::{CloseState, CloseStep};
 use crate::qcow2::run::corrupt::MarkState;
 use crate::qcow2::run::piece::{PIECES, RequestState};
@@ -142,12 +143,7 @@ impl Driver for Qcow2 {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, tables and all.
-            IoKind::Write { fua, compressed } => self.image.writable && !(fua || compressed),
-            _ => false,
-        };
+        let passes = may_pass(io.kind, self.image.writable);
         let offset = if passes { self.in_one_piece(io, mem)? } else { return None };
         Some(Pass { file: self.image.data, offset, label: PIECES })
     }

@@ -5,11 +5,12 @@
 
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
-use cowbell_engine::units::{BufId, Errno, HostOffset};
+use cowbell_engine::units::{BufId, HostOffset};
 use cowbell_engine::wait::WaitList;
 
 use crate::parts::claims::Claims;
 use crate::parts::cow::{Cow, CowState};
+use crate::parts::pieces;
 use crate::qcow2::run::corrupt::Corrupt;
 use crate::qcow2::run::image::{Disk, Image};
 use crate::qcow2::run::live_header::LiveHeader;
@@ -56,10 +57,8 @@ pub enum RequestState {
     CopyTable { at: u64, done: u32, buf: BufId },
     /// The L1 table, at rest, to link an L2 table.
     LinkTable { at: u64 },
-    /// What new clusters hold around a write.
+    /// What new clusters are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
     /// Room for what the entries give up, that writeback number `attempt` was to make.
     Publish { claim: u32, attempt: u32 },
     /// What a compressed write waits for.
@@ -87,9 +86,7 @@ impl RequestState {
             | RequestState::ReadTable { .. }
             | RequestState::CopyTable { .. } => 6,
             RequestState::LinkTable { .. } => 7,
-            RequestState::Cow { state: CowState::Bufs | CowState::Read, .. } => 8,
-            RequestState::Cow { .. } => 9,
-            RequestState::WriteData { .. } => 10,
+            RequestState::Cow { state, .. } => state.label([8, 8, 9, 10]),
             RequestState::Publish { .. } => 11,
             RequestState::Pack(PackState::Deflate { .. }) => 18,
             RequestState::Pack(_) => 19,
@@ -99,33 +96,11 @@ impl RequestState {
 }
 
 /// How far a piece has got.
-#[derive(Debug)]
-pub(super) enum Progress {
-    /// Done, up to here.
-    To(u64),
-    /// On its way, up to here.
-    Issued(u64),
-    /// It waits for something, in this state.
-    Wait(RequestState),
-    /// What is to be compressed does not become smaller: it is to be written as it is, from here up to
-    /// the end of its cluster.
-    Incompressible(u64),
-    Failed(Errno),
-}
+pub(super) type Progress = pieces::Progress<RequestState>;
 
 impl Progress {
-    /// Done up to `to`; is it on its way?
-    pub fn done(to: u64, is_issued: bool) -> Progress {
-        if is_issued { Progress::Issued(to) } else { Progress::To(to) }
-    }
-
-    /// It is parked, and looked up again when it is woken.
-    pub fn look_again(at: u64) -> Progress {
-        Progress::Wait(RequestState::Next { at })
-    }
-
     /// The clusters that it needs were not to be had.
-    pub fn short(at: u64, short: Short) -> Progress {
+    pub(super) fn short(at: u64, short: Short) -> Progress {
         match short {
             Short::Failed(errno) => Progress::Failed(errno),
             Short::Later(attempt) => Progress::Wait(RequestState::Space { at, attempt }),
@@ -140,7 +115,6 @@ pub(super) struct Claim {
     pub start: u64,
     /// One past the last.
     pub end: u64,
-    pub waiters: WaitList,
     /// The slot of their table slice, pinned.
     pub slot: usize,
     /// Where the cluster of `start` is, or will be, in the data file; others follow it.

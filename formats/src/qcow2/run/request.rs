@@ -130,10 +130,6 @@ impl Qcow2 {
         cx: &mut Cx<'_>,
     ) -> Step<RequestState> {
         match (state, event) {
-            (RequestState::WriteData { claim }, Event::Io(result)) => {
-                let progress = self.step_piece().data_written(claim, result, cx);
-                self.go_on(progress, cx)
-            }
             (RequestState::Cow { claim, state }, event) => {
                 let progress = self.step_piece().copy(claim, state, event, cx);
                 self.go_on(progress, cx)
@@ -156,20 +152,15 @@ impl Qcow2 {
         let progress = match (state, event) {
             (RequestState::Swept, Event::Woken) => return Step::Done(self.writeback.result()),
             (RequestState::Space { at, attempt }, Event::Woken) => {
-                match piece.reserve.failure_of(attempt) {
-                    Some(errno) if piece.reserve.has_nothing() => Progress::Failed(errno),
-                    _ => Progress::To(at),
-                }
+                let failure = piece.reserve.failure_of(attempt);
+                Progress::tried(at, failure.filter(|_| piece.reserve.has_nothing()))
             }
             (RequestState::Room { at, attempt }, Event::Woken) => {
-                match piece.writeback.no_room(attempt) {
-                    Some(errno) => Progress::Failed(errno),
-                    None => Progress::To(at),
-                }
+                Progress::tried(at, piece.writeback.no_room(attempt))
             }
             (RequestState::LoadSlice { at, slot }, Event::Io(result)) => {
                 piece.tables.slices.load_ended(slot as usize, result.is_ok(), cx);
-                result.map_or_else(Progress::Failed, |()| Progress::To(at))
+                Progress::tried(at, result.err())
             }
             (RequestState::ReadCompressed { at, slot, bytes }, Event::Io(result)) => {
                 piece.compressed_read(at, (slot, bytes), result, cx)
@@ -181,10 +172,10 @@ impl Qcow2 {
                 piece.table_filled(at, result, cx)
             }
             (RequestState::ReadTable { at, done, buf }, Event::Io(result)) => {
-                piece.table_read(at, (done, buf), result, cx)
+                piece.copy_table(at, (done, buf), true, result, cx)
             }
             (RequestState::CopyTable { at, done, buf }, Event::Io(result)) => {
-                piece.table_copied(at, (done, buf), result, cx)
+                piece.copy_table(at, (done, buf), false, result, cx)
             }
             (RequestState::LinkTable { at }, Event::Woken) => piece.link_table(at, cx),
             (RequestState::Pack(state), event) => piece.step_pack(state, event, cx),
@@ -204,7 +195,7 @@ impl Qcow2 {
             Progress::To(to) => self.walk(to, cx),
             Progress::Issued(at) => Step::Wait(RequestState::Pieces { at }),
             Progress::Wait(state) => Step::Wait(state),
-            Progress::Incompressible(at) => self.store(at, cx),
+            Progress::LookAgain(at) => Step::Wait(RequestState::Next { at }),
             Progress::Failed(errno) => Step::Done(Err(errno)),
         }
     }
@@ -352,20 +343,6 @@ impl Qcow2 {
         (first == at).then(|| last.min(at + self.image.geometry.cluster_size()))
     }
 
-    /// The cluster at `at` does not become smaller: it is written as it is.
-    fn store(&mut self, at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
-        let end = (at + self.image.geometry.cluster_size()).min(cx.io().end());
-        let found = self.tables.look_up(at, end, true, cx.memory());
-        let in_place = match found {
-            Found::Run(run) => self.in_place(Piece { at, end, run, after_ops: false }, cx),
-            _ => None,
-        };
-        match in_place {
-            Some(progress) => self.go_on(progress, cx),
-            None => self.provide(at, found, cx),
-        }
-    }
-
     /// Provides what is missing at `at`.
     fn provide(&mut self, at: u64, found: Found, cx: &mut Cx<'_>) -> Step<RequestState> {
         let mut piece = self.step_piece();
@@ -380,7 +357,7 @@ impl Qcow2 {
             Found::NotLoaded => self.load_slice(at, cx),
             Found::Loading { slot } => {
                 cx.park(self.tables.slices.waiters(slot), On::Table);
-                Progress::look_again(at)
+                Progress::LookAgain(at)
             }
             Found::Invalid => piece.invalid_entry(at, cx),
         };

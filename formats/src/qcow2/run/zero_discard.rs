@@ -10,7 +10,6 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, IoKind};
 use cowbell_engine::units::align_down;
-use cowbell_engine::wait::On;
 
 use crate::parts::claims::Around;
 use crate::qcow2::disk::layout::{L2Entry, Mapping, units_mask};
@@ -124,8 +123,8 @@ impl PieceStep<'_> {
             return Some(self.provide_table(at, cx));
         }
         if let Some(key) = claim {
-            cx.park(&mut self.claims[key].waiters, On::Cluster);
-            return Some(Progress::look_again(at));
+            self.claims.park(key, cx);
+            return Some(Progress::LookAgain(at));
         }
         if !has_room {
             let attempt = self.writeback.park_for_room(cx);

@@ -10,6 +10,7 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
+use crate::parts::entries::read_entries;
 use crate::parts::length::file_len;
 use crate::qed::disk::layout::{Bounds, Geometry, HEADER_BLOCK, Header};
 use crate::qed::rest::check::{self, Repair};
@@ -126,15 +127,6 @@ pub fn read_backing_name<F: Store>(file: &F, header: &Header) -> Result<Option<V
 fn read_l1<F: Store>(file: &F, header: &Header) -> Result<Vec<u64>, Error> {
     let entries = header.l1_entries().next_multiple_of(L1_BLOCK_ENTRIES);
     assert!(entries <= header.geometry.table_entries(), "a table has whole blocks of entries");
-    let mut l1 = vec![0; entries as usize];
-    let mut chunk = [0; (L1_BLOCK_ENTRIES * 8) as usize];
-    let mut at = header.l1_offset.0;
-    for block in l1.chunks_mut(L1_BLOCK_ENTRIES as usize) {
-        file.read_at(at, &mut chunk).map_err(Error::io("read the L1 table"))?;
-        for (entry, bytes) in block.iter_mut().zip(chunk.as_chunks::<8>().0) {
-            *entry = u64::from_le_bytes(*bytes);
-        }
-        at += chunk.len() as u64;
-    }
-    Ok(l1)
+    let l1 = header.l1_offset.0;
+    read_entries(file, l1, entries as usize, u64::from_le_bytes, "read the L1 table")
 }

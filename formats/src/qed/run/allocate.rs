@@ -7,11 +7,11 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::{Errno, HostOffset, align_down};
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Claims;
 use crate::parts::cow::{Copied, Cow, CowState, Fill, Place};
 use crate::parts::growth::{Lack, Space};
+use crate::parts::pieces;
 use crate::parts::writeback::Writeback;
 use crate::qed::disk::layout::Entry;
 use crate::qed::run::image::{Disk, Image};
@@ -33,33 +33,21 @@ pub(super) struct Claim {
     end: u64,
     /// The rest of the clusters.
     cow: Cow,
-    waiters: WaitList,
 }
 
-/// What an allocating piece awaits. `claim` is the key of the request's own claim.
+/// What an allocating piece awaits: from `at` on, or for its own claim, whose key is `claim`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum AllocateState {
-    /// What the new clusters hold around the write.
+    /// Space that attempt number `attempt` to grow the file was to give.
+    Space { at: u64, attempt: u32 },
+    /// The header with the need-check mark, stable.
+    Mark { at: u64 },
+    /// What the new clusters are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
 }
 
 /// How far it is.
-pub(super) enum Progress {
-    /// Done, up to here.
-    To(u64),
-    /// It waits.
-    Wait(AllocateState),
-    /// The request is parked: it looks again.
-    LookAgain,
-    /// It is parked until attempt number so-and-so to grow the file has ended.
-    Space(u32),
-    /// The need-check mark is being written.
-    Marking,
-    /// It could not be done.
-    Failed(Errno),
-}
+type Progress = pieces::Progress<AllocateState>;
 
 /// What is unallocated, or zeros, and is to be something else.
 pub(super) struct Piece {
@@ -87,10 +75,18 @@ pub(super) struct AllocateStep<'a> {
 impl AllocateStep<'_> {
     pub fn run(&mut self, state: AllocateState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
-            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::WriteData { claim }, Event::Io(result)) => {
-                self.data_written(claim, result, cx)
+            (AllocateState::Space { at, attempt }, Event::Woken) => {
+                let failure = self.space.failure_of(attempt);
+                if failure.is_some() {
+                    self.header.allocation_ended(self.claims.is_empty(), cx);
+                }
+                Progress::tried(at, failure)
             }
+            (AllocateState::Mark { at }, Event::Io(result)) => {
+                self.header.marked(result, self.claims.is_empty(), cx);
+                Progress::tried(at, result.err())
+            }
+            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (state, event) => panic!("{event:?} in {state:?}"),
         }
     }
@@ -100,13 +96,8 @@ impl AllocateStep<'_> {
         let Piece { at, end: run_end, entry, slot } = piece;
         let (bits, size) = (self.image.geometry.cluster_bits(), self.image.geometry.cluster_size());
         let start = align_down(at, size);
-        let free_to = match self.claims.around(start, start + size) {
-            _ if mutant!("no_claims") => u64::MAX,
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                return Progress::LookAgain;
-            }
-            Around::Before(next) => next,
+        let Some(free_to) = self.claims.free_to(start, start + size, cx) else {
+            return Progress::LookAgain(at);
         };
         let mut copies = entry == Entry::Unallocated && self.disk.shows_backing(at);
         if mutant!("zero_cluster_shows_backing") && entry == Entry::Zero {
@@ -123,7 +114,7 @@ impl AllocateStep<'_> {
             }
         }
         let count = (end - start).div_ceil(size);
-        let host = match self.take_space(count << bits, false, cx) {
+        let host = match self.take_space(at, count << bits, false, cx) {
             Ok(offset) => HostOffset(offset),
             Err(progress) => return progress,
         };
@@ -132,8 +123,7 @@ impl AllocateStep<'_> {
         }
         let short = u64::from(mutant!("claim_one_cluster_short"));
         let cow = self.cow_of((start, start + (count << bits)), (at, end), copies);
-        let waiters = WaitList::new();
-        let claim = Claim { start, count, slot, host, at, end, cow, waiters };
+        let claim = Claim { start, count, slot, host, at, end, cow };
         let claim = self.claims.insert(start..start + ((count - short) << bits), claim);
         if mutant!("published_early") {
             self.publish(claim, cx);
@@ -162,7 +152,7 @@ impl AllocateStep<'_> {
 
     /// Allocates the L2 table that maps `at`, in memory: empty, as its space is.
     pub fn allocate_table(&mut self, at: u64, cx: &mut Cx<'_>) -> Progress {
-        let offset = match self.take_space(self.image.geometry.table_bytes(), true, cx) {
+        let offset = match self.take_space(at, self.image.geometry.table_bytes(), true, cx) {
             Ok(offset) => offset,
             Err(progress) => return progress,
         };
@@ -172,12 +162,18 @@ impl AllocateStep<'_> {
         Progress::To(at)
     }
 
-    /// `bytes` bytes of space, or what the request waits for.
-    fn take_space(&mut self, bytes: u64, table: bool, cx: &mut Cx<'_>) -> Result<u64, Progress> {
+    /// `bytes` bytes of space for what is at `at`, or what the request waits for.
+    fn take_space(
+        &mut self,
+        at: u64,
+        bytes: u64,
+        table: bool,
+        cx: &mut Cx<'_>,
+    ) -> Result<u64, Progress> {
         match self.header.ready_to_allocate(cx) {
             Ok(()) => {}
-            Err(NotReady::Parked) => return Err(Progress::LookAgain),
-            Err(NotReady::Marking) => return Err(Progress::Marking),
+            Err(NotReady::Parked) => return Err(Progress::LookAgain(at)),
+            Err(NotReady::Marking) => return Err(Progress::Wait(AllocateState::Mark { at })),
         }
         let taken = self.space.take_or_park(bytes, table, cx);
         match taken {
@@ -185,10 +181,7 @@ impl AllocateStep<'_> {
             Ok(_) | Err(Lack::Parked(_)) => self.header.keep_mark(),
             Err(Lack::Never(_)) => {}
         }
-        taken.map_err(|lack| match lack {
-            Lack::Parked(attempt) => Progress::Space(attempt),
-            Lack::Never(errno) => Progress::Failed(errno),
-        })
+        taken.map_err(|lack| Progress::lacks(lack, |attempt| AllocateState::Space { at, attempt }))
     }
 
     /// What a write of `at..end` into clusters `start..clusters_end` copies. The rest of new clusters is
@@ -212,34 +205,21 @@ impl AllocateStep<'_> {
         }
     }
 
-    /// Goes on with what the new clusters must hold around the write; then the data is written.
+    /// Goes on with what the new clusters are to hold; then publishes them.
     fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let (file, backing) = (self.image.file, self.disk.backing());
         let claim = &mut self.claims[key];
         let host = claim.host.0 + (claim.at - claim.start);
-        let place = Place { file, start: claim.at, host };
+        let place = Place { file, start: claim.at, end: claim.end, host };
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
         };
         match claim.cow.step(state, event, place, read, cx) {
             Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
-            Copied::Ready => {
-                claim.cow.write(claim.at, claim.end, place, cx);
-                Progress::Wait(AllocateState::WriteData { claim: key })
-            }
-        }
-    }
-
-    #[inline]
-    fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
-        match result {
-            Err(errno) if !mutant!("data_error_ignored") => self.fail(key, errno, cx),
-            _ => {
+            Copied::Written => {
                 self.publish(key, cx);
-                let end = self.claims[key].end;
-                self.end_claim(key, cx);
-                Progress::To(end)
+                Progress::To(self.end_claim(key, true, cx))
             }
         }
     }
@@ -258,23 +238,19 @@ impl AllocateStep<'_> {
             self.claims[key].cow.give_bufs(cx);
             return Progress::Failed(errno);
         }
-        if mutant!("no_wake_on_error") {
-            self.claims[key].waiters = WaitList::new();
-        }
-        self.end_claim(key, cx);
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
+    /// Answers where its piece ends. Are the clusters there?
     #[inline]
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        self.claims[key].cow.give_bufs(cx);
-        let mut claim = self.claims.remove(key, self.claims[key].start);
+    fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> u64 {
+        let mut claim = self.claims.end(key, is_there, cx);
+        claim.cow.give_bufs(cx);
         if !mutant!("slice_not_pinned") {
             self.tables.unpin(claim.slot, cx);
         }
-        if !mutant!("claim_never_wakes") {
-            cx.wake_all(&mut claim.waiters);
-        }
         self.header.allocation_ended(self.claims.is_empty(), cx);
+        claim.end
     }
 }

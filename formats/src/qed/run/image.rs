@@ -7,6 +7,7 @@ use cowbell_engine::units::{FileId, HostOffset, RegionId, align_down};
 
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
+use crate::parts::units;
 use crate::qed::disk::layout::{Bounds, Geometry};
 
 /// Bytes of a table that are cached, and written, as one: a block of most file systems. A direct
@@ -168,27 +169,13 @@ impl Disk {
 
     /// The whole clusters in `at..end`. The disk's end counts as the end of its last cluster.
     pub fn whole_clusters(&self, at: u64, end: u64) -> Option<(u64, u64)> {
-        let first = at.checked_next_multiple_of(self.cluster_size)?;
-        let last = if end == self.size { end } else { align_down(end, self.cluster_size) };
-        (first < last).then_some((first, last))
+        units::whole(at, end, self.cluster_size, 0..self.size)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_disks_end_ends_its_last_cluster() {
-        let geometry = Geometry::new(4096, 1).expect("a geometry");
-        let disk = Disk::new(3 * 4096 + 512, None, geometry);
-        assert_eq!(disk.whole_clusters(0, 4096), Some((0, 4096)));
-        assert_eq!(disk.whole_clusters(1, 4096), None);
-        assert_eq!(disk.whole_clusters(1, 9000), Some((4096, 8192)));
-        assert_eq!(disk.whole_clusters(9000, disk.size()), Some((12288, disk.size())));
-        assert_eq!(disk.whole_clusters(9000, disk.size() - 1), None);
-        assert_eq!(disk.whole_clusters(u64::MAX - 1, u64::MAX), None);
-    }
 
     #[test]
     fn copies_do_not_lie_over_each_other() {

@@ -2,16 +2,16 @@
 //! and answers how it goes on; this one routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                                  (request.rs)
+//! a request, by its pieces                                 (parts/pieces.rs, request.rs)
 //!
 //!            ┌────────────── look again ◄───────────────────────────────┐
 //! Next ──────┤ slice not there ─> LoadSlice ────────────────────────────┤
 //!  │ │ │ │   │ no slot for it ─> Room (a writeback makes it) ────────────┤
-//!  │ │ │ │   │ first allocation ─> WriteMark ───────────────────────────┤
+//!  │ │ │ │   │ first allocation ─> Mark ────────────────────────────────┤
 //!  │ │ │ │   │ no L2 table: made, in memory ────────────────────────────┤
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ──┘
 //!  │ │ │ └─ mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ │ └─── allocate: [Cow] ─> WriteData ─> published in memory ─> Next  (allocate.rs)
+//!  │ │ └─── allocate: Cow … ─> published in memory ─> Next  (allocate.rs, parts/cow.rs)
 //!  │ └───── end of the range: [Flush] ─> done
 //!  └─────── flush: [Fence] ─> Write ─> Flush                             (parts/writeback.rs)
 //!
@@ -50,11 +50,12 @@ use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::backing;
 use crate::parts::growth::Growing;
+use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
-use crate::qed::run::changes::TableChanges;
-use crate::qed::run::request::{PIECES, RequestState};
+use crate::qed::run::image::FLUSH;
+use crate::qed::run::request::{PIECES, PieceState};
 use crate::qed::run::resize::{ResizeState, ResizeStep};
-use crate::qed::run::tidy::{TidyState, TidyStep};
+use crate::qed::run::tidy::TidyState;
 
 pub use crate::qed::run::image::{QedOptions, Regions};
 pub use crate::qed::run::request::Qed;
@@ -63,7 +64,7 @@ pub use crate::qed::run::request::Qed;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// A guest's request, but a resize.
-    Request(RequestState),
+    Request(RequestState<PieceState>),
     /// A guest's resize.
     Resize(ResizeState),
     /// Chore: the file is made longer.
@@ -98,7 +99,7 @@ impl Driver for Qed {
     #[inline]
     fn label(state: &State) -> usize {
         match state {
-            State::Request(state) => state.label(),
+            State::Request(state) => state.label(PIECES, FLUSH, PieceState::label),
             State::Resize(_) => 11,
             State::Grow(_) => 12,
             State::Writeback(_) => 13,
@@ -121,12 +122,7 @@ impl Driver for Qed {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, tables and all.
-            IoKind::Write { fua, .. } => self.image.writable && !fua,
-            _ => false,
-        };
+        let passes = may_pass(io.kind, self.image.writable);
         let offset = if passes { self.in_one_piece(io, mem)?.0 } else { return None };
         Some(Pass { file: self.image.file, offset, label: PIECES })
     }
@@ -170,10 +166,7 @@ impl Driver for Qed {
                 let place = Some((self.image.file, 0));
                 self.space.grow(state, event, place, cx).map(State::Grow)
             }
-            State::Writeback(state) => {
-                let (writeback, mut changes) = self.changes();
-                writeback.step(state, event, &mut changes, cx).map(State::Writeback)
-            }
+            State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Tidy(state) => self.tidying().run(state, event, cx).map(State::Tidy),
         }
     }
@@ -194,19 +187,5 @@ impl Qed {
     fn begin_to_tidy(&mut self) -> State {
         self.header.keep_mark();
         State::Tidy(TidyState::Turn)
-    }
-
-    fn tidying(&mut self) -> TidyStep<'_> {
-        TidyStep {
-            idle: self.claims.is_empty(),
-            header: &mut self.header,
-            writeback: &mut self.writeback,
-            changes: TableChanges {
-                image: &self.image,
-                is_overlay: self.disk.backing().is_some(),
-                tables: &mut self.tables,
-                space: &mut self.space,
-            },
-        }
     }
 }

@@ -12,13 +12,15 @@ use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, GuestOffset, HostOffset};
 
+use crate::parts::changed::Changed;
 use crate::parts::past_end::PastEnd;
 use crate::qed::disk::layout::{Bounds, Entry};
 use crate::qed::rest::open::L1_BLOCK_ENTRIES;
 use crate::qed::run::image::{Image, SLICE_BITS, SLICE_BYTES};
 
 /// What is at a guest offset.
-pub(super) enum Found {
+#[derive(Clone, Copy)]
+pub(crate) enum Found {
     /// The table slice is not in memory.
     NotLoaded { table: HostOffset },
     /// It is being loaded into this slot, or is about to be.
@@ -41,11 +43,8 @@ pub(super) struct Tables {
     pub slices: TableCache,
     /// The slices are its pieces.
     past_end: PastEnd,
-    /// By slot: has it changed since the last seal? Then a pin goes with it.
-    is_changed: Vec<bool>,
-    /// Those slots; and those whose copies are being written, with a pin each.
-    changed: Vec<u32>,
-    sealed: Vec<u32>,
+    /// Slots that have changed, or whose copies are being written: a pin goes with each.
+    changed: Changed,
     /// Entries of the L1 table that came since the last seal, and those that are being written.
     new_l1: Vec<u32>,
     sealed_l1: Vec<u32>,
@@ -61,9 +60,7 @@ impl Tables {
             l1,
             slices: cache,
             past_end: PastEnd::new(file_len, slices),
-            is_changed: vec![false; slots],
-            changed: Vec::with_capacity(slots),
-            sealed: Vec::with_capacity(slots),
+            changed: Changed::new(slots),
             new_l1: Vec::with_capacity(64),
             sealed_l1: Vec::with_capacity(64),
         };
@@ -218,12 +215,8 @@ impl Tables {
     }
 
     fn note_changed(&mut self, slot: usize) {
-        if !self.is_changed[slot] {
-            self.is_changed[slot] = true;
-            self.changed.push(slot as u32);
-            if !mutant!("qed_changed_slice_not_pinned") {
-                self.slices.pin(slot);
-            }
+        if self.changed.note(slot) && !mutant!("qed_changed_slice_not_pinned") {
+            self.slices.pin(slot);
         }
     }
 
@@ -245,12 +238,11 @@ impl Tables {
 
     /// Copies what has changed.
     pub fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.changed, &mut self.sealed);
+        self.changed.seal();
         std::mem::swap(&mut self.new_l1, &mut self.sealed_l1);
         self.sealed_l1.sort_unstable();
         let regions = self.image.regions;
-        for &slot in &self.sealed {
-            self.is_changed[slot as usize] = false;
+        for &slot in self.changed.sealed() {
             let off = regions.copy_of_slot(slot as usize).off as usize;
             self.slices.copy_to_region(slot as usize, regions.copies(), off, cx.mem());
         }
@@ -260,7 +252,7 @@ impl Tables {
     /// as there is room for; answers the number of the next. `None`: there was none left.
     pub fn write(&self, next: u32, cx: &mut Cx<'_>) -> Option<u32> {
         let (mut next, begin) = (next as usize, next as usize);
-        let blocks = self.sealed_l1.len();
+        let (blocks, slices) = (self.sealed_l1.len(), self.changed.sealed());
         // A block at a time: they are rare, and there is one place for a copy.
         if next < blocks {
             let block = self.block_of(next);
@@ -269,8 +261,8 @@ impl Tables {
                 next += 1;
             }
         }
-        while next >= blocks && next < blocks + self.sealed.len() && cx.room() > 0 {
-            self.write_slice(self.sealed[next - blocks] as usize, cx);
+        while next >= blocks && next < blocks + slices.len() && cx.room() > 0 {
+            self.write_slice(slices[next - blocks] as usize, cx);
             next += 1;
         }
         (next > begin).then_some(next as u32)
@@ -315,16 +307,11 @@ impl Tables {
     /// The copies are of no use any more. Unless all have been `written`, what they hold is to be
     /// written again: nobody knows which of it is on disk, and memory is ahead of both.
     pub fn unseal(&mut self, written: bool, cx: &mut Cx<'_>) {
-        for i in 0..self.sealed.len() {
-            let slot = self.sealed[i] as usize;
-            if !written {
-                self.note_changed(slot);
-            }
+        self.changed.unseal(written, |slot| {
             if !mutant!("qed_changed_slice_not_pinned") {
                 self.slices.unpin(slot);
             }
-        }
-        self.sealed.clear();
+        });
         if !written && !mutant!("qed_failed_l1_forgotten") {
             self.new_l1.append(&mut self.sealed_l1);
         }
@@ -337,7 +324,10 @@ impl Tables {
     /// Panics if somebody waits or loads, or if a slice is pinned that has not changed: what could
     /// not be written stays in memory.
     pub fn assert_idle(&self) {
-        assert!(self.sealed.is_empty() && self.sealed_l1.is_empty(), "tables are being written");
-        self.slices.assert_idle(|slot| self.is_changed[slot].into());
+        assert!(
+            self.changed.sealed().is_empty() && self.sealed_l1.is_empty(),
+            "tables are being written"
+        );
+        self.slices.assert_idle(|slot| self.changed.contains(slot).into());
     }
 }

@@ -9,7 +9,6 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Op, OpKind};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::On;
 
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::qed::run::changes::TableChanges;
@@ -61,11 +60,7 @@ impl TidyStep<'_> {
             // Whoever ends the last allocation sets the next date.
             return Step::Done(Ok(()));
         }
-        if self.changes.space.is_growing() {
-            cx.park(&mut self.changes.space.waiters, On::FileLength);
-            return Step::Wait(TidyState::Turn);
-        }
-        if !self.header.take_turn(cx) {
+        if self.changes.space.park_while_growing(cx) || !self.header.take_turn(cx) {
             return Step::Wait(TidyState::Turn);
         }
         self.header.begin_to_tidy();

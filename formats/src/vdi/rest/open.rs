@@ -6,6 +6,7 @@
 use cowbell_engine::store::Store;
 
 use crate::error::Error;
+use crate::parts::entries::read_entries;
 use crate::parts::length::file_len;
 use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header, NOWHERE};
 
@@ -82,33 +83,27 @@ impl Opened {
 /// What [`Header::parse`] says; [`Error::Io`].
 pub fn open<F: Store>(file: &F, write: bool) -> Result<Opened, Error> {
     let mut len = file_len(file)?;
-    let mut header = read_header(file, len)?;
+    let header = read_header(file, len)?;
     let map = read_map(file, &header)?;
-    let mut image = Opened {
-        file_blocks: header.blocks_in(len),
-        header: header.clone(),
-        map,
-        holes: Vec::new(),
-        doubled: Vec::new(),
-        fixed_len: file.has_fixed_len().then_some(len),
-    };
-    let named = image.entries().iter().filter(|&&raw| raw < image.file_blocks).max();
-    let counted = header.allocated.min(image.file_blocks).max(named.map_or(0, |max| max + 1));
-    if image.fixed_len.is_some() {
+    let (file_blocks, holes, doubled) = (header.blocks_in(len), Vec::new(), Vec::new());
+    let fixed_len = file.has_fixed_len().then_some(len);
+    let mut image = Opened { header, map, file_blocks, holes, doubled, fixed_len };
+    let named = image.entries().iter().filter(|&&raw| raw < file_blocks).max();
+    let counted = image.header.allocated.min(file_blocks).max(named.map_or(0, |max| max + 1));
+    if fixed_len.is_some() {
         image.file_blocks = counted;
     }
     if write {
-        if image.fixed_len.is_none() && len > header.offset_of(counted) {
-            file.set_len(header.offset_of(counted))
-                .map_err(Error::io("cut off the image's end"))?;
+        let end = image.header.offset_of(counted);
+        if fixed_len.is_none() && len > end {
+            file.set_len(end).map_err(Error::io("cut off the image's end"))?;
             len = file_len(file)?;
-            image.file_blocks = header.blocks_in(len);
+            image.file_blocks = image.header.blocks_in(len);
         }
-        if header.allocated < image.file_blocks {
-            header.allocated = image.file_blocks;
-            write_header(file, &header)?;
+        if image.header.allocated < image.file_blocks {
+            image.header.allocated = image.file_blocks;
+            write_header(file, &image.header)?;
         }
-        image.header = header;
     }
     image.look_through();
     Ok(image)
@@ -166,13 +161,5 @@ pub fn write_header<F: Store>(file: &F, header: &Header) -> Result<(), Error> {
 /// [`Error::Io`].
 pub fn read_map<F: Store>(file: &F, header: &Header) -> Result<Vec<u32>, Error> {
     let len = (header.blocks as usize * 4).next_multiple_of(header.map_unit());
-    let mut map = Vec::with_capacity(len / 4);
-    let mut chunk = vec![0; len.min(1 << 20)];
-    while map.len() * 4 < len {
-        let part = chunk.len().min(len - map.len() * 4);
-        let at = header.map_offset + map.len() as u64 * 4;
-        file.read_at(at, &mut chunk[..part]).map_err(Error::io("read the block map"))?;
-        map.extend(chunk[..part].as_chunks::<4>().0.iter().map(|raw| u32::from_le_bytes(*raw)));
-    }
-    Ok(map)
+    read_entries(file, header.map_offset, len / 4, u32::from_le_bytes, "read the block map")
 }

@@ -8,15 +8,15 @@ use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, Step};
 use cowbell_engine::units::{Errno, FileId, RegionId};
-use cowbell_engine::wait::On;
 
+use crate::parts::changed::Changed;
 use crate::parts::growth::{Grow, Growing, Growth, Lack, Space};
-use crate::parts::writeback::{Changes, Phase};
-use crate::vdi::disk::layout::{Entry, HEADER_BYTES, Header};
+use crate::parts::writeback::{Changes, Phase, Writeback, WritebackState};
+use crate::vdi::disk::layout::HEADER_BYTES;
 use crate::vdi::rest::open::Opened;
 
 /// The label of a flush that is all that is left to do.
-const FLUSH: u8 = 4;
+pub(super) const FLUSH: u8 = 4;
 
 /// See the module.
 #[derive(Clone, Hash, Debug)]
@@ -25,17 +25,26 @@ pub(super) struct Map {
     image: Opened,
     /// The map as it was sealed, unit by unit, and behind it the header as it is written.
     copies: RegionId,
-    /// Units that have changed, and those that are sealed.
-    dirty: Vec<u32>,
-    sealed: Vec<u32>,
-    is_dirty: Vec<bool>,
+    /// Units that have changed.
+    changed: Changed,
     /// Does a changed entry, or a sealed one, name a block whose contents must be stable first?
     owes: bool,
     sealed_owes: bool,
     /// The file's end, counted from the first block on.
-    space: Space,
+    pub space: Space,
     /// As many blocks the header on disk counts; `None`: nobody knows, its write failed.
     counted: Option<u32>,
+}
+
+/// What the chore awaits that leaves the image clean.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum CloseState {
+    /// Nothing stands in the way.
+    Turn,
+    /// The map, written and stable.
+    Writeback(WritebackState),
+    /// The spare end, cut off; the exact count, written.
+    Ends,
 }
 
 /// New blocks, in a row.
@@ -69,9 +78,7 @@ impl Map {
         Map {
             files: [file],
             copies,
-            dirty: Vec::with_capacity(units),
-            sealed: Vec::with_capacity(units),
-            is_dirty: vec![false; units],
+            changed: Changed::new(units),
             owes: false,
             sealed_owes: false,
             space,
@@ -85,22 +92,10 @@ impl Map {
         self.files[0]
     }
 
+    /// The image: its header, and the map as everybody sees it.
     #[inline]
-    pub fn header(&self) -> &Header {
-        &self.image.header
-    }
-
-    /// What is at `at`, and up to where at most `end` it is so: data is in one piece then. `None`: an
-    /// entry that cannot be.
-    #[inline]
-    pub fn run_at(&self, at: u64, end: u64) -> Option<(Entry, u64)> {
-        self.image.run_at(at, end)
-    }
-
-    /// Where byte `at` of the guest's disk is, if it is in this block.
-    #[inline]
-    pub fn host_of(&self, block: u32, at: u64) -> u64 {
-        self.image.host_of(block, at)
+    pub fn image(&self) -> &Opened {
+        &self.image
     }
 
     /// The entry for byte `at` cannot be.
@@ -134,11 +129,6 @@ impl Map {
         taken.map(|offset| New { first: (offset >> bits) as u32, count, unknown })
     }
 
-    /// Why attempt number `attempt` to get new blocks failed; `None` if it did not.
-    pub fn failure_of(&self, attempt: u32) -> Option<Errno> {
-        self.space.failure_of(attempt)
-    }
-
     /// The blocks hold what they are to: entry `index` and those behind it name them.
     pub fn publish(&mut self, index: u64, new: New) {
         let index = index as usize;
@@ -147,28 +137,13 @@ impl Map {
         self.owes |= new.unknown;
         let per_unit = self.per_unit();
         for unit in index / per_unit..=(index + new.count as usize - 1) / per_unit {
-            if !std::mem::replace(&mut self.is_dirty[unit], true) {
-                self.dirty.push(unit as u32);
-            }
+            self.changed.note(unit);
         }
     }
 
     /// Entries in a unit of the map.
     fn per_unit(&self) -> usize {
         self.image.header.map_unit() / 4
-    }
-
-    /// The growing chore, if it was asked for.
-    pub fn begin_growth(&mut self) -> Option<Growing> {
-        self.space.begin_asked()
-    }
-
-    /// Parks the request until the file has grown; false: it is not growing.
-    pub fn park_for_growth(&mut self, cx: &mut Cx<'_>) -> bool {
-        if self.space.is_growing() {
-            cx.park(&mut self.space.waiters, On::FileLength);
-        }
-        self.space.is_growing()
     }
 
     /// A step of the growing chore.
@@ -200,8 +175,41 @@ impl Map {
         cx.issue(Op::write(self.file(), 0, Segs::one(seg)));
     }
 
+    /// A step of the chore that leaves the image as one that was closed: the map written, no spare end,
+    /// an exact count, all stable.
+    pub fn close(
+        mut self: &mut Self,
+        writeback: &mut Writeback,
+        state: CloseState,
+        event: Event,
+        cx: &mut Cx<'_>,
+    ) -> Step<CloseState> {
+        let step = match (state, event) {
+            (CloseState::Turn, Event::Start | Event::Woken) => {
+                if self.space.park_while_growing(cx) {
+                    return Step::Wait(CloseState::Turn);
+                }
+                writeback.settle(&mut self, cx)
+            }
+            (CloseState::Writeback(state), event) => writeback.step(state, event, &mut self, cx),
+            (CloseState::Ends, Event::Io(result)) => {
+                self.made_exact(result);
+                if result.is_err() {
+                    return Step::Done(result);
+                }
+                cx.issue(Op::flush(self.file()));
+                return Step::Last { label: FLUSH };
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        };
+        match step {
+            Step::Done(Ok(())) if self.make_exact(cx) => Step::Wait(CloseState::Ends),
+            step => step.map(CloseState::Writeback),
+        }
+    }
+
     /// Cuts off the spare end, and writes the exact count. False: there is none, and it is exact.
-    pub fn make_exact(&mut self, cx: &mut Cx<'_>) -> bool {
+    fn make_exact(&mut self, cx: &mut Cx<'_>) -> bool {
         let (spare, end) = (self.space.has_spare_end(), self.space.end());
         let blocks = self.blocks(end);
         if !spare && self.counted == Some(blocks) {
@@ -217,7 +225,7 @@ impl Map {
     }
 
     /// That is done, or may be.
-    pub fn made_exact(&mut self, result: Result<(), Errno>) {
+    fn made_exact(&mut self, result: Result<(), Errno>) {
         // Also when it failed: it may have happened, and what may be gone is not handed out.
         if result.is_ok() || !mutant!("vdi_spare_end_kept") {
             self.space.cut();
@@ -227,14 +235,9 @@ impl Map {
         }
     }
 
-    /// Flushes the file.
-    pub fn flush(&self, cx: &mut Cx<'_>) {
-        cx.issue(Op::flush(self.file()));
-    }
-
     /// Panics if something is changed, sealed or waited for. For tests, at rest.
     pub fn assert_idle(&self) {
-        assert!(self.sealed.is_empty(), "the map is being written");
+        assert!(self.changed.sealed().is_empty(), "the map is being written");
         self.space.assert_idle();
     }
 
@@ -248,7 +251,7 @@ impl Map {
     }
 }
 
-impl Changes for Map {
+impl Changes for &mut Map {
     const FLUSH: u8 = FLUSH;
 
     fn files(&self) -> &[FileId] {
@@ -256,7 +259,7 @@ impl Changes for Map {
     }
 
     fn is_empty(&self) -> bool {
-        self.dirty.is_empty()
+        self.changed.is_empty()
     }
 
     fn needs_fence(&self) -> bool {
@@ -264,14 +267,10 @@ impl Changes for Map {
     }
 
     fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.dirty, &mut self.sealed);
+        self.changed.seal();
         self.sealed_owes = std::mem::take(&mut self.owes);
         self.space.seal();
-        for i in 0..self.sealed.len() {
-            let unit = self.sealed[i];
-            self.copy(unit, cx);
-            self.is_dirty[unit as usize] = mutant!("vdi_change_after_seal_lost");
-        }
+        self.changed.sealed().iter().for_each(|&unit| self.copy(unit, cx));
     }
 
     fn stable(&mut self) {
@@ -282,7 +281,7 @@ impl Changes for Map {
     fn write(&mut self, phase: Phase, next: u32, cx: &mut Cx<'_>) -> Option<u32> {
         match phase {
             Phase::Ahead if next > 0 => self.counted = Some(self.image.header.allocated),
-            Phase::Ahead if self.sealed.is_empty() || !self.counts_too_few() => {}
+            Phase::Ahead if self.changed.sealed().is_empty() || !self.counts_too_few() => {}
             Phase::Ahead => {
                 // Ahead of need, but no block that may not be there.
                 let (goal, _) = self.space.goal();
@@ -291,9 +290,9 @@ impl Changes for Map {
             }
             Phase::Primary => {
                 let unit_bytes = self.image.header.map_unit();
-                let left = self.sealed.len() - next as usize;
-                let count = left.min(cx.room().max(1));
-                for &unit in &self.sealed[next as usize..][..count] {
+                let left = &self.changed.sealed()[next as usize..];
+                let count = left.len().min(cx.room().max(1));
+                for &unit in &left[..count] {
                     if mutant!("vdi_seal_ignored") {
                         self.copy(unit, cx);
                     }
@@ -314,17 +313,6 @@ impl Changes for Map {
         if !written {
             self.owes |= std::mem::take(&mut self.sealed_owes);
         }
-        for unit in self.sealed.drain(..) {
-            let is_dirty = &mut self.is_dirty[unit as usize];
-            if mutant!("vdi_change_after_seal_lost") {
-                *is_dirty = false;
-            }
-            if !written
-                && !mutant!("vdi_failed_write_forgotten")
-                && !std::mem::replace(is_dirty, true)
-            {
-                self.dirty.push(unit);
-            }
-        }
+        self.changed.unseal(written || mutant!("vdi_failed_write_forgotten"), |_| {});
     }
 }

@@ -2,7 +2,7 @@
 //! routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                               (request.rs)
+//! a request, by its pieces                              (parts/pieces.rs, request.rs)
 //!             ┌─────────── look again ◄─────────────────────────┐
 //! Next, Space ┼─ mapped or zeros: Pieces (all ops joined) ─> Next
 //!             ├─ allocate: WriteData ─> published ─> Next       │
@@ -12,25 +12,25 @@
 //! chores: Grow                                                  (parts/growth.rs)
 //!         Writeback, as a flush: [count] ─> [fence] ─> map ─> flush
 //!                                                    (parts/writeback.rs, map.rs)
-//!         Close: Turn ─> Writeback ─> [Ends ─> Flush]                 (close.rs)
+//!         Close: Turn ─> Writeback ─> [Ends ─> flush]                   (map.rs)
 //! ```
 //!
 //! The block map is in memory whole: a lookup never waits. Allocating pieces of different requests
 //! run side by side, and wait for nothing but their data. The crash argument is in `DESIGN.md`.
 
-mod close;
 mod map;
 mod request;
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::units::{FileId, Time};
 
 use crate::parts::growth::Growing;
+use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vdi::disk::layout::Entry;
-use crate::vdi::run::close::{CloseState, CloseStep};
-use crate::vdi::run::request::{PIECES, RequestState};
+use crate::vdi::run::map::{CloseState, FLUSH};
+use crate::vdi::run::request::{PIECES, PieceState};
 
 pub use crate::vdi::run::request::{Vdi, VdiOptions};
 
@@ -38,7 +38,7 @@ pub use crate::vdi::run::request::{Vdi, VdiOptions};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// A guest's request.
-    Request(RequestState),
+    Request(RequestState<PieceState>),
     /// Chore: the file is made longer.
     Grow(Growing),
     /// Chore: the map goes to disk.
@@ -55,11 +55,10 @@ impl Driver for Vdi {
 
     fn label(state: &State) -> usize {
         match state {
-            State::Request(RequestState::Next { .. }) => 0,
-            State::Request(RequestState::Space { .. }) => 1,
-            State::Request(RequestState::Pieces { .. }) => 2,
-            State::Request(RequestState::WriteData { .. }) => 3,
-            State::Request(RequestState::Flush(_)) => 4,
+            State::Request(state) => state.label(PIECES, FLUSH, |state| match state {
+                PieceState::Space { .. } => 1,
+                PieceState::WriteData { .. } => 3,
+            }),
             State::Writeback(_) => 5,
             State::Grow(_) => 6,
             State::Close(_) => 7,
@@ -68,7 +67,7 @@ impl Driver for Vdi {
 
     #[inline]
     fn size(&self) -> u64 {
-        self.map.header().size
+        self.map.image().header.size
     }
 
     fn uses(&self, file: FileId) -> bool {
@@ -77,15 +76,11 @@ impl Driver for Vdi {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, map and all.
-            IoKind::Write { fua, .. } => self.writable && !fua,
-            _ => false,
-        };
-        match self.map.run_at(io.offset, io.end()) {
+        let passes = may_pass(io.kind, self.writable);
+        let image = self.map.image();
+        match image.run_at(io.offset, io.end()) {
             Some((Entry::Block(block), end)) if passes && end == io.end() => {
-                let offset = self.map.host_of(block, io.offset);
+                let offset = image.host_of(block, io.offset);
                 Some(Pass { file: self.map.file(), offset, label: PIECES })
             }
             _ => None,
@@ -98,7 +93,7 @@ impl Driver for Vdi {
 
     fn chore(&mut self, chore: Chore) -> Option<State> {
         match chore {
-            Chore::Asked => self.map.begin_growth().map(State::Grow),
+            Chore::Asked => self.map.space.begin_asked().map(State::Grow),
             Chore::Deadline => Some(State::Writeback(self.writeback.begin_due())),
             Chore::Settle => self.writable.then_some(State::Close(CloseState::Turn)),
         }
@@ -113,12 +108,9 @@ impl Driver for Vdi {
         match state {
             State::Request(state) => self.step_request(state, event, cx).map(State::Request),
             State::Grow(state) => self.map.grow(state, event, cx).map(State::Grow),
-            State::Writeback(state) => {
-                self.writeback.step(state, event, &mut self.map, cx).map(State::Writeback)
-            }
+            State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Close(state) => {
-                let mut step = CloseStep { map: &mut self.map, writeback: &mut self.writeback };
-                step.run(state, event, cx).map(State::Close)
+                self.map.close(&mut self.writeback, state, event, cx).map(State::Close)
             }
         }
     }

@@ -1,18 +1,20 @@
-//! A guest's request: looked up piece by piece, done where it is mapped; what is not is allocated.
+//! What a guest's request does: what is at a byte of the disk, and how what is not mapped there is
+//! allocated. `parts::pieces` walks over its range.
 //!
 //! An allocation *claims* its blocks of the disk from before they have a place until their entries are
 //! published. Others who would allocate there wait on it; readers do not: they see zeros, as before.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Op, OpKind, Seg, Segs};
-use cowbell_engine::status::StatusKind;
-use cowbell_engine::step::{Cx, Event, IoKind, Step};
-use cowbell_engine::units::{Errno, FileId, HostOffset, RegionId, align_down};
-use cowbell_engine::wait::{On, WaitList};
+use cowbell_engine::op::{Op, Seg, Segs};
+use cowbell_engine::step::{Cx, Event};
+use cowbell_engine::units::{Errno, FileId, RegionId};
 
-use crate::parts::claims::{Around, Claims};
-use crate::parts::growth::{Growth, Lack};
-use crate::parts::writeback::{Writeback, WritebackState};
+use crate::parts::claims::Claims;
+use crate::parts::growth::Growth;
+use crate::parts::in_place::{Content, in_place};
+use crate::parts::pieces::{self, Pieces};
+use crate::parts::units;
+use crate::parts::writeback::{Changes, Writeback};
 use crate::vdi::disk::layout::Entry;
 use crate::vdi::rest::open::Opened;
 use crate::vdi::run::map::{Map, New, copies_bytes};
@@ -53,23 +55,18 @@ struct Claim {
     new: New,
     /// Where the guest range that this piece writes ends.
     end: u64,
-    waiters: WaitList,
 }
 
-/// What a request awaits. `at` is the first byte of its range that is not done yet.
+/// What an allocating piece awaits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum RequestState {
-    /// Whatever it was parked on: look up what is at `at`.
-    Next { at: u64 },
-    /// As `Next`, for space that attempt number `attempt` to grow the file was to give.
+pub enum PieceState {
+    /// Space that attempt number `attempt` to grow the file was to give: it goes on at `at`.
     Space { at: u64, attempt: u32 },
-    /// The ops of mapped pieces, up to `at`.
-    Pieces { at: u64 },
     /// Guest data, in a hole with zeros around it: for the claim of this key.
     WriteData { claim: u32 },
-    /// A flush, at the request's end or all that it is.
-    Flush(WritebackState),
 }
+
+type Progress = pieces::Progress<PieceState>;
 
 /// Bytes that one piece allocates at most, or one block: its op's lengths are 32 bits wide.
 const PIECE_MAX: u64 = 1 << 30;
@@ -94,7 +91,7 @@ impl Vdi {
 
     /// Bytes in a block.
     pub fn block_size(&self) -> u64 {
-        self.map.header().block_size()
+        self.map.image().header.block_size()
     }
 
     /// Panics if something is claimed, parked or busy. For tests, at rest.
@@ -104,152 +101,23 @@ impl Vdi {
         self.map.assert_idle();
     }
 
-    pub(super) fn begin_request(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
-        let io = cx.io();
-        match io.kind {
-            IoKind::Flush => self.flush(cx),
-            IoKind::Read | IoKind::Status { .. } => self.walk(io.offset, cx),
-            _ if !self.writable => Step::Done(Err(Errno::READ_ONLY)),
-            IoKind::Truncate => Step::Done(Err(Errno::NOT_SUPPORTED)),
-            _ => self.walk(io.offset, cx),
-        }
-    }
-
-    pub(super) fn step_request(
-        &mut self,
-        state: RequestState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Step<RequestState> {
-        match (state, event) {
-            (RequestState::Next { at }, Event::Woken) => self.walk(at, cx),
-            (RequestState::Space { at, attempt }, Event::Woken) => {
-                match self.map.failure_of(attempt) {
-                    Some(errno) => Step::Done(Err(errno)),
-                    None => self.walk(at, cx),
-                }
-            }
-            (RequestState::Pieces { at }, Event::Io(Ok(()))) => self.walk(at, cx),
-            (RequestState::Pieces { .. }, Event::Io(error)) => Step::Done(error),
-            (RequestState::WriteData { claim }, Event::Io(result)) => {
-                self.data_written(claim, result, cx)
-            }
-            (RequestState::Flush(state), event) => {
-                self.writeback.step(state, event, &mut self.map, cx).map(RequestState::Flush)
-            }
-            (state, event) => panic!("{event:?} in {state:?}"),
-        }
-    }
-
-    fn flush(&mut self, cx: &mut Cx<'_>) -> Step<RequestState> {
-        self.writeback.flush(&mut self.map, cx).map(RequestState::Flush)
-    }
-
-    /// Goes on at `at`.
-    fn walk(&mut self, mut at: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
-        let (io, mut issued) = (cx.io(), false);
-        while at < io.end() {
-            if issued && cx.room() == 0 {
-                return Step::Wait(RequestState::Pieces { at });
-            }
-            let Some((entry, end)) = self.map.run_at(at, io.end()) else {
-                if issued {
-                    return Step::Wait(RequestState::Pieces { at });
-                }
-                self.map.tell_corrupt(at, cx);
-                return Step::Done(Err(Errno::IO));
-            };
-            match (entry, io.kind) {
-                (entry, IoKind::Status { .. }) => return self.answer_status(entry, at, end, cx),
-                (Entry::Block(block), _) => issued |= self.in_place(block, at, end, cx),
-                (Entry::Zero, IoKind::Read) => cx.zero_guest(at - io.offset, end - at),
-                // First what is under way; then this, looked up again.
-                (Entry::Zero, IoKind::Write { .. }) if issued => {
-                    return Step::Wait(RequestState::Pieces { at });
-                }
-                (Entry::Zero, IoKind::Write { .. }) => return self.allocate(at, end, cx),
-                // Zeros are there already.
-                (Entry::Zero, _) => {}
-            }
-            at = end;
-        }
-        match io.kind {
-            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } if issued => {
-                Step::Wait(RequestState::Pieces { at })
-            }
-            IoKind::Write { fua: true, .. } | IoKind::Zero { fua: true, .. } => self.flush(cx),
-            _ if issued => Step::Last { label: PIECES },
-            _ => Step::Done(Ok(())),
-        }
-    }
-
-    /// Says what `at..end` is.
-    fn answer_status(
-        &self,
-        entry: Entry,
-        at: u64,
-        end: u64,
-        cx: &mut Cx<'_>,
-    ) -> Step<RequestState> {
-        let (kind, host) = match entry {
-            Entry::Block(block) => {
-                let host = HostOffset(self.map.host_of(block, at));
-                (StatusKind::Data, Some((self.map.file(), host)))
-            }
-            Entry::Zero => (StatusKind::Zero, None),
-        };
-        cx.answer_status(kind, end - at, host);
-        Step::Done(Ok(()))
-    }
-
-    /// Does what is asked for to `at..end`, which is mapped from `block` on. Was there an op?
-    fn in_place(&self, block: u32, at: u64, end: u64, cx: &mut Cx<'_>) -> bool {
-        let (io, file) = (cx.io(), self.map.file());
-        let (host, len) = (self.map.host_of(block, at), end - at);
-        match io.kind {
-            IoKind::Read => cx.read_guest(file, host, at - io.offset, len),
-            IoKind::Write { .. } => cx.write_guest(file, host, at - io.offset, len, false),
-            IoKind::Zero { unmap, .. } => {
-                cx.issue(Op::bare(OpKind::Zero { unmap }, file, host, len));
-            }
-            _ => {
-                let size = self.block_size();
-                let first = at.next_multiple_of(size);
-                let is_last = end == self.map.header().size;
-                let last = if is_last { end } else { align_down(end, size) };
-                if first >= last {
-                    return false;
-                }
-                let host = host + (first - at);
-                cx.issue(Op::bare(OpKind::Discard, file, host, last - first));
-            }
-        }
-        true
-    }
-
     /// Claims blocks for the unallocated run `at..run_end` and writes them.
-    fn allocate(&mut self, at: u64, run_end: u64, cx: &mut Cx<'_>) -> Step<RequestState> {
-        let bits = self.map.header().block_bits;
+    fn allocate(&mut self, at: u64, run_end: u64, cx: &mut Cx<'_>) -> Progress {
+        let bits = self.map.image().header.block_bits;
         let index = at >> bits;
-        let free_to = match self.claims.around(index << bits, (index + 1) << bits) {
-            _ if mutant!("vdi_no_claims") => u64::MAX,
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                return Step::Wait(RequestState::Next { at });
-            }
-            Around::Before(next) => next,
+        let Some(free_to) = self.claims.free_to(index << bits, (index + 1) << bits, cx) else {
+            return Progress::LookAgain(at);
         };
         let blocks = ((run_end.min(free_to) - 1) >> bits) + 1 - index;
         let new = match self.map.take(blocks.min((PIECE_MAX >> bits).max(1)), cx) {
             Ok(new) => new,
-            Err(Lack::Parked(attempt)) => return Step::Wait(RequestState::Space { at, attempt }),
-            // The device is full, or all blocks that the map can name are taken: some are leaked.
-            Err(Lack::Never(errno)) => return Step::Done(Err(errno)),
+            // In the end: the device is full, or all blocks that the map can name are taken, some of
+            // them leaked.
+            Err(lack) => return Progress::lacks(lack, |attempt| PieceState::Space { at, attempt }),
         };
         let (start, blocks_end) = (index << bits, (index + new.count) << bits);
         let end = run_end.min(blocks_end);
-        let claim = Claim { index, new, end, waiters: WaitList::new() };
-        let claim = self.claims.insert(start..blocks_end, claim);
+        let claim = self.claims.insert(start..blocks_end, Claim { index, new, end });
         if mutant!("vdi_published_early") {
             self.map.publish(index, new);
         }
@@ -261,29 +129,75 @@ impl Vdi {
             segs.push(data);
             segs.push(Seg::zeros((blocks_end - end) as u32));
         }
-        cx.issue(Op::write(self.map.file(), self.map.host_of(new.first, from), segs));
-        Step::Wait(RequestState::WriteData { claim })
+        cx.issue(Op::write(self.map.file(), self.map.image().host_of(new.first, from), segs));
+        Progress::Wait(PieceState::WriteData { claim })
     }
 
     /// The data is there: the entries lead to it. If it could not be written, its blocks are leaked
     /// until the image is opened again.
-    fn data_written(
-        &mut self,
-        key: u32,
-        result: Result<(), Errno>,
-        cx: &mut Cx<'_>,
-    ) -> Step<RequestState> {
-        let start = self.claims[key].index << self.map.header().block_bits;
-        let mut claim = self.claims.remove(key, start);
-        if result.is_err() && mutant!("vdi_no_wake_on_error") {
-            claim.waiters = WaitList::new();
+    fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
+        if let Err(errno) = result
+            && !mutant!("vdi_data_error_ignored")
+        {
+            self.claims.end(key, false, cx);
+            return Progress::Failed(errno);
         }
-        cx.wake_all(&mut claim.waiters);
-        if result.is_err() && !mutant!("vdi_data_error_ignored") {
-            return Step::Done(result);
-        }
+        let claim = self.claims.end(key, true, cx);
         self.map.publish(claim.index, claim.new);
         self.writeback.set_due(cx);
-        self.walk(claim.end, cx)
+        Progress::To(claim.end)
+    }
+}
+
+impl Pieces for Vdi {
+    type State = PieceState;
+    /// `None`: an entry that cannot be.
+    type Found = Option<(Entry, u64)>;
+
+    const PIECES: u8 = PIECES;
+
+    fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    fn find(&mut self, at: u64, end: u64, _: &mut Cx<'_>) -> Self::Found {
+        self.map.image().run_at(at, end)
+    }
+
+    fn in_place(&mut self, at: u64, found: Self::Found, cx: &mut Cx<'_>) -> Option<Progress> {
+        let ((entry, end), image) = (found?, self.map.image());
+        let content = match entry {
+            Entry::Block(block) => Content::Data(self.map.file(), image.host_of(block, at)),
+            Entry::Zero => Content::Zeros,
+        };
+        let (size, disk) = (image.header.block_size(), image.header.size);
+        let whole = |at, end| units::whole(at, end, size, 0..disk);
+        in_place((at, end), content, None, whole, cx)
+    }
+
+    fn provide(&mut self, at: u64, found: Self::Found, cx: &mut Cx<'_>) -> Progress {
+        match found {
+            Some((_, end)) => self.allocate(at, end, cx),
+            None => {
+                self.map.tell_corrupt(at, cx);
+                Progress::Failed(Errno::IO)
+            }
+        }
+    }
+
+    fn run_piece(&mut self, state: PieceState, event: Event, cx: &mut Cx<'_>) -> Progress {
+        match (state, event) {
+            (PieceState::Space { at, attempt }, Event::Woken) => {
+                Progress::tried(at, self.map.space.failure_of(attempt))
+            }
+            (PieceState::WriteData { claim }, Event::Io(result)) => {
+                self.data_written(claim, result, cx)
+            }
+            (state, event) => panic!("{event:?} in {state:?}"),
+        }
+    }
+
+    fn changes(&mut self) -> (&mut Writeback, impl Changes) {
+        (&mut self.writeback, &mut self.map)
     }
 }

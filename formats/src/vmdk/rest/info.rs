@@ -7,7 +7,7 @@ use crate::format::LayerMeta;
 use crate::vmdk::Opened;
 use crate::vmdk::disk::descriptor::{Descriptor, Kind, Line, LineKind};
 use crate::vmdk::disk::layout::SECTOR_BITS;
-use crate::vmdk::rest::open::{Extent, ExtentKind};
+use crate::vmdk::rest::open::Extent;
 
 /// What `info` says about VMDK images alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,9 +58,11 @@ pub fn of<F>(layer: &Layer<F>) -> Option<VmdkInfo> {
                 (_, LineKind::Zero) => "ZERO",
             },
             grain_size: image.extents.get(i).and_then(grain_size_of),
-            compressed: image.extents.get(i).is_some_and(
-                |extent| matches!(&extent.kind, ExtentKind::Sparse(s) if s.header.is_compressed()),
-            ),
+            compressed: image
+                .extents
+                .get(i)
+                .and_then(Extent::sparse)
+                .is_some_and(|sparse| sparse.header.is_compressed()),
         };
         lines.iter().enumerate().map(part).collect()
     };
@@ -68,10 +70,7 @@ pub fn of<F>(layer: &Layer<F>) -> Option<VmdkInfo> {
 }
 
 fn grain_size_of(extent: &Extent) -> Option<u64> {
-    match &extent.kind {
-        ExtentKind::Sparse(sparse) => Some(sparse.header.grain_size()),
-        ExtentKind::Flat(_) | ExtentKind::Zero => None,
-    }
+    Some(extent.sparse()?.header.grain_size())
 }
 
 /// The grains' size, where all extents that were opened have the same.

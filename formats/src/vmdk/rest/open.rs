@@ -89,6 +89,16 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
+impl Extent {
+    /// Its metadata, if it is sparse.
+    pub fn sparse(&self) -> Option<&Sparse> {
+        match &self.kind {
+            ExtentKind::Sparse(sparse) => Some(sparse),
+            ExtentKind::Flat(_) | ExtentKind::Zero => None,
+        }
+    }
+}
+
 /// How an extent is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ExtentKind {

@@ -8,11 +8,10 @@
 use cowbell_engine::mutant;
 use cowbell_engine::step::{Cx, Event, IoKind};
 use cowbell_engine::units::Errno;
-use cowbell_engine::wait::{On, WaitList};
 
-use crate::parts::claims::{Around, Claims};
+use crate::parts::claims::Claims;
 use crate::parts::cow::{self, Copied, Cow, CowState, Fill};
-use crate::parts::growth::Lack;
+use crate::parts::pieces;
 use crate::parts::writeback::Writeback;
 use crate::vmdk::disk::layout::Entry;
 use crate::vmdk::run::content_id::ContentId;
@@ -24,47 +23,28 @@ use crate::vmdk::run::tables::{Grown, Tables};
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Claim {
     extent: usize,
-    /// The first grain in the extent, and how many there are.
-    grain: u64,
-    count: u64,
-    /// The slot of their table, pinned.
-    slot: usize,
-    /// What the first one's entry will be; data grains follow one another in the file.
-    entry: Entry,
+    /// What is to be published. Their table is pinned.
+    grown: Grown,
     /// The guest range that this piece writes.
     at: u64,
     end: u64,
     /// The rest of the grains.
     cow: Cow,
-    waiters: WaitList,
 }
 
-/// What an allocating piece awaits. `claim` is the key of the request's own claim.
+/// What an allocating piece awaits: from `at` on, or for its own claim, whose key is `claim`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum AllocateState {
-    /// What the new grains hold around the write.
+    /// Space that attempt number `attempt` to grow the extent's file was to give.
+    Space { at: u64, extent: u32, attempt: u32 },
+    /// What the new grains are to hold.
     Cow { claim: u32, state: CowState },
-    /// Head, guest data and tail, written as one.
-    WriteData { claim: u32 },
     /// The content id, which attempt number `attempt` is to write: then the piece is published.
     ContentId { claim: u32, attempt: u32 },
 }
 
-/// How far a piece is, whose states are these.
-pub(super) enum Progress<S> {
-    /// Done, up to here.
-    To(u64),
-    /// It waits.
-    Wait(S),
-    /// The request is parked: it looks again.
-    LookAgain,
-    /// It is parked until attempt number `attempt` to grow the extent's file has ended.
-    Space { extent: u32, attempt: u32 },
-    /// It is parked until this attempt to write the content id has ended.
-    ContentId(u32),
-    /// It could not be done.
-    Failed(Errno),
-}
+/// How far it is.
+type Progress = pieces::Progress<AllocateState>;
 
 /// What is unallocated, or zeros, and is to be something else.
 #[derive(Clone, Copy)]
@@ -88,21 +68,12 @@ pub(super) struct AllocateStep<'a> {
 
 impl AllocateStep<'_> {
     #[inline]
-    pub fn run(
-        &mut self,
-        state: AllocateState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    pub fn run(&mut self, state: AllocateState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
-            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
-            (AllocateState::WriteData { claim }, Event::Io(Ok(()))) => self.finish(claim, cx),
-            (AllocateState::WriteData { claim }, Event::Io(Err(errno))) => {
-                if mutant!("vmdk_data_error_ignored") {
-                    return self.finish(claim, cx);
-                }
-                self.fail(claim, errno, cx)
+            (AllocateState::Space { at, extent, attempt }, Event::Woken) => {
+                Progress::tried(at, self.extents.space(extent as usize).failure_of(attempt))
             }
+            (AllocateState::Cow { claim, state }, event) => self.copy(claim, state, event, cx),
             (AllocateState::ContentId { claim, attempt }, Event::Woken) => {
                 match self.id.failure_of(attempt) {
                     Some(errno) => self.fail(claim, errno, cx),
@@ -114,15 +85,10 @@ impl AllocateStep<'_> {
     }
 
     /// Claims grains for `piece` and begins to fill them; or says that they are zeros.
-    pub fn begin(
-        &mut self,
-        piece: Piece,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    pub fn begin(&mut self, piece: Piece, place: Place, cx: &mut Cx<'_>) -> Progress {
         let Piece { at, end: run_end, entry, slot } = piece;
         let first = place.grain_of(at);
-        let Some(free_to) = self.free_to(at, place, cx) else { return Progress::LookAgain };
+        let Some(free_to) = self.free_to(at, place, cx) else { return Progress::LookAgain(at) };
         let cow = match entry {
             Entry::Zero if !mutant!("vmdk_zero_grain_shows_parent") => false,
             _ => self.image.shows_parent(at, place),
@@ -142,7 +108,7 @@ impl AllocateStep<'_> {
         let count = (end - place.grain_start(first)).div_ceil(place.grain_size());
         let entry = match zero {
             Some(_) => Entry::Zero,
-            None => match self.take_space(count << place.grain_bits, false, place.extent, cx) {
+            None => match self.take_space(at, count << place.grain_bits, false, place, cx) {
                 Ok(offset) => Entry::Data(offset),
                 Err(progress) => return progress,
             },
@@ -166,23 +132,15 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn free_to(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Option<u64> {
         let start = place.grain_start(place.grain_of(at));
-        match self.claims.around(start, (start + place.grain_size()).min(place.end)) {
-            _ if mutant!("vmdk_no_claims") => Some(u64::MAX),
-            Around::Within(claim) => {
-                cx.park(&mut self.claims[claim].waiters, On::Cluster);
-                None
-            }
-            Around::Before(next) => Some(next),
-        }
+        self.claims.free_to(start, (start + place.grain_size()).min(place.end), cx)
     }
 
     /// Claims grains for `at..end`, and pins their table.
     #[inline]
     pub fn claim(&mut self, grown: Grown, (at, end): (u64, u64), cow: Cow, place: Place) -> u32 {
-        let Grown { grain, count, slot, entry } = grown;
-        self.tables.pin(slot);
-        let (extent, waiters) = (place.extent, WaitList::new());
-        let claim = Claim { extent, grain, count, slot, entry, at, end, cow, waiters };
+        let Grown { grain, count, slot, .. } = grown;
+        self.tables.cache.pin(slot);
+        let claim = Claim { extent: place.extent, grown, at, end, cow };
         let grains_end = place.grain_start(grain + count).min(place.end);
         self.claims.insert(place.grain_start(grain)..grains_end, claim)
     }
@@ -194,7 +152,7 @@ impl AllocateStep<'_> {
 
     /// A claim's grains are to be here.
     pub fn set_entry(&mut self, claim: u32, entry: Entry) {
-        self.claims[claim].entry = entry;
+        self.claims[claim].grown.entry = entry;
     }
 
     /// How far one piece reaches: to where the parent ends.
@@ -218,19 +176,19 @@ impl AllocateStep<'_> {
         (first == at).then_some(last)
     }
 
-    /// `bytes` bytes of space for an extent, or what the request waits for.
+    /// `bytes` bytes of space for what is at `at`, or what the request waits for.
     #[inline]
-    pub fn take_space<S>(
+    fn take_space(
         &mut self,
+        at: u64,
         bytes: u64,
         table: bool,
-        extent: usize,
+        place: Place,
         cx: &mut Cx<'_>,
-    ) -> Result<u64, Progress<S>> {
-        self.extents.space(extent).take_or_park(bytes, table, cx).map_err(|lack| match lack {
-            Lack::Parked(attempt) => Progress::Space { extent: extent as u32, attempt },
-            Lack::Never(errno) => Progress::Failed(errno),
-        })
+    ) -> Result<u64, Progress> {
+        let taken = self.extents.space(place.extent).take_or_park(bytes, table, cx);
+        let space = |attempt| AllocateState::Space { at, extent: place.extent as u32, attempt };
+        taken.map_err(|lack| Progress::lacks(lack, space))
     }
 
     /// What a write of `at..end` into grains `first..first + count` copies from the parent. The rest of
@@ -244,23 +202,19 @@ impl AllocateStep<'_> {
         Cow::new([(start, at), (end, tail_end)], Fill::Read, backing.size)
     }
 
-    /// Goes on with what the new grains must hold around the write; then the data is written.
+    /// Goes on with what the new grains are to hold; then publishes them.
     #[inline]
-    fn copy(
-        &mut self,
-        key: u32,
-        state: CowState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
+    fn copy(&mut self, key: u32, state: CowState, event: Event, cx: &mut Cx<'_>) -> Progress {
         let claim = &mut self.claims[key];
         if self.image.parent_changed && claim.cow.reads() {
             return self.fail(key, Errno::INVALID, cx);
         }
-        let Entry::Data(offset) = claim.entry else { unreachable!("zero grains have no data") };
-        let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grain);
+        let Entry::Data(offset) = claim.grown.entry else {
+            unreachable!("zero grains have no data")
+        };
+        let inside = claim.at - self.extents.place(claim.extent).grain_start(claim.grown.grain);
         let file = self.extents.get(claim.extent).file;
-        let place = cow::Place { file, start: claim.at, host: offset + inside };
+        let place = cow::Place { file, start: claim.at, end: claim.end, host: offset + inside };
         let backing = self.image.backing;
         let read = |from, to, buf, cx: &mut Cx<'_>| {
             backing.expect("only an overlay copies").read(from, to, buf, cx)
@@ -268,16 +222,13 @@ impl AllocateStep<'_> {
         match claim.cow.step(state, event, place, read, cx) {
             Copied::Wait(state) => Progress::Wait(AllocateState::Cow { claim: key, state }),
             Copied::Failed(errno) => self.fail(key, errno, cx),
-            Copied::Ready => {
-                claim.cow.write(claim.at, claim.end, place, cx);
-                Progress::Wait(AllocateState::WriteData { claim: key })
-            }
+            Copied::Written => self.finish(key, cx),
         }
     }
 
     /// The data is there: publishes it, once the content id is a new one.
     #[inline]
-    fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress<AllocateState> {
+    fn finish(&mut self, key: u32, cx: &mut Cx<'_>) -> Progress {
         if !self.id.is_written() && !mutant!("vmdk_published_before_cid") {
             self.claims[key].cow.give_bufs(cx);
             let attempt = self.id.park(cx);
@@ -290,55 +241,39 @@ impl AllocateStep<'_> {
     #[inline]
     pub fn publish_and_end(&mut self, key: u32, cx: &mut Cx<'_>) -> u64 {
         self.publish(key, cx);
-        let end = self.claims[key].end;
-        self.end_claim(key, cx);
-        end
+        self.end_claim(key, true, cx)
     }
 
     #[inline]
     fn publish(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let Claim { grain, count, slot, entry, .. } = self.claims[key];
-        self.tables.publish(self.extents, Grown { grain, count, slot, entry }, cx);
+        self.tables.publish(self.extents, self.claims[key].grown, cx);
         self.writeback.set_due(cx);
     }
 
     /// Gives up. What was allocated is leaked; what was there before is still there.
-    pub fn fail<S>(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress<S> {
-        if mutant!("vmdk_no_wake_on_error") {
-            self.claims[key].waiters = WaitList::new();
-        }
-        self.end_claim(key, cx);
+    fn fail(&mut self, key: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
+        self.end_claim(key, false, cx);
         Progress::Failed(errno)
     }
 
+    /// Answers where its piece ends. Are the grains there?
     #[inline]
-    fn end_claim(&mut self, key: u32, cx: &mut Cx<'_>) {
-        let Claim { extent, grain, .. } = self.claims[key];
-        self.claims[key].cow.give_bufs(cx);
-        let mut claim = self.claims.remove(key, self.extents.place(extent).grain_start(grain));
-        self.tables.unpin(claim.slot, cx);
-        cx.wake_all(&mut claim.waiters);
+    pub fn end_claim(&mut self, key: u32, is_there: bool, cx: &mut Cx<'_>) -> u64 {
+        let mut claim = self.claims.end(key, is_there, cx);
+        claim.cow.give_bufs(cx);
+        self.tables.unpin(claim.grown.slot, cx);
+        claim.end
     }
 
     /// Allocates the grain table that maps `at`, and the redundant one: a grain for both, which is
-    /// zeros, and two empty tables therefore. The directories say so on disk after the next writeback:
-    /// so the content id comes first.
-    pub fn allocate_table(
-        &mut self,
-        at: u64,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> Progress<AllocateState> {
-        if !self.id.is_written() {
-            return Progress::ContentId(self.id.park(cx));
-        }
-        match self.take_space(place.grain_size(), true, place.extent, cx) {
-            Ok(offset) => {
-                self.tables.link(self.extents, at, offset, cx);
-                self.writeback.set_due(cx);
-                Progress::To(at)
-            }
-            Err(progress) => progress,
-        }
+    /// zeros, and two empty tables therefore.
+    pub fn allocate_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Progress {
+        let offset = match self.take_space(at, place.grain_size(), true, place, cx) {
+            Ok(offset) => offset,
+            Err(progress) => return progress,
+        };
+        self.tables.link(self.extents, at, offset, cx);
+        self.writeback.set_due(cx);
+        Progress::To(at)
     }
 }

@@ -9,7 +9,6 @@ use cowbell_engine::step::{Cx, Event, Step};
 
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::vmdk::run::changes::TableChanges;
-use crate::vmdk::run::extents::Kind;
 use crate::vmdk::run::stream::Stream;
 
 /// What the chore awaits.
@@ -84,12 +83,10 @@ impl CloseStep<'_> {
         let extents = &mut *self.changes.extents;
         let (mut next, mut issued) = (next as usize, false);
         while next < extents.len() && !(issued && cx.room() == 0) {
-            let has_spare = match &extents.get(next).kind {
+            let has_spare = extents.get(next).sparse().is_some_and(|grains| {
                 // A stream's end is behind its grains.
-                Kind::Sparse(grains) if grains.has_footer => false,
-                Kind::Sparse(grains) => grains.space.has_spare_end() && !grains.space.is_growing(),
-                Kind::Flat(_) | Kind::Zero => false,
-            };
+                !grains.has_footer && grains.space.has_spare_end() && !grains.space.is_growing()
+            });
             if has_spare {
                 let (file, space) = (extents.get(next).file, extents.space(next));
                 cx.issue(Op::bare(OpKind::Truncate, file, space.end(), 0));

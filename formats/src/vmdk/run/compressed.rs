@@ -12,9 +12,9 @@ use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
 use cowbell_engine::wait::On;
 
+use crate::parts::pieces;
 use crate::vmdk::disk::grain;
 use crate::vmdk::disk::layout::{SECTOR, SECTOR_BITS};
-use crate::vmdk::run::allocate::Progress;
 use crate::vmdk::run::extents::{Extents, Place};
 
 /// The grains of a stream that are in memory, each named by its first byte on the disk.
@@ -34,6 +34,8 @@ pub enum InflateState {
     /// That grain, inflated into `slot`.
     Inflate { slot: u32 },
 }
+
+type Progress = pieces::Progress<InflateState>;
 
 const INFLATE: Compute = Compute { name: "inflate-grain", run: grain::inflate };
 const INFLATE_LAST: Compute = Compute { name: "inflate-last-grain", run: grain::inflate_last };
@@ -76,7 +78,7 @@ impl Compressed {
         at: u64,
         (host, next): (u64, u64),
         cx: &mut Cx<'_>,
-    ) -> Progress<InflateState> {
+    ) -> Progress {
         let index = extents.index_at(at);
         let place = extents.place(index);
         let most = grain::size_max(place.grain_size());
@@ -87,11 +89,11 @@ impl Compressed {
         let key = place.grain_start(place.grain_of(at));
         if let Some(slot) = self.grains.find(key) {
             cx.park(self.grains.waiters(slot), On::Compressed);
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         }
         let Some(slot) = self.grains.reserve(key) else {
             cx.park(&mut self.grains.full, On::CacheSlot);
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         };
         // Whoever reads it now finds it in the cache.
         let segs = Segs::one(self.beside(slot, 0, len));
@@ -107,7 +109,7 @@ impl Compressed {
         state: InflateState,
         event: Event,
         cx: &mut Cx<'_>,
-    ) -> Progress<InflateState> {
+    ) -> Progress {
         let (slot, result) = match (state, event) {
             (InflateState::Read { host, slot, have }, Event::Io(Ok(()))) => {
                 match self.inflate(extents, at, (host, slot as usize, have.into()), cx) {
@@ -122,7 +124,7 @@ impl Compressed {
             (state, event) => panic!("{event:?} in {state:?}"),
         };
         self.grains.load_ended(slot as usize, result.is_ok(), cx);
-        result.map_or_else(Progress::Failed, |()| Progress::To(at))
+        Progress::tried(at, result.err())
     }
 
     /// A grain, or the beginning of it, is there.

@@ -1,9 +1,10 @@
 //! The extents of a running image: where on the disk each is, in which file, and how it is kept.
 
 use cowbell_engine::step::{Cx, Event, Step};
-use cowbell_engine::units::{FileId, align_down};
+use cowbell_engine::units::FileId;
 
 use crate::parts::growth::{FILE_MAX, Growing, Growth, Space};
+use crate::parts::units;
 use crate::vmdk::disk::layout::{AT_END, Header, SECTOR};
 use crate::vmdk::rest::open::{self, ExtentKind};
 
@@ -30,6 +31,25 @@ pub(super) enum Kind {
     /// Zeros. An image with such an extent is not written.
     Zero,
     Sparse(Box<Grains>),
+}
+
+impl Extent {
+    /// Its tables and grains, if it is sparse.
+    #[inline]
+    pub fn sparse(&self) -> Option<&Grains> {
+        match &self.kind {
+            Kind::Sparse(grains) => Some(grains),
+            Kind::Flat(_) | Kind::Zero => None,
+        }
+    }
+
+    #[inline]
+    fn sparse_mut(&mut self) -> Option<&mut Grains> {
+        match &mut self.kind {
+            Kind::Sparse(grains) => Some(grains),
+            Kind::Flat(_) | Kind::Zero => None,
+        }
+    }
 }
 
 /// A sparse extent.
@@ -92,11 +112,7 @@ impl Place {
 
     /// The whole grains in `at..end`. The extent's end counts as the end of its last grain.
     pub fn whole_grains(&self, at: u64, end: u64) -> Option<(u64, u64)> {
-        let size = self.grain_size();
-        let first = self.start + (at - self.start).next_multiple_of(size);
-        let last =
-            if end == self.end { end } else { self.start + align_down(end - self.start, size) };
-        (first < last).then_some((first, last))
+        units::whole(at, end, self.grain_size(), self.start..self.end)
     }
 }
 
@@ -151,34 +167,22 @@ impl Extents {
     /// A sparse one.
     #[inline]
     pub fn grains(&self, index: usize) -> &Grains {
-        match &self.all[index].kind {
-            Kind::Sparse(grains) => grains,
-            Kind::Flat(_) | Kind::Zero => unreachable!("only sparse extents have tables"),
-        }
+        self.all[index].sparse().expect("only sparse extents have tables")
     }
 
     /// The end of a sparse one's file.
     pub fn space(&mut self, index: usize) -> &mut Space {
-        match &mut self.all[index].kind {
-            Kind::Sparse(grains) => &mut grains.space,
-            Kind::Flat(_) | Kind::Zero => unreachable!("only sparse extents have tables"),
-        }
+        &mut self.all[index].sparse_mut().expect("only sparse extents have tables").space
     }
 
     /// The ends of the files of all sparse ones.
     pub fn spaces(&mut self) -> impl Iterator<Item = &mut Space> {
-        self.all.iter_mut().filter_map(|extent| match &mut extent.kind {
-            Kind::Sparse(grains) => Some(&mut grains.space),
-            Kind::Flat(_) | Kind::Zero => None,
-        })
+        self.all.iter_mut().filter_map(|extent| Some(&mut extent.sparse_mut()?.space))
     }
 
     /// Is all that was handed out within the files' lengths after any crash?
     pub fn are_stable(&self) -> bool {
-        self.all.iter().all(|extent| match &extent.kind {
-            Kind::Sparse(grains) => grains.space.is_stable(),
-            Kind::Flat(_) | Kind::Zero => true,
-        })
+        self.all.iter().filter_map(Extent::sparse).all(|grains| grains.space.is_stable())
     }
 
     #[inline]
@@ -194,11 +198,6 @@ impl Extents {
         self.grains(index).header.is_compressed()
     }
 
-    /// Is it a stream whose directory is at its end?
-    pub fn has_footer(&self, index: usize) -> bool {
-        self.grains(index).has_footer
-    }
-
     /// Can a table say that a grain is zeros?
     pub fn can_say_zero(&self, index: usize) -> bool {
         self.grains(index).header.has_zeroed_grains()
@@ -207,24 +206,17 @@ impl Extents {
     /// Where the table, or the flat extent, ends that byte `at` is in; in a stream the grain.
     pub fn piece_end(&self, at: u64) -> u64 {
         let index = self.index_at(at);
-        match &self.all[index].kind {
-            Kind::Flat(_) | Kind::Zero => self.all[index].end,
-            Kind::Sparse(grains) => {
-                let place = self.place(index);
-                match grains.header.is_compressed() {
-                    true => place.grain_start(place.grain_of(at) + 1).min(place.end),
-                    false => place.table_end(at),
-                }
-            }
+        let Some(grains) = self.all[index].sparse() else { return self.all[index].end };
+        let place = self.place(index);
+        match grains.header.is_compressed() {
+            true => place.grain_start(place.grain_of(at) + 1).min(place.end),
+            false => place.table_end(at),
         }
     }
 
     /// Bytes in a grain, where all have the same.
     pub fn grain_size(&self) -> Option<u64> {
-        let mut sizes = self.all.iter().map(|extent| match &extent.kind {
-            Kind::Sparse(grains) => Some(grains.header.grain_size()),
-            Kind::Flat(_) | Kind::Zero => None,
-        });
+        let mut sizes = self.all.iter().map(|extent| Some(extent.sparse()?.header.grain_size()));
         let first = sizes.next().flatten();
         first.filter(|&first| sizes.all(|size| size == Some(first)))
     }
@@ -232,10 +224,7 @@ impl Extents {
     /// The chore that makes a file longer, if one was asked for: whose, and its state.
     pub fn begin_growth(&mut self) -> Option<(u32, Growing)> {
         let mut all = (0..).zip(&mut self.all);
-        all.find_map(|(index, extent)| match &mut extent.kind {
-            Kind::Sparse(grains) => Some((index, grains.space.begin_asked()?)),
-            Kind::Flat(_) | Kind::Zero => None,
-        })
+        all.find_map(|(index, extent)| Some((index, extent.sparse_mut()?.space.begin_asked()?)))
     }
 
     /// A step of that chore.
@@ -252,11 +241,7 @@ impl Extents {
 
     /// Panics if a file grows, or somebody waits for that. For tests, at rest.
     pub fn assert_idle(&self) {
-        for extent in &self.all {
-            if let Kind::Sparse(grains) = &extent.kind {
-                grains.space.assert_idle();
-            }
-        }
+        self.all.iter().filter_map(Extent::sparse).for_each(|grains| grains.space.assert_idle());
     }
 }
 
@@ -280,13 +265,9 @@ mod tests {
     }
 
     #[test]
-    fn the_extents_end_ends_its_last_grain() {
+    fn the_extents_end_ends_its_last_table() {
         let end = 512 + 3 * 4096 + 1024;
         let place = Place { extent: 1, start: 512, end, grain_bits: 12, table_bits: 1 };
-        assert_eq!(place.whole_grains(512, 512 + 4096), Some((512, 512 + 4096)));
-        assert_eq!(place.whole_grains(513, 512 + 4096), None);
-        assert_eq!(place.whole_grains(513, end), Some((512 + 4096, end)));
-        assert_eq!(place.whole_grains(513, end - 1), Some((512 + 4096, 512 + 3 * 4096)));
         assert_eq!((place.table_end(512), place.table_end(end - 1)), (512 + 8192, end));
         assert_eq!((place.table_of(end - 1), place.entry_of(place.grain_of(end - 1))), (1, 1));
     }

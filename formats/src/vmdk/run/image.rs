@@ -7,7 +7,7 @@ use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
 use crate::vmdk::disk::grain::size_max;
 use crate::vmdk::disk::layout::TABLE_BYTES_MAX;
-use crate::vmdk::rest::open::{ExtentKind, Opened};
+use crate::vmdk::rest::open::{Extent, Opened};
 use crate::vmdk::run::extents::Place;
 
 /// Where in a slot of the cache the copy is that a writeback writes.
@@ -76,12 +76,7 @@ impl Regions {
         options: &VmdkOptions,
         mut region: impl FnMut(usize) -> RegionId,
     ) -> Regions {
-        let sparse = || {
-            opened.extents.iter().filter_map(|extent| match &extent.kind {
-                ExtentKind::Sparse(sparse) => Some(sparse),
-                ExtentKind::Flat(_) | ExtentKind::Zero => None,
-            })
-        };
+        let sparse = || opened.extents.iter().filter_map(Extent::sparse);
         let memory = region(TableCache::bytes_for(SLOT_BYTES, options.cache_tables));
         let tables = TableCache::new(memory, SLOT_BYTES, options.cache_tables);
         let copies = sparse().map(|sparse| {

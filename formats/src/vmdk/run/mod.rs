@@ -2,7 +2,7 @@
 //! and answers how it goes on; this one routes events to them.
 //!
 //! ```text
-//! a request, by its pieces                                                    (request.rs)
+//! a request, by its pieces                                   (parts/pieces.rs, request.rs)
 //!            ┌────────────── look again ◄─────────────────────────────┐
 //! Next ──────┤ table not there ─> LoadTable ──────────────────────────┤
 //!  │ │ │ │   │ no slot for it ─> Room (a writeback makes it) ──────────┤
@@ -10,7 +10,7 @@
 //!  │ │ │ │   └ no space, a claim, a buffer, … : parked where it lacks ─┘
 //!  │ │ │ └─ pieces under different tables: each a request of its own, joined
 //!  │ │ └─── mapped or zero: Pieces (all ops of the step, joined) ─> Next
-//!  │ └───── allocate: [Cow] ─> WriteData ─> [ContentId] ─> published ─> Next  (allocate.rs)
+//!  │ └───── allocate: Cow … ─> [ContentId] ─> published ─> Next  (allocate.rs, parts/cow.rs)
 //!  └─────── flush: [Fence] ─> Write ─> Flush ─> Write, the redundant ones     (parts/writeback.rs)
 //!
 //! a deflated grain: Read … ─> Inflate ─> Next                                 (compressed.rs)
@@ -42,16 +42,17 @@ mod stream;
 mod tables;
 
 use cowbell_engine::mem::Memory;
-use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
+use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, Pass, Step};
 use cowbell_engine::units::{FileId, NodeId, Time};
 
 use crate::parts::backing;
 use crate::parts::growth::Growing;
+use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vmdk::run::close::CloseState;
 use crate::vmdk::run::content_id::WritingId;
-use crate::vmdk::run::image::PIECES;
-use crate::vmdk::run::request::RequestState;
+use crate::vmdk::run::image::{FLUSH, PIECES};
+use crate::vmdk::run::request::PieceState;
 
 pub use crate::vmdk::run::image::{Regions, VmdkOptions};
 pub use crate::vmdk::run::request::Vmdk;
@@ -60,7 +61,7 @@ pub use crate::vmdk::run::request::Vmdk;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// A guest's request.
-    Request(RequestState),
+    Request(RequestState<PieceState>),
     /// Chore: the content id is written.
     WriteId(WritingId),
     /// Chore: an extent's file is made longer.
@@ -96,7 +97,7 @@ impl Driver for Vmdk {
     #[inline]
     fn label(state: &State) -> usize {
         match state {
-            State::Request(state) => state.label(),
+            State::Request(state) => state.label(PIECES, FLUSH, PieceState::label),
             State::WriteId(_) => 6,
             State::Writeback(_) => 11,
             State::Grow(..) => 12,
@@ -119,13 +120,7 @@ impl Driver for Vmdk {
 
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, mem: &Memory) -> Option<Pass> {
-        let passes = match io.kind {
-            IoKind::Read => true,
-            // A stable one is flushed, tables and all.
-            IoKind::Write { fua, .. } => self.image.writable && self.id.is_written() && !fua,
-            _ => false,
-        };
-        let passes = passes && io.len > 0;
+        let passes = may_pass(io.kind, self.image.writable && self.id.is_written()) && io.len > 0;
         let (file, offset) = if passes { self.in_one_piece(io, mem)? } else { return None };
         Some(Pass { file, offset, label: PIECES })
     }
@@ -137,13 +132,10 @@ impl Driver for Vmdk {
     fn chore(&mut self, chore: Chore) -> Option<State> {
         match chore {
             Chore::Asked => {
-                if let Some(state) = self.id.begin_asked() {
-                    return Some(State::WriteId(state));
-                }
-                match self.extents.begin_growth() {
-                    Some((extent, growing)) => Some(State::Grow(extent, growing)),
-                    None => self.writeback.begin_asked().map(State::Writeback),
-                }
+                let id = self.id.begin_asked().map(State::WriteId);
+                let grow = |(extent, state)| State::Grow(extent, state);
+                id.or_else(|| self.extents.begin_growth().map(grow))
+                    .or_else(|| self.writeback.begin_asked().map(State::Writeback))
             }
             Chore::Deadline => Some(State::Writeback(self.writeback.begin_due())),
             Chore::Settle => self.image.writable.then_some(State::Close(CloseState::Begin)),
@@ -164,10 +156,7 @@ impl Driver for Vmdk {
                 let step = self.extents.grow(extent, state, event, cx);
                 step.map(|state| State::Grow(extent, state))
             }
-            State::Writeback(state) => {
-                let (writeback, mut changes) = self.changes();
-                writeback.step(state, event, &mut changes, cx).map(State::Writeback)
-            }
+            State::Writeback(state) => self.write_back(state, event, cx).map(State::Writeback),
             State::Close(state) => self.closing().run(state, event, cx).map(State::Close),
         }
     }

@@ -19,10 +19,11 @@ use cowbell_engine::units::{BufId, Errno, FileId, RegionId};
 use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::cow::Cow;
-use crate::parts::growth::Lack;
+use crate::parts::growth::{Lack, Space};
+use crate::parts::pieces;
 use crate::vmdk::disk::layout::end_of_stream;
 use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Marker, SECTOR, SECTOR_BITS};
-use crate::vmdk::run::allocate::{AllocateStep, Progress};
+use crate::vmdk::run::allocate::AllocateStep;
 use crate::vmdk::run::compressed::Compressed;
 use crate::vmdk::run::extents::{Extents, Place};
 use crate::vmdk::run::tables::{Grown, Tables};
@@ -54,9 +55,13 @@ pub enum StreamState {
     Space { claim: u32, slot: u32, attempt: u32 },
     /// That grain, written.
     WriteGrain { claim: u32, slot: u32 },
+    /// Space for a table of byte `at` of the disk, as above.
+    TableSpace { at: u64, attempt: u32 },
     /// An empty table for byte `at` of the disk, at `sector`, written from `buf`.
     WriteTable { at: u64, buf: BufId, sector: u32 },
 }
+
+type Progress = pieces::Progress<StreamState>;
 
 impl Stream {
     pub fn new(tail: RegionId) -> Stream {
@@ -78,7 +83,7 @@ impl Stream {
 
     /// Closing: writes the stream's end if it has none, which may be; false: it has.
     pub fn write_end(&self, extents: &Extents, tables: &Tables, cx: &mut Cx<'_>) -> bool {
-        if !self.open || !extents.has_footer(0) {
+        if !self.open || !extents.grains(0).has_footer {
             return false;
         }
         let grains = extents.grains(0);
@@ -115,12 +120,7 @@ pub(super) struct StreamStep<'a> {
 }
 
 impl StreamStep<'_> {
-    pub fn run(
-        &mut self,
-        state: StreamState,
-        event: Event,
-        cx: &mut Cx<'_>,
-    ) -> Progress<StreamState> {
+    pub fn run(&mut self, state: StreamState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
             (
                 StreamState::Deflate { claim, slot } | StreamState::WriteGrain { claim, slot },
@@ -129,11 +129,14 @@ impl StreamStep<'_> {
             (StreamState::Deflate { claim, slot }, Event::Io(Ok(())))
             | (StreamState::Append { claim, slot }, Event::Woken) => self.append(claim, slot, cx),
             (StreamState::Space { claim, slot, attempt }, Event::Woken) => {
-                let place = self.place_of(claim);
-                match self.allocate.extents.space(place.extent).failure_of(attempt) {
+                match self.space(self.place_of(claim)).failure_of(attempt) {
                     Some(errno) => self.fail(claim, slot, errno, cx),
                     None => self.append(claim, slot, cx),
                 }
+            }
+            (StreamState::TableSpace { at, attempt }, Event::Woken) => {
+                let extents = &mut *self.allocate.extents;
+                Progress::tried(at, extents.space(extents.index_at(at)).failure_of(attempt))
             }
             (StreamState::WriteGrain { claim, slot }, Event::Io(Ok(()))) => {
                 self.compressed.written(slot, true, cx);
@@ -148,15 +151,9 @@ impl StreamStep<'_> {
 
     /// A write at `at`, where nothing is yet; `table` is the slot of its table. Claims the grain and
     /// deflates it.
-    pub fn begin(
-        &mut self,
-        at: u64,
-        table: usize,
-        place: Place,
-        cx: &mut Cx<'_>,
-    ) -> Progress<StreamState> {
+    pub fn begin(&mut self, at: u64, table: usize, place: Place, cx: &mut Cx<'_>) -> Progress {
         if self.allocate.free_to(at, place, cx).is_none() {
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         }
         let (io, grain) = (cx.io(), place.grain_of(at));
         let end = place.grain_start(grain + 1).min(place.end);
@@ -166,11 +163,8 @@ impl StreamStep<'_> {
         if at != place.grain_start(grain) || io.end() < end {
             return Progress::Failed(Errno::INVALID);
         }
-        if !self.allocate.id.is_written() {
-            return Progress::ContentId(self.allocate.id.park(cx));
-        }
         let Some(slot) = self.compressed.deflate(at, end, place, cx) else {
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         };
         let grown = Grown { grain, count: 1, slot: table, entry: Entry::Unallocated };
         let claim = self.allocate.claim(grown, (at, end), Cow::NONE, place);
@@ -184,12 +178,16 @@ impl StreamStep<'_> {
         extents.place(extents.index_at(self.allocate.start_of(claim)))
     }
 
+    fn space(&mut self, place: Place) -> &mut Space {
+        self.allocate.extents.space(place.extent)
+    }
+
     fn file(&self, place: Place) -> FileId {
         self.allocate.extents.get(place.extent).file
     }
 
     /// The grain is deflated: if it is its turn, takes space and writes it.
-    fn append(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress<StreamState> {
+    fn append(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress {
         if self.stream.queue.front() != Some(&claim) {
             cx.park(&mut self.stream.turn, On::Turn);
             return Progress::Wait(StreamState::Append { claim, slot });
@@ -202,8 +200,7 @@ impl StreamStep<'_> {
             unreachable!("a deflated grain has a marker and a size");
         };
         let len = (u64::from(size) + GRAIN_MARKER_BYTES as u64).next_multiple_of(SECTOR);
-        let space = self.allocate.extents.space(place.extent);
-        let offset = match space.take_or_park(len, false, cx) {
+        let offset = match self.space(place).take_or_park(len, false, cx) {
             Ok(offset) => offset,
             Err(Lack::Parked(attempt)) => {
                 return Progress::Wait(StreamState::Space { claim, slot, attempt });
@@ -217,37 +214,29 @@ impl StreamStep<'_> {
         Progress::Wait(StreamState::WriteGrain { claim, slot })
     }
 
-    fn fail(
-        &mut self,
-        claim: u32,
-        slot: u32,
-        errno: Errno,
-        cx: &mut Cx<'_>,
-    ) -> Progress<StreamState> {
+    fn fail(&mut self, claim: u32, slot: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
         self.stream.next_turn(claim, cx);
         self.compressed.written(slot, false, cx);
-        self.allocate.fail(claim, errno, cx)
+        self.allocate.end_claim(claim, false, cx);
+        Progress::Failed(errno)
     }
 
     /// Puts an empty grain table for `at` into the stream.
-    pub fn make_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Progress<StreamState> {
-        if !self.allocate.id.is_written() {
-            return Progress::ContentId(self.allocate.id.park(cx));
-        }
+    pub fn make_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Progress {
         if self.stream.making {
             cx.park(&mut self.stream.making_waiters, On::Table);
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         }
         let bytes = self.allocate.extents.grains(place.extent).header.table_bytes();
         let Some([buf]) = cx.take_bufs() else {
             cx.park_for_bufs();
-            return Progress::LookAgain;
+            return Progress::LookAgain(at);
         };
-        let offset = match self.allocate.take_space(SECTOR + bytes, false, place.extent, cx) {
+        let offset = match self.space(place).take_or_park(SECTOR + bytes, false, cx) {
             Ok(offset) => offset,
-            Err(progress) => {
+            Err(lack) => {
                 cx.give_buf(buf);
-                return progress;
+                return Progress::lacks(lack, |attempt| StreamState::TableSpace { at, attempt });
             }
         };
         (self.stream.making, self.stream.open) = (true, true);
@@ -268,18 +257,16 @@ impl StreamStep<'_> {
         sector: u32,
         result: Result<(), Errno>,
         cx: &mut Cx<'_>,
-    ) -> Progress<StreamState> {
+    ) -> Progress {
         cx.give_buf(buf);
         self.stream.making = false;
         cx.wake_all(&mut self.stream.making_waiters);
-        match result {
-            Ok(()) => {
-                let extents = &self.allocate.extents;
-                let place = extents.place(extents.index_at(at));
-                self.allocate.tables.link_in_stream(place, at, sector);
-                Progress::To(at)
-            }
-            Err(errno) => Progress::Failed(errno),
+        if let Err(errno) = result {
+            return Progress::Failed(errno);
         }
+        let extents = &self.allocate.extents;
+        let place = extents.place(extents.index_at(at));
+        self.allocate.tables.link_in_stream(place, at, sector);
+        Progress::To(at)
     }
 }

@@ -10,8 +10,8 @@ use cowbell_engine::op::{Op, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
 use cowbell_engine::units::{Errno, RegionId};
-use cowbell_engine::wait::{On, WaitList};
 
+use crate::parts::changed::Changed;
 use crate::parts::past_end::PastEnd;
 use crate::vmdk::disk::layout::{Entry, Header, SECTOR, SECTOR_BITS};
 use crate::vmdk::rest::open::{Extent, ExtentKind};
@@ -20,11 +20,10 @@ use crate::vmdk::run::extents::{Extents, Grains, Kind, Place};
 use crate::vmdk::run::image::{COPY_AT, SLOT_BYTES};
 
 /// What is at a guest offset.
-pub(super) enum Found {
+#[derive(Clone, Copy)]
+pub(crate) enum Found {
     /// A flat extent: byte `host` of its file, up to `end`.
     Flat { host: u64, end: u64 },
-    /// An extent that is nothing but zeros, up to `end`.
-    Zeros { end: u64 },
     /// The table is not in memory; this is its place.
     NotLoaded { table: u64 },
     /// It is being loaded into this slot, or is about to be.
@@ -38,8 +37,9 @@ pub(super) enum Found {
 }
 
 /// Grains of one table, from the first one on, whose entries change.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Hash, Debug)]
 pub(super) struct Grown {
+    /// The first one in its extent.
     pub grain: u64,
     pub count: u64,
     /// Of the table.
@@ -53,8 +53,7 @@ pub(super) struct Grown {
 struct Slot {
     extent: u32,
     table: u32,
-    /// Bytes that have changed since the last seal, in whole sectors; and those that are being
-    /// written. A pin goes with each.
+    /// Bytes that have changed since the last seal, in whole sectors; and those that are being written.
     changed: Option<(u16, u16)>,
     sealed: Option<(u16, u16)>,
 }
@@ -62,14 +61,13 @@ struct Slot {
 /// See the module.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Tables {
-    cache: TableCache,
+    pub cache: TableCache,
     slots: Vec<Slot>,
     directories: Directories,
     /// For each extent. The pieces are sectors of tables.
     past_end: Vec<PastEnd>,
-    /// Slots whose tables have changed since the last seal, and those that are being written.
-    changed: Vec<u32>,
-    sealed: Vec<u32>,
+    /// Slots whose tables have changed, or are being written: a pin goes with each.
+    changed: Changed,
     writable: bool,
 }
 
@@ -94,8 +92,7 @@ impl Tables {
             directories: Directories::new(extents, copies),
             slots: vec![Slot::default(); slots],
             cache,
-            changed: Vec::with_capacity(slots),
-            sealed: Vec::with_capacity(slots),
+            changed: Changed::new(slots),
             writable,
         }
     }
@@ -108,7 +105,7 @@ impl Tables {
         let end = end.min(extent.end);
         let grains = match &extent.kind {
             Kind::Flat(host) => return Found::Flat { host: host + (at - extent.start), end },
-            Kind::Zero => return Found::Zeros { end },
+            Kind::Zero => return Found::Run { entry: Entry::Zero, end, slot: usize::MAX },
             Kind::Sparse(grains) => grains,
         };
         let table = (at - extent.start) >> grains.header.span_bits();
@@ -229,21 +226,6 @@ impl Tables {
         self.cache.load_ended(slot, result.is_ok(), cx);
     }
 
-    /// Parks the request until the table of `slot` is there.
-    pub fn park_for(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        cx.park(self.cache.waiters(slot), On::Table);
-    }
-
-    /// Who waits for any slot.
-    pub fn full(&mut self) -> &mut WaitList {
-        &mut self.cache.full
-    }
-
-    /// Keeps a table in memory until it is unpinned.
-    pub fn pin(&mut self, slot: usize) {
-        self.cache.pin(slot);
-    }
-
     /// Ends one pin, and wakes who needs the slot.
     pub fn unpin(&mut self, slot: usize, cx: &mut Cx<'_>) {
         self.cache.unpin(slot);
@@ -300,17 +282,10 @@ impl Tables {
         let piece = u64::from(state.table) * sectors_of_table(header);
         self.past_end[state.extent as usize].changed(piece + sectors.start..piece + sectors.end);
         let range = ((sectors.start * SECTOR) as u16, (sectors.end * SECTOR) as u16);
-        self.note_changed(slot, Some(range));
-    }
-
-    #[inline]
-    fn note_changed(&mut self, slot: usize, range: Option<(u16, u16)>) {
-        let state = &mut self.slots[slot];
-        if state.changed.is_none() {
+        state.changed = union(state.changed, Some(range));
+        if self.changed.note(slot) {
             self.cache.pin(slot);
-            self.changed.push(slot as u32);
         }
-        state.changed = union(state.changed, range);
     }
 
     /// Has a table changed since the last seal?
@@ -325,8 +300,8 @@ impl Tables {
 
     /// Copies what has changed.
     pub fn seal(&mut self, cx: &mut Cx<'_>) {
-        std::mem::swap(&mut self.changed, &mut self.sealed);
-        for &slot in &self.sealed {
+        self.changed.seal();
+        for &slot in self.changed.sealed() {
             let state = &mut self.slots[slot as usize];
             state.sealed = state.changed.take();
             let bytes = self.cache.bytes_mut(slot as usize, cx.mem());
@@ -346,13 +321,13 @@ impl Tables {
         extents: &Extents,
         cx: &mut Cx<'_>,
     ) -> Option<u32> {
-        let sectors = self.directories.sealed();
-        let all = sectors + self.sealed.len();
+        let (sectors, tables) = (self.directories.sealed(), self.changed.sealed());
+        let all = sectors + tables.len();
         let (mut next, mut issued) = (next as usize, false);
         while next < all && !(issued && cx.room() == 0) {
             issued |= match next.checked_sub(sectors) {
                 None => self.directories.write(next, redundant, extents, cx),
-                Some(n) => self.write_table(self.sealed[n] as usize, redundant, extents, cx),
+                Some(n) => self.write_table(tables[n] as usize, redundant, extents, cx),
             };
             next += 1;
         }
@@ -388,15 +363,12 @@ impl Tables {
     /// The copies are of no use any more. Unless all have been `written`, what they hold is to be
     /// written again.
     pub fn unseal(&mut self, written: bool, cx: &mut Cx<'_>) {
-        for i in 0..self.sealed.len() {
-            let slot = self.sealed[i] as usize;
-            let sealed = self.slots[slot].sealed.take();
-            if !written {
-                self.note_changed(slot, sealed);
-            }
-            self.cache.unpin(slot);
+        for &slot in self.changed.sealed() {
+            let Slot { changed, sealed, .. } = &mut self.slots[slot as usize];
+            let again = sealed.take().filter(|_| !written);
+            *changed = union(*changed, again);
         }
-        self.sealed.clear();
+        self.changed.unseal(written, |slot| self.cache.unpin(slot));
         self.directories.unseal(written);
         cx.wake_all(&mut self.cache.full);
     }
@@ -404,9 +376,9 @@ impl Tables {
     /// Panics if somebody waits or loads, or if a table is pinned that has not changed: what could not
     /// be written stays in memory.
     pub fn assert_idle(&self) {
-        assert!(self.sealed.is_empty(), "tables are being written");
+        assert!(self.changed.sealed().is_empty(), "tables are being written");
         self.directories.assert_idle();
-        self.cache.assert_idle(|slot| u32::from(self.slots[slot].changed.is_some()));
+        self.cache.assert_idle(|slot| self.changed.contains(slot).into());
     }
 }
 
