@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::backend::{Backend, FileInfo};
 use cowbell_engine::contract::{FILE, Rig, run_all};
-use cowbell_engine::faulty::Faulty;
+use cowbell_engine::faulty::{Fault, Faulty};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
@@ -162,4 +162,17 @@ fn faulty_without_faults() {
     run_all(&mut Disk::new(on_disk(), false, || Ok(Faulty::new(Inline::new()))));
     let mut aio = aio(5, false);
     run_all(&mut Disk::new(on_disk(), true, move || aio().map(Faulty::new)));
+}
+
+#[test]
+fn faulty_that_is_late() {
+    let late = |backend: io::Result<_>| {
+        backend.map(|backend| {
+            let mut faulty = Faulty::new(backend);
+            faulty.plan_mut().push(Fault::late(100_000));
+            faulty
+        })
+    };
+    let mut aio = aio(5, false);
+    run_all(&mut Disk::new(on_disk(), true, move || late(aio())));
 }
