@@ -175,6 +175,7 @@ pub mod step;
 pub mod store;
 pub mod sys;
 pub mod tables;
+pub mod trace;
 pub mod units;
 pub mod wait;
 

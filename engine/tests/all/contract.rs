@@ -12,6 +12,7 @@ use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
 use cowbell_engine::sys::uring::{Uring, UringOptions};
+use cowbell_engine::trace::Trace;
 use tempfile::TempDir;
 
 /// Files in a directory of their own, opened one way, under backends made one way.
@@ -175,4 +176,10 @@ fn faulty_that_is_late() {
     };
     let mut aio = aio(5, false);
     run_all(&mut Disk::new(on_disk(), true, move || late(aio())));
+}
+
+#[test]
+fn traced() {
+    let mut aio = aio(5, true);
+    run_all(&mut Disk::new(on_disk(), true, move || Ok(Trace::new(aio()?, 100))));
 }
