@@ -146,6 +146,7 @@
 
 mod align;
 pub mod backend;
+pub mod both;
 #[cfg(feature = "contract")]
 pub mod contract;
 mod copy;
