@@ -15,6 +15,7 @@ mod check_finds_and_repairs;
 mod common;
 mod completions_never_nest;
 mod copies_run_beside_guests;
+mod copies_under_hostile_conditions;
 mod disks_come_and_go;
 mod draining_ends_what_was_begun;
 mod entries_past_the_end_lead_nowhere;
