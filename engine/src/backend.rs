@@ -17,8 +17,13 @@
 //!    holds between any other two ops in flight.
 //! 5. The memory an op names stays where it is until the op has come back.
 //! 6. `submit` and `harvest` never wait for a device, and never call back into the engine.
-//! 7. Once something can be harvested, [`Backend::event_fd`] is readable and stays so until it is.
+//! 7. Once something can be harvested, [`Backend::event_fd`] is readable and stays so until it is, or
+//!    [`Backend::wants_retry`] says so.
 //!    A backend without one has everything ready at the next `harvest`.
+//! 8. A backend that has to be asked at a moment of its own choice, although nothing tells of it,
+//!    names that moment: [`Backend::next_deadline`]. While it names one, 7 is about everything but what
+//!    waits for that moment; and one without a descriptor has nothing ready before it unless
+//!    [`Backend::wants_retry`] says so.
 //!
 //! The suite in `crate::contract` (a feature) holds every backend to it.
 
@@ -138,6 +143,21 @@ pub trait Backend {
         false
     }
 
-    /// The time now, for measuring how long a `run` took.
+    /// When `run` must be called for the backend's sake although its descriptor is not readable: to
+    /// try again to reach a server, for example. Of its [clock](Backend::clock), which is that of the
+    /// moments that `run` is given then. Being called earlier is harmless. May change with every call.
+    fn next_deadline(&self) -> Option<Time> {
+        None
+    }
+
+    /// The time now, for measuring how long a `run` took, and for [`Backend::next_deadline`].
     fn clock(&self) -> Time;
+}
+
+/// Must a backend that has `in_flight` ops be asked again although nothing will wake the loop, and no
+/// moment has been named for it?
+#[inline]
+pub(crate) fn is_to_be_asked(backend: &impl Backend, in_flight: usize) -> bool {
+    let is_silent = || backend.event_fd().is_none() && backend.next_deadline().is_none();
+    backend.wants_retry() || in_flight > 0 && is_silent()
 }

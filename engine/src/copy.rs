@@ -1,21 +1,23 @@
 //! Copies one node to another.
 //!
-//! A job has some workers, each a request of its own, and each with memory for one piece. A worker
-//! takes the next piece, asks the source what is where in it, and reads and writes, zeroes, or skips
-//! one stretch after the other:
+//! A job has some workers, each a request of its own, and each with memory for one piece. What is where
+//! is asked ahead of them, by one at a time, about as much as there is: the answer is everybody's. Who
+//! comes next takes a piece of it, and reads and writes that; zeros are taken as one, however many they
+//! are, and zeroed or skipped:
 //!
 //! ```text
-//! Piece ─> Status ─> Read ─> Write ─┐        the last worker: Piece ─> Flush ─> done
-//!   ^        ^ │ └─ zeros ─> Write ─┤
-//!   │        └─┴─ skipped ──────────┤
-//!   └────────────── end of piece <──┘
+//!        nothing is known of what comes next
+//! Status <──────────── Piece ──> Read ─> Write ─┐      the last worker: Piece ─> Flush ─> done
+//!    └───────────────> ^ │ └─ zeros ───> Write ─┤
+//!                      │ └─── skipped ───┐      │
+//!                      └─────────────────┴──────┘
 //! ```
 //!
-//! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
-//! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
-//! is in flight.
+//! Pieces end in any order. A worker that waits for its turn, for the answer or to be resumed holds
+//! nothing that others wait for; whoever has begun to read or zero wakes the next. The memory is given up when the
+//! last worker has ended, so when nothing of the job is in flight.
 
-use crate::copy_job::{PAGE, State, Worker};
+use crate::copy_job::{CopyJob, PAGE, Seen, State, Worker};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
@@ -85,8 +87,7 @@ impl Machine<'_> {
         match (self.worker.state, event) {
             (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::Piece, _) => self.take_piece(),
-            (State::Status, Event::Start) => self.ask_status(),
-            (State::Status, _) => self.answered(),
+            (State::Status { at, asked }, _) => self.answered(at, asked),
             (State::Read { len }, _) => self.write(len),
             (State::Write { len }, _) => self.written(len),
             (State::Flush, _) => Step::Done(Ok(())),
@@ -100,9 +101,13 @@ impl Machine<'_> {
         Seg { base: Base::Region(region), off, len: len as u32 }
     }
 
+    fn job(&mut self) -> &mut CopyJob {
+        &mut self.core.copies[self.worker.job as usize]
+    }
+
     fn take_piece(&mut self) -> Step<State> {
         let now = self.core.now;
-        let job = &mut self.core.copies[self.worker.job as usize];
+        let job = self.job();
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
             if job.workers > 1 {
@@ -113,76 +118,111 @@ impl Machine<'_> {
             self.core.issue(self.me, flush);
             return Step::Wait(State::Flush);
         }
-        if job.is_paused || job.due > now {
-            let mut list = std::mem::take(&mut job.waiters);
-            self.core.park(self.me, &mut list, On::Job);
-            self.core.copies[self.worker.job as usize].waiters = list;
-            return Step::Wait(State::Piece);
+        if job.is_paused || job.is_asking {
+            return self.park();
         }
-        let mut len = (job.total - job.next).min(job.copy.piece as u64);
-        if job.next < job.source_size {
-            // No piece is of both.
-            len = len.min(job.source_size - job.next);
-        } else if job.copy.target_is_zero {
-            // Nothing has to be done for the rest, however long it is.
-            len = job.total - job.next;
+        match job.seen {
+            _ if job.next >= job.source_size => {
+                // Where nothing has to be done it is one piece.
+                let most = if job.copy.target_is_zero { u64::MAX } else { AT_ONCE };
+                let len = (job.total - job.next).min(most);
+                self.zero(len)
+            }
+            Seen::Zeros { end } if job.next < end => {
+                let len = end - job.next;
+                self.zero(len)
+            }
+            Seen::Data { end } if job.next < end => {
+                if job.due > now {
+                    return self.park();
+                }
+                let len = (end - job.next).min(job.copy.piece as u64);
+                if let Some(rate) = job.copy.rate {
+                    let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
+                    let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
+                    job.due = job.due.max(now).plus_ns(nanos);
+                }
+                self.read(len)
+            }
+            _ => self.ask(),
         }
-        (self.worker.at, self.worker.end) = (job.next, job.next + len);
+    }
+
+    /// Waits until somebody looks again: who asks, who resumes the job, or the time.
+    fn park(&mut self) -> Step<State> {
+        let mut list = std::mem::take(&mut self.job().waiters);
+        self.core.park(self.me, &mut list, On::Job);
+        self.job().waiters = list;
+        Step::Wait(State::Piece)
+    }
+
+    /// Takes the next `len` bytes.
+    fn take(&mut self, len: u64) {
+        let job = &mut self.core.copies[self.worker.job as usize];
+        self.worker.at = job.next;
         job.next += len;
-        if let Some(rate) = job.copy.rate {
-            let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
-            job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
-        }
-        Step::Go(State::Status)
     }
 
-    fn ask_status(&mut self) -> Step<State> {
-        let Worker { at, end, .. } = *self.worker;
-        if at == end {
-            return Step::Go(State::Piece);
-        }
-        let job = &self.core.copies[self.worker.job as usize];
-        let source = job.copy.source;
-        if at >= job.source_size {
-            return self.zero(end - at);
-        }
-        let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
+    /// Issues what is to be done with what was taken; it is somebody else's turn then.
+    fn issue(&mut self, op: Op) {
+        self.core.issue(self.me, op);
+        let mut list = std::mem::take(&mut self.job().waiters);
+        self.core.wake_first(&mut list);
+        self.job().waiters = list;
+    }
+
+    /// Asks what comes next, about as much as is left of the disk.
+    fn ask(&mut self) -> Step<State> {
+        let job = self.job();
+        job.is_asking = true;
+        let (source, at) = (job.copy.source, job.next);
+        let asked = (job.source_size - at).min(AT_ONCE);
+        let seg = self.status_memory();
         self.core.mem.region_mut_of(seg).fill(0);
-        self.core.ask_status(self.me, source, (at, end - at), seg);
-        Step::Wait(State::Status)
+        self.core.ask_status(self.me, source, (at, asked), seg);
+        Step::Wait(State::Status { at, asked })
     }
 
-    fn answered(&mut self) -> Step<State> {
-        let Worker { at, end, .. } = *self.worker;
-        let job = &self.core.copies[self.worker.job as usize];
-        let (source, piece) = (job.copy.source, job.copy.piece as u64);
-        let seg = self.memory(piece, Status::BYTES as u64);
+    fn status_memory(&mut self) -> Seg {
+        let piece = self.job().copy.piece as u64;
+        self.memory(piece, Status::BYTES as u64)
+    }
+
+    fn answered(&mut self, at: u64, asked: u64) -> Step<State> {
+        let seg = self.status_memory();
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
-        let Some(status) = status.filter(|status| (1..=end - at).contains(&status.len)) else {
+        let Some(status) = status.filter(|status| (1..=asked).contains(&status.len)) else {
             return Step::Done(Err(Errno::IO));
         };
-        if status.kind.is_zero() {
-            return self.zero(status.len);
-        }
-        let segs = Segs::one(self.memory(0, status.len));
-        self.core.issue(self.me, Op::read(Target::Node(source), at, segs));
-        Step::Wait(State::Read { len: status.len })
+        let end = at + status.len;
+        let job = self.job();
+        job.is_asking = false;
+        job.seen = if status.kind.is_zero() { Seen::Zeros { end } } else { Seen::Data { end } };
+        Step::Go(State::Piece)
     }
 
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
-        let copy = self.core.copies[self.worker.job as usize].copy;
+        self.take(len);
+        let copy = self.job().copy;
         if copy.target_is_zero {
             return self.written(len);
         }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
-        let op = Op { kind, target, offset: self.worker.at, len, segs: Segs::none() };
-        self.core.issue(self.me, op);
+        self.issue(Op { kind, target, offset: self.worker.at, len, segs: Segs::none() });
         Step::Wait(State::Write { len })
     }
 
+    fn read(&mut self, len: u64) -> Step<State> {
+        self.take(len);
+        let source = Target::Node(self.job().copy.source);
+        let segs = Segs::one(self.memory(0, len));
+        self.issue(Op::read(source, self.worker.at, segs));
+        Step::Wait(State::Read { len })
+    }
+
     fn write(&mut self, len: u64) -> Step<State> {
-        let target = Target::Node(self.core.copies[self.worker.job as usize].copy.target);
+        let target = Target::Node(self.job().copy.target);
         let segs = Segs::one(self.memory(0, len));
         let kind = OpKind::Write { fua: false };
         self.core.issue(self.me, Op { kind, target, offset: self.worker.at, len, segs });
@@ -190,11 +230,13 @@ impl Machine<'_> {
     }
 
     fn written(&mut self, len: u64) -> Step<State> {
-        self.worker.at += len;
-        self.core.copies[self.worker.job as usize].done += len;
-        Step::Go(State::Status)
+        self.job().done += len;
+        Step::Go(State::Piece)
     }
 }
+
+/// Bytes that are asked about, and zeroed, at once: bounds what a driver does in one step.
+const AT_ONCE: u64 = 1 << 30;
 
 /// Bytes of memory that each worker has.
 pub(crate) fn memory_of(piece: usize) -> usize {

@@ -18,8 +18,8 @@ pub struct Copy {
     /// Bytes in a piece: a multiple of 4096, up to 1 MiB; the nearest is taken. Default: 256 KiB.
     /// The job's memory is `in_flight` pieces, and a page for each.
     pub piece: usize,
-    /// At most so many bytes a second of the disk are looked at, zeros as well; `None`: no limit.
-    /// Default: `None`.
+    /// At most so many bytes a second are copied; what is known to be zeros does not count. `None`: no
+    /// limit. Default: `None`.
     pub rate: Option<u64>,
 }
 
@@ -62,22 +62,38 @@ pub(crate) struct CopyJob {
     pub total: u64,
     /// Where the next piece begins.
     pub next: u64,
+    /// What is there.
+    pub seen: Seen,
+    /// Is a worker asking?
+    pub is_asking: bool,
     pub done: u64,
     /// Workers that have not ended.
     pub workers: u32,
     pub is_paused: bool,
     /// Why it ends early.
     pub failed: Option<Errno>,
-    /// When the next piece may begin.
+    /// When the next piece may be read.
     pub due: Time,
-    /// Workers that wait for that, or to be resumed.
+    /// Workers that wait for that, to be resumed, or for the one that asks.
     pub waiters: WaitList,
+}
+
+/// What is known of the disk from the next piece on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Seen {
+    /// Nothing.
+    Nothing,
+    /// Bytes up to here that are to be read.
+    Data { end: u64 },
+    /// Zeros up to here.
+    Zeros { end: u64 },
 }
 
 impl CopyJob {
     /// When workers that wait are to be woken.
     pub fn deadline(&self) -> Option<Time> {
-        let waits = !self.waiters.is_empty() && !self.is_paused;
+        // Who asks wakes the others.
+        let waits = !self.waiters.is_empty() && !self.is_paused && !self.is_asking;
         waits.then_some(self.due)
     }
 }
@@ -89,9 +105,8 @@ pub(crate) struct Worker {
     pub job: u32,
     /// Where its memory begins in the job's region.
     pub memory: u32,
-    /// What is left of its piece.
+    /// Where its piece begins.
     pub at: u64,
-    pub end: u64,
     pub state: State,
 }
 
@@ -100,8 +115,8 @@ pub(crate) struct Worker {
 pub(crate) enum State {
     /// A piece to copy.
     Piece,
-    /// What is where.
-    Status,
+    /// What is at the next piece, from `at` on.
+    Status { at: u64, asked: u64 },
     /// So many bytes of the source.
     Read { len: u64 },
     /// So many bytes, written to the target or zeroed there.

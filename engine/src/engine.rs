@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::align;
-use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::backend::{self, Backend, Completion, FileInfo, Harvest, Submission};
 use crate::copy;
 use crate::core::{Core, GO_MAX};
 use crate::life::{self, Drain, Life, Move, Why};
@@ -321,9 +321,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
         progress.is_over = turn.is_over && !mutant!("end_of_turn_not_said");
         progress.again = progress.is_over
-            || self.backend.wants_retry()
             || !self.core.ready.is_empty()
-            || (self.backend.event_fd().is_none() && !self.core.ops.is_empty());
+            || backend::is_to_be_asked(&self.backend, self.core.ops.len());
         if self.core.limits.measure {
             let spent = self.look(&mut turn).since(began);
             self.core.stats.run.record(spent);
@@ -697,11 +696,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     /// When `run` must be called although nothing else happens; `None`: never. May change in every
-    /// `run`. Being late leaves images marked as in use for longer, no more.
+    /// `run`. Being late leaves images marked as in use for longer, jobs and backends that wait for their
+    /// time waiting, no more.
     pub fn next_deadline(&self) -> Option<Time> {
         let nodes = (0..self.life.nodes.len()).filter_map(|index| self.deadline_of(index));
         let copies = self.core.copies.iter().filter_map(|(_, copy)| copy.deadline());
-        nodes.chain(self.core.give_back_due()).chain(copies).min()
+        let own = nodes.chain(self.core.give_back_due()).chain(copies);
+        own.chain(self.backend.next_deadline()).min()
     }
 
     /// Readable when `run` has something to collect, until it has; never read it. The same one for

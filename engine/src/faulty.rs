@@ -1,14 +1,14 @@
-//! A backend that fails as it is told: any other backend, and a plan of faults between it and the
-//! engine. For tests of what happens when a device breaks, over files that are real.
+//! A backend that fails as it is told, and is as slow: any other backend, and a plan of faults between
+//! it and the engine. For tests of what happens when a device breaks or hangs, over files that are real.
 //!
 //! An op that is to fail either never reaches the inner backend, or is done there and reported as
 //! failed nevertheless, as when a cable breaks before the answer is through. Callers must be right
-//! in both cases.
+//! in both cases. One that is to be late is done (or not) at once, and reported later.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
+use crate::backend::{self, Backend, Completion, FileInfo, Harvest, Submission};
 use crate::op::{Op, OpKind, Target};
 use crate::units::{Errno, FileId, OpId, Time};
 
@@ -58,7 +58,7 @@ impl What {
     }
 }
 
-/// Which ops fail, and how.
+/// Which ops fail or are late, and how.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {
     /// Ops of this kind; `None`: of any, but never a computation.
@@ -67,28 +67,37 @@ pub struct Fault {
     pub file: Option<FileId>,
     /// So many such ops are let through first. Counted down.
     pub after: u64,
-    /// So many fail; [`u64::MAX`]: all from then on. Counted down.
+    /// So many are hit; [`u64::MAX`]: all from then on. Counted down.
     pub times: u64,
-    /// How they fail.
-    pub errno: Errno,
-    /// Is the op done nevertheless? A done op that failed by itself keeps its own error.
+    /// How they fail; `None`: they do not, and are only late.
+    pub errno: Option<Errno>,
+    /// Is an op that fails done nevertheless? A done op that failed by itself keeps its own error.
     pub done: bool,
+    /// The completion is held back for so many nanoseconds by the backend's clock, from when the op
+    /// ended; [`u64::MAX`]: until [`Faulty::let_go`].
+    pub delay: u64,
 }
 
 impl Default for Fault {
-    /// All ops fail with EIO, and are not done.
+    /// All ops fail with EIO, at once, and are not done.
     fn default() -> Fault {
-        Fault { what: None, file: None, after: 0, times: u64::MAX, errno: Errno::IO, done: false }
+        let (times, errno) = (u64::MAX, Some(Errno::IO));
+        Fault { what: None, file: None, after: 0, times, errno, done: false, delay: 0 }
     }
 }
 
 impl Fault {
+    /// All ops are done, and are so many nanoseconds late.
+    pub fn late(delay: u64) -> Fault {
+        Fault { errno: None, delay, ..Fault::default() }
+    }
+
     fn is_about(&self, op: &Op, what: What) -> bool {
         self.what.is_none_or(|wanted| wanted == what)
             && self.file.is_none_or(|file| op.target == Target::File(file))
     }
 
-    /// One more op that it is about: does it fail?
+    /// One more op that it is about: does it hit that?
     fn hits(&mut self) -> bool {
         if self.after > 0 {
             self.after -= 1;
@@ -110,17 +119,22 @@ pub struct Faulty<B> {
     injected: u64,
     /// Ops at the front of the engine's queue that the inner backend has left there: judged.
     judged: usize,
-    /// Ops that are done, to be reported as failed.
-    marked: Vec<(OpId, Errno)>,
-    /// Ops that failed without being done.
-    failed: Vec<Completion>,
+    /// Ops that the inner backend has.
+    in_flight: usize,
+    /// Those of them that are hit.
+    marked: Vec<(OpId, Fault)>,
+    /// Ops that ended, and when that is to be told.
+    held: Vec<(Time, Completion)>,
 }
+
+/// When to tell of what is not late.
+const AT_ONCE: Time = Time(0);
 
 impl<B> Faulty<B> {
     /// `inner`, without faults as yet.
     pub fn new(inner: B) -> Faulty<B> {
-        let (plan, marked, failed) = (Vec::new(), Vec::new(), Vec::new());
-        Faulty { inner, plan, injected: 0, judged: 0, marked, failed }
+        let (plan, marked, held) = (Vec::new(), Vec::new(), Vec::new());
+        Faulty { inner, plan, injected: 0, judged: 0, in_flight: 0, marked, held }
     }
 
     /// The faults. Of several that hit one op, the first counts. What is changed here holds for ops
@@ -129,14 +143,29 @@ impl<B> Faulty<B> {
         &mut self.plan
     }
 
-    /// Ops that were made to fail.
+    /// Ops that were made to fail, or to be late.
     pub fn injected(&self) -> u64 {
         self.injected
+    }
+
+    /// Ops that ended and are held back.
+    pub fn held_back(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whatever is held back comes with the next harvest.
+    pub fn let_go(&mut self) {
+        self.held.iter_mut().for_each(|held| held.0 = AT_ONCE);
     }
 
     /// The backend that does the ops.
     pub fn inner(&self) -> &B {
         &self.inner
+    }
+
+    /// The same, for a test that tells it what to do.
+    pub fn inner_mut(&mut self) -> &mut B {
+        &mut self.inner
     }
 
     fn judge(&mut self, op: &Op) -> Option<Fault> {
@@ -147,6 +176,13 @@ impl<B> Faulty<B> {
         })?;
         self.injected += 1;
         Some(fault)
+    }
+}
+
+impl<B: Backend> Faulty<B> {
+    /// When to tell of an op that has ended now.
+    fn due(&self, delay: u64) -> Time {
+        if delay == 0 { AT_ONCE } else { self.inner.clock().plus_ns(delay) }
     }
 }
 
@@ -169,11 +205,11 @@ impl<B: Backend> Backend for Faulty<B> {
                 return false;
             }
             match self.judge(&record.op) {
-                Some(Fault { errno, done: false, .. }) => {
-                    self.failed.push(Completion::new(id, Err(errno)));
+                Some(Fault { errno: Some(errno), done: false, delay, .. }) => {
+                    self.held.push((self.due(delay), Completion::new(id, Err(errno))));
                     return true;
                 }
-                Some(Fault { errno, .. }) => self.marked.push((id, errno)),
+                Some(fault) => self.marked.push((id, fault)),
                 None => {}
             }
             self.judged += 1;
@@ -184,22 +220,40 @@ impl<B: Backend> Backend for Faulty<B> {
         if offered > 0 {
             self.inner.submit(submission);
         }
-        self.judged -= offered - submission.len();
+        let taken = offered - submission.len();
+        self.judged -= taken;
+        self.in_flight += taken;
     }
 
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
         let before = harvest.done.len();
         self.inner.harvest(harvest);
-        for completion in &mut harvest.done[before..] {
-            let Some(at) = self.marked.iter().position(|mark| mark.0 == completion.op) else {
-                continue;
-            };
-            let (op, errno) = self.marked.swap_remove(at);
-            if completion.result().is_ok() {
-                *completion = Completion::new(op, Err(errno));
+        self.in_flight -= harvest.done.len() - before;
+        if !self.marked.is_empty() {
+            let ended = harvest.done.split_off(before);
+            for mut completion in ended {
+                let mark = self.marked.iter().position(|mark| mark.0 == completion.op);
+                let Some(at) = mark else {
+                    harvest.done.push(completion);
+                    continue;
+                };
+                let (op, Fault { errno, delay, .. }) = self.marked.swap_remove(at);
+                if let (Ok(_), Some(errno)) = (completion.result(), errno) {
+                    completion = Completion::new(op, Err(errno));
+                }
+                self.held.push((self.due(delay), completion));
             }
         }
-        harvest.done.append(&mut self.failed);
+        if self.held.is_empty() {
+            return;
+        }
+        let now = self.inner.clock();
+        self.held.retain(|&(due, completion)| {
+            if due <= now {
+                harvest.done.push(completion);
+            }
+            due > now
+        });
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -207,7 +261,14 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn wants_retry(&self) -> bool {
-        !self.failed.is_empty() || self.inner.wants_retry()
+        self.held.iter().any(|held| held.0 == AT_ONCE)
+            || backend::is_to_be_asked(&self.inner, self.in_flight)
+    }
+
+    fn next_deadline(&self) -> Option<Time> {
+        // What is held back for ever is so until the end of time.
+        let late = self.held.iter().map(|held| held.0).filter(|due| *due != AT_ONCE);
+        late.chain(self.inner.next_deadline()).min()
     }
 
     fn clock(&self) -> Time {
@@ -216,7 +277,7 @@ impl<B: Backend> Backend for Faulty<B> {
 }
 
 #[cfg(all(test, feature = "contract"))]
-mod tests {
+pub(crate) mod tests {
     use super::{Fault, Faulty, What};
     use crate::backend::{Backend, FileInfo, Harvest, Submission};
     use crate::contract::{BLOCK, Bench, FILE, Rig, pattern, pool, range, seg};
@@ -228,7 +289,13 @@ mod tests {
     use std::os::fd::BorrowedFd;
 
     /// Takes one op of each submission, and leaves the rest.
-    struct OneByOne(Inline, usize);
+    pub(crate) struct OneByOne(Inline, usize);
+
+    impl OneByOne {
+        pub(crate) fn new() -> OneByOne {
+            OneByOne(Inline::new(), 0)
+        }
+    }
 
     impl Backend for OneByOne {
         type File = DiskFile;
@@ -239,8 +306,8 @@ mod tests {
             self.0.detach(id)
         }
         fn submit(&mut self, submission: &mut Submission<'_>) {
-            self.1 = submission.len() - 1;
-            submission.slice = 1;
+            self.1 = submission.len().saturating_sub(1);
+            submission.slice -= self.1;
             self.0.submit(submission);
             submission.slice += self.1;
         }
@@ -252,6 +319,9 @@ mod tests {
         }
         fn wants_retry(&self) -> bool {
             self.1 > 0
+        }
+        fn next_deadline(&self) -> Option<Time> {
+            self.0.next_deadline()
         }
         fn clock(&self) -> Time {
             self.0.clock()
@@ -273,7 +343,7 @@ mod tests {
             fs::write(&path, contents).expect("a file");
             let options = DiskOptions { write: true, ..DiskOptions::default() };
             let file = DiskFile::open(path, &options).expect("it opens");
-            let mut backend = Faulty::new(OneByOne(Inline::new(), 0));
+            let mut backend = Faulty::new(OneByOne::new());
             let info = backend.attach(FILE, file).expect("it attaches");
             (backend, info)
         }
@@ -296,7 +366,7 @@ mod tests {
         let (mut disk, file) = (Disk::new(), pattern(8, 1));
         let mut bench = Bench::new(&mut disk, &file);
         let fault = Fault { what: Some(What::Write), after: 2, times: 3, ..Fault::default() };
-        bench.backend.plan_mut().push(Fault { errno: Errno::NO_SPACE, ..fault });
+        bench.backend.plan_mut().push(Fault { errno: Some(Errno::NO_SPACE), ..fault });
         let flush = bench.push(Op::flush(FILE));
         let writes: Vec<_> = (0..8).map(|block| bench.push(write(block))).collect();
         // Those left in the queue are offered again and again, and judged once.
@@ -347,6 +417,72 @@ mod tests {
     }
 
     #[test]
+    fn what_is_late_is_done_at_once_and_told_in_its_time() {
+        const LATE: u64 = 20_000_000;
+        let mut disk = Disk::new();
+        let mut bench = Bench::new(&mut disk, &pattern(4, 5));
+        let late = Fault { times: 1, ..Fault::late(LATE) };
+        // One is done, one fails without being done; the others are in time.
+        let both = [late, Fault { errno: Some(Errno::IO), ..late }];
+        bench.backend.plan_mut().extend(both);
+        let began = bench.backend.clock();
+        let writes: Vec<_> = (0..4).map(|block| bench.push(write(block))).collect();
+        let mut back = Vec::new();
+        while back.len() < 2 {
+            bench.submit();
+            back.extend(bench.harvest());
+        }
+        assert!(back.iter().all(|(id, ..)| writes[2..].contains(id)));
+        assert_eq!(bench.backend.held_back(), 2);
+        assert!(!bench.backend.wants_retry(), "there is nothing to do meanwhile");
+        let due = bench.backend.next_deadline().expect("when there is");
+        assert!(due >= began.plus_ns(LATE) && due <= bench.backend.clock().plus_ns(LATE));
+        let back = bench.drain();
+        assert!(bench.backend.clock() >= due);
+        for (id, _, result) in back {
+            assert_eq!(result, if id == writes[0] { Ok(BLOCK) } else { Err(Errno::IO) });
+        }
+        assert_eq!(bench.backend.next_deadline(), None);
+    }
+
+    #[test]
+    fn what_hangs_does_so_until_it_is_let_go() {
+        let mut disk = Disk::new();
+        let mut bench = Bench::new(&mut disk, &pattern(2, 6));
+        bench.backend.plan_mut().push(Fault { times: 1, ..Fault::late(u64::MAX) });
+        let hung = bench.push(write(0));
+        bench.push(write(1));
+        let mut back = Vec::new();
+        while back.is_empty() {
+            bench.submit();
+            back.extend(bench.harvest());
+        }
+        assert!(bench.harvest().is_empty() && !bench.backend.wants_retry());
+        assert_eq!(bench.backend.next_deadline(), Some(Time(u64::MAX)));
+        bench.backend.let_go();
+        assert!(bench.backend.wants_retry() && bench.backend.next_deadline().is_none());
+        let (id, _, result) = bench.harvest().pop().expect("it comes");
+        assert_eq!((id, result), (hung, Ok(BLOCK)));
+    }
+
+    #[test]
+    fn keeps_the_contract_while_all_is_late() {
+        struct Late(Disk);
+        impl Rig for Late {
+            type Backend = Faulty<OneByOne>;
+            fn make(&mut self, contents: &[u8]) -> (Self::Backend, FileInfo) {
+                let (mut backend, info) = self.0.make(contents);
+                backend.plan_mut().push(Fault::late(100_000));
+                (backend, info)
+            }
+            fn contents(&mut self, backend: &mut Self::Backend) -> Vec<u8> {
+                self.0.contents(backend)
+            }
+        }
+        crate::contract::run_all(&mut Late(Disk::new()));
+    }
+
+    #[test]
     fn files_can_be_told_apart_and_computations_never_fail() {
         const COPY: crate::op::Compute = crate::op::Compute {
             name: "copy",
@@ -357,7 +493,8 @@ mod tests {
         };
         let mut disk = Disk::new();
         let mut bench = Bench::new(&mut disk, &pattern(2, 4));
-        let other = Fault { file: Some(FileId(7)), errno: Errno::NO_SPACE, ..Fault::default() };
+        let errno = Some(Errno::NO_SPACE);
+        let other = Fault { file: Some(FileId(7)), errno, ..Fault::default() };
         bench.backend.plan_mut().push(other);
         bench.push(write(0));
         assert_eq!(bench.drain()[0].2, Ok(BLOCK));

@@ -146,6 +146,7 @@
 
 mod align;
 pub mod backend;
+pub mod both;
 #[cfg(feature = "contract")]
 pub mod contract;
 mod copy;
@@ -175,6 +176,7 @@ pub mod step;
 pub mod store;
 pub mod sys;
 pub mod tables;
+pub mod trace;
 pub mod units;
 pub mod wait;
 

@@ -199,6 +199,12 @@ impl Completion {
         Completion { op, answer }
     }
 
+    /// As the kernel puts it: bytes, or an error number below 0.
+    #[inline(always)]
+    pub(crate) fn answer(self) -> i64 {
+        self.answer
+    }
+
     /// Bytes moved, or why it failed.
     #[inline]
     pub fn result(self) -> Result<u64, Errno> {

@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::backend::Backend;
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, State, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Seen, State, Worker};
 use crate::life::{Drain, Why};
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Origin, Work};
@@ -60,6 +60,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             source_size,
             total,
             next: 0,
+            seen: Seen::Nothing,
+            is_asking: false,
             done: 0,
             workers: copy.in_flight as u32,
             is_paused: false,
@@ -71,7 +73,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         uses.iter().for_each(|node| core.nodes[node.index()].jobs += 1);
         for at in 0..copy.in_flight {
             let memory = (at * lane) as u32;
-            let worker = Worker { job, memory, at: 0, end: 0, state: State::Piece };
+            let worker = Worker { job, memory, at: 0, state: State::Piece };
             let key = core.workers.insert(worker) as u32;
             let id = core.begin(copy.target, Io::flush(), Origin::Chore, 0, 0);
             let slot = core.ops.slot_mut(id);
@@ -101,6 +103,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn resume_job(&mut self, job: JobId) -> bool {
         let Some(found) = self.job_mut(job) else { return false };
         found.is_paused = false;
+        // It may have been long: what there is now is asked again.
+        found.seen = Seen::Nothing;
         let mut waiters = std::mem::take(&mut found.waiters);
         self.core.wake_all(&mut waiters);
         true

@@ -349,6 +349,32 @@ impl EventFd {
     }
 }
 
+/// An epoll: a descriptor that is readable while one of those is that it watches.
+#[derive(Debug)]
+pub(crate) struct Epoll(OwnedFd);
+
+impl Epoll {
+    /// Watches both, for as long as they are open.
+    pub(crate) fn of(watched: [BorrowedFd<'_>; 2]) -> io::Result<Epoll> {
+        // SAFETY: no memory involved.
+        let fd = retry(|| unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        // SAFETY: the descriptor is new and nobody else's.
+        let epoll = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+        for fd in watched {
+            let (epoll, fd) = (epoll.as_raw_fd(), fd.as_raw_fd());
+            let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
+            // SAFETY: the kernel reads the event at the address.
+            retry(|| unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) })?;
+        }
+        Ok(Epoll(epoll))
+    }
+
+    #[inline]
+    pub(crate) fn borrow(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// How much nicer than the thread that starts them the engine's own threads are (nice(2)): where
 /// there are fewer processors than threads, they do not push the loop aside.
 const NICER: i32 = 5;

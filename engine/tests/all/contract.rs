@@ -5,27 +5,42 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::backend::{Backend, FileInfo};
+use cowbell_engine::both::{Both, Either};
 use cowbell_engine::contract::{FILE, Rig, run_all};
-use cowbell_engine::faulty::Faulty;
+use cowbell_engine::faulty::{Fault, Faulty};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
 use cowbell_engine::sys::uring::{Uring, UringOptions};
+use cowbell_engine::trace::Trace;
 use tempfile::TempDir;
 
-/// Files in a directory of their own, opened one way, under backends made one way.
-struct Disk<F> {
+/// Files in a directory of their own, opened one way, under backends made one way, which know them as
+/// something of their own.
+struct Disk<F, T = DiskFile> {
     dir: TempDir,
     direct: bool,
     made: u32,
     backend: F,
+    known_as: fn(DiskFile) -> T,
 }
 
 impl<F> Disk<F> {
     fn new(parent: &Path, direct: bool, backend: F) -> Disk<F> {
+        Disk::known_as(parent, direct, |file| file, backend)
+    }
+}
+
+impl<F, T> Disk<F, T> {
+    fn known_as(
+        parent: &Path,
+        direct: bool,
+        known_as: fn(DiskFile) -> T,
+        backend: F,
+    ) -> Disk<F, T> {
         let dir = tempfile::tempdir_in(parent).expect("a directory for scratch files");
-        Disk { dir, direct, made: 0, backend }
+        Disk { dir, direct, made: 0, backend, known_as }
     }
 
     fn path(&self) -> PathBuf {
@@ -33,7 +48,7 @@ impl<F> Disk<F> {
     }
 }
 
-impl<B: Backend<File = DiskFile>, F: FnMut() -> io::Result<B>> Rig for Disk<F> {
+impl<B: Backend, F: FnMut() -> io::Result<B>> Rig for Disk<F, B::File> {
     type Backend = B;
 
     fn make(&mut self, contents: &[u8]) -> (B, FileInfo) {
@@ -42,7 +57,7 @@ impl<B: Backend<File = DiskFile>, F: FnMut() -> io::Result<B>> Rig for Disk<F> {
         let options = DiskOptions { write: true, direct: self.direct, ..DiskOptions::default() };
         let file = DiskFile::open(self.path(), &options).expect("the scratch file opens");
         let mut backend = (self.backend)().expect("a backend");
-        let info = backend.attach(FILE, file).expect("it attaches");
+        let info = backend.attach(FILE, (self.known_as)(file)).expect("it attaches");
         (backend, info)
     }
 
@@ -162,4 +177,39 @@ fn faulty_without_faults() {
     run_all(&mut Disk::new(on_disk(), false, || Ok(Faulty::new(Inline::new()))));
     let mut aio = aio(5, false);
     run_all(&mut Disk::new(on_disk(), true, move || aio().map(Faulty::new)));
+}
+
+#[test]
+fn faulty_that_is_late() {
+    let late = |backend: io::Result<_>| {
+        backend.map(|backend| {
+            let mut faulty = Faulty::new(backend);
+            faulty.plan_mut().push(Fault::late(100_000));
+            faulty
+        })
+    };
+    let mut aio = aio(5, false);
+    run_all(&mut Disk::new(on_disk(), true, move || late(aio())));
+}
+
+/// The file is in either of two backends that have a descriptor both, one, or none.
+#[test]
+fn both() {
+    let dir = on_disk();
+    let with_inline = || Both::new(aio(5, true)()?, Inline::new());
+    run_all(&mut Disk::known_as(dir, true, Either::First, with_inline));
+    run_all(&mut Disk::known_as(dir, true, Either::Second, with_inline));
+    let without_aio = || Both::new(Inline::new(), aio(5, true)()?);
+    run_all(&mut Disk::known_as(dir, true, Either::Second, without_aio));
+    let with_pool = || Both::new(aio(128, true)()?, pool(4, 32)()?);
+    run_all(&mut Disk::known_as(dir, true, Either::First, with_pool));
+    run_all(&mut Disk::known_as(dir, true, Either::Second, with_pool));
+    let of_none = || Both::new(Inline::new(), Faulty::new(Inline::new()));
+    run_all(&mut Disk::known_as(dir, false, Either::Second, of_none));
+}
+
+#[test]
+fn traced() {
+    let mut aio = aio(5, true);
+    run_all(&mut Disk::new(on_disk(), true, move || Ok(Trace::new(aio()?, 100))));
 }

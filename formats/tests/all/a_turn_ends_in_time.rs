@@ -61,6 +61,10 @@ impl Backend for Slow {
         None
     }
 
+    fn next_deadline(&self) -> Option<Time> {
+        self.inner.next_deadline()
+    }
+
     fn clock(&self) -> Time {
         self.now.set(self.now.get() + self.nanos_per_look);
         Time(self.now.get())

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::common::drive::{add, check, drain, folder, is_readable, make, make_with, settle};
+use crate::common::drive::{add, check, drain, folder, is_readable, make, make_with, settle, wait};
 use crate::common::shadow::Rng;
 use cowbell_engine::backend::Backend;
 use cowbell_engine::faulty::{Fault, Faulty, What};
@@ -17,15 +17,21 @@ use cowbell_engine::units::{Errno, FileId, JobId, NodeId, Time};
 use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why};
 use cowbell_formats::{CreateOptions, Format, Node};
 
-const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
-const SIZE: u64 = 4 << 20;
+pub const FORMATS: [Format; 5] =
+    [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
+pub const SIZE: u64 = 4 << 20;
 
-fn aio(limits: Limits) -> Engine<Node, Aio> {
+pub fn aio(limits: Limits) -> Engine<Node, Aio> {
     Engine::new(Aio::new(AioOptions::default()).expect("native AIO"), limits)
 }
 
 /// Writes some stretches of any length; what is on the disk then, of `size` bytes.
-fn fill<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, model: &mut [u8], rng: &mut Rng) {
+pub fn fill<B: Backend>(
+    engine: &mut Engine<Node, B>,
+    disk: NodeId,
+    model: &mut [u8],
+    rng: &mut Rng,
+) {
     for _ in 0..12 {
         let at = rng.below(model.len() as u64 - 1);
         let len = (1 + rng.below(100_000)).min(model.len() as u64 - at);
@@ -38,7 +44,7 @@ fn fill<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, model: &mut [u8]
     }
 }
 
-fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -> Vec<u8> {
+pub fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -> Vec<u8> {
     engine.submit(disk, Io::read(0, size), Buf::zeroed(size as usize), 0).expect("room");
     let done = settle(engine).pop().expect("it ended");
     assert_eq!(done.result, Ok(()));
@@ -46,7 +52,7 @@ fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -> Ve
 }
 
 /// Runs until the job has ended.
-fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Errno> {
+pub fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Errno> {
     loop {
         let again = engine.run(clock()).again;
         if let Some(NodeEvent::JobEnded { job: ended, result }) = engine.poll_event() {
@@ -55,11 +61,7 @@ fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Er
             assert!(!engine.cancel_job(job), "it is gone");
             return result;
         }
-        let waits = || match engine.next_deadline() {
-            Some(_) => true,
-            None => is_readable(engine, 20_000),
-        };
-        assert!(again || engine.fd().is_none() || waits(), "nothing wakes the loop: {engine:?}");
+        assert!(again || wait(engine), "nothing wakes the loop: {engine:?}");
     }
 }
 
@@ -176,7 +178,7 @@ fn of_an_overlay_with_what_is_below_it() {
 }
 
 /// An engine with a source full of bytes, and a target.
-fn two<B: Backend<File = DiskFile>>(
+pub fn two<B: Backend<File = DiskFile>>(
     folder: &Path,
     engine: &mut Engine<Node, B>,
     to: Format,
@@ -286,7 +288,8 @@ fn the_first_error_ends_it() {
         let mut files = (0..2).map(FileId);
         let file = files.find(|&file| engine.node(failing).uses(file)).expect("it has a file");
         let errno = Errno::NO_SPACE;
-        let plan = Fault { what: Some(what), file: Some(file), errno, ..Fault::default() };
+        let fails = Some(errno);
+        let plan = Fault { what: Some(what), file: Some(file), errno: fails, ..Fault::default() };
         engine.backend_mut().plan_mut().push(plan);
         let job = engine.start(Copy { piece: 65_536, ..Copy::new(from, to) }).expect("it starts");
         assert_eq!(end_of(&mut engine, job), Err(errno), "{what:?}");

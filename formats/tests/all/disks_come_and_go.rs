@@ -83,6 +83,10 @@ impl<B: Backend> Backend for Hangs<B> {
         self.hung.is_empty() && !self.kept.is_empty() || self.inner.wants_retry()
     }
 
+    fn next_deadline(&self) -> Option<Time> {
+        self.inner.next_deadline()
+    }
+
     fn clock(&self) -> Time {
         self.inner.clock()
     }
@@ -530,6 +534,9 @@ impl Backend for Refuses {
     }
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.event_fd()
+    }
+    fn next_deadline(&self) -> Option<Time> {
+        self.0.next_deadline()
     }
     fn clock(&self) -> Time {
         self.0.clock()

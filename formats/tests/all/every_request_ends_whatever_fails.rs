@@ -358,9 +358,9 @@ impl Case {
 fn faults() -> Vec<Fault> {
     let mut faults = Vec::new();
     for what in What::ALL.map(Some).into_iter().chain([None]) {
-        for errno in [Errno::IO, Errno::NO_SPACE, Errno::NOT_SUPPORTED] {
+        for errno in [Errno::IO, Errno::NO_SPACE, Errno::NOT_SUPPORTED].map(Some) {
             let optional = [Some(What::Zero), Some(What::Discard), Some(What::Allocate)];
-            if errno == Errno::NOT_SUPPORTED && !optional.contains(&what) {
+            if errno == Some(Errno::NOT_SUPPORTED) && !optional.contains(&what) {
                 continue;
             }
             for (times, done) in

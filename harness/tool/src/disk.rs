@@ -240,6 +240,16 @@ impl Backend for Disk {
     }
 
     #[inline]
+    fn next_deadline(&self) -> Option<Time> {
+        match self {
+            Disk::Native(aio) => aio.next_deadline(),
+            #[cfg(feature = "io_uring")]
+            Disk::Uring(uring) => uring.next_deadline(),
+            Disk::Threads(pool) => pool.next_deadline(),
+        }
+    }
+
+    #[inline]
     fn clock(&self) -> Time {
         match self {
             Disk::Native(aio) => aio.clock(),
