@@ -14,7 +14,7 @@ use cowbell_formats::parts::growth::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::image::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
+use crate::subjects::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};

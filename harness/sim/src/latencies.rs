@@ -6,7 +6,7 @@
 
 use crate::backend::Outcome;
 use crate::choose::Choice;
-use crate::image::Image;
+use crate::subjects::Image;
 use crate::subject::Subject;
 use crate::workload::{Request, Workload};
 use crate::world::{Base, QUIET, World};

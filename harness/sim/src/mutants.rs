@@ -14,7 +14,7 @@ use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
 use crate::gate::{FULL, Scope, scopes, scopes_with};
-use crate::image::{Image, Layout, Medium, ROOMY, State};
+use crate::subjects::{Image, Layout, Medium, ROOMY, State};
 use crate::random::run_once;
 use crate::subject::Subject;
 use crate::trace::Trace;

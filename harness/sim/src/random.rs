@@ -12,7 +12,7 @@ use crate::clock::Stopwatch;
 use crate::disk::splitmix;
 use crate::explore::{Counts, Failure, run};
 use crate::gate::{FAILURES_MAX, Report};
-use crate::image::{Image, Layout, State};
+use crate::subjects::{Image, Layout, State};
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};

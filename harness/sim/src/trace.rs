@@ -21,7 +21,7 @@ use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Failure, run};
 use crate::gate::Report;
-use crate::image::Image;
+use crate::subjects::Image;
 use crate::subject::Subject;
 use crate::workload::{REQUESTS_MAX, Request, Workload, number};
 use crate::world::{Base, Budget, World};

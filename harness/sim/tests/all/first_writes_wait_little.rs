@@ -1,7 +1,7 @@
 //! A write waits for the device as often as there is something that must be stable before it.
 
 use cowbell_formats::Format;
-use cowbell_sim::image::Image;
+use cowbell_sim::subjects::Image;
 use cowbell_sim::latencies::latencies;
 
 fn of(format: Format) -> Vec<usize> {

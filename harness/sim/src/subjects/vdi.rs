@@ -9,7 +9,7 @@ use cowbell_formats::vdi::rest::open::open;
 
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
-use crate::image::TOP;
+use super::TOP;
 
 /// The new image has its map behind the header, and its blocks behind that, at sectors.
 pub fn make_tight(host: &SimHost) -> Result<(), String> {

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
-use crate::image::{BACKING, Image, Layout, SEED, State, TOP};
+use super::{BACKING, Image, Layout, SEED, State, TOP};
 use crate::subject::Subject;
 
 /// The files of a split image, as they are named after [`TOP`].

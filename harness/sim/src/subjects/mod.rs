@@ -1,8 +1,6 @@
 //! Images of the formats there are, made small: the subjects of all real tests.
 
-use std::fmt;
 use std::path::Path;
-use std::str::FromStr;
 use std::time::Duration;
 
 use cowbell_engine::Limits;
@@ -12,7 +10,7 @@ use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
 use cowbell_formats::check::{Repair, Unwatched, check_layer};
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::qcow2::{self, Qcow2Options};
+use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
@@ -24,9 +22,13 @@ use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::vdi;
-use crate::vmdk;
-use crate::workload::{Request, number};
+use crate::workload::Request;
+
+mod qcow2;
+mod qed;
+mod text;
+mod vdi;
+mod vmdk;
 
 /// What an image is like at first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -277,8 +279,7 @@ impl Image {
         }
         if self.state == State::Shared {
             let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
-            let now = qcow2::rest::snapshots::Moment { seconds: 0, nanos: 0 };
-            qcow2::rest::snapshots::create(&file, b"all", now).map_err(|why| why.to_string())?;
+            qcow2::take_snapshot(&file)?;
         }
         Ok(())
     }
@@ -407,7 +408,7 @@ impl Subject for Image {
         match self.format {
             // Their refcounts want clusters of their own.
             Format::Qcow2 if self.cluster < CLUSTER => None,
-            Format::Qcow2 => Some(qcow2_holes(file)),
+            Format::Qcow2 => Some(qcow2::holes(file)),
             Format::Qed | Format::Vmdk => Some(0),
             Format::Vdi if self.state != State::Holes => Some(0),
             _ => None,
@@ -477,10 +478,10 @@ impl Subject for Image {
 
     fn metadata(&self) -> Option<IsMetadata> {
         match self.format {
-            Format::Qed => Some(is_qed_metadata),
+            Format::Qed => Some(qed::is_metadata),
             Format::Vmdk => Some(vmdk::is_metadata),
             Format::Vdi => Some(vdi::is_metadata),
-            Format::Qcow2 => Some(is_qcow2_metadata),
+            Format::Qcow2 => Some(qcow2::is_metadata),
             _ => None,
         }
     }
@@ -545,190 +546,5 @@ impl Subject for Image {
 
     fn assert_idle(&self, driver: &Node) {
         driver.assert_idle();
-    }
-}
-
-/// Does `start..end` of a QED image with tables of one cluster touch its header or tables?
-fn is_qed_metadata(contents: &Contents, start: u64, end: u64) -> bool {
-    if start < 2 * CLUSTER {
-        return true;
-    }
-    let file = SimFile::new(contents.clone(), false);
-    let mut entry = [0; 8];
-    (0..CLUSTER).step_by(8).any(|at| {
-        let read = file.read_at(CLUSTER + at, &mut entry);
-        let table = u64::from_le_bytes(entry);
-        read.is_ok() && table != 0 && table < end && start < table.saturating_add(CLUSTER)
-    })
-}
-
-/// Does `start..end` of a qcow2 image touch its header or tables?
-fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
-    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
-    let file = SimFile::new(contents.clone(), false);
-    let Ok(image) = open(&file, Access::Read) else { return false };
-    let header = &image.header;
-    let entries = header.refcount_table_bytes() as usize / 8;
-    let blocks = read_words(&file, header.refcount_table_offset, entries, "read the table");
-    let offset = |word: &u64| word & 0x00ff_ffff_ffff_fe00;
-    let tables = image.l1.iter().map(offset).chain(blocks.unwrap_or_default());
-    let fixed = [0, header.l1_offset, header.refcount_table_offset];
-    let mut all = tables.filter(|&table| table != 0).chain(fixed);
-    let size = header.cluster_size();
-    all.any(|table| table < end && start < table.saturating_add(size))
-}
-
-/// Whole clusters of a qcow2 image with refcounts of 16 bits that have a refcount of 0, as far as
-/// refcount blocks count them.
-fn qcow2_holes(contents: &Contents) -> u64 {
-    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
-    let file = SimFile::new(contents.clone(), false);
-    let Ok(image) = open(&file, Access::Read) else { return 0 };
-    let cluster = image.header.cluster_size();
-    let per_block = cluster / 2;
-    let clusters = contents.len() / cluster;
-    let blocks = clusters.div_ceil(per_block) as usize;
-    let table = read_words(&file, image.header.refcount_table_offset, blocks, "read the table");
-    let mut holes = 0;
-    let mut counts = vec![0; cluster as usize];
-    for (i, block) in table.unwrap_or_default().into_iter().enumerate().filter(|(_, b)| *b != 0) {
-        contents.read(block, &mut counts);
-        let there = (clusters - i as u64 * per_block).min(per_block) as usize;
-        let counts = counts.as_chunks::<2>().0;
-        holes += counts[..there].iter().filter(|count| **count == [0, 0]).count() as u64;
-    }
-    holes
-}
-
-impl fmt::Display for Image {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.state {
-            State::Cold => "cold",
-            State::Warm => "warm",
-            State::Zeros => "zeros",
-            State::Holes => "holes",
-            State::Shared => "shared",
-        };
-        let grow = match self.grow {
-            Grow::Truncate => "truncate",
-            Grow::Allocate => "allocate",
-            Grow::Write => "write",
-        };
-        let lie = match self.lie {
-            None => "none",
-            Some(Lie::FlushDoesNothing) => "flush-does-nothing",
-            Some(Lie::FuaDoesNothing) => "fua-does-nothing",
-            Some(Lie::ShortIsWhole) => "short-is-whole",
-            Some(Lie::ZeroDoesNothing) => "zero-does-nothing",
-        };
-        let layout = match self.layout {
-            Layout::Plain => "",
-            Layout::Split => "layout=split ",
-            Layout::Lazy => "layout=lazy ",
-            Layout::Tight => "layout=tight ",
-        };
-        let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
-        write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
-        if self.long {
-            write!(f, "long=true ")?;
-        }
-        if self.old {
-            write!(f, "old=true ")?;
-        }
-        if self.cluster != CLUSTER {
-            write!(f, "cluster={} ", self.cluster)?;
-        }
-        if let Medium::Device(spare) = self.medium {
-            write!(f, "device={spare} ")?;
-        }
-        if self.frees != FREES {
-            write!(f, "frees={} ", self.frees)?;
-        }
-        if !self.pass_discards {
-            write!(f, "pass-discards=false ")?;
-        }
-        if self.slow {
-            write!(f, "slow=true ")?;
-        }
-        if let Some(beside) = self.beside {
-            write!(f, "beside={beside} ")?;
-        }
-        if self.shares {
-            write!(f, "shares=true ")?;
-        }
-        write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
-        write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
-    }
-}
-
-impl FromStr for Image {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Image, String> {
-        let mut image = Image::new(Format::Raw);
-        for word in text.split_whitespace() {
-            let (key, value) = word.split_once('=').ok_or_else(|| format!("'{word}' has no ="))?;
-            let wrong = || format!("'{value}' is no {key}");
-            let flag = || value.parse().map_err(|_| wrong());
-            match key {
-                "format" => image.format = Format::from_name(value).ok_or_else(wrong)?,
-                "state" => {
-                    image.state = match value {
-                        "cold" => State::Cold,
-                        "warm" => State::Warm,
-                        "zeros" => State::Zeros,
-                        "holes" => State::Holes,
-                        "shared" => State::Shared,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "backing" => image.backing = flag()?,
-                "long" => image.long = flag()?,
-                "old" => image.old = flag()?,
-                "layout" => {
-                    image.layout = match value {
-                        "plain" => Layout::Plain,
-                        "split" => Layout::Split,
-                        "lazy" => Layout::Lazy,
-                        "tight" => Layout::Tight,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "device" => image.medium = Medium::Device(number(value)?),
-                "slow" => image.slow = flag()?,
-                "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
-                "shares" => image.shares = value == "true",
-                "pass-discards" => image.pass_discards = flag()?,
-                "frees" => image.frees = number(value)? as usize,
-                "cluster" => image.cluster = number(value)?,
-                "cache" => image.cache = number(value)? as usize,
-                "buffers" => image.buffers = number(value)? as usize,
-                "align" => image.align = number(value)? as u32,
-                "depth" => image.depth = number(value)? as usize,
-                "grow" => {
-                    image.grow = match value {
-                        "truncate" => Grow::Truncate,
-                        "allocate" => Grow::Allocate,
-                        "write" => Grow::Write,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "ahead" => image.ahead = number(value)?,
-                "can-zero" => image.can_zero = flag()?,
-                "probed" => image.probed = flag()?,
-                "lie" => {
-                    image.lie = match value {
-                        "none" => None,
-                        "flush-does-nothing" => Some(Lie::FlushDoesNothing),
-                        "fua-does-nothing" => Some(Lie::FuaDoesNothing),
-                        "short-is-whole" => Some(Lie::ShortIsWhole),
-                        "zero-does-nothing" => Some(Lie::ZeroDoesNothing),
-                        _ => return Err(wrong()),
-                    };
-                }
-                _ => return Err(format!("'{key}' is no option of an image")),
-            }
-        }
-        Ok(image)
     }
 }
