@@ -74,7 +74,8 @@ pub struct RunOptions {
     pub vdi: VdiOptions,
 }
 
-/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. At any time:
+/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. The engine's
+/// drivers are [`Node`]s, or an enum that wraps them beside drivers of its own. At any time:
 /// other nodes' requests go on, and none is waited for. A chain whose files are `Send` may have been
 /// opened on another thread, where opening may take its time.
 ///
@@ -82,8 +83,8 @@ pub struct RunOptions {
 ///
 /// Whatever the backend says of a file; [`io::ErrorKind::Unsupported`] for an encrypted image,
 /// which opens to be described. The engine is as it was; the chain is gone.
-pub fn attach<B: Backend<File: Store>>(
-    engine: &mut Engine<Node, B>,
+pub fn attach<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
     chain: Chain<B::File>,
     options: &RunOptions,
 ) -> io::Result<NodeId> {
@@ -99,8 +100,8 @@ pub fn attach<B: Backend<File: Store>>(
 ///
 /// As [`attach`]; [`io::ErrorKind::InvalidInput`] if the node below is not there, or is being closed,
 /// or if the lowest layer is raw, or names no backing file.
-pub fn attach_overlay<B: Backend<File: Store>>(
-    engine: &mut Engine<Node, B>,
+pub fn attach_overlay<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
     chain: Chain<B::File>,
     below: NodeId,
     options: &RunOptions,
@@ -113,8 +114,8 @@ pub fn attach_overlay<B: Backend<File: Store>>(
     attach_over(engine, chain, Some(Backing { node: below, size }), options)
 }
 
-fn attach_over<B: Backend<File: Store>>(
-    engine: &mut Engine<Node, B>,
+fn attach_over<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
     chain: Chain<B::File>,
     mut below: Option<Backing>,
     options: &RunOptions,
@@ -179,7 +180,7 @@ fn attach_over<B: Backend<File: Store>>(
                 Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
             }
         };
-        below = Some(Backing { node: engine.add(node), size });
+        below = Some(Backing { node: engine.add(node.into()), size });
     }
     let top = below.expect("a chain has at least one layer").node;
     engine.set_quota(top, options.quota);
