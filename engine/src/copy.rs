@@ -18,6 +18,7 @@
 use crate::copy_job::{PAGE, State, Worker};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
+use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
 use crate::status::Status;
@@ -56,7 +57,8 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     job.workers -= 1;
     // The others are to end as well.
     let mut waiters = std::mem::take(&mut job.waiters);
-    let is_over = job.workers == 0;
+    let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
+    let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
     if !is_over {
         return;
@@ -64,7 +66,7 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     let job = core.copies.remove(key as usize);
     core.mem.free_region(job.region);
     for node in [job.copy.source, job.copy.target] {
-        core.nodes[node.index()].jobs -= 1;
+        core.nodes[node.index()].jobs -= u32::from(!mutant!("copied_disk_stays_in_use"));
     }
     let result = job.failed.map_or(Ok(()), Err);
     core.events.push(NodeEvent::JobEnded { job: job.id, result });
@@ -104,7 +106,7 @@ impl Machine<'_> {
         let job = &mut self.core.copies[self.worker.job as usize];
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
-            if job.workers > 1 {
+            if job.workers > 1 || mutant!("copy_ends_before_its_flush") {
                 return Step::Done(Ok(()));
             }
             let target = Target::Node(job.copy.target);
@@ -128,6 +130,7 @@ impl Machine<'_> {
         }
         (self.worker.at, self.worker.end) = (job.next, job.next + len);
         job.next += len;
+        job.done += if mutant!("copy_counted_before_it_is_written") { len } else { 0 };
         if let Some(rate) = job.copy.rate {
             let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
             job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
@@ -143,6 +146,9 @@ impl Machine<'_> {
         let job = &self.core.copies[self.worker.job as usize];
         let source = job.copy.source;
         if at >= job.source_size {
+            if mutant!("copy_leaves_the_rest") {
+                return self.written(end - at);
+            }
             return self.zero(end - at);
         }
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
@@ -171,7 +177,7 @@ impl Machine<'_> {
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
         let copy = self.core.copies[self.worker.job as usize].copy;
-        if copy.target_is_zero {
+        if copy.target_is_zero || mutant!("copy_skips_zeros") {
             return self.written(len);
         }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
@@ -190,7 +196,8 @@ impl Machine<'_> {
 
     fn written(&mut self, len: u64) -> Step<State> {
         self.worker.at += len;
-        self.core.copies[self.worker.job as usize].done += len;
+        let counted = mutant!("copy_counted_before_it_is_written");
+        self.core.copies[self.worker.job as usize].done += if counted { 0 } else { len };
         Step::Go(State::Status)
     }
 }

@@ -395,6 +395,9 @@ impl Core {
     pub fn cancel_copy(&mut self, key: usize) {
         let copy = &mut self.copies[key];
         copy.failed = copy.failed.or(Some(Errno::CANCELED));
+        if mutant!("cancelled_copy_sleeps_on") {
+            return;
+        }
         let mut waiters = std::mem::take(&mut copy.waiters);
         self.wake_all(&mut waiters);
     }

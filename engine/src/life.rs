@@ -161,7 +161,8 @@ impl<D: Driver, F> Life<D, F> {
         if core.nodes[node.index()].is_closing {
             return Err(Why::Closing);
         }
-        if self.is_read_from(node) || core.nodes[node.index()].jobs > 0 {
+        let is_copied = core.nodes[node.index()].jobs > 0 && !mutant!("copied_disk_is_closed");
+        if self.is_read_from(node) || is_copied {
             return Err(Why::InUse);
         }
         begin_to_close(core, node, (node, Ok(())));

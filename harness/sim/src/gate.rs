@@ -14,11 +14,11 @@ use cowbell_formats::parts::growth::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::subjects::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
 use crate::subject::Subject;
+use crate::subjects::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::{Base, Budget, QUIET};
+use crate::world::{Base, Budget, CopyPlan, QUIET, Way};
 
 /// Workloads on one kind of image, and what may go wrong with them.
 #[derive(Clone, Debug)]
@@ -395,6 +395,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let slow = |image: &Image| Image { slow: true, ..*image };
     let turns = scopes_on(small().take(2).map(|image| slow(&image)), QUIET, core);
     let more = [turns, device_scopes(format), lasting_scopes(format), scopes_beside(format)];
+    let more = more.into_iter().chain([copy_scopes(format)]);
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 
@@ -544,6 +545,57 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
         scopes_on(shared, Budget { closes: 1, ..QUIET }, few),
     ]
     .concat()
+}
+
+/// A copy from the disk to the one beside it, or from there: of two clusters and a part of a third, in
+/// three pieces, while guests use both.
+pub fn copy_scopes(format: Format) -> Vec<Scope> {
+    let size = 2 * CLUSTER + 1536;
+    let image = Image { size: Some(size), ahead: 2, ..Image::new(format) };
+    let noise = Image { beside: Some(Format::Raw), ..image };
+    // Zeros, but for what its guest writes.
+    let empty = Image { beside: Some(Format::Qcow2), ..image };
+    // What is behind the end of the source becomes zeros.
+    let short = Image { beside_size: Some(CLUSTER + 512), ..noise };
+    let (copy_in, copy_out) = (CopyPlan::new(Way::In), CopyPlan::new(Way::Out));
+    let budget = |copy: CopyPlan, faults: u8| Budget { copy: Some(copy), faults, ..QUIET };
+    let stops = |copy: CopyPlan| CopyPlan { pauses: 1, cancels: true, drains: true, ..copy };
+    let used = |copy: CopyPlan| CopyPlan { beside: true, ..copy };
+    let is_zero = |copy: CopyPlan| CopyPlan { target_is_zero: true, ..copy };
+    let none = |_: &Image| vec![Workload::default()];
+    let few = |_: &Image| vec![Workload::new([Request::write(CLUSTER, 1024)])];
+    let one = |_: &Image| {
+        let (zero, discard) = (Request::zero(0, CLUSTER), Request::discard(0, CLUSTER));
+        let write = Request::write(CLUSTER, 1024);
+        [write, zero, discard].map(|request| Workload::new([request])).to_vec()
+    };
+    if format == Format::Raw {
+        return [
+            scopes_on([noise, short], budget(copy_in, 1), none),
+            scopes_on([noise], budget(used(copy_in), 0), one),
+            scopes_on([noise], budget(stops(copy_in), 1), few),
+            scopes_on([empty], budget(used(copy_in), 0), none),
+            scopes_on([noise], budget(copy_out, 1), none),
+            scopes_on([noise], budget(used(copy_out), 0), one),
+        ]
+        .concat();
+    }
+    let warm = Image { state: State::Warm, ..noise };
+    let mut all = vec![
+        scopes_on([noise, short, warm], budget(copy_in, 1), none),
+        scopes_on([noise], budget(used(copy_in), 0), none),
+        scopes_on([noise, warm], budget(copy_in, 0), one),
+        scopes_on([empty], budget(used(is_zero(copy_in)), 0), none),
+        scopes_on([noise, warm], budget(stops(copy_in), 0), none),
+        scopes_on([warm], budget(copy_out, 1), one),
+        scopes_on([warm], budget(stops(copy_out), 1), none),
+    ];
+    if matches!(format, Format::Qed | Format::Qcow2) {
+        let overlay = Image { backing: true, ..noise };
+        all.push(scopes_on([overlay], budget(copy_in, 0), none));
+        all.push(scopes_on([overlay], budget(copy_out, 1), few));
+    }
+    all.concat()
 }
 
 /// Runs the gate.
@@ -733,6 +785,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
             (", closed", closes > 0),
             (", paused", pauses > 0),
             (", one at a time", quota),
+            (", copied", scope.budget.copy.is_some()),
         ];
         let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();
         let name = format!(

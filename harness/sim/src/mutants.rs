@@ -14,12 +14,12 @@ use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
 use crate::gate::{FULL, Scope, scopes, scopes_with};
-use crate::subjects::{Image, Layout, Medium, ROOMY, State};
 use crate::random::run_once;
 use crate::subject::Subject;
+use crate::subjects::{CLUSTER, Image, Layout, Medium, ROOMY, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::{Base, Budget, QUIET};
+use crate::world::{Base, Budget, CopyPlan, QUIET, Way};
 
 /// A planted defect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +88,16 @@ pub const MUTANTS: &[Mutant] = &[
     raw("id_used_again", "the id of a closed disk is the next one's"),
     raw("resumed_node_takes_nothing", "a disk that was paused takes no requests again"),
     raw("quota_ignored", "a disk has more requests than are its share"),
+    raw("copy_ends_before_its_flush", "a copy has ended, and what it wrote is not stable"),
+    raw("copy_counted_before_it_is_written", "a piece counts as copied when it is begun"),
+    raw("copy_skips_zeros", "zeros are not written over what the target of a copy holds"),
+    raw("copy_leaves_the_rest", "what is behind the end of a copy's source stays as it was"),
+    raw("cancelled_copy_forgets_workers", "a copy's memory is given up with ops in flight"),
+    raw("cancelled_copy_sleeps_on", "a copy that is paused and cancelled never ends"),
+    raw("resumed_copy_sleeps_on", "a copy that was paused never goes on"),
+    raw("drain_leaves_copies", "a drain waits for a copy that is paused"),
+    raw("copied_disk_is_closed", "a disk is closed while it is copied"),
+    raw("copied_disk_stays_in_use", "a disk that was copied is in use for ever"),
     qed("close_takes_shared_layer", "a disk that goes takes along what another reads from"),
     qcow2("close_settles_nothing", "a disk that is closed does not write its tables back"),
     qed("status_stays_in_layer", "where an overlay says nothing, nobody asks what is below"),
@@ -425,6 +435,18 @@ pub fn special(format: Format) -> Vec<Scope> {
         let blocks = Image { align: 4096, ..image };
         // Two wait for it, and go on at once.
         let zero = Request::zero(0, 4096);
+        // In three pieces: two sectors that are copied, and what becomes zeros.
+        let copied = Image {
+            size: Some(2 * CLUSTER + 1024),
+            beside: Some(Format::Raw),
+            beside_size: Some(1024),
+            ..image
+        };
+        let plan = CopyPlan { pauses: 1, cancels: true, drains: true, ..CopyPlan::new(Way::In) };
+        let copy = |plan| {
+            let budget = Budget { copy: Some(plan), ..QUIET };
+            Scope { budget, ..scope(copied, 0, 0, &[]) }
+        };
         return vec![
             scope(image, 0, 0, &[head(0, 0), flush]),
             scope(image, 1, 0, &[Request::write(0, 2048), flush]),
@@ -443,6 +465,8 @@ pub fn special(format: Format) -> Vec<Scope> {
                 budget: Budget { quota: true, ..QUIET },
                 ..scope(image, 0, 0, &[head(0, 0), flush])
             },
+            copy(plan),
+            copy(CopyPlan { pauses: 1, ..CopyPlan::new(Way::In) }),
         ];
     }
     let overlay = Image { backing: true, ..image };

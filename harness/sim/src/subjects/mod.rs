@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use cowbell_engine::Limits;
 use cowbell_engine::step::{Driver, Io};
-use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
 use cowbell_formats::check::{Repair, Unwatched, check_layer};
@@ -110,10 +109,16 @@ pub struct Image {
     pub can_zero: bool,
     /// Was the format guessed?
     pub probed: bool,
+    /// The disk's size in bytes, if not that of three tables.
+    pub size: Option<u64>,
     /// Another disk of the engine, of this format.
     pub beside: Option<Format>,
     /// Is that an overlay of the same backing file, and reads from the same node?
     pub shares: bool,
+    /// That disk's size in bytes, if it is another.
+    pub beside_size: Option<u64>,
+    /// It is the disk beside another: where nobody has written, it is different.
+    pub is_beside: bool,
     /// See [`Lie`].
     pub lie: Option<Lie>,
 }
@@ -143,8 +148,11 @@ impl Image {
             slow: false,
             can_zero: true,
             probed: false,
+            size: None,
             beside: None,
             shares: false,
+            beside_size: None,
+            is_beside: false,
             lie: None,
         }
     }
@@ -253,6 +261,9 @@ impl Image {
         let holes: &[(u64, u64)] = if self.state == State::Holes { &HOLES } else { &[] };
         for &(table, cluster) in holes.iter().chain(&FILLED) {
             let at = self.place(table, cluster);
+            if at >= self.size() {
+                continue;
+            }
             match self.state {
                 State::Zeros => ask(&mut engine, node, Request::zero(at, self.cluster))?,
                 _ => ask(&mut engine, node, Request::write(at, self.cluster))?,
@@ -358,7 +369,8 @@ impl Subject for Image {
 
     fn make(&self, host: &SimHost) -> Result<(), String> {
         if self.format == Format::Raw {
-            host.put(TOP, Contents::noise(SEED, self.size()));
+            let seed = if self.is_beside { SEED << 1 } else { SEED };
+            host.put(TOP, Contents::noise(seed, self.size()));
             self.put_on_device(host);
             return Ok(());
         }
@@ -369,6 +381,7 @@ impl Subject for Image {
         if self.backing {
             // Where zeros are written as data, a few clusters are enough of them.
             let end = match (self.long, self.old) {
+                (false, _) if self.size.is_some() => self.cluster,
                 (false, _) => self.place(1, 0),
                 (true, false) => self.place(4, 0),
                 (true, true) => self.place(2, 5),
@@ -430,7 +443,7 @@ impl Subject for Image {
 
     fn size(&self) -> u64 {
         // The third table's last cluster is cut.
-        self.place(2, 2) + 1536
+        self.size.unwrap_or(self.place(2, 2) + 1536)
     }
 
     fn size_unit(&self) -> u64 {
@@ -454,7 +467,12 @@ impl Subject for Image {
     }
 
     fn beside(&self) -> Option<Image> {
-        let beside = |format| Image { backing: self.shares, ..Image::new(format) };
+        let beside = |format| Image {
+            backing: self.shares,
+            size: self.beside_size.or(self.size),
+            is_beside: true,
+            ..Image::new(format)
+        };
         self.beside.map(beside)
     }
 

@@ -60,8 +60,14 @@ impl fmt::Display for Image {
         if self.slow {
             write!(f, "slow=true ")?;
         }
+        if let Some(size) = self.size {
+            write!(f, "size={size} ")?;
+        }
         if let Some(beside) = self.beside {
             write!(f, "beside={beside} ")?;
+        }
+        if let Some(size) = self.beside_size {
+            write!(f, "beside-size={size} ")?;
         }
         if self.shares {
             write!(f, "shares=true ")?;
@@ -108,6 +114,8 @@ impl FromStr for Image {
                 "slow" => image.slow = flag()?,
                 "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
                 "shares" => image.shares = value == "true",
+                "size" => image.size = Some(number(value)?),
+                "beside-size" => image.beside_size = Some(number(value)?),
                 "pass-discards" => image.pass_discards = flag()?,
                 "frees" => image.frees = number(value)? as usize,
                 "cluster" => image.cluster = number(value)?,

@@ -7,9 +7,9 @@ use cowbell_formats::Host;
 use cowbell_formats::vdi::disk::layout::UNALLOCATED;
 use cowbell_formats::vdi::rest::open::open;
 
+use super::TOP;
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
-use super::TOP;
 
 /// The new image has its map behind the header, and its blocks behind that, at sectors.
 pub fn make_tight(host: &SimHost) -> Result<(), String> {

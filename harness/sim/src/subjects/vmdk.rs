@@ -7,9 +7,9 @@ use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Host, LayerMeta};
 use std::path::Path;
 
+use super::{BACKING, Image, Layout, SEED, State, TOP};
 use crate::disk::Contents;
 use crate::host::{SimFile, SimHost};
-use super::{BACKING, Image, Layout, SEED, State, TOP};
 use crate::subject::Subject;
 
 /// The files of a split image, as they are named after [`TOP`].
