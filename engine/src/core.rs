@@ -352,6 +352,12 @@ impl Core {
         let writes_below = op.kind.modifies() && node != self.ops.slot(request).node;
         let holds_buf = matches!(seg.base, Base::Pool(_));
         assert!(!(writes_below && holds_buf), "written below from the pool: {op:?}");
+        let settles = matches!(self.nodes[node.index()].stage, Stage::Settling | Stage::Settled(_));
+        let is_above = node != self.ops.slot(request).node;
+        debug_assert!(
+            !(settles && is_above),
+            "{node:?} settles, and is asked for something: {op:?}"
+        );
         let io = Io { kind, offset: op.offset, len: op.len };
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
@@ -509,7 +515,8 @@ impl Core {
         // A request of its own, for a piece, takes a slot.
         let slots = (self.limits.requests * 4).saturating_sub(self.ops.live());
         let free = self.limits.ops.saturating_sub(self.ops.len()).min(slots);
-        if free == 0 && !self.ops.slot(request).issued { 1 } else { free }
+        let may_have_one = !self.ops.slot(request).issued && !mutant!("no_room_is_left_for_a_step");
+        if free == 0 && may_have_one { 1 } else { free }
     }
 
     /// Takes in what the backend says of an op.
@@ -747,6 +754,7 @@ impl Core {
     /// As [`Core::op_done`]; apart, because layers nest.
     #[inline(never)]
     fn child_done(&mut self, parent: ReqId, result: Result<(), Errno>) {
+        let result = if mutant!("error_of_a_piece_swallowed") { Ok(()) } else { result };
         self.op_done(parent, result);
     }
 

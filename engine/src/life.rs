@@ -284,7 +284,7 @@ impl<D: Driver, F> Life<D, F> {
             let is_above = node.as_ref().is_some_and(|node| node.below() == Some(id));
             is_above && !matches!(record.stage, Stage::Settled(_))
         });
-        if waits {
+        if waits && !mutant!("layer_settles_before_those_above") {
             return Move::Waits;
         }
         let record = &mut core.nodes[index];

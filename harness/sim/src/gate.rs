@@ -395,7 +395,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let slow = |image: &Image| Image { slow: true, ..*image };
     let turns = scopes_on(small().take(2).map(|image| slow(&image)), QUIET, core);
     let more = [turns, device_scopes(format), lasting_scopes(format), scopes_beside(format)];
-    let more = more.into_iter().chain([copy_scopes(format)]);
+    let more = more.into_iter().chain([copy_scopes(format), filter_scopes(format)]);
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 
@@ -596,6 +596,39 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         all.push(scopes_on([overlay], budget(copy_out, 1), few));
     }
     all.concat()
+}
+
+/// A filter over the disk, which passes on what comes, in pieces where that is long, in an engine that
+/// has as little of everything as may be: it does not starve what is below it, errors come up, and it
+/// is closed and paused with all that it has passed on.
+pub fn filter_scopes(format: Format) -> Vec<Scope> {
+    let image = Image { filter: true, ahead: 2, buffers: 2, ..Image::new(format) };
+    let overlay = Image { backing: true, ..image };
+    let images = match format {
+        Format::Qed | Format::Qcow2 => vec![image, overlay],
+        _ => vec![image],
+    };
+    let fault = Budget { faults: 1, ..QUIET };
+    let lives = Budget { closes: 1, pauses: 1, ..QUIET };
+    let few = |image: &Image| {
+        let whole = Request::write(image.place(0, 0), image.cluster());
+        let part = Request::write(image.place(0, 0) + 300, 2048);
+        let zero = Request::zero(image.place(0, 0), image.cluster());
+        let read = Request::read(image.place(0, 0), image.cluster());
+        vec![
+            Workload::new([whole]),
+            Workload::new([part, Request::flush()]),
+            Workload::new([zero, Request::status(0, image.cluster())]),
+            Workload::new([part, read]),
+        ]
+    };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    [
+        scopes_on(images.iter().copied(), fault, single),
+        scopes_on(images.iter().copied(), QUIET, few),
+        scopes_on(images.iter().copied(), lives, single),
+    ]
+    .concat()
 }
 
 /// Runs the gate.

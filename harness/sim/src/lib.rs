@@ -12,6 +12,7 @@ pub mod choose;
 mod clock;
 pub mod disk;
 pub mod explore;
+pub mod filter;
 pub mod gate;
 pub mod host;
 pub mod latencies;

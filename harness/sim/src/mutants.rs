@@ -98,6 +98,12 @@ pub const MUTANTS: &[Mutant] = &[
     raw("drain_leaves_copies", "a drain waits for a copy that is paused"),
     raw("copied_disk_is_closed", "a disk is closed while it is copied"),
     raw("copied_disk_stays_in_use", "a disk that was copied is in use for ever"),
+    qed("error_of_a_piece_swallowed", "a request is well although the layer below failed it"),
+    qed(
+        "no_room_is_left_for_a_step",
+        "who passes on requests finds no room, and waits for nothing",
+    ),
+    qed("layer_settles_before_those_above", "a layer settles that others still write to"),
     qed("close_takes_shared_layer", "a disk that goes takes along what another reads from"),
     qcow2("close_settles_nothing", "a disk that is closed does not write its tables back"),
     qed("status_stays_in_layer", "where an overlay says nothing, nobody asks what is below"),
@@ -484,8 +490,10 @@ pub fn special(format: Format) -> Vec<Scope> {
     }
     // On one base.
     let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
+    let filter = Image { filter: true, buffers: 2, ..image };
     vec![
         scope(overlay, 0, 0, &[middle(0, 0)]),
+        scope(filter, 1, 0, &[Request::write(at(0, 0), 4096)]),
         Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(shared, 0, 0, &[head(0, 0)]) },
         scope(zeros, 0, 0, &[middle(0, 0)]),
         scope(large, 1, 0, &[middle(0, 0)]),

@@ -19,6 +19,7 @@ use cowbell_formats::{
 
 use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
 use crate::disk::Contents;
+use crate::filter::{Filter, Over};
 use crate::host::{SimFile, SimHost};
 use crate::subject::{Checked, SimEngine, Subject};
 use crate::workload::Request;
@@ -109,6 +110,8 @@ pub struct Image {
     pub can_zero: bool,
     /// Was the format guessed?
     pub probed: bool,
+    /// Is there a [filter](crate::filter) over it, in an engine that is as small as may be?
+    pub filter: bool,
     /// The disk's size in bytes, if not that of three tables.
     pub size: Option<u64>,
     /// Another disk of the engine, of this format.
@@ -148,6 +151,7 @@ impl Image {
             slow: false,
             can_zero: true,
             probed: false,
+            filter: false,
             size: None,
             beside: None,
             shares: false,
@@ -178,7 +182,7 @@ impl Image {
 
     /// Can its disk be made larger?
     pub fn can_grow(&self) -> bool {
-        !matches!(self.format, Format::Vmdk | Format::Vdi)
+        !self.filter && !matches!(self.format, Format::Vmdk | Format::Vdi)
     }
 
     /// Can its disk be made smaller?
@@ -297,7 +301,7 @@ impl Image {
 }
 
 /// Asks for something, and waits for it.
-fn ask(engine: &mut SimEngine<Node>, node: NodeId, request: Request) -> Result<(), String> {
+fn ask(engine: &mut SimEngine<Over<Node>>, node: NodeId, request: Request) -> Result<(), String> {
     let io: Io = request.io();
     let memory = match request.memory(FILLER) {
         Some(bytes) => bytes.into(),
@@ -330,7 +334,7 @@ pub(crate) const BACKING: &str = "backing.img";
 pub(crate) const SEED: u64 = 0x5eed;
 
 impl Subject for Image {
-    type Driver = Node;
+    type Driver = Over<Node>;
 
     fn text(&self) -> String {
         self.to_string()
@@ -354,7 +358,7 @@ impl Subject for Image {
     fn limits(&self) -> Limits {
         Limits {
             requests: 1,
-            ops: 32,
+            ops: if self.filter { 4 } else { 32 },
             buffers: self.buffers,
             bounce_buffers: 1,
             buffer_size: CLUSTER as usize,
@@ -436,9 +440,11 @@ impl Subject for Image {
         }
     }
 
-    fn open(&self, host: &SimHost, engine: &mut SimEngine<Node>) -> Result<NodeId, String> {
+    fn open(&self, host: &SimHost, engine: &mut SimEngine<Over<Node>>) -> Result<NodeId, String> {
         let chain = self.chain(host, true)?;
-        attach(engine, chain, &self.run_options()).map_err(|why| why.to_string())
+        let node = attach(engine, chain, &self.run_options()).map_err(|why| why.to_string())?;
+        let filter = || Over::Filter(Filter::new(node, self.size()));
+        Ok(if self.filter { engine.add(filter()) } else { node })
     }
 
     fn size(&self) -> u64 {
@@ -483,7 +489,7 @@ impl Subject for Image {
     fn open_beside(
         &self,
         host: &SimHost,
-        engine: &mut SimEngine<Node>,
+        engine: &mut SimEngine<Over<Node>>,
         main: NodeId,
     ) -> Result<NodeId, String> {
         let Some(below) = engine.node(main).below().filter(|_| self.backing) else {
@@ -562,7 +568,9 @@ impl Subject for Image {
         repaired.map_err(|why| why.to_string())
     }
 
-    fn assert_idle(&self, driver: &Node) {
-        driver.assert_idle();
+    fn assert_idle(&self, driver: &Over<Node>) {
+        if let Over::Below(node) = driver {
+            node.assert_idle();
+        }
     }
 }

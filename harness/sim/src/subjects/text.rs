@@ -60,6 +60,9 @@ impl fmt::Display for Image {
         if self.slow {
             write!(f, "slow=true ")?;
         }
+        if self.filter {
+            write!(f, "filter=true ")?;
+        }
         if let Some(size) = self.size {
             write!(f, "size={size} ")?;
         }
@@ -114,6 +117,7 @@ impl FromStr for Image {
                 "slow" => image.slow = flag()?,
                 "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
                 "shares" => image.shares = value == "true",
+                "filter" => image.filter = flag()?,
                 "size" => image.size = Some(number(value)?),
                 "beside-size" => image.beside_size = Some(number(value)?),
                 "pass-discards" => image.pass_discards = flag()?,
