@@ -189,7 +189,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn add(&mut self, node: D) -> NodeId {
         let is_ready = node.below().is_none_or(|below| self.may_be_read_from(below));
         assert!(is_ready, "{:?} is not there to be read from", node.below());
-        if let Some(below) = node.below() {
+        let below = node.below();
+        if let Some(below) = below {
             self.core.nodes[below.index()].is_top = false;
         }
         let (size, index) = (node.size(), self.core.next_node(self.tag));
@@ -198,6 +199,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.sizes.push(0);
         }
         (self.life.nodes[index], self.sizes[index]) = (Some(node), size);
+        if let Some(below) = below {
+            // It is not paused, so what is below it is not held.
+            self.life.hold(&mut self.core, below);
+        }
         if self.life.drain == Drain::Going {
             life::begin_to_drain(&mut self.core, index);
         }

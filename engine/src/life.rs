@@ -17,7 +17,8 @@
 //! with it: regions, files, places. A place is used again under another generation of its id.
 //!
 //! *Paused* is not a stage: it is a reason to take no requests and begin no chores. A paused node that
-//! is drained or closed leaves its image clean all the same.
+//! is drained or closed leaves its image clean all the same. What nobody but paused nodes reads from is
+//! held with them: it begins no chores either.
 //!
 //! To begin a chore takes the engine: that it is to be done is answered ([`Move`]).
 
@@ -192,7 +193,7 @@ impl<D: Driver, F> Life<D, F> {
         }
         (record.is_paused, record.owes_paused) = (true, true);
         record.set_open_to();
-        self.hold_files(core);
+        self.hold(core, node);
         core.recount_moving();
         Ok(())
     }
@@ -203,18 +204,49 @@ impl<D: Driver, F> Life<D, F> {
         record.is_paused &= mutant!("resumed_node_takes_nothing");
         record.owes_paused = false;
         record.set_open_to();
-        self.hold_files(core);
+        self.hold(core, node);
         core.recount_moving();
         Ok(())
     }
 
-    /// Space of paused nodes' files does not go back when its time comes.
+    /// Whether a node is held may have changed, and so may that of each layer below it.
+    pub fn hold(&self, core: &mut Core, from: NodeId) {
+        let mut layer = Some(from);
+        while let Some(node) = layer {
+            let reads = |at: &usize| {
+                self.nodes[*at].as_ref().is_some_and(|other| other.below() == Some(node))
+            };
+            let mut readers = (0..self.nodes.len()).filter(reads).peekable();
+            let is_read = readers.peek().is_some() && !mutant!("pause_goes_no_deeper");
+            let is_held = is_read && readers.all(|at| core.nodes[at].is_held);
+            let record = &mut core.nodes[node.index()];
+            record.is_held = record.is_paused || is_held;
+            layer = self.nodes[node.index()].as_ref().and_then(|node| node.below());
+        }
+        self.hold_files(core);
+    }
+
+    /// Is nothing in flight of what is held below a node, nor to be done there for a drain?
+    fn lies_still_below(&self, core: &Core, index: usize) -> bool {
+        let mut layer = self.nodes[index].as_ref().and_then(|node| node.below());
+        while let Some(below) = layer.filter(|below| core.nodes[below.index()].is_held) {
+            let is_at_work =
+                matches!(core.nodes[below.index()].stage, Stage::Finishing | Stage::Settling);
+            if is_at_work || !self.is_at_rest(core, below.index()) {
+                return false;
+            }
+            layer = self.nodes[below.index()].as_ref().and_then(|node| node.below());
+        }
+        true
+    }
+
+    /// Space of held nodes' files does not go back when its time comes.
     fn hold_files(&self, core: &mut Core) {
         let Core { files, nodes: records, .. } = core;
         for file in files.iter_mut().filter(|file| !file.is_vacant) {
             let mut users = self.nodes.iter().zip(&*records);
             file.is_held = users.any(|(node, record)| {
-                let holds = record.is_paused && record.stage == Stage::Open;
+                let holds = record.is_held && record.stage == Stage::Open;
                 holds && node.as_ref().is_some_and(|node| node.uses(file.id))
             });
         }
@@ -248,7 +280,10 @@ impl<D: Driver, F> Life<D, F> {
         let (id, stage) = (record.id, record.stage);
         let may_rest = matches!(stage, Stage::Open | Stage::Settled(_)) && !record.is_closing;
         if record.owes_paused && may_rest {
-            record.owes_paused = false;
+            if !self.lies_still_below(core, index) {
+                return Move::Waits;
+            }
+            core.nodes[index].owes_paused = false;
             core.events.push(NodeEvent::Paused { node: id });
             return Move::On;
         }
@@ -324,6 +359,7 @@ impl<D: Driver, F> Life<D, F> {
             .filter(|&below| core.has_node(below) && !core.nodes[below.index()].is_closing);
         if let Some(below) = below {
             core.nodes[below.index()].is_top = !self.is_read_from(below);
+            self.hold(core, below);
         }
         match below {
             Some(below) if !self.is_read_from(below) || mutant!("close_takes_shared_layer") => {
