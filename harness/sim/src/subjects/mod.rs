@@ -14,18 +14,21 @@ use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
+    CreateOptions, Format, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
 };
 
 use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
 use crate::disk::Contents;
 use crate::filter::{Filter, Over};
+use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::workload::Request;
+use crate::workload::{Request, Workload};
+use crate::world::{Budget, QUIET};
 
 mod qcow2;
 mod qed;
+mod raw;
 mod text;
 mod vdi;
 mod vmdk;
@@ -66,6 +69,79 @@ pub enum Layout {
     Lazy,
     /// A VDI image as QEMU makes it: its map in the header's block, its data right behind.
     Tight,
+}
+
+/// What the simulator knows of a format, and tries of it besides what it tries of all: a file each.
+pub(crate) trait FormatSubject: Sync {
+    /// Bytes that one table maps; of a format that has none, a few clusters.
+    fn span(&self, image: &Image) -> u64;
+
+    /// Makes the files of an image in which nothing is allocated.
+    fn make(&self, image: &Image, host: &SimHost) -> Result<(), String>;
+
+    /// What is still to be done with an image that was filled.
+    fn filled(&self, _image: &Image, _host: &SimHost) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// See [`Subject::holes`].
+    fn holes(&self, _image: &Image, _file: &Contents) -> Option<u64> {
+        Some(0)
+    }
+
+    /// See [`Subject::metadata`].
+    fn metadata(&self) -> Option<IsMetadata>;
+
+    /// Changes of the disk's size.
+    fn resizes(&self) -> &'static [Shape];
+
+    /// The kinds of image that most scopes are run on.
+    fn images(&self) -> Vec<Image>;
+
+    /// More kinds, for smaller scopes: they differ from the others in how their files grow, or in how
+    /// they copy.
+    fn growing_images(&self) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// More kinds, for changes of the disk's size: the backing file is longer than it.
+    fn long_images(&self) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// More kinds, for what lasts over several sessions.
+    fn kept_images(&self, _plain: Image) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// Devices: of a fixed length, full of noise, which are not cut. With a fault for single requests
+    /// and, where all fits, for the most telling pairs; full ones with what makes room.
+    fn device_scopes(&self) -> Vec<Scope>;
+
+    /// The format of a disk beside one of this.
+    fn beside(&self) -> Format {
+        Format::Qcow2
+    }
+
+    /// A few workloads that are known to be telling.
+    fn special(&self) -> Vec<Scope>;
+}
+
+/// What is known of a format.
+pub(crate) fn of(format: Format) -> &'static dyn FormatSubject {
+    match format {
+        Format::Raw => &raw::Raw,
+        Format::Qed => &qed::Qed,
+        Format::Qcow2 => &qcow2::Qcow2,
+        Format::Vmdk => &vmdk::Vmdk,
+        Format::Vdi => &vdi::Vdi,
+    }
+}
+
+/// A scope of one workload.
+pub(crate) fn scope_of(image: Image, faults: u8, ticks: u8, requests: &[Request]) -> Scope {
+    let budget = Budget { faults, ticks, ..QUIET };
+    Scope { image, budget, workloads: vec![Workload::new(requests.iter().copied())] }
 }
 
 /// An image and how it is run.
@@ -168,11 +244,7 @@ impl Image {
 
     /// Bytes that one table maps; for raw, which has none, a few clusters.
     pub fn span(&self) -> u64 {
-        match self.format {
-            Format::Qed | Format::Qcow2 => self.cluster * self.cluster / 8,
-            Format::Vmdk | Format::Vdi => 128 * self.cluster,
-            _ => 8 * CLUSTER,
-        }
+        of(self.format).span(self)
     }
 
     /// The first byte of a cluster of what a table maps.
@@ -182,7 +254,7 @@ impl Image {
 
     /// Can its disk be made larger?
     pub fn can_grow(&self) -> bool {
-        !self.filter && !matches!(self.format, Format::Vmdk | Format::Vdi)
+        !self.filter && of(self.format).resizes().contains(&Shape::Grow)
     }
 
     /// Can its disk be made smaller?
@@ -222,6 +294,29 @@ impl Image {
             ..OpenOptions::default()
         };
         chain::open(host, Path::new(TOP), &options).map_err(|why| why.to_string())
+    }
+
+    /// Makes its backing file, if it has one, and the image over it.
+    fn create(&self, host: &SimHost, options: CreateOptions) -> Result<(), String> {
+        if self.backing {
+            // Where zeros are written as data, a few clusters are enough of them.
+            let end = match (self.long, self.old) {
+                (false, _) if self.size.is_some() => self.cluster,
+                (false, _) => self.place(1, 0),
+                (true, false) => self.place(4, 0),
+                (true, true) => self.place(2, 5),
+            };
+            host.put(BACKING, Contents::noise(!SEED, end + 1536));
+        }
+        let options = CreateOptions {
+            size: Some(self.size()),
+            backing_file: self.backing.then(|| BACKING.into()),
+            backing_format: self.backing.then_some(Format::Raw),
+            cluster_size: Some(self.cluster),
+            ..options
+        };
+        let made = create(host, Path::new(TOP), self.format, &options);
+        made.map(|_| ()).map_err(|why| why.to_string())
     }
 
     /// The image is copied to its device, if it lies on one.
@@ -286,17 +381,7 @@ impl Image {
             let file = engine.backend().file(cowbell_engine::units::FileId(i as u32));
             host.put(name, file.now().clone());
         }
-        if self.format == Format::Vmdk {
-            vmdk::put_id_back(self, host)?;
-        }
-        if self.format == Format::Vdi && self.state == State::Holes {
-            vdi::forget(host, HOLES.map(|(table, cluster)| table * 128 + cluster))?;
-        }
-        if self.state == State::Shared {
-            let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
-            qcow2::take_snapshot(&file)?;
-        }
-        Ok(())
+        of(self.format).filled(self, host)
     }
 }
 
@@ -372,40 +457,7 @@ impl Subject for Image {
     }
 
     fn make(&self, host: &SimHost) -> Result<(), String> {
-        if self.format == Format::Raw {
-            let seed = if self.is_beside { SEED << 1 } else { SEED };
-            host.put(TOP, Contents::noise(seed, self.size()));
-            self.put_on_device(host);
-            return Ok(());
-        }
-        if self.format == Format::Vmdk {
-            vmdk::make(self, host)?;
-            return self.fill_on_medium(host);
-        }
-        if self.backing {
-            // Where zeros are written as data, a few clusters are enough of them.
-            let end = match (self.long, self.old) {
-                (false, _) if self.size.is_some() => self.cluster,
-                (false, _) => self.place(1, 0),
-                (true, false) => self.place(4, 0),
-                (true, true) => self.place(2, 5),
-            };
-            host.put(BACKING, Contents::noise(!SEED, end + 1536));
-        }
-        let options = CreateOptions {
-            size: Some(self.size()),
-            backing_file: self.backing.then(|| BACKING.into()),
-            backing_format: self.backing.then_some(Format::Raw),
-            cluster_size: Some(self.cluster),
-            compat: self.old.then(|| "v2".into()),
-            refcount_bits: (self.cluster < CLUSTER).then_some(64),
-            table_size: (self.format == Format::Qed).then_some(1),
-            ..CreateOptions::default()
-        };
-        create(host, Path::new(TOP), self.format, &options).map_err(|why| why.to_string())?;
-        if self.layout == Layout::Tight {
-            vdi::make_tight(host)?;
-        }
+        of(self.format).make(self, host)?;
         self.fill_on_medium(host)
     }
 
@@ -422,14 +474,7 @@ impl Subject for Image {
     }
 
     fn holes(&self, file: &Contents) -> Option<u64> {
-        match self.format {
-            // Their refcounts want clusters of their own.
-            Format::Qcow2 if self.cluster < CLUSTER => None,
-            Format::Qcow2 => Some(qcow2::holes(file)),
-            Format::Qed | Format::Vmdk => Some(0),
-            Format::Vdi if self.state != State::Holes => Some(0),
-            _ => None,
-        }
+        of(self.format).holes(self, file)
     }
 
     fn may_be_full(&self) -> bool {
@@ -501,13 +546,7 @@ impl Subject for Image {
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
-        match self.format {
-            Format::Qed => Some(qed::is_metadata),
-            Format::Vmdk => Some(vmdk::is_metadata),
-            Format::Vdi => Some(vdi::is_metadata),
-            Format::Qcow2 => Some(qcow2::is_metadata),
-            _ => None,
-        }
+        of(self.format).metadata()
     }
 
     fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {
@@ -573,4 +612,72 @@ impl Subject for Image {
             node.assert_idle();
         }
     }
+}
+
+/// Devices of images with tables. With `spare` clusters behind the image; full ones have room for one,
+/// if there is any.
+fn device_scopes_with_tables(image: Image, spare: u64) -> Vec<Scope> {
+    let fault = Budget { faults: 1, ..QUIET };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    let core = |image: &Image| workloads(image, &Shape::CORE, 2);
+    let roomy = Image { medium: Medium::Device(spare), ahead: 2, ..image };
+    let warm = Image { state: State::Warm, ..roomy };
+    let full = Image { medium: Medium::Device(spare.min(FILLED.len() as u64 + 1)), ..warm };
+    [
+        scopes_on([roomy, warm], fault, single),
+        scopes_on([warm], fault, core),
+        scopes_on([full], QUIET, core),
+    ]
+    .concat()
+}
+
+/// What is telling of images with tables that lie over each other.
+fn special_with_tables(format: Format) -> Vec<Scope> {
+    let image = Image { ahead: 16, ..Image::new(format) };
+    let scope = scope_of;
+    let at = |table, cluster| image.place(table, cluster);
+    let head = |table, cluster| Request::write(at(table, cluster), 1024);
+    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
+    let flush = Request::flush();
+    let overlay = Image { backing: true, ..image };
+    let zeros = Image { state: State::Zeros, ..overlay };
+    let warm = Image { state: State::Warm, ..image };
+    let device = Image { medium: Medium::Device(0), ..warm };
+    // Larger than a buffer.
+    let large = Image { cluster: 2 * image.cluster, ..overlay };
+    let across = Request::write(at(0, 2) - 1024, 2048);
+    // On one base.
+    let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
+    let filter = Image { filter: true, buffers: 2, ..image };
+    vec![
+        scope(overlay, 0, 0, &[middle(0, 0)]),
+        scope(filter, 1, 0, &[Request::write(at(0, 0), 4096)]),
+        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(shared, 0, 0, &[head(0, 0)]) },
+        scope(zeros, 0, 0, &[middle(0, 0)]),
+        scope(large, 1, 0, &[middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(0, 1)]),
+        scope(overlay, 0, 0, &[Request::read(at(1, 0), 4096)]),
+        scope(overlay, 0, 0, &[Request::status(at(1, 0), 4096)]),
+        scope(overlay, 0, 0, &[Request::write(at(0, 1) - 1024, 2048), head(0, 1)]),
+        scope(warm, 0, 0, &[across, Request::read(at(0, 1), 8192)]),
+        scope(image, 0, 1, &[head(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), flush]),
+        scope(overlay, 1, 0, &[head(0, 0), middle(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
+        scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
+        scope(device, 0, 0, &[head(0, 2)]),
+        // No space, and then space; what a drain could not cut off.
+        scope(Image { ahead: 1, ..image }, 1, 0, &[head(0, 0), head(0, 1)]),
+        Scope {
+            budget: Budget { faults: 1, drains: 1, ..QUIET },
+            ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
+        },
+        // The file can be made longer no more.
+        Scope {
+            budget: Budget { faults: 1, breaks: true, ..QUIET },
+            ..scope(image, 0, 0, &[Request::write_fua(at(0, 0), 1024)])
+        },
+    ]
 }
