@@ -74,8 +74,7 @@ pub struct RunOptions {
     pub vdi: VdiOptions,
 }
 
-/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. The engine's
-/// drivers are [`Node`]s, or an enum that wraps them beside drivers of its own. At any time:
+/// Hands the layers of `chain` to `engine`, lowest first; answers the top one's node. At any time:
 /// other nodes' requests go on, and none is waited for. A chain whose files are `Send` may have been
 /// opened on another thread, where opening may take its time.
 ///
@@ -83,8 +82,8 @@ pub struct RunOptions {
 ///
 /// Whatever the backend says of a file; [`io::ErrorKind::Unsupported`] for an encrypted image,
 /// which opens to be described. The engine is as it was; the chain is gone.
-pub fn attach<D: Driver + From<Node>, B: Backend<File: Store>>(
-    engine: &mut Engine<D, B>,
+pub fn attach<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
     chain: Chain<B::File>,
     options: &RunOptions,
 ) -> io::Result<NodeId> {
@@ -100,12 +99,28 @@ pub fn attach<D: Driver + From<Node>, B: Backend<File: Store>>(
 ///
 /// As [`attach`]; [`io::ErrorKind::InvalidInput`] if the node below is not there, or is being closed,
 /// or if the lowest layer is raw, or names no backing file.
-pub fn attach_overlay<D: Driver + From<Node>, B: Backend<File: Store>>(
-    engine: &mut Engine<D, B>,
+pub fn attach_overlay<B: Backend<File: Store>>(
+    engine: &mut Engine<Node, B>,
     chain: Chain<B::File>,
     below: NodeId,
     options: &RunOptions,
 ) -> io::Result<NodeId> {
+    attach_wrapped(engine, chain, Some(below), options)
+}
+
+/// As [`attach`], or [`attach_overlay`] if a node below is named, in an engine whose drivers are an enum
+/// that wraps [`Node`] beside drivers of its own.
+///
+/// # Errors
+///
+/// As those.
+pub fn attach_wrapped<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
+    chain: Chain<B::File>,
+    below: Option<NodeId>,
+    options: &RunOptions,
+) -> io::Result<NodeId> {
+    let Some(below) = below else { return attach_over(engine, chain, None, options) };
     let names_one = chain.layers.last().is_some_and(|layer| layer.backing_name().is_some());
     if !engine.may_be_read_from(below) || !names_one {
         return Err(io::ErrorKind::InvalidInput.into());

@@ -14,7 +14,7 @@ use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, Format, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
+    CreateOptions, Format, LayerMeta, Node, RunOptions, attach_wrapped, create, map,
 };
 
 use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
@@ -487,7 +487,8 @@ impl Subject for Image {
 
     fn open(&self, host: &SimHost, engine: &mut SimEngine<Over<Node>>) -> Result<NodeId, String> {
         let chain = self.chain(host, true)?;
-        let node = attach(engine, chain, &self.run_options()).map_err(|why| why.to_string())?;
+        let node = attach_wrapped(engine, chain, None, &self.run_options())
+            .map_err(|why| why.to_string())?;
         let filter = || Over::Filter(Filter::new(node, self.size()));
         Ok(if self.filter { engine.add(filter()) } else { node })
     }
@@ -542,7 +543,8 @@ impl Subject for Image {
         };
         let mut chain = self.chain(host, true)?;
         chain.layers.truncate(1);
-        attach_overlay(engine, chain, below, &self.run_options()).map_err(|why| why.to_string())
+        attach_wrapped(engine, chain, Some(below), &self.run_options())
+            .map_err(|why| why.to_string())
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
