@@ -20,6 +20,7 @@
 use crate::copy_job::{CopyJob, PAGE, Seen, State, Worker};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
+use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Step};
 use crate::status::Status;
@@ -59,7 +60,8 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     job.workers -= 1;
     // The others are to end as well.
     let mut waiters = std::mem::take(&mut job.waiters);
-    let is_over = job.workers == 0;
+    let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
+    let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
     if !is_over {
         return;
@@ -67,7 +69,7 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     let job = core.copies.remove(key as usize);
     core.mem.free_region(job.region);
     for node in [job.copy.source, job.copy.target] {
-        core.nodes[node.index()].jobs -= 1;
+        core.nodes[node.index()].jobs -= u32::from(!mutant!("copied_disk_stays_in_use"));
     }
     let result = job.failed.map_or(Ok(()), Err);
     core.events.push(NodeEvent::JobEnded { job: job.id, result });
@@ -110,7 +112,7 @@ impl Machine<'_> {
         let job = self.job();
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
-            if job.workers > 1 {
+            if job.workers > 1 || mutant!("copy_ends_before_its_flush") {
                 return Step::Done(Ok(()));
             }
             let target = Target::Node(job.copy.target);

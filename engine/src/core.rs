@@ -357,6 +357,9 @@ impl Core {
 
     /// Makes `io` a request to `node`, with `seg` for its memory, that `request` waits for.
     pub fn issue_request(&mut self, request: ReqId, node: NodeId, io: Io, seg: Seg) {
+        let settles = matches!(self.nodes[node.index()].stage, Stage::Settling | Stage::Settled(_));
+        let is_above = node != self.ops.slot(request).node;
+        debug_assert!(!(settles && is_above), "{node:?} settles, and is asked for something: {io:?}");
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
         let slot = self.ops.slot_mut(child);
@@ -395,6 +398,9 @@ impl Core {
     pub fn cancel_copy(&mut self, key: usize) {
         let copy = &mut self.copies[key];
         copy.failed = copy.failed.or(Some(Errno::CANCELED));
+        if mutant!("cancelled_copy_sleeps_on") {
+            return;
+        }
         let mut waiters = std::mem::take(&mut copy.waiters);
         self.wake_all(&mut waiters);
     }
@@ -506,7 +512,8 @@ impl Core {
         // A request of its own, for a piece, takes a slot.
         let slots = (self.limits.requests * 4).saturating_sub(self.ops.live());
         let free = self.limits.ops.saturating_sub(self.ops.len()).min(slots);
-        if free == 0 && !self.ops.slot(request).issued { 1 } else { free }
+        let may_have_one = !self.ops.slot(request).issued && !mutant!("no_room_is_left_for_a_step");
+        if free == 0 && may_have_one { 1 } else { free }
     }
 
     /// Takes in what the backend says of an op.
@@ -744,6 +751,7 @@ impl Core {
     /// As [`Core::op_done`]; apart, because layers nest.
     #[inline(never)]
     fn child_done(&mut self, parent: ReqId, result: Result<(), Errno>) {
+        let result = if mutant!("error_of_a_piece_swallowed") { Ok(()) } else { result };
         self.op_done(parent, result);
     }
 

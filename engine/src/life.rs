@@ -17,7 +17,8 @@
 //! with it: regions, files, places. A place is used again under another generation of its id.
 //!
 //! *Paused* is not a stage: it is a reason to take no requests and begin no chores. A paused node that
-//! is drained or closed leaves its image clean all the same.
+//! is drained or closed leaves its image clean all the same. What nobody but paused nodes reads from is
+//! held with them: it begins no chores either.
 //!
 //! To begin a chore takes the engine: that it is to be done is answered ([`Move`]).
 
@@ -161,7 +162,8 @@ impl<D: Driver, F> Life<D, F> {
         if core.nodes[node.index()].is_closing {
             return Err(Why::Closing);
         }
-        if self.is_read_from(node) || core.nodes[node.index()].jobs > 0 {
+        let is_copied = core.nodes[node.index()].jobs > 0 && !mutant!("copied_disk_is_closed");
+        if self.is_read_from(node) || is_copied {
             return Err(Why::InUse);
         }
         core.nodes[node.index()].leaves_below = leaves_below;
@@ -192,7 +194,7 @@ impl<D: Driver, F> Life<D, F> {
         }
         (record.is_paused, record.owes_paused) = (true, true);
         record.set_open_to();
-        self.hold_files(core);
+        self.hold(core, node);
         core.recount_moving();
         Ok(())
     }
@@ -203,18 +205,48 @@ impl<D: Driver, F> Life<D, F> {
         record.is_paused &= mutant!("resumed_node_takes_nothing");
         record.owes_paused = false;
         record.set_open_to();
-        self.hold_files(core);
+        self.hold(core, node);
         core.recount_moving();
         Ok(())
     }
 
-    /// Space of paused nodes' files does not go back when its time comes.
+    /// Whether a node is held may have changed, and so may that of each layer below it.
+    pub fn hold(&self, core: &mut Core, from: NodeId) {
+        self.hold_layer(core, from);
+        self.hold_files(core);
+    }
+
+    fn hold_layer(&self, core: &mut Core, node: NodeId) {
+        let reads = |at: &usize| {
+            self.nodes[*at].as_ref().is_some_and(|other| other.below().contains(&node))
+        };
+        let mut readers = (0..self.nodes.len()).filter(reads).peekable();
+        let is_read = readers.peek().is_some() && !mutant!("pause_goes_no_deeper");
+        let is_held = is_read && readers.all(|at| core.nodes[at].is_held);
+        let record = &mut core.nodes[node.index()];
+        record.is_held = record.is_paused || is_held;
+        // They were added before: this ends.
+        let below = self.nodes[node.index()].as_ref().map_or(&[][..], |node| node.below());
+        below.iter().for_each(|&layer| self.hold_layer(core, layer));
+    }
+
+    /// Is nothing in flight of what is held below a node, nor to be done there for a drain?
+    fn lies_still_below(&self, core: &Core, index: usize) -> bool {
+        let below = self.nodes[index].as_ref().map_or(&[][..], |node| node.below());
+        let mut held = below.iter().map(|layer| layer.index()).filter(|&at| core.nodes[at].is_held);
+        held.all(|at| {
+            let is_at_work = matches!(core.nodes[at].stage, Stage::Finishing | Stage::Settling);
+            !is_at_work && self.is_at_rest(core, at) && self.lies_still_below(core, at)
+        })
+    }
+
+    /// Space of held nodes' files does not go back when its time comes.
     fn hold_files(&self, core: &mut Core) {
         let Core { files, nodes: records, .. } = core;
         for file in files.iter_mut().filter(|file| !file.is_vacant) {
             let mut users = self.nodes.iter().zip(&*records);
             file.is_held = users.any(|(node, record)| {
-                let holds = record.is_paused && record.stage == Stage::Open;
+                let holds = record.is_held && record.stage == Stage::Open;
                 holds && node.as_ref().is_some_and(|node| node.uses(file.id))
             });
         }
@@ -248,7 +280,10 @@ impl<D: Driver, F> Life<D, F> {
         let (id, stage) = (record.id, record.stage);
         let may_rest = matches!(stage, Stage::Open | Stage::Settled(_)) && !record.is_closing;
         if record.owes_paused && may_rest {
-            record.owes_paused = false;
+            if !self.lies_still_below(core, index) {
+                return Move::Waits;
+            }
+            core.nodes[index].owes_paused = false;
             core.events.push(NodeEvent::Paused { node: id });
             return Move::On;
         }
@@ -284,7 +319,7 @@ impl<D: Driver, F> Life<D, F> {
             let is_above = node.as_ref().is_some_and(|node| node.below().contains(&id));
             is_above && !matches!(record.stage, Stage::Settled(_))
         });
-        if waits {
+        if waits && !mutant!("layer_settles_before_those_above") {
             return Move::Waits;
         }
         let record = &mut core.nodes[index];
@@ -326,6 +361,7 @@ impl<D: Driver, F> Life<D, F> {
             }
             let is_others = self.is_read_from(below);
             core.nodes[below.index()].is_top = !is_others;
+            self.hold(core, below);
             if !is_others && !leaves_below || mutant!("close_takes_shared_layer") {
                 begin_to_close(core, below, (whom, Ok(())));
             }

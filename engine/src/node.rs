@@ -37,6 +37,8 @@ pub(crate) struct NodeRecord {
     pub is_vacant: bool,
     /// No requests, no chores, until it is resumed.
     pub is_paused: bool,
+    /// It is paused, or all that read from it are.
+    pub is_held: bool,
     /// The embedder is still to be told that nothing is in flight any more.
     pub owes_paused: bool,
     /// When it has settled, it goes.
@@ -71,6 +73,7 @@ impl NodeRecord {
             stage: Stage::Open,
             is_vacant: false,
             is_paused: false,
+            is_held: false,
             owes_paused: false,
             is_closing: false,
             leaves_below: false,
@@ -97,7 +100,7 @@ impl NodeRecord {
 
     /// May its chores begin when their time comes?
     pub fn may_begin_chores(&self) -> bool {
-        !(self.is_gone || self.is_paused && self.stage == Stage::Open)
+        !(self.is_gone || self.is_held && self.stage == Stage::Open)
     }
 
     /// Opens it to as many requests as may be, now.
@@ -111,9 +114,9 @@ impl NodeRecord {
 
     /// Everything that decides what can happen next and does not follow from its requests.
     pub fn decisive(&self) -> impl std::hash::Hash {
-        let NodeRecord { stage, is_paused, owes_paused, is_closing, is_gone, .. } = *self;
-        let flags =
-            (is_paused, owes_paused, is_closing, is_gone, self.is_vacant, self.leaves_below);
+        let NodeRecord { stage, is_paused, is_held, owes_paused, is_closing, is_gone, .. } = *self;
+        let is_there = (self.is_vacant, self.leaves_below);
+        let flags = (is_paused, is_held, owes_paused, is_closing, is_gone, is_there);
         (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares)
     }
 }

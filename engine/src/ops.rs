@@ -178,6 +178,19 @@ impl Ops {
         self.slot(request).serial
     }
 
+    /// Is this the memory that the request came with, or one that it is made for? What is written from
+    /// there is a disk's bytes, a guest's or a copy's, not the format's own.
+    pub fn came_with(&self, mut request: ReqId, memory: Base) -> bool {
+        loop {
+            let slot = self.slot(request);
+            match slot.origin {
+                _ if slot.base == memory => return true,
+                Origin::Child(parent) => request = parent,
+                Origin::Guest | Origin::Chore => return false,
+            }
+        }
+    }
+
     /// Headers that have not been freed.
     #[inline]
     pub(crate) fn live(&self) -> usize {

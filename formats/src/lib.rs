@@ -82,5 +82,5 @@ pub use error::Error;
 pub use format::LayerMeta;
 pub use locks::Locks;
 pub use name::Name;
-pub use node::{Node, RunOptions, attach, attach_overlay};
+pub use node::{Node, RunOptions, attach, attach_overlay, attach_wrapped};
 pub use probe::{Foreign, Format, Probed};

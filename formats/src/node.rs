@@ -105,6 +105,22 @@ pub fn attach_overlay<B: Backend<File: Store>>(
     below: NodeId,
     options: &RunOptions,
 ) -> io::Result<NodeId> {
+    attach_wrapped(engine, chain, Some(below), options)
+}
+
+/// As [`attach`], or [`attach_overlay`] if a node below is named, in an engine whose drivers are an enum
+/// that wraps [`Node`] beside drivers of its own.
+///
+/// # Errors
+///
+/// As those.
+pub fn attach_wrapped<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
+    chain: Chain<B::File>,
+    below: Option<NodeId>,
+    options: &RunOptions,
+) -> io::Result<NodeId> {
+    let Some(below) = below else { return attach_over(engine, chain, None, options) };
     let names_one = chain.layers.last().is_some_and(|layer| layer.backing_name().is_some());
     if !engine.may_be_read_from(below) || !names_one {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -113,8 +129,8 @@ pub fn attach_overlay<B: Backend<File: Store>>(
     attach_over(engine, chain, Some(Backing { node: below, size }), options)
 }
 
-fn attach_over<B: Backend<File: Store>>(
-    engine: &mut Engine<Node, B>,
+fn attach_over<D: Driver + From<Node>, B: Backend<File: Store>>(
+    engine: &mut Engine<D, B>,
     chain: Chain<B::File>,
     mut below: Option<Backing>,
     options: &RunOptions,
@@ -179,7 +195,7 @@ fn attach_over<B: Backend<File: Store>>(
                 Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
             }
         };
-        below = Some(Backing { node: engine.add(node), size });
+        below = Some(Backing { node: engine.add(node.into()), size });
     }
     let top = below.expect("a chain has at least one layer").node;
     engine.set_quota(top, options.quota);

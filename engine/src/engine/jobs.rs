@@ -5,6 +5,7 @@ use crate::backend::Backend;
 use crate::copy;
 use crate::copy_job::{Copy, CopyJob, JobProgress, Seen, State, Worker};
 use crate::life::{Drain, Why};
+use crate::mutant;
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Origin, Work};
 use crate::step::Driver;
@@ -102,7 +103,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Ends a pause; the job goes on at the next `run`. False: there is no such job.
     pub fn resume_job(&mut self, job: JobId) -> bool {
         let Some(found) = self.job_mut(job) else { return false };
-        found.is_paused = false;
+        found.is_paused = mutant!("resumed_copy_sleeps_on");
         // It may have been long: what there is now is asked again.
         found.seen = Seen::Nothing;
         let mut waiters = std::mem::take(&mut found.waiters);
@@ -123,7 +124,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// A drain begins: no job writes to a node that has settled.
     pub(super) fn cancel_jobs(&mut self) {
-        if self.life.drain == Drain::Going {
+        if self.life.drain == Drain::Going || mutant!("drain_leaves_copies") {
             return;
         }
         let all: Vec<usize> = self.core.copies.iter().map(|(at, _)| at).collect();

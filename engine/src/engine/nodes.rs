@@ -93,9 +93,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     /// From now on the node takes no requests ([`Why::Paused`]) and begins no work of its own; what
-    /// is in flight runs to its end. When it has, [`poll_event`](Engine::poll_event) answers
+    /// is in flight runs to its end. So do the layers below it that nobody else reads from. When all
+    /// have, [`poll_event`](Engine::poll_event) answers
     /// [`NodeEvent::Paused`], and from then until [`resume`](Engine::resume) nothing is read from or
-    /// written to its files. What they hold is what a crash would leave: flush first to have in it
+    /// written to their files. What they hold is what a crash would leave: flush first to have in it
     /// what was written. A node that is being drained or closed leaves its image clean, paused or not.
     ///
     /// Requests are refused, not kept: the embedder has a queue, for [`Why::Full`], and a paused

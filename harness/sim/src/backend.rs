@@ -417,11 +417,19 @@ impl SimBackend {
 
     /// What a crash may leave of each file.
     pub fn crash_sites(&self) -> Vec<Sites> {
-        let of = |(i, file): (usize, &File)| {
-            let mine = self.flying.iter().filter(|flying| flying.file == i);
-            file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
-        };
-        self.files.iter().enumerate().take(self.beside_from).map(of).collect()
+        let files = self.files.iter().enumerate().take(self.beside_from);
+        files.map(|(at, file)| self.sites_of(at, file)).collect()
+    }
+
+    /// The same, of the disk beside.
+    pub fn crash_sites_beside(&self) -> Vec<Sites> {
+        let files = self.files.iter().enumerate().skip(self.beside_from);
+        files.map(|(at, file)| self.sites_of(at, file)).collect()
+    }
+
+    fn sites_of(&self, at: usize, file: &File) -> Sites {
+        let mine = self.flying.iter().filter(|flying| flying.file == at);
+        file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
     }
 
     /// A hash of all that [`SimBackend::crash_sites`] follows from.
@@ -517,7 +525,7 @@ impl SimBackend {
             early: None,
             input: if computes { input_hash(record, mem) } else { 0 },
         };
-        flying.change = self.change_of(record, mem);
+        flying.change = self.change_of(record, ops, mem);
         if op.kind == OpKind::Flush {
             flying.mark = Some(self.files[file].mark());
         }
@@ -713,7 +721,7 @@ impl SimBackend {
     }
 
     /// What an op does to its file, its bytes as they are now.
-    fn change_of(&self, record: &OpRecord, mem: &Memory) -> Option<Change> {
+    fn change_of(&self, record: &OpRecord, ops: &Ops, mem: &Memory) -> Option<Change> {
         let op = &record.op;
         let (offset, len) = (record.offset(), record.remaining());
         let segs = op.segs.as_slice();
@@ -725,7 +733,8 @@ impl SimBackend {
                 let is_guests = |seg: &Seg| match seg.base {
                     Base::Guest(_) => true,
                     Base::Pool(buf) => buf.0 >= self.device.bounce_from,
-                    Base::Region(_) | Base::Zeros => false,
+                    base @ Base::Region(_) => ops.came_with(record.owner.request, base),
+                    Base::Zeros => false,
                 };
                 // Zeros and nothing else are what a guest's zeroing has become.
                 let zeroes = segs.iter().all(|seg| seg.base == Base::Zeros);

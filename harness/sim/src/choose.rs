@@ -22,6 +22,14 @@ pub enum Choice {
     Pause,
     /// It is resumed.
     Unpause,
+    /// A copy between the disk and the one beside it is started.
+    Copy,
+    /// It is paused.
+    PauseCopy,
+    /// It is resumed.
+    ResumeCopy,
+    /// It is cancelled.
+    CancelCopy,
     /// An op in flight ends.
     End(OpName, Outcome),
     /// The loop goes on with what the last turn left.
@@ -63,6 +71,10 @@ impl fmt::Display for Choice {
             Choice::Close => f.write_str("close"),
             Choice::Pause => f.write_str("pause"),
             Choice::Unpause => f.write_str("unpause"),
+            Choice::Copy => f.write_str("copy"),
+            Choice::PauseCopy => f.write_str("pause-copy"),
+            Choice::ResumeCopy => f.write_str("resume-copy"),
+            Choice::CancelCopy => f.write_str("cancel-copy"),
             Choice::Turn => f.write_str("turn"),
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
@@ -94,6 +106,10 @@ impl FromStr for Choice {
             ["close"] => Ok(Choice::Close),
             ["pause"] => Ok(Choice::Pause),
             ["unpause"] => Ok(Choice::Unpause),
+            ["copy"] => Ok(Choice::Copy),
+            ["pause-copy"] => Ok(Choice::PauseCopy),
+            ["resume-copy"] => Ok(Choice::ResumeCopy),
+            ["cancel-copy"] => Ok(Choice::CancelCopy),
             ["turn"] => Ok(Choice::Turn),
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),
@@ -116,8 +132,8 @@ pub trait Chooser {
 /// What a run without surprises does: everything is submitted, then the oldest op ends well.
 fn calm(among: &[Choice], newest: bool) -> usize {
     let rank = |choice: &Choice| match choice {
-        Choice::Resume | Choice::Unpause | Choice::Turn => 0,
-        Choice::Submit(_) | Choice::Beside => 1,
+        Choice::Resume | Choice::Unpause | Choice::ResumeCopy | Choice::Turn => 0,
+        Choice::Submit(_) | Choice::Beside | Choice::Copy => 1,
         Choice::End(_, Outcome::Done) => 2,
         // All that a broken device does.
         Choice::End(_, Outcome::Fail) => 3,

@@ -10,15 +10,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use cowbell_formats::Format;
-use cowbell_formats::parts::growth::Grow;
 
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Limit, exhaust};
-use crate::image::{CLUSTER, FILLED, Image, Layout, Medium, ROOMY, State};
 use crate::subject::Subject;
+use crate::subjects::{self, CLUSTER, Image, Layout, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::{Base, Budget, QUIET};
+use crate::world::{Base, Budget, CopyPlan, QUIET, Way};
 
 /// Workloads on one kind of image, and what may go wrong with them.
 #[derive(Clone, Debug)]
@@ -40,7 +39,7 @@ impl Scope {
 
 /// What kinds of request there are: named for what each exercises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shape {
+pub(crate) enum Shape {
     Read,
     ReadStraddling,
     WriteHead,
@@ -65,7 +64,7 @@ enum Shape {
 }
 
 impl Shape {
-    const ALL: [Shape; 13] = [
+    pub(crate) const ALL: [Shape; 13] = [
         Shape::Read,
         Shape::ReadStraddling,
         Shape::WriteHead,
@@ -82,7 +81,7 @@ impl Shape {
     ];
 
     /// The most telling.
-    const CORE: [Shape; 5] = [
+    pub(crate) const CORE: [Shape; 5] = [
         Shape::Read,
         Shape::WriteSubSector,
         Shape::WriteStraddling,
@@ -134,7 +133,7 @@ const PLACES: [(u64, u64); 3] = [HERE, (0, 1), (1, 0)];
 
 /// All workloads of `count` requests: the first at one place, the others at every place; of three
 /// requests, the others in the first's cluster or in another table.
-fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
+pub(crate) fn workloads(image: &Image, shapes: &[Shape], count: usize) -> Vec<Workload> {
     let places: &[(u64, u64)] = if count < 3 { &PLACES } else { &[HERE, (1, 0)] };
     let first = shapes.iter().map(|shape| vec![shape.at(image, HERE)]);
     let mut all: Vec<Vec<Request>> = first.collect();
@@ -215,11 +214,7 @@ fn compressed_rows(image: &Image) -> Vec<Workload> {
 /// All pairs of a request and a change of the disk's size, in either order; and what was written
 /// behind the old end, flushed.
 fn resizes(image: &Image) -> Vec<Workload> {
-    let sizes: &[Shape] = match image.format {
-        Format::Vmdk | Format::Vdi => &[],
-        Format::Qed | Format::Qcow2 => &[Shape::Grow],
-        Format::Raw => &[Shape::Grow, Shape::Shrink],
-    };
+    let sizes = subjects::of(image.format).resizes();
     let others = [&Shape::ALL[..], &[Shape::ReadGrown, Shape::WriteGrown, Shape::Grow]].concat();
     let mut all = Vec::new();
     for size in sizes {
@@ -255,89 +250,6 @@ fn table_resizes(image: &Image, count: usize) -> Vec<Workload> {
     all.iter().map(|shapes| Workload::new(shapes.iter().map(request))).collect()
 }
 
-/// The kinds of image that a format's scopes are run on.
-pub fn images(format: Format) -> Vec<Image> {
-    let plain = Image { ahead: 16, ..Image::new(format) };
-    match format {
-        Format::Raw => vec![
-            plain,
-            Image { align: 4096, ..plain },
-            Image { align: 1, can_zero: false, ..plain },
-            Image { can_zero: false, ..plain },
-            Image { probed: true, ..plain },
-        ],
-        Format::Qed => vec![
-            plain,
-            Image { state: State::Warm, ..plain },
-            Image { backing: true, ..plain },
-            Image { backing: true, state: State::Warm, cache: 1, ..plain },
-            Image { backing: true, state: State::Zeros, ..plain },
-            Image { align: 4096, buffers: 2, ..plain },
-        ],
-        Format::Vmdk => vec![
-            plain,
-            Image { state: State::Warm, ..plain },
-            Image { layout: Layout::Split, ..plain },
-            Image { layout: Layout::Lazy, cache: 1, ..plain },
-            Image { backing: true, cache: 1, ..plain },
-            Image { backing: true, layout: Layout::Split, state: State::Warm, ..plain },
-            Image { backing: true, state: State::Zeros, ..plain },
-            Image { align: 4096, buffers: 2, ..plain },
-        ],
-        Format::Vdi => {
-            let tight = Image { layout: Layout::Tight, ..plain };
-            vec![
-                plain,
-                Image { state: State::Warm, ..tight },
-                Image { state: State::Holes, ..tight },
-                Image { align: 4096, buffers: 2, ..tight },
-            ]
-        }
-        Format::Qcow2 => {
-            let plain = Image { ahead: 8, ..plain };
-            vec![
-                plain,
-                Image { state: State::Warm, ..plain },
-                Image { backing: true, ..plain },
-                Image { backing: true, state: State::Warm, cache: 1, ..plain },
-                Image { backing: true, state: State::Zeros, ..plain },
-                Image { align: 4096, buffers: 2, ..plain },
-                Image { state: State::Shared, ..plain },
-                Image { state: State::Holes, ..plain },
-                // A refcount block counts 64 clusters: the first allocation makes another.
-                Image { cluster: 512, ahead: 64, ..plain },
-            ]
-        }
-    }
-}
-
-/// More kinds, for smaller scopes: they differ from the others in how their files grow, or in how
-/// they copy.
-fn growing_images(format: Format) -> Vec<Image> {
-    let plain = Image { ahead: 16, ..Image::new(format) };
-    // Clusters larger than a buffer.
-    let large = Image { cluster: 2 * CLUSTER, backing: true, buffers: 2, ..plain };
-    match format {
-        Format::Raw | Format::Qcow2 | Format::Vdi => Vec::new(),
-        Format::Vmdk => vec![large],
-        Format::Qed => vec![
-            Image { grow: Grow::Write, ..plain },
-            Image { grow: Grow::Allocate, ..plain },
-            Image { grow: Grow::Write, backing: true, ..plain },
-            large,
-        ],
-    }
-}
-
-/// More kinds, for changes of the disk's size: the backing file is longer than it.
-fn long_images(format: Format) -> Vec<Image> {
-    let long = Image { backing: true, long: true, ahead: 8, ..Image::new(format) };
-    match format {
-        Format::Qcow2 => vec![long, Image { old: true, ..long }],
-        _ => Vec::new(),
-    }
-}
-
 /// All workloads of `ops` requests on images of a format, with at most `faults` faults.
 pub fn scopes(format: Format, ops: usize, faults: u8) -> Vec<Scope> {
     let budget = Budget { faults, ticks: 1, stalls: faults > 0, ..QUIET };
@@ -347,10 +259,10 @@ pub fn scopes(format: Format, ops: usize, faults: u8) -> Vec<Scope> {
 /// As [`scopes`], with a budget.
 pub fn scopes_with(format: Format, ops: usize, budget: Budget) -> Vec<Scope> {
     let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
-    scopes_on(images(format), budget, |image| workloads(image, shapes, ops))
+    scopes_on(subjects::of(format).images(), budget, |image| workloads(image, shapes, ops))
 }
 
-fn scopes_on(
+pub(crate) fn scopes_on(
     images: impl IntoIterator<Item = Image>,
     budget: Budget,
     workloads: impl Fn(&Image) -> Vec<Workload>,
@@ -373,7 +285,8 @@ fn scopes_on(
 ///   fault it sees the most telling, and all of them where little is allocated or clusters are
 ///   small.
 ///
-/// Then devices, and what lasts: drains that may fail, devices that break for good.
+/// Then devices; what lasts: drains that may fail, devices that break for good; two disks in one
+/// engine, and copies between them; a filter over a disk.
 pub fn gate_scopes() -> Vec<Scope> {
     Format::ALL.into_iter().flat_map(gate_scopes_of).collect()
 }
@@ -385,11 +298,12 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let both = Budget { faults: 1, ticks: 1, ..QUIET };
     let is_shared = |image: &Image| image.state == State::Shared;
     let is_large = |image: &Image| image.layout == Layout::Split || is_shared(image);
-    let (large, small): (Vec<Image>, Vec<Image>) = images(format).into_iter().partition(is_large);
+    let (large, small): (Vec<Image>, Vec<Image>) =
+        subjects::of(format).images().into_iter().partition(is_large);
     let small = || small.iter().copied();
-    let others = || large.iter().copied().chain(growing_images(format));
+    let others = || large.iter().copied().chain(subjects::of(format).growing_images());
     let kinds = || small().chain(others());
-    let long = || long_images(format);
+    let long = || subjects::of(format).long_images();
     let count = |ops: usize| {
         let shapes: &[Shape] = if ops < 3 { &Shape::ALL } else { &Shape::CORE };
         move |image: &Image| workloads(image, shapes, ops)
@@ -431,61 +345,14 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     };
     let slow = |image: &Image| Image { slow: true, ..*image };
     let turns = scopes_on(small().take(2).map(|image| slow(&image)), QUIET, core);
-    let more = [turns, device_scopes(format), lasting_scopes(format), scopes_beside(format)];
+    let more = [
+        turns,
+        subjects::of(format).device_scopes(),
+        lasting_scopes(format),
+        scopes_beside(format),
+    ];
+    let more = more.into_iter().chain([copy_scopes(format), filter_scopes(format)]);
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
-}
-
-/// Clusters that [`State::Warm`] adds to a qcow2 image: data and tables.
-pub(crate) const FULL: u64 = 5;
-
-/// Devices: of a fixed length, full of noise, which are not cut. With a fault for single requests
-/// and, where all fits, for the most telling pairs; full ones with what makes room.
-fn device_scopes(format: Format) -> Vec<Scope> {
-    let image = Image::new(format);
-    let fault = Budget { faults: 1, ..QUIET };
-    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
-    let core = |image: &Image| workloads(image, &Shape::CORE, 2);
-    match format {
-        Format::Raw => {
-            let device = Image { medium: Medium::Device(0), ..image };
-            [scopes_on([device], fault, single), scopes_on([device], fault, core)].concat()
-        }
-        Format::Qcow2 => {
-            let roomy = Image { medium: Medium::Device(ROOMY), frees: 1, ahead: 2, ..image };
-            let warm = Image { state: State::Warm, ..roomy };
-            let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
-            let room = |image: &Image| {
-                let at = |table, cluster| image.place(table, cluster);
-                let (discard, zero) = (Request::discard(0, CLUSTER), Request::zero(0, CLUSTER));
-                let write = Request::write(at(0, 2), 1024);
-                let read = Request::read(at(0, 2), CLUSTER);
-                vec![
-                    Workload::new([discard, write]),
-                    Workload::new([discard, Request::flush(), write]),
-                    Workload::new([zero, write, read]),
-                ]
-            };
-            [
-                scopes_on([roomy, warm], fault, single),
-                scopes_on([warm], fault, core),
-                scopes_on([full], QUIET, room),
-            ]
-            .concat()
-        }
-        Format::Qed | Format::Vmdk | Format::Vdi => {
-            // Only VDI says what is free, and finds room: twice what is there, or for one block.
-            let spare = if format == Format::Vdi { ROOMY } else { 0 };
-            let roomy = Image { medium: Medium::Device(spare), ahead: 2, ..image };
-            let warm = Image { state: State::Warm, ..roomy };
-            let full = Image { medium: Medium::Device(spare.min(FILLED.len() as u64 + 1)), ..warm };
-            [
-                scopes_on([roomy, warm], fault, single),
-                scopes_on([warm], fault, core),
-                scopes_on([full], QUIET, core),
-            ]
-            .concat()
-        }
-    }
 }
 
 /// Use after a drain that may have failed, devices that break for good or are mended, and one
@@ -518,14 +385,7 @@ fn lasting_scopes(format: Format) -> Vec<Scope> {
     };
     let images = if format == Format::Raw { vec![plain] } else { vec![plain, warm] };
     // What is given up keeps its bytes; there are holes, and fewer or more clusters counted ahead.
-    let kept = match format {
-        Format::Qcow2 => vec![
-            Image { pass_discards: false, ..warm },
-            Image { state: State::Holes, ..plain },
-            Image { state: State::Holes, ahead: 8, ..plain },
-        ],
-        _ => Vec::new(),
-    };
+    let kept = subjects::of(format).kept_images(plain);
     [
         scopes_on(images.iter().copied(), breaks, single),
         scopes_on(images.iter().copied(), mends, again),
@@ -538,12 +398,8 @@ fn lasting_scopes(format: Format) -> Vec<Scope> {
 
 /// Two disks in one engine: what happens to one does not happen to the other.
 fn scopes_beside(format: Format) -> Vec<Scope> {
-    let beside = match format {
-        Format::Raw => Format::Qed,
-        Format::Qed => Format::Vmdk,
-        _ => Format::Qcow2,
-    };
-    let image = Image { beside: Some(beside), ahead: 2, ..Image::new(format) };
+    let image =
+        Image { beside: Some(subjects::of(format).beside()), ahead: 2, ..Image::new(format) };
     let breaks = Budget { faults: 1, breaks: true, ..QUIET };
     let few = |image: &Image| {
         let write = Request::write(image.place(0, 0), 1024);
@@ -579,6 +435,90 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
         scopes_on([image], Budget { pauses: 1, quota: true, ..QUIET }, pairs),
         scopes_on(lives, Budget { pauses: 1, ..closes }, pairs),
         scopes_on(shared, Budget { closes: 1, ..QUIET }, few),
+    ]
+    .concat()
+}
+
+/// A copy from the disk to the one beside it, or from there: of two clusters and a part of a third, in
+/// three pieces, while guests use both.
+pub fn copy_scopes(format: Format) -> Vec<Scope> {
+    let size = 2 * CLUSTER + 1536;
+    let image = Image { size: Some(size), ahead: 2, ..Image::new(format) };
+    let noise = Image { beside: Some(Format::Raw), ..image };
+    // Zeros, but for what its guest writes.
+    let empty = Image { beside: Some(Format::Qcow2), ..image };
+    // What is behind the end of the source becomes zeros.
+    let short = Image { beside_size: Some(CLUSTER + 512), ..noise };
+    let (copy_in, copy_out) = (CopyPlan::new(Way::In), CopyPlan::new(Way::Out));
+    let budget = |copy: CopyPlan, faults: u8| Budget { copy: Some(copy), faults, ..QUIET };
+    let stops = |copy: CopyPlan| CopyPlan { pauses: 1, cancels: true, drains: true, ..copy };
+    let used = |copy: CopyPlan| CopyPlan { beside: true, ..copy };
+    let is_zero = |copy: CopyPlan| CopyPlan { target_is_zero: true, ..copy };
+    let none = |_: &Image| vec![Workload::default()];
+    let few = |_: &Image| vec![Workload::new([Request::write(CLUSTER, 1024)])];
+    let one = |_: &Image| {
+        let (zero, discard) = (Request::zero(0, CLUSTER), Request::discard(0, CLUSTER));
+        let write = Request::write(CLUSTER, 1024);
+        [write, zero, discard].map(|request| Workload::new([request])).to_vec()
+    };
+    if format == Format::Raw {
+        return [
+            scopes_on([noise, short], budget(copy_in, 1), none),
+            scopes_on([noise], budget(used(copy_in), 0), one),
+            scopes_on([noise], budget(stops(copy_in), 1), few),
+            scopes_on([empty], budget(used(copy_in), 0), none),
+            scopes_on([noise], budget(copy_out, 1), none),
+            scopes_on([noise], budget(used(copy_out), 0), one),
+        ]
+        .concat();
+    }
+    let warm = Image { state: State::Warm, ..noise };
+    let mut all = vec![
+        scopes_on([noise, short, warm], budget(copy_in, 1), none),
+        scopes_on([noise], budget(used(copy_in), 0), none),
+        scopes_on([noise, warm], budget(copy_in, 0), one),
+        scopes_on([empty], budget(used(is_zero(copy_in)), 0), none),
+        scopes_on([noise, warm], budget(stops(copy_in), 0), none),
+        scopes_on([warm], budget(copy_out, 1), one),
+        scopes_on([warm], budget(stops(copy_out), 1), none),
+    ];
+    if matches!(format, Format::Qed | Format::Qcow2) {
+        let overlay = Image { backing: true, ..noise };
+        all.push(scopes_on([overlay], budget(copy_in, 0), none));
+        all.push(scopes_on([overlay], budget(copy_out, 0), few));
+    }
+    all.concat()
+}
+
+/// A filter over the disk, which passes on what comes, in pieces where that is long, in an engine that
+/// has as little of everything as may be: it does not starve what is below it, errors come up, and it
+/// is closed and paused with all that it has passed on.
+pub fn filter_scopes(format: Format) -> Vec<Scope> {
+    let image = Image { filter: true, ahead: 2, buffers: 2, ..Image::new(format) };
+    let overlay = Image { backing: true, ..image };
+    let images = match format {
+        Format::Qed | Format::Qcow2 => vec![image, overlay],
+        _ => vec![image],
+    };
+    let fault = Budget { faults: 1, ..QUIET };
+    let lives = Budget { closes: 1, pauses: 1, ..QUIET };
+    let few = |image: &Image| {
+        let whole = Request::write(image.place(0, 0), image.cluster());
+        let part = Request::write(image.place(0, 0) + 300, 2048);
+        let zero = Request::zero(image.place(0, 0), image.cluster());
+        let read = Request::read(image.place(0, 0), image.cluster());
+        vec![
+            Workload::new([whole]),
+            Workload::new([part, Request::flush()]),
+            Workload::new([zero, Request::status(0, image.cluster())]),
+            Workload::new([part, read]),
+        ]
+    };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    [
+        scopes_on(images.iter().copied(), fault, single),
+        scopes_on(images.iter().copied(), QUIET, few),
+        scopes_on(images.iter().copied(), lives, single),
     ]
     .concat()
 }
@@ -770,6 +710,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
             (", closed", closes > 0),
             (", paused", pauses > 0),
             (", one at a time", quota),
+            (", copied", scope.budget.copy.is_some()),
         ];
         let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();
         let name = format!(

@@ -6,8 +6,8 @@
 
 use crate::backend::Outcome;
 use crate::choose::Choice;
-use crate::image::Image;
 use crate::subject::Subject;
+use crate::subjects::Image;
 use crate::workload::{Request, Workload};
 use crate::world::{Base, QUIET, World};
 

@@ -13,12 +13,10 @@ use cowbell_formats::Format;
 use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
-use crate::gate::{FULL, Scope, scopes, scopes_with};
-use crate::image::{Image, Layout, Medium, ROOMY, State};
+use crate::gate::{Scope, scopes, scopes_with};
 use crate::random::run_once;
-use crate::subject::Subject;
+use crate::subjects;
 use crate::trace::Trace;
-use crate::workload::{Request, Workload};
 use crate::world::{Base, Budget, QUIET};
 
 /// A planted defect.
@@ -88,6 +86,23 @@ pub const MUTANTS: &[Mutant] = &[
     raw("id_used_again", "the id of a closed disk is the next one's"),
     raw("resumed_node_takes_nothing", "a disk that was paused takes no requests again"),
     raw("quota_ignored", "a disk has more requests than are its share"),
+    raw("copy_ends_before_its_flush", "a copy has ended, and what it wrote is not stable"),
+    raw("copy_counted_before_it_is_written", "a piece counts as copied when it is begun"),
+    raw("copy_skips_zeros", "zeros are not written over what the target of a copy holds"),
+    raw("copy_leaves_the_rest", "what is behind the end of a copy's source stays as it was"),
+    raw("cancelled_copy_forgets_workers", "a copy's memory is given up with ops in flight"),
+    raw("cancelled_copy_sleeps_on", "a copy that is paused and cancelled never ends"),
+    raw("resumed_copy_sleeps_on", "a copy that was paused never goes on"),
+    raw("drain_leaves_copies", "a drain waits for a copy that is paused"),
+    raw("copied_disk_is_closed", "a disk is closed while it is copied"),
+    raw("copied_disk_stays_in_use", "a disk that was copied is in use for ever"),
+    qcow2("pause_goes_no_deeper", "what is below a paused disk goes on"),
+    qed("error_of_a_piece_swallowed", "a request is well although the layer below failed it"),
+    qed(
+        "no_room_is_left_for_a_step",
+        "who passes on requests finds no room, and waits for nothing",
+    ),
+    qed("layer_settles_before_those_above", "a layer settles that others still write to"),
     qed("close_takes_shared_layer", "a disk that goes takes along what another reads from"),
     qcow2("close_settles_nothing", "a disk that is closed does not write its tables back"),
     qed("status_stays_in_layer", "where an overlay says nothing, nobody asks what is below"),
@@ -421,212 +436,7 @@ const STAGES: &[(&str, MakeScopes)] = &[
 
 /// A few workloads that are known to be telling.
 pub fn special(format: Format) -> Vec<Scope> {
-    let image = Image { ahead: 16, ..Image::new(format) };
-    let scope = |image: Image, faults: u8, ticks: u8, requests: &[Request]| Scope {
-        image,
-        budget: Budget { faults, ticks, ..QUIET },
-        workloads: vec![Workload::new(requests.iter().copied())],
-    };
-    let at = |table, cluster| image.place(table, cluster);
-    let head = |table, cluster| Request::write(at(table, cluster), 1024);
-    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
-    let flush = Request::flush();
-    if format == Format::Raw {
-        let blocks = Image { align: 4096, ..image };
-        // Two wait for it, and go on at once.
-        let zero = Request::zero(0, 4096);
-        return vec![
-            scope(image, 0, 0, &[head(0, 0), flush]),
-            scope(image, 1, 0, &[Request::write(0, 2048), flush]),
-            scope(image, 0, 0, &[Request::write_fua(0, 1024)]),
-            scope(blocks, 0, 0, &[Request::write(300, 300), Request::write(1024, 512)]),
-            scope(image, 0, 0, &[head(0, 0), flush, head(0, 1), flush]),
-            scope(image, 1, 0, &[head(0, 0), flush, flush]),
-            scope(image, 0, 0, &[Request::zero(0, 8192)]),
-            scope(Image { beside: Some(Format::Raw), ..image }, 1, 0, &[head(0, 0), flush]),
-            scope(Image { slow: true, ..image }, 0, 0, &[zero, head(0, 2), head(0, 3)]),
-            Scope {
-                budget: Budget { closes: 1, pauses: 1, ..QUIET },
-                ..scope(image, 0, 0, &[head(0, 0), flush])
-            },
-            Scope {
-                budget: Budget { quota: true, ..QUIET },
-                ..scope(image, 0, 0, &[head(0, 0), flush])
-            },
-        ];
-    }
-    let overlay = Image { backing: true, ..image };
-    let zeros = Image { state: State::Zeros, ..overlay };
-    let warm = Image { state: State::Warm, ..image };
-    let device = Image { medium: Medium::Device(0), ..warm };
-    // Larger than a buffer.
-    let large = Image { cluster: 2 * image.cluster, ..overlay };
-    let across = Request::write(at(0, 2) - 1024, 2048);
-    if format == Format::Qcow2 {
-        return special_qcow2(image);
-    }
-    if format == Format::Vdi {
-        return special_vdi(image);
-    }
-    // On one base.
-    let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
-    vec![
-        scope(overlay, 0, 0, &[middle(0, 0)]),
-        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(shared, 0, 0, &[head(0, 0)]) },
-        scope(zeros, 0, 0, &[middle(0, 0)]),
-        scope(large, 1, 0, &[middle(0, 0)]),
-        scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
-        scope(overlay, 0, 0, &[head(0, 0), head(0, 1)]),
-        scope(overlay, 0, 0, &[Request::read(at(1, 0), 4096)]),
-        scope(overlay, 0, 0, &[Request::status(at(1, 0), 4096)]),
-        scope(overlay, 0, 0, &[Request::write(at(0, 1) - 1024, 2048), head(0, 1)]),
-        scope(warm, 0, 0, &[across, Request::read(at(0, 1), 8192)]),
-        scope(image, 0, 1, &[head(0, 0)]),
-        scope(image, 1, 0, &[head(0, 0), flush]),
-        scope(overlay, 1, 0, &[head(0, 0), middle(0, 0)]),
-        scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
-        scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
-        scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
-        scope(device, 0, 0, &[head(0, 2)]),
-        // No space, and then space; what a drain could not cut off.
-        scope(Image { ahead: 1, ..image }, 1, 0, &[head(0, 0), head(0, 1)]),
-        Scope {
-            budget: Budget { faults: 1, drains: 1, ..QUIET },
-            ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
-        },
-        // The file can be made longer no more.
-        Scope {
-            budget: Budget { faults: 1, breaks: true, ..QUIET },
-            ..scope(image, 0, 0, &[Request::write_fua(at(0, 0), 1024)])
-        },
-    ]
-}
-
-/// The same for VDI: holes, the count, what a drain cuts off.
-fn special_vdi(image: Image) -> Vec<Scope> {
-    let image = Image { layout: Layout::Tight, ..image };
-    let holes = Image { state: State::Holes, ..image };
-    let scarce = Image { ahead: 1, ..image };
-    let device = Image { medium: Medium::Device(ROOMY), ..image };
-    let write = |cluster| Request::write(image.place(0, cluster) + 1024, 1024);
-    let flush = Request::flush();
-    let scope = |image: Image, budget: Budget, requests: &[Request]| Scope {
-        image,
-        budget,
-        workloads: vec![Workload::new(requests.iter().copied())],
-    };
-    let fault = Budget { faults: 1, ..QUIET };
-    vec![
-        scope(holes, QUIET, &[write(3)]),
-        scope(holes, QUIET, &[write(3), write(4)]),
-        scope(image, QUIET, &[write(0), Request::read(0, image.cluster)]),
-        scope(image, QUIET, &[write(0), write(0)]),
-        scope(image, fault, &[write(0), flush]),
-        scope(image, fault, &[write(0), write(0)]),
-        scope(image, fault, &[write(0), Request::read(0, image.cluster), flush]),
-        scope(image, Budget { faults: 1, drains: 1, ..QUIET }, &[write(0), write(1)]),
-        scope(device, QUIET, &[write(0)]),
-        scope(scarce, Budget { crashes: 1, ..QUIET }, &[write(0), write(1), write(2)]),
-    ]
-}
-
-/// The same for qcow2: what is written back, given up and used again.
-fn special_qcow2(image: Image) -> Vec<Scope> {
-    let image = Image { ahead: 8, ..image };
-    let overlay = Image { backing: true, ..image };
-    let long = Image { long: true, ..overlay };
-    let zeros = Image { state: State::Zeros, ..overlay };
-    let warm = Image { state: State::Warm, ..image };
-    // So little in reserve that what is given up is used again at once.
-    let tight = Image { ahead: 1, ..warm };
-    // New clusters are used ones; tables too.
-    let holes = Image { state: State::Holes, ..image };
-    let shared = Image { state: State::Shared, ..image };
-    // A refcount block counts 64 clusters.
-    let small = Image { cluster: 512, ahead: 64, ..image };
-    let device = Image { medium: Medium::Device(8), ..warm };
-    // What fills the image fills the device.
-    let full = Image { medium: Medium::Device(FULL), ahead: 1, ..warm };
-    let kept = Image { pass_discards: false, ..warm };
-    // More is counted ahead than there are holes.
-    let many_holes = Image { ahead: 8, ..holes };
-    let few = Image { frees: 1, ..warm };
-    let at = |table, cluster| image.place(table, cluster);
-    let head = |table, cluster| Request::write(at(table, cluster), 1024);
-    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
-    let whole = |table, cluster| Request::write(at(table, cluster), 4096);
-    let discard = |table, cluster| Request::discard(at(table, cluster), 4096);
-    let discards = |table, cluster| Request::discard(at(table, cluster), 8192);
-    let packed = |table, cluster| Request::write_compressed(at(table, cluster), 4096);
-    let flush = Request::flush();
-    let scope = |image: Image, faults: u8, requests: &[Request]| Scope {
-        image,
-        budget: Budget { faults, ..QUIET },
-        workloads: vec![Workload::new(requests.iter().copied())],
-    };
-    vec![
-        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(image, 0, &[head(0, 0)]) },
-        scope(overlay, 0, &[middle(0, 0), flush]),
-        scope(zeros, 0, &[middle(0, 0), flush]),
-        scope(overlay, 0, &[head(0, 0), middle(0, 0)]),
-        scope(image, 0, &[head(0, 0), flush]),
-        scope(image, 0, &[whole(0, 0), Request::read(at(0, 0), 4096)]),
-        scope(image, 1, &[head(0, 0), middle(0, 0)]),
-        scope(overlay, 0, &[middle(0, 0), flush, head(0, 1), flush]),
-        scope(overlay, 0, &[Request::read(at(1, 0), 4096)]),
-        scope(image, 0, &[head(0, 1), Request::status(at(0, 0), 8192)]),
-        scope(warm, 0, &[Request::write(at(0, 2) - 1024, 2048), Request::read(at(0, 1), 8192)]),
-        scope(image, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
-        scope(warm, 1, &[head(0, 2), flush, flush]),
-        scope(tight, 0, &[discard(0, 0), flush, whole(0, 2)]),
-        scope(Image { frees: 1, ..tight }, 0, &[discard(0, 0), flush, whole(0, 2)]),
-        scope(overlay, 0, &[middle(0, 0), Request::zero(at(0, 0), 4096)]),
-        scope(shared, 0, &[head(0, 0), flush]),
-        scope(shared, 1, &[head(0, 0), head(0, 1), flush]),
-        scope(holes, 0, &[head(2, 0), flush]),
-        scope(holes, 0, &[head(2, 0), head(2, 1)]),
-        scope(long, 0, &[Request::truncate(image.size() + 8192)]),
-        scope(warm, 0, &[Request::truncate(at(3, 1)), Request::read(at(0, 0), 512)]),
-        scope(image, 0, &[Request::truncate(at(3, 1)), head(0, 0), flush]),
-        scope(image, 1, &[Request::truncate(4608), whole(1, 0)]),
-        scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
-        scope(device, 0, &[head(0, 2), Request::read(at(0, 2), 4096)]),
-        scope(full, 0, &[discard(0, 0), whole(0, 2)]),
-        scope(full, 0, &[discard(0, 0), flush, whole(0, 2)]),
-        scope(Image { ahead: 2, ..holes }, 0, &[head(0, 2)]),
-        scope(few, 1, &[discard(0, 0), discard(1, 0), discard(0, 1)]),
-        Scope {
-            budget: Budget { faults: 1, drains: 1, ..QUIET },
-            ..scope(image, 0, &[whole(0, 0), discard(0, 0), head(0, 1)])
-        },
-        // What a drain could not cut off.
-        Scope {
-            budget: Budget { faults: 1, drains: 1, ..QUIET },
-            ..scope(kept, 0, &[whole(0, 2), discard(0, 2), head(0, 3)])
-        },
-        // Sessions: what one gives up the next uses.
-        Scope {
-            budget: Budget { drains: 3, reopens: true, ..QUIET },
-            ..scope(many_holes, 0, &[head(0, 2), head(0, 3)])
-        },
-        Scope {
-            budget: Budget { drains: 1, ..QUIET },
-            ..scope(Image { ahead: 2, ..kept }, 0, &[discards(0, 0), head(0, 2)])
-        },
-        scope(Image { ahead: 1, ..holes }, 0, &[head(0, 2), head(0, 3)]),
-        // No space, and then space.
-        Scope {
-            budget: Budget { faults: 1, breaks: true, mends: true, ..QUIET },
-            ..scope(tight, 0, &[head(0, 2), head(0, 3)])
-        },
-        scope(image, 0, &[packed(0, 0), Request::read(at(0, 0), 4096), flush]),
-        scope(image, 0, &[packed(0, 0), flush, packed(0, 1), flush]),
-        scope(image, 1, &[packed(0, 0), packed(0, 1), flush]),
-        scope(warm, 0, &[packed(0, 0), flush]),
-        scope(tight, 0, &[packed(0, 2), discard(0, 2), flush, packed(0, 3), whole(0, 4)]),
-        // A rewrite in place, a discard of the cluster, an allocation: whose is it?
-        scope(tight, 0, &[whole(0, 0), discard(0, 0), flush, whole(0, 2)]),
-    ]
+    subjects::of(format).special()
 }
 
 fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> Option<Trace> {

@@ -20,6 +20,13 @@
 //!
 //! The disk's size is a cell of its own, behind all others. Setting it writes that cell, and zeros
 //! to whatever lies behind the new end.
+//!
+//! # Copies
+//! A job that copies another disk to this one is a write of each cell for as long as it runs. What it
+//! writes is what the source may have held at any moment of that: the bits of *its* live writers. When
+//! it has ended well, all that had ended before it began is gone, after a crash too; if it has failed,
+//! anything may be there. The disk beside has a shadow of its own, cut as this one is; two bits are
+//! kept for what it had before and for what its guest writes.
 
 use crate::shared::Shared as Rc;
 use std::hash::{Hash, Hasher};
@@ -36,6 +43,43 @@ use crate::workload::{Request, Workload};
 pub type Writers = u64;
 
 const BEFORE: Writers = 1;
+
+/// What the disk beside had before, and what its guest writes there: two writers that are no requests
+/// of this disk's.
+pub const OTHERS: usize = 61;
+/// See [`OTHERS`].
+pub const OTHERS_WRITE: usize = 62;
+
+/// The disk beside, whose bytes may come to be on this one, or this one's on that.
+pub struct Other<'a> {
+    /// Its size in bytes.
+    pub size: u64,
+    /// What is there before anything happens.
+    pub before: &'a dyn Fn(u64, &mut [u8]),
+    /// What its guest writes.
+    pub write: Request,
+    /// The number with whose pattern it does so.
+    pub tag: usize,
+}
+
+impl std::fmt::Debug for Other<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes, and {}", self.size, self.write)
+    }
+}
+
+impl Other<'_> {
+    fn known(&self, start: u64, bytes: &mut [u8], written: bool) {
+        let end = start + bytes.len() as u64;
+        if written && self.write.offset <= start && end <= self.write.end() {
+            pattern(self.tag, start, bytes);
+        } else if end <= self.size {
+            (self.before)(start, bytes);
+        } else {
+            bytes.fill(0);
+        }
+    }
+}
 
 fn writer(which: usize) -> Writers {
     2 << which
@@ -66,15 +110,16 @@ pub struct Cut {
 impl Cut {
     /// Cuts the clusters of `cluster` bytes that `workload` touches on a disk of `size` bytes, and
     /// the first and the last of what the disk gains; `before` tells what is there. A size may be found rounded
-    /// up to a multiple of `size_unit`.
+    /// up to a multiple of `size_unit`. With another disk, all of both is looked at.
     pub fn new(
         workload: &Workload,
         cluster: u64,
         (size, size_unit): (u64, u64),
         before: impl Fn(u64, &mut [u8]),
+        other: Option<&Other<'_>>,
     ) -> Cut {
         let ranged = || workload.requests.iter().filter(|request| request.len > 0);
-        let largest = workload.largest_size(size);
+        let largest = workload.largest_size(size).max(other.map_or(0, |other| other.size));
         let around = |start: u64, end: u64| {
             start / cluster * cluster..end.next_multiple_of(cluster).min(largest)
         };
@@ -90,6 +135,10 @@ impl Cut {
                 borders.extend([request.offset, size]);
                 sizes.push((request.offset, writer(which)));
             }
+        }
+        if let Some(other) = other {
+            clusters.push(0..largest);
+            borders.extend([other.write.offset, other.write.end(), other.size, size]);
         }
         for range in &clusters {
             borders.extend((range.start..range.end).step_by(cluster as usize));
@@ -121,7 +170,7 @@ impl Cut {
                     true => before(at, bytes),
                     false => bytes.fill(0),
                 };
-                let known = known_bytes(workload, start, end, &before);
+                let known = known_bytes(workload, start, end, &before, other);
                 pieces.push(Piece { cell: index, start, end, known });
                 start = end;
             }
@@ -213,6 +262,7 @@ fn known_bytes(
     start: u64,
     end: u64,
     before: &impl Fn(u64, &mut [u8]),
+    other: Option<&Other<'_>>,
 ) -> Vec<(u64, Writers)> {
     let mut known: Vec<(u64, Writers)> = Vec::new();
     let mut add = |hash: u64, who: Writers| match known.iter_mut().find(|(h, _)| *h == hash) {
@@ -233,6 +283,12 @@ fn known_bytes(
             _ => bytes.fill(0),
         }
         add(hash_of(bytes), writer(which));
+    }
+    if let Some(other) = other {
+        for (written, who) in [(false, OTHERS), (true, OTHERS_WRITE)] {
+            other.known(start, bytes, written);
+            add(hash_of(bytes), writer(who));
+        }
     }
     known
 }
@@ -285,6 +341,15 @@ impl Hash for Pending {
     }
 }
 
+/// A copy that runs, per cell of its target.
+#[derive(Clone, Debug, Hash)]
+struct Copying {
+    /// Whose bytes it may bring: what was live in the source at some moment of it.
+    brings: Vec<Writers>,
+    /// What had ended when it began.
+    older: Vec<Writers>,
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Shadow {
@@ -293,20 +358,30 @@ pub struct Shadow {
     discard_unit: u64,
     cells: Vec<Cell>,
     pending: Vec<Pending>,
+    copying: Option<Copying>,
     failed: Writers,
 }
 
 impl Hash for Shadow {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.cells, &self.pending, self.failed).hash(state);
+        (&self.cells, &self.pending, &self.copying, self.failed).hash(state);
     }
 }
 
 impl Shadow {
     /// Nothing written yet.
     pub fn new(cut: Rc<Cut>, discard_unit: u64) -> Shadow {
-        let cells = vec![Cell { live: BEFORE, crash: BEFORE }; cut.cells.len() + 1];
-        Shadow { cut, discard_unit, cells, pending: Vec::new(), failed: 0 }
+        Shadow::holding(BEFORE, cut, discard_unit)
+    }
+
+    /// The shadow of the disk beside: what is there is its own.
+    pub fn of_other(cut: Rc<Cut>, discard_unit: u64) -> Shadow {
+        Shadow::holding(writer(OTHERS), cut, discard_unit)
+    }
+
+    fn holding(who: Writers, cut: Rc<Cut>, discard_unit: u64) -> Shadow {
+        let cells = vec![Cell { live: who, crash: who }; cut.cells.len() + 1];
+        Shadow { cut, discard_unit, cells, pending: Vec::new(), copying: None, failed: 0 }
     }
 
     /// A hash of all that a crash would be judged by.
@@ -331,16 +406,17 @@ impl Shadow {
         let is_flush = request.kind == IoKind::Flush;
         let cells = if is_flush { all } else { self.cut.cells_of(&reach) };
         let unended = self.unended();
-        let sets: Vec<Writers> = self.cells[cells.clone()]
-            .iter()
-            .map(|cell| match request.kind {
+        let sets: Vec<Writers> = cells
+            .clone()
+            .map(|at| (self.cells[at], unended | self.being_copied(at)))
+            .map(|(cell, unended)| match request.kind {
                 IoKind::Read | IoKind::Status { .. } => cell.live,
                 IoKind::Flush => cell.crash & !cell.live,
                 _ => (cell.live | cell.crash) & !unended,
             })
             .collect();
-        let quiet =
-            !self.pending.iter().any(|other| other.modifies() && overlap(&other.cells, &cells));
+        let quiet = self.copying.is_none()
+            && !self.pending.iter().any(|other| other.modifies() && overlap(&other.cells, &cells));
         let range = request.offset..request.end();
         let pending = Pending { which, kind: request.kind, range, cells, sets, quiet };
         if pending.modifies() {
@@ -360,6 +436,58 @@ impl Shadow {
             }
         }
         self.pending.push(pending);
+    }
+
+    /// What a copy may bring to a cell.
+    fn being_copied(&self, at: usize) -> Writers {
+        let brings = self.copying.as_ref().and_then(|copying| copying.brings.get(at));
+        brings.copied().unwrap_or(0)
+    }
+
+    /// A copy of `source` to this disk begins.
+    pub fn copy_begins(&mut self, source: &Shadow) {
+        let unended = self.unended();
+        let older = self.cells.iter().map(|cell| (cell.live | cell.crash) & !unended).collect();
+        self.copying = Some(Copying { brings: vec![0; self.cut.cells.len()], older });
+        self.copy_sees(source);
+    }
+
+    /// It goes on: what `source` holds now may come to be here, too. The size is not copied.
+    pub fn copy_sees(&mut self, source: &Shadow) {
+        let Some(copying) = &mut self.copying else { return };
+        let looks = |read: &&mut Pending| matches!(read.kind, IoKind::Read | IoKind::Status { .. });
+        for (at, brings) in copying.brings.iter_mut().enumerate() {
+            let live = source.cells[at].live;
+            *brings |= live;
+            self.cells[at].live |= live;
+            self.cells[at].crash |= live;
+            for read in self.pending.iter_mut().filter(looks) {
+                if read.cells.contains(&at) {
+                    read.sets[at - read.cells.start] |= live;
+                    read.quiet = false;
+                }
+            }
+        }
+    }
+
+    /// It has ended: well, and then all is here and stable; or not.
+    pub fn copy_ends(&mut self, ok: bool) {
+        let Some(Copying { brings, older }) = self.copying.take() else { return };
+        for ((cell, brings), older) in self.cells.iter_mut().zip(brings).zip(older) {
+            if ok {
+                cell.live &= !older | brings;
+                cell.crash &= !older | brings;
+            } else {
+                self.failed |= brings;
+            }
+        }
+    }
+
+    /// How many bytes of a disk are not as they were before.
+    pub fn bytes_changed(&self, found: &Found) -> u64 {
+        let pieces = self.cut.pieces.iter().zip(&found.0);
+        let changed = pieces.filter(|(_, found)| **found & !BEFORE != 0);
+        changed.map(|(piece, _)| piece.end - piece.start).sum()
     }
 
     /// Request number `which` has ended.
@@ -460,6 +588,7 @@ impl Shadow {
     /// A crash has left this, legally, and nothing else is left of what was in flight.
     pub fn crashed(&mut self, found: &Found) {
         self.pending.clear();
+        self.copying = None;
         let mut left = vec![0; self.cells.len()];
         for (piece, found) in self.cut.pieces.iter().zip(&found.0) {
             left[piece.cell] |= found;
@@ -481,6 +610,24 @@ impl Shadow {
         self.check(found, "the disk holds", |cell| cell.live)
     }
 
+    /// May the disk beside hold this, to a reader now? Its size does not change.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong where.
+    pub fn check_other_live(&self, found: &Found) -> Result<(), String> {
+        self.check_pieces(found, "the disk beside holds", |cell| cell.live)
+    }
+
+    /// The same, after a crash.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong where.
+    pub fn check_other_crash(&self, found: &Found) -> Result<(), String> {
+        self.check_pieces(found, "a crash left of the disk beside", |cell| cell.crash)
+    }
+
     /// May the disk hold this after a crash?
     ///
     /// # Errors
@@ -490,7 +637,7 @@ impl Shadow {
         self.check(found, "a crash left", |cell| cell.crash)
     }
 
-    fn check(
+    fn check_pieces(
         &self,
         found: &Found,
         verb: &str,
@@ -502,6 +649,16 @@ impl Shadow {
                 return Err(wrong(verb, piece, found, legal));
             }
         }
+        Ok(())
+    }
+
+    fn check(
+        &self,
+        found: &Found,
+        verb: &str,
+        legal: impl Fn(&Cell) -> Writers,
+    ) -> Result<(), String> {
+        self.check_pieces(found, verb, &legal)?;
         let size = self.cells.last().expect("the size has a cell");
         let found_size = found.0.last().copied().unwrap_or(0);
         // Who failed to set it may have left any.
@@ -558,9 +715,11 @@ fn names(writers: Writers) -> String {
     if writers == 0 {
         return "bytes that nobody wrote".into();
     }
-    let bits = (0..64).filter(|bit| writers & (1 << bit) != 0);
-    let name = |bit: i32| match bit {
+    let bits = (0..64_usize).filter(|bit| writers & (1 << bit) != 0);
+    let name = |bit: usize| match bit {
         0 => "what was there before".into(),
+        _ if bit == OTHERS + 1 => "what the disk beside had".into(),
+        _ if bit == OTHERS_WRITE + 1 => "what the disk beside was written".into(),
         _ => format!("request {}", bit - 1),
     };
     bits.map(name).collect::<Vec<String>>().join(" or ")
@@ -572,7 +731,7 @@ mod tests {
 
     fn shadow(requests: &[Request]) -> Shadow {
         let workload = Workload::new(requests.iter().copied());
-        let cut = Cut::new(&workload, 4096, (1 << 20, 1), |_, bytes| bytes.fill(0));
+        let cut = Cut::new(&workload, 4096, (1 << 20, 1), |_, bytes| bytes.fill(0), None);
         let mut shadow = Shadow::new(Rc::new(cut), 4096);
         shadow.pending.clear();
         shadow

@@ -7,8 +7,8 @@
 use cowbell_engine::step::IoKind;
 
 use crate::explore::{Limit, exhaust};
-use crate::image::{Image, State};
 use crate::subject::Subject;
+use crate::subjects::{Image, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
 use crate::world::Base;

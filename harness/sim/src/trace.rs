@@ -21,10 +21,10 @@ use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Failure, run};
 use crate::gate::Report;
-use crate::image::Image;
 use crate::subject::Subject;
+use crate::subjects::Image;
 use crate::workload::{REQUESTS_MAX, Request, Workload, number};
-use crate::world::{Base, Budget, World};
+use crate::world::{Base, Budget, CopyPlan, Way, World};
 
 /// A run, and what came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +114,22 @@ impl Trace {
         let set = [("reopens", reopens), ("breaks", breaks), ("mends", mends), ("quota", quota)];
         for (key, set) in set {
             more += &if set { format!(" {key}=true") } else { String::new() };
+        }
+        if let Some(CopyPlan { way, target_is_zero, pauses, cancels, drains, beside }) =
+            self.budget.copy
+        {
+            let way = if way == Way::In { "in" } else { "out" };
+            more += &format!(" copy={way}");
+            let set = [
+                ("zero", target_is_zero),
+                ("cancels", cancels),
+                ("drains", drains),
+                ("beside", beside),
+            ];
+            for (key, set) in set {
+                more += &if set { format!(" copy-{key}=true") } else { String::new() };
+            }
+            more += &if pauses > 0 { format!(" copy-pauses={pauses}") } else { String::new() };
         }
         let mut lines = vec![
             MAGIC.to_string(),
@@ -209,6 +225,21 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
     for word in text.split_whitespace() {
         let (key, value) = word.split_once('=').ok_or_else(|| format!("'{word}' has no ="))?;
         let small = || number(value)?.try_into().map_err(|_| format!("{value} is too many"));
+        let mut copy = budget.copy.unwrap_or(CopyPlan::new(Way::In));
+        if key.starts_with("copy") {
+            match key {
+                "copy" if value == "in" => copy.way = Way::In,
+                "copy" if value == "out" => copy.way = Way::Out,
+                "copy-zero" => copy.target_is_zero = value == "true",
+                "copy-cancels" => copy.cancels = value == "true",
+                "copy-drains" => copy.drains = value == "true",
+                "copy-beside" => copy.beside = value == "true",
+                "copy-pauses" => copy.pauses = small()?,
+                _ => return Err(format!("'{word}' is no part of a copy")),
+            }
+            budget.copy = Some(copy);
+            continue;
+        }
         match key {
             "faults" => budget.faults = small()?,
             "ticks" => budget.ticks = small()?,

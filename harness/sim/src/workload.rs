@@ -188,9 +188,9 @@ pub struct Workload {
     pub requests: Vec<Request>,
 }
 
-/// Requests in a workload at most: who wrote what is kept in the bits of a word, and one bit is
-/// for what was there before.
-pub const REQUESTS_MAX: usize = 63;
+/// Requests in a workload at most: who wrote what is kept in the bits of a word; one bit is for what
+/// was there before, and two are for [another disk](crate::shadow::OTHERS).
+pub const REQUESTS_MAX: usize = 61;
 
 impl Workload {
     /// Of these requests.

@@ -18,11 +18,16 @@ use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
 use crate::disk::{Contents, Sites, fixed_hash, splitmix};
 use crate::host::SimHost;
-use crate::shadow::{Cut, Found, Shadow};
+use crate::shadow::{Cut, Found, OTHERS_WRITE, Other, Shadow};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
 use crate::verdicts::Verdicts;
 use crate::workload::{Request, Workload, pattern};
+
+mod copying;
+
+use copying::Copying;
+pub use copying::{CopyPlan, Way};
 
 /// An image that was made and opened, for any number of worlds to begin with.
 #[derive(Debug)]
@@ -32,7 +37,9 @@ pub struct Base<S: Subject> {
     engine: SimEngine<S::Driver>,
     node: NodeId,
     beside: Option<NodeId>,
+    beside_host: Option<SimHost>,
     verdicts: Verdicts,
+    verdicts_beside: Verdicts,
 }
 
 /// What an image was found to be.
@@ -72,6 +79,8 @@ pub struct Budget {
     pub pauses: u8,
     /// May it have one request at a time?
     pub quota: bool,
+    /// A copy between it and the disk beside.
+    pub copy: Option<CopyPlan>,
 }
 
 /// Nothing goes wrong, and nothing happens but requests.
@@ -87,6 +96,7 @@ pub const QUIET: Budget = Budget {
     closes: 0,
     pauses: 0,
     quota: false,
+    copy: None,
 };
 
 impl Default for Budget {
@@ -105,31 +115,44 @@ impl<S: Subject> Base<S> {
         let host = SimHost::new();
         subject.make(&host)?;
         let (mut engine, node) = open(&subject, &host, requests)?;
-        let beside = match subject.beside() {
-            Some(other) => {
-                let host = SimHost::new();
-                other.make(&host)?;
-                engine.backend_mut().begin_beside();
-                Some(other.open_beside(&host, &mut engine, node)?)
-            }
-            None => None,
-        };
-        Ok(Base { subject, host, engine, node, beside, verdicts: Verdicts::default() })
+        let (mut beside, mut beside_host) = (None, None);
+        if let Some(other) = subject.beside() {
+            let host = SimHost::new();
+            other.make(&host)?;
+            engine.backend_mut().begin_beside();
+            beside = Some(other.open_beside(&host, &mut engine, node)?);
+            // What it was before, whatever is written to it.
+            beside_host = Some(host);
+        }
+        let (verdicts, verdicts_beside) = (Verdicts::default(), Verdicts::default());
+        Ok(Base { subject, host, engine, node, beside, beside_host, verdicts, verdicts_beside })
     }
 
     /// A world in which nothing has happened yet.
     pub fn world(&self, workload: &Workload, budget: Budget) -> World<S> {
-        let Base { subject, host, engine, node, beside, verdicts } = self;
-        let before = |offset: u64, bytes: &mut [u8]| {
+        let Base { subject, host, engine, node, beside, verdicts, .. } = self;
+        let read = |subject: &S, host: &SimHost, offset: u64, bytes: &mut [u8]| {
             subject.read(host, offset, bytes).expect("the image was just made");
         };
-        let cut =
-            Cut::new(workload, subject.cluster(), (subject.size(), subject.size_unit()), before);
+        let before = |offset: u64, bytes: &mut [u8]| read(subject, host, offset, bytes);
+        let sizes = (subject.size(), subject.size_unit());
+        let other = subject.beside().filter(|_| budget.copy.is_some());
+        let cut = match other.as_ref().zip(self.beside_host.as_ref()) {
+            Some((other, host)) => {
+                let others = |offset: u64, bytes: &mut [u8]| read(other, host, offset, bytes);
+                let (size, write, tag) = (other.size(), BESIDE[0], BESIDE_TAG as usize);
+                let other = Other { size, before: &others, write, tag };
+                Cut::new(workload, subject.cluster(), sizes, before, Some(&other))
+            }
+            None => Cut::new(workload, subject.cluster(), sizes, before, None),
+        };
         let cut = Shared::new(cut);
         let shadow = Shadow::new(cut.clone(), subject.discard_unit());
+        let others = other.map(|other| Shadow::of_other(cut.clone(), other.discard_unit()));
         let (subject, workload) = (subject.clone(), workload.clone());
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
-        let plan = Plan { subject, workload, cut, verdicts: verdicts.clone() };
+        let (verdicts, verdicts_beside) = (verdicts.clone(), self.verdicts_beside.clone());
+        let plan = Plan { subject, workload, cut, verdicts, verdicts_beside };
         let Budget { closes, pauses, quota, .. } = budget;
         let mut engine = engine.clone();
         if quota {
@@ -143,7 +166,9 @@ impl<S: Subject> Base<S> {
             beside: *beside,
             beside_next: 0,
             beside_ended: 0,
+            copying: Copying::new(budget.copy),
             shadow,
+            others,
             next: 0,
             ended: 0,
             faults: budget.faults,
@@ -236,6 +261,7 @@ struct Plan<S> {
     workload: Workload,
     cut: Shared<Cut>,
     verdicts: Verdicts,
+    verdicts_beside: Verdicts,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -273,7 +299,10 @@ pub struct World<S: Subject> {
     /// Requests to the disk beside that were submitted, and that have ended.
     beside_next: u8,
     beside_ended: u8,
+    copying: Copying,
     shadow: Shadow,
+    /// The shadow of the disk beside, if something is copied.
+    others: Option<Shadow>,
     next: u32,
     ended: u32,
     faults: u8,
@@ -308,6 +337,7 @@ impl<S: Subject> Clone for World<S> {
             plan: self.plan.clone(),
             engine: self.engine.clone(),
             shadow: self.shadow.clone(),
+            others: self.others.clone(),
             ..*self
         }
     }
@@ -322,6 +352,8 @@ impl<S: Subject> Clone for World<S> {
         self.life = life;
         self.plan.clone_from(&source.plan);
         self.shadow.clone_from(&source.shadow);
+        self.others.clone_from(&source.others);
+        self.copying = source.copying;
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
         (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
         (self.stage, self.now, self.is_behind, self.steps) = (stage, now, is_behind, steps);
@@ -340,6 +372,7 @@ impl<S: Subject> Hash for World<S> {
         (self.crashes, self.crashed, self.drains).hash(h);
         (self.room, self.flush_failed, self.sure).hash(h);
         (self.beside_next, self.beside_ended, self.life).hash(h);
+        (&self.others, self.copying).hash(h);
     }
 }
 
@@ -388,11 +421,13 @@ impl<S: Subject> World<S> {
         }
         let beside = self.beside_next == self.beside_ended;
         let goes_on = matches!(self.stage, Stage::Running | Stage::Closing | Stage::Closed);
-        if goes_on && beside && self.beside.is_some() && self.beside_next < BESIDE.len() as u8 {
+        let uses = goes_on && self.copying.may_use_beside();
+        if uses && beside && self.beside.is_some() && self.beside_next < BESIDE.len() as u8 {
             out.push(Choice::Beside);
         }
+        self.copy_choices(out);
         // Before the first request there is nothing to be kept or lost.
-        if running && self.next > 0 {
+        if running && self.next > 0 && !self.copying.runs() {
             if self.life.closes > 0 {
                 out.push(Choice::Close);
             }
@@ -404,7 +439,8 @@ impl<S: Subject> World<S> {
         }
         let early = self.drains > 0 && 0 < self.next && self.ended == self.next;
         let is_gone = self.stage == Stage::Closed;
-        if beside && (running && (self.ended == all || early) || is_gone) {
+        let may_drain = running && (self.ended == all || early) && self.copying.may_drain();
+        if beside && (may_drain || is_gone) {
             out.push(Choice::Drain);
         }
         // Before the first request and after the last nothing would follow.
@@ -455,13 +491,17 @@ impl<S: Subject> World<S> {
     /// When something happens that may not. The engine and the device panic besides.
     pub fn apply(&mut self, choice: Choice) -> Result<(), String> {
         self.steps += 1;
-        let limit = STEPS_PER_REQUEST * (self.plan.workload.requests.len() as u32 + 1);
+        let limit = STEPS_PER_REQUEST * self.tasks() as u32;
         if self.steps > limit {
             return Err(format!("not over after {limit} steps\n{:?}", self.engine));
         }
         match choice {
             Choice::Submit(which) => self.submit(which as usize)?,
             Choice::Beside => self.submit_beside(),
+            Choice::Copy => self.start_copy()?,
+            Choice::PauseCopy => self.pause_copy()?,
+            Choice::ResumeCopy => self.resume_copy()?,
+            Choice::CancelCopy => self.cancel_copy()?,
             Choice::End(name, outcome) => {
                 let is_broken = self.engine.backend().broken().is_some();
                 if outcome.is_fault() && !(is_broken && self.faults == 0) {
@@ -492,6 +532,7 @@ impl<S: Subject> World<S> {
                 self.drains -= u8::from(is_early && self.stage == Stage::Running);
                 self.stage = Stage::Draining;
                 self.life.lies_still = false;
+                self.copying.is_drained();
                 self.engine.drain();
             }
             Choice::Close => {
@@ -512,19 +553,32 @@ impl<S: Subject> World<S> {
                 self.engine.resume(self.node).map_err(|why| format!("not resumed: {why:?}"))?;
             }
         }
+        self.copy_sees();
         let Progress { steps, is_over, .. } = self.engine.run(self.now);
         self.is_behind = is_over;
         self.assert_in_time()?;
-        let limit = STEPS_PER_RUN * (self.plan.workload.requests.len() + 1);
+        let limit = STEPS_PER_RUN * self.tasks();
         if steps > limit {
             return Err(format!("it does not come to rest: {steps} steps in one run"));
         }
         self.take_finished()?;
         self.see_events()?;
+        self.see_progress()?;
         if self.life.lies_still && !self.engine.backend().is_still() {
             return Err("a paused disk is used".into());
         }
         self.see_drained()
+    }
+
+    /// How much there is to do: requests, the end, and a copy, which is as much as some of them.
+    fn tasks(&self) -> usize {
+        self.plan.workload.requests.len() + if self.others.is_some() { 4 } else { 1 }
+    }
+
+    fn files(&self) -> Vec<Contents> {
+        let mut files = files_of(&self.engine);
+        files.truncate(self.plan.subject.files().len());
+        files
     }
 
     /// A request that is not to be taken is not taken.
@@ -539,8 +593,8 @@ impl<S: Subject> World<S> {
     fn see_events(&mut self) -> Result<(), String> {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                // No workload starts one.
-                NodeEvent::Corrupt { .. } | NodeEvent::JobEnded { .. } => {}
+                NodeEvent::Corrupt { .. } => {}
+                NodeEvent::JobEnded { job, result } => self.see_copied(job, result)?,
                 NodeEvent::Paused { node } => {
                     let is_so = self.engine.backend().is_still() && self.ended == self.next;
                     if node != self.node || !self.life.is_paused || !is_so {
@@ -582,7 +636,7 @@ impl<S: Subject> World<S> {
         let files = files_of(&self.engine);
         let files = &files[..subject.files().len()];
         let done = &workload.requests[self.room.from as usize..self.next as usize];
-        if !self.faulted {
+        if !self.faulted && !self.copying.has_written_here() {
             self.room.judge(subject.cluster(), done, files)?;
         }
         // Its layer below is the other's, too.
@@ -631,6 +685,9 @@ impl<S: Subject> World<S> {
     fn submit_beside(&mut self) {
         let node = self.beside.expect("chosen because there is one");
         let request = BESIDE[self.beside_next as usize];
+        if let Some(others) = &mut self.others {
+            others.submit(BESIDE_NUMBERS[self.beside_next as usize], &request);
+        }
         let mem = request.memory(BESIDE_TAG as usize).map_or(Mem::None, Mem::Owned);
         let taken = self.engine.submit(node, request.io(), mem, BESIDE_TAG);
         taken.expect("there is room for one more");
@@ -643,6 +700,10 @@ impl<S: Subject> World<S> {
         let checked = other.check(&host)?;
         if checked.marked || checked.corruptions > 0 || checked.leaks > 0 {
             return Err(format!("it was not left clean: {checked:?}"));
+        }
+        if let Some(others) = &self.others {
+            let read = |offset: u64, bytes: &mut [u8]| other.read(&host, offset, bytes);
+            return others.check_other_live(&self.plan.cut.recognise(other.size(), read)?);
         }
         let write = BESIDE[0];
         let mut expected = vec![0; write.len as usize];
@@ -705,9 +766,13 @@ impl<S: Subject> World<S> {
     fn take_finished(&mut self) -> Result<(), String> {
         while let Some(finished) = self.engine.poll() {
             if finished.tag == BESIDE_TAG {
+                let which = BESIDE_NUMBERS[self.beside_ended as usize];
                 self.beside_ended += 1;
                 let told = |errno| format!("the disk beside has nothing wrong, and says: {errno}");
                 finished.result.map_err(told)?;
+                if let Some(others) = &mut self.others {
+                    others.end(which, true, None)?;
+                }
                 continue;
             }
             let which = finished.tag as usize;
@@ -737,6 +802,7 @@ impl<S: Subject> World<S> {
 
     fn see_drained(&mut self) -> Result<(), String> {
         match self.engine.drained() {
+            Some(_) if self.copying.runs() => Err("drained, and a copy runs".into()),
             Some(result) if self.stage == Stage::Draining => {
                 let is_gone = !self.engine.has(self.node);
                 let over = is_gone || self.next == self.plan.workload.requests.len() as u32;
@@ -766,7 +832,7 @@ impl<S: Subject> World<S> {
         let files = files_of(&self.engine);
         let files = &files[..subject.files().len()];
         let done = &workload.requests[self.room.from as usize..self.next as usize];
-        if !self.faulted && !self.crashed {
+        if !self.faulted && !self.crashed && !self.copying.has_written_here() {
             self.room.judge(subject.cluster(), done, files)?;
         }
         if over {
@@ -791,8 +857,10 @@ impl<S: Subject> World<S> {
             return Err(format!("stuck: nothing can happen any more\n{:?}", self.engine));
         }
         self.engine.assert_idle();
-        if self.engine.has(self.node) {
-            self.plan.subject.assert_idle(self.engine.node(self.node));
+        let mut layer = Some(self.node).filter(|&node| self.engine.has(node));
+        while let Some(node) = layer {
+            self.plan.subject.assert_idle(self.engine.node(node));
+            layer = self.engine.node(node).below();
         }
         let mut files = files_of(&self.engine);
         let mut beside = files.split_off(self.plan.subject.files().len());
@@ -955,6 +1023,9 @@ fn file_id(index: usize) -> cowbell_engine::units::FileId {
 
 /// What is asked of the disk beside, one after the other.
 const BESIDE: [Request; 2] = [Request::write(0, 1024), Request::flush()];
+
+/// What its shadow calls them.
+const BESIDE_NUMBERS: [usize; 2] = [OTHERS_WRITE, OTHERS_WRITE + 1];
 
 /// How its requests are known; and whose pattern it is written with.
 const BESIDE_TAG: u64 = 2000;

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use cowbell_formats::Format;
 use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
-use cowbell_sim::image::Image;
 use cowbell_sim::latencies::latencies;
 use cowbell_sim::mutants::hunt_all;
 use cowbell_sim::random::random;
 use cowbell_sim::shrink::shrink;
+use cowbell_sim::subjects::Image;
 use cowbell_sim::trace::Trace;
 
 use crate::fail::Fail;

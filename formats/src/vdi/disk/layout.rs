@@ -15,6 +15,10 @@ pub const SECTOR: u64 = 512;
 pub const MAGIC_AT: usize = 64;
 /// The magic number.
 pub const MAGIC: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
+/// Where the header says where the block map is.
+pub const MAP_OFFSET_AT: u64 = 0x154;
+/// Where it says where block 0 is.
+pub const DATA_OFFSET_AT: u64 = 0x158;
 /// The header is read and written as one sector of this many bytes.
 pub const HEADER_BYTES: usize = SECTOR as usize;
 /// Bytes in a block unless the user says otherwise.

@@ -3,7 +3,7 @@
 use cowbell_formats::Format;
 use cowbell_sim::backend::Lie;
 use cowbell_sim::explore::{Limit, exhaust};
-use cowbell_sim::image::Image;
+use cowbell_sim::subjects::Image;
 use cowbell_sim::trace::Trace;
 use cowbell_sim::workload::{Request, Workload};
 use cowbell_sim::world::{Base, Budget, QUIET};

@@ -1,8 +1,8 @@
 //! A write waits for the device as often as there is something that must be stable before it.
 
 use cowbell_formats::Format;
-use cowbell_sim::image::Image;
 use cowbell_sim::latencies::latencies;
+use cowbell_sim::subjects::Image;
 
 fn of(format: Format) -> Vec<usize> {
     let waited = latencies(Image::ample(format)).expect("nothing goes wrong");

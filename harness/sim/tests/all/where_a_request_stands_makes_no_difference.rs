@@ -4,7 +4,7 @@
 use cowbell_formats::Format;
 use cowbell_sim::backend::{OpName, Outcome};
 use cowbell_sim::choose::Choice;
-use cowbell_sim::image::Image;
+use cowbell_sim::subjects::Image;
 use cowbell_sim::workload::{Request, Workload};
 use cowbell_sim::world::{Base, QUIET};
 

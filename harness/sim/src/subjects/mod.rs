@@ -1,32 +1,37 @@
 //! Images of the formats there are, made small: the subjects of all real tests.
 
-use std::fmt;
 use std::path::Path;
-use std::str::FromStr;
 use std::time::Duration;
 
 use cowbell_engine::Limits;
 use cowbell_engine::step::{Driver, Io};
-use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
 use cowbell_formats::check::{Repair, Unwatched, check_layer};
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::qcow2::{self, Qcow2Options};
+use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach, attach_overlay, create, map,
+    CreateOptions, Format, LayerMeta, Node, RunOptions, attach_wrapped, create, map,
 };
 
 use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
 use crate::disk::Contents;
+use crate::filter::{Filter, Over};
+use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::vdi;
-use crate::vmdk;
-use crate::workload::{Request, number};
+use crate::workload::{Request, Workload};
+use crate::world::{Budget, QUIET};
+
+mod qcow2;
+mod qed;
+mod raw;
+mod text;
+mod vdi;
+mod vmdk;
 
 /// What an image is like at first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -64,6 +69,79 @@ pub enum Layout {
     Lazy,
     /// A VDI image as QEMU makes it: its map in the header's block, its data right behind.
     Tight,
+}
+
+/// What the simulator knows of a format, and tries of it besides what it tries of all: a file each.
+pub(crate) trait FormatSubject: Sync {
+    /// Bytes that one table maps; of a format that has none, a few clusters.
+    fn span(&self, image: &Image) -> u64;
+
+    /// Makes the files of an image in which nothing is allocated.
+    fn make(&self, image: &Image, host: &SimHost) -> Result<(), String>;
+
+    /// What is still to be done with an image that was filled.
+    fn filled(&self, _image: &Image, _host: &SimHost) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// See [`Subject::holes`].
+    fn holes(&self, _image: &Image, _file: &Contents) -> Option<u64> {
+        Some(0)
+    }
+
+    /// See [`Subject::metadata`].
+    fn metadata(&self) -> Option<IsMetadata>;
+
+    /// Changes of the disk's size.
+    fn resizes(&self) -> &'static [Shape];
+
+    /// The kinds of image that most scopes are run on.
+    fn images(&self) -> Vec<Image>;
+
+    /// More kinds, for smaller scopes: they differ from the others in how their files grow, or in how
+    /// they copy.
+    fn growing_images(&self) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// More kinds, for changes of the disk's size: the backing file is longer than it.
+    fn long_images(&self) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// More kinds, for what lasts over several sessions.
+    fn kept_images(&self, _plain: Image) -> Vec<Image> {
+        Vec::new()
+    }
+
+    /// Devices: of a fixed length, full of noise, which are not cut. With a fault for single requests
+    /// and, where all fits, for the most telling pairs; full ones with what makes room.
+    fn device_scopes(&self) -> Vec<Scope>;
+
+    /// The format of a disk beside one of this.
+    fn beside(&self) -> Format {
+        Format::Qcow2
+    }
+
+    /// A few workloads that are known to be telling.
+    fn special(&self) -> Vec<Scope>;
+}
+
+/// What is known of a format.
+pub(crate) fn of(format: Format) -> &'static dyn FormatSubject {
+    match format {
+        Format::Raw => &raw::Raw,
+        Format::Qed => &qed::Qed,
+        Format::Qcow2 => &qcow2::Qcow2,
+        Format::Vmdk => &vmdk::Vmdk,
+        Format::Vdi => &vdi::Vdi,
+    }
+}
+
+/// A scope of one workload.
+pub(crate) fn scope_of(image: Image, faults: u8, ticks: u8, requests: &[Request]) -> Scope {
+    let budget = Budget { faults, ticks, ..QUIET };
+    Scope { image, budget, workloads: vec![Workload::new(requests.iter().copied())] }
 }
 
 /// An image and how it is run.
@@ -108,10 +186,18 @@ pub struct Image {
     pub can_zero: bool,
     /// Was the format guessed?
     pub probed: bool,
+    /// Is there a [filter](crate::filter) over it, in an engine that is as small as may be?
+    pub filter: bool,
+    /// The disk's size in bytes, if not that of three tables.
+    pub size: Option<u64>,
     /// Another disk of the engine, of this format.
     pub beside: Option<Format>,
     /// Is that an overlay of the same backing file, and reads from the same node?
     pub shares: bool,
+    /// That disk's size in bytes, if it is another.
+    pub beside_size: Option<u64>,
+    /// It is the disk beside another: where nobody has written, it is different.
+    pub is_beside: bool,
     /// See [`Lie`].
     pub lie: Option<Lie>,
 }
@@ -141,8 +227,12 @@ impl Image {
             slow: false,
             can_zero: true,
             probed: false,
+            filter: false,
+            size: None,
             beside: None,
             shares: false,
+            beside_size: None,
+            is_beside: false,
             lie: None,
         }
     }
@@ -154,11 +244,7 @@ impl Image {
 
     /// Bytes that one table maps; for raw, which has none, a few clusters.
     pub fn span(&self) -> u64 {
-        match self.format {
-            Format::Qed | Format::Qcow2 => self.cluster * self.cluster / 8,
-            Format::Vmdk | Format::Vdi => 128 * self.cluster,
-            _ => 8 * CLUSTER,
-        }
+        of(self.format).span(self)
     }
 
     /// The first byte of a cluster of what a table maps.
@@ -168,7 +254,7 @@ impl Image {
 
     /// Can its disk be made larger?
     pub fn can_grow(&self) -> bool {
-        !matches!(self.format, Format::Vmdk | Format::Vdi)
+        !self.filter && of(self.format).resizes().contains(&Shape::Grow)
     }
 
     /// Can its disk be made smaller?
@@ -212,6 +298,29 @@ impl Image {
         chain::open(host, Path::new(TOP), &options).map_err(|why| why.to_string())
     }
 
+    /// Makes its backing file, if it has one, and the image over it.
+    fn create(&self, host: &SimHost, options: CreateOptions) -> Result<(), String> {
+        if self.backing {
+            // Where zeros are written as data, a few clusters are enough of them.
+            let end = match (self.long, self.old) {
+                (false, _) if self.size.is_some() => self.cluster,
+                (false, _) => self.place(1, 0),
+                (true, false) => self.place(4, 0),
+                (true, true) => self.place(2, 5),
+            };
+            host.put(BACKING, Contents::noise(!SEED, end + 1536));
+        }
+        let options = CreateOptions {
+            size: Some(self.size()),
+            backing_file: self.backing.then(|| BACKING.into()),
+            backing_format: self.backing.then_some(Format::Raw),
+            cluster_size: Some(self.cluster),
+            ..options
+        };
+        let made = create(host, Path::new(TOP), self.format, &options);
+        made.map(|_| ()).map_err(|why| why.to_string())
+    }
+
     /// The image is copied to its device, if it lies on one.
     fn put_on_device(&self, host: &SimHost) {
         let Medium::Device(spare) = self.medium else { return };
@@ -253,6 +362,9 @@ impl Image {
         let holes: &[(u64, u64)] = if self.state == State::Holes { &HOLES } else { &[] };
         for &(table, cluster) in holes.iter().chain(&FILLED) {
             let at = self.place(table, cluster);
+            if at >= self.size() {
+                continue;
+            }
             match self.state {
                 State::Zeros => ask(&mut engine, node, Request::zero(at, self.cluster))?,
                 _ => ask(&mut engine, node, Request::write(at, self.cluster))?,
@@ -271,23 +383,12 @@ impl Image {
             let file = engine.backend().file(cowbell_engine::units::FileId(i as u32));
             host.put(name, file.now().clone());
         }
-        if self.format == Format::Vmdk {
-            vmdk::put_id_back(self, host)?;
-        }
-        if self.format == Format::Vdi && self.state == State::Holes {
-            vdi::forget(host, HOLES.map(|(table, cluster)| table * 128 + cluster))?;
-        }
-        if self.state == State::Shared {
-            let file = host.open(Path::new(TOP), true).map_err(|why| why.to_string())?;
-            let now = qcow2::rest::snapshots::Moment { seconds: 0, nanos: 0 };
-            qcow2::rest::snapshots::create(&file, b"all", now).map_err(|why| why.to_string())?;
-        }
-        Ok(())
+        of(self.format).filled(self, host)
     }
 }
 
 /// Asks for something, and waits for it.
-fn ask(engine: &mut SimEngine<Node>, node: NodeId, request: Request) -> Result<(), String> {
+fn ask(engine: &mut SimEngine<Over<Node>>, node: NodeId, request: Request) -> Result<(), String> {
     let io: Io = request.io();
     let memory = match request.memory(FILLER) {
         Some(bytes) => bytes.into(),
@@ -320,7 +421,7 @@ pub(crate) const BACKING: &str = "backing.img";
 pub(crate) const SEED: u64 = 0x5eed;
 
 impl Subject for Image {
-    type Driver = Node;
+    type Driver = Over<Node>;
 
     fn text(&self) -> String {
         self.to_string()
@@ -344,7 +445,7 @@ impl Subject for Image {
     fn limits(&self) -> Limits {
         Limits {
             requests: 1,
-            ops: 32,
+            ops: if self.filter { 4 } else { 32 },
             buffers: self.buffers,
             bounce_buffers: 1,
             buffer_size: CLUSTER as usize,
@@ -358,38 +459,7 @@ impl Subject for Image {
     }
 
     fn make(&self, host: &SimHost) -> Result<(), String> {
-        if self.format == Format::Raw {
-            host.put(TOP, Contents::noise(SEED, self.size()));
-            self.put_on_device(host);
-            return Ok(());
-        }
-        if self.format == Format::Vmdk {
-            vmdk::make(self, host)?;
-            return self.fill_on_medium(host);
-        }
-        if self.backing {
-            // Where zeros are written as data, a few clusters are enough of them.
-            let end = match (self.long, self.old) {
-                (false, _) => self.place(1, 0),
-                (true, false) => self.place(4, 0),
-                (true, true) => self.place(2, 5),
-            };
-            host.put(BACKING, Contents::noise(!SEED, end + 1536));
-        }
-        let options = CreateOptions {
-            size: Some(self.size()),
-            backing_file: self.backing.then(|| BACKING.into()),
-            backing_format: self.backing.then_some(Format::Raw),
-            cluster_size: Some(self.cluster),
-            compat: self.old.then(|| "v2".into()),
-            refcount_bits: (self.cluster < CLUSTER).then_some(64),
-            table_size: (self.format == Format::Qed).then_some(1),
-            ..CreateOptions::default()
-        };
-        create(host, Path::new(TOP), self.format, &options).map_err(|why| why.to_string())?;
-        if self.layout == Layout::Tight {
-            vdi::make_tight(host)?;
-        }
+        of(self.format).make(self, host)?;
         self.fill_on_medium(host)
     }
 
@@ -406,14 +476,7 @@ impl Subject for Image {
     }
 
     fn holes(&self, file: &Contents) -> Option<u64> {
-        match self.format {
-            // Their refcounts want clusters of their own.
-            Format::Qcow2 if self.cluster < CLUSTER => None,
-            Format::Qcow2 => Some(qcow2_holes(file)),
-            Format::Qed | Format::Vmdk => Some(0),
-            Format::Vdi if self.state != State::Holes => Some(0),
-            _ => None,
-        }
+        of(self.format).holes(self, file)
     }
 
     fn may_be_full(&self) -> bool {
@@ -424,14 +487,17 @@ impl Subject for Image {
         }
     }
 
-    fn open(&self, host: &SimHost, engine: &mut SimEngine<Node>) -> Result<NodeId, String> {
+    fn open(&self, host: &SimHost, engine: &mut SimEngine<Over<Node>>) -> Result<NodeId, String> {
         let chain = self.chain(host, true)?;
-        attach(engine, chain, &self.run_options()).map_err(|why| why.to_string())
+        let node = attach_wrapped(engine, chain, None, &self.run_options())
+            .map_err(|why| why.to_string())?;
+        let filter = || Over::Filter(Filter::new(node, self.size()));
+        Ok(if self.filter { engine.add(filter()) } else { node })
     }
 
     fn size(&self) -> u64 {
         // The third table's last cluster is cut.
-        self.place(2, 2) + 1536
+        self.size.unwrap_or(self.place(2, 2) + 1536)
     }
 
     fn size_unit(&self) -> u64 {
@@ -455,7 +521,12 @@ impl Subject for Image {
     }
 
     fn beside(&self) -> Option<Image> {
-        let beside = |format| Image { backing: self.shares, ..Image::new(format) };
+        let beside = |format| Image {
+            backing: self.shares,
+            size: self.beside_size.or(self.size),
+            is_beside: true,
+            ..Image::new(format)
+        };
         self.beside.map(beside)
     }
 
@@ -466,7 +537,7 @@ impl Subject for Image {
     fn open_beside(
         &self,
         host: &SimHost,
-        engine: &mut SimEngine<Node>,
+        engine: &mut SimEngine<Over<Node>>,
         main: NodeId,
     ) -> Result<NodeId, String> {
         let Some(&below) = engine.node(main).below().first().filter(|_| self.backing) else {
@@ -474,17 +545,12 @@ impl Subject for Image {
         };
         let mut chain = self.chain(host, true)?;
         chain.layers.truncate(1);
-        attach_overlay(engine, chain, below, &self.run_options()).map_err(|why| why.to_string())
+        attach_wrapped(engine, chain, Some(below), &self.run_options())
+            .map_err(|why| why.to_string())
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
-        match self.format {
-            Format::Qed => Some(is_qed_metadata),
-            Format::Vmdk => Some(vmdk::is_metadata),
-            Format::Vdi => Some(vdi::is_metadata),
-            Format::Qcow2 => Some(is_qcow2_metadata),
-            _ => None,
-        }
+        of(self.format).metadata()
     }
 
     fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {
@@ -545,192 +611,77 @@ impl Subject for Image {
         repaired.map_err(|why| why.to_string())
     }
 
-    fn assert_idle(&self, driver: &Node) {
-        driver.assert_idle();
+    fn assert_idle(&self, driver: &Over<Node>) {
+        if let Over::Below(node) = driver {
+            node.assert_idle();
+        }
     }
 }
 
-/// Does `start..end` of a QED image with tables of one cluster touch its header or tables?
-fn is_qed_metadata(contents: &Contents, start: u64, end: u64) -> bool {
-    if start < 2 * CLUSTER {
-        return true;
-    }
-    let file = SimFile::new(contents.clone(), false);
-    let mut entry = [0; 8];
-    (0..CLUSTER).step_by(8).any(|at| {
-        let read = file.read_at(CLUSTER + at, &mut entry);
-        let table = u64::from_le_bytes(entry);
-        read.is_ok() && table != 0 && table < end && start < table.saturating_add(CLUSTER)
-    })
+/// Devices of images with tables. With `spare` clusters behind the image; full ones have room for one,
+/// if there is any.
+fn device_scopes_with_tables(image: Image, spare: u64) -> Vec<Scope> {
+    let fault = Budget { faults: 1, ..QUIET };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    let core = |image: &Image| workloads(image, &Shape::CORE, 2);
+    let roomy = Image { medium: Medium::Device(spare), ahead: 2, ..image };
+    let warm = Image { state: State::Warm, ..roomy };
+    let full = Image { medium: Medium::Device(spare.min(FILLED.len() as u64 + 1)), ..warm };
+    [
+        scopes_on([roomy, warm], fault, single),
+        scopes_on([warm], fault, core),
+        scopes_on([full], QUIET, core),
+    ]
+    .concat()
 }
 
-/// Does `start..end` of a qcow2 image touch its header or tables?
-fn is_qcow2_metadata(contents: &Contents, start: u64, end: u64) -> bool {
-    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
-    let file = SimFile::new(contents.clone(), false);
-    let Ok(image) = open(&file, Access::Read) else { return false };
-    let header = &image.header;
-    let entries = header.refcount_table_bytes() as usize / 8;
-    let blocks = read_words(&file, header.refcount_table_offset, entries, "read the table");
-    let offset = |word: &u64| word & 0x00ff_ffff_ffff_fe00;
-    let tables = image.l1.iter().map(offset).chain(blocks.unwrap_or_default());
-    let fixed = [0, header.l1_offset, header.refcount_table_offset];
-    let mut all = tables.filter(|&table| table != 0).chain(fixed);
-    let size = header.cluster_size();
-    all.any(|table| table < end && start < table.saturating_add(size))
-}
-
-/// Whole clusters of a qcow2 image with refcounts of 16 bits that have a refcount of 0, as far as
-/// refcount blocks count them.
-fn qcow2_holes(contents: &Contents) -> u64 {
-    use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
-    let file = SimFile::new(contents.clone(), false);
-    let Ok(image) = open(&file, Access::Read) else { return 0 };
-    let cluster = image.header.cluster_size();
-    let per_block = cluster / 2;
-    let clusters = contents.len() / cluster;
-    let blocks = clusters.div_ceil(per_block) as usize;
-    let table = read_words(&file, image.header.refcount_table_offset, blocks, "read the table");
-    let mut holes = 0;
-    let mut counts = vec![0; cluster as usize];
-    for (i, block) in table.unwrap_or_default().into_iter().enumerate().filter(|(_, b)| *b != 0) {
-        contents.read(block, &mut counts);
-        let there = (clusters - i as u64 * per_block).min(per_block) as usize;
-        let counts = counts.as_chunks::<2>().0;
-        holes += counts[..there].iter().filter(|count| **count == [0, 0]).count() as u64;
-    }
-    holes
-}
-
-impl fmt::Display for Image {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.state {
-            State::Cold => "cold",
-            State::Warm => "warm",
-            State::Zeros => "zeros",
-            State::Holes => "holes",
-            State::Shared => "shared",
-        };
-        let grow = match self.grow {
-            Grow::Truncate => "truncate",
-            Grow::Allocate => "allocate",
-            Grow::Write => "write",
-        };
-        let lie = match self.lie {
-            None => "none",
-            Some(Lie::FlushDoesNothing) => "flush-does-nothing",
-            Some(Lie::FuaDoesNothing) => "fua-does-nothing",
-            Some(Lie::ShortIsWhole) => "short-is-whole",
-            Some(Lie::ZeroDoesNothing) => "zero-does-nothing",
-        };
-        let layout = match self.layout {
-            Layout::Plain => "",
-            Layout::Split => "layout=split ",
-            Layout::Lazy => "layout=lazy ",
-            Layout::Tight => "layout=tight ",
-        };
-        let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
-        write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
-        if self.long {
-            write!(f, "long=true ")?;
-        }
-        if self.old {
-            write!(f, "old=true ")?;
-        }
-        if self.cluster != CLUSTER {
-            write!(f, "cluster={} ", self.cluster)?;
-        }
-        if let Medium::Device(spare) = self.medium {
-            write!(f, "device={spare} ")?;
-        }
-        if self.frees != FREES {
-            write!(f, "frees={} ", self.frees)?;
-        }
-        if !self.pass_discards {
-            write!(f, "pass-discards=false ")?;
-        }
-        if self.slow {
-            write!(f, "slow=true ")?;
-        }
-        if let Some(beside) = self.beside {
-            write!(f, "beside={beside} ")?;
-        }
-        if self.shares {
-            write!(f, "shares=true ")?;
-        }
-        write!(f, "buffers={buffers} align={align} depth={depth} grow={grow} ahead={ahead} ")?;
-        write!(f, "can-zero={can_zero} probed={} lie={lie}", self.probed)
-    }
-}
-
-impl FromStr for Image {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Image, String> {
-        let mut image = Image::new(Format::Raw);
-        for word in text.split_whitespace() {
-            let (key, value) = word.split_once('=').ok_or_else(|| format!("'{word}' has no ="))?;
-            let wrong = || format!("'{value}' is no {key}");
-            let flag = || value.parse().map_err(|_| wrong());
-            match key {
-                "format" => image.format = Format::from_name(value).ok_or_else(wrong)?,
-                "state" => {
-                    image.state = match value {
-                        "cold" => State::Cold,
-                        "warm" => State::Warm,
-                        "zeros" => State::Zeros,
-                        "holes" => State::Holes,
-                        "shared" => State::Shared,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "backing" => image.backing = flag()?,
-                "long" => image.long = flag()?,
-                "old" => image.old = flag()?,
-                "layout" => {
-                    image.layout = match value {
-                        "plain" => Layout::Plain,
-                        "split" => Layout::Split,
-                        "lazy" => Layout::Lazy,
-                        "tight" => Layout::Tight,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "device" => image.medium = Medium::Device(number(value)?),
-                "slow" => image.slow = flag()?,
-                "beside" => image.beside = Some(Format::from_name(value).ok_or_else(wrong)?),
-                "shares" => image.shares = value == "true",
-                "pass-discards" => image.pass_discards = flag()?,
-                "frees" => image.frees = number(value)? as usize,
-                "cluster" => image.cluster = number(value)?,
-                "cache" => image.cache = number(value)? as usize,
-                "buffers" => image.buffers = number(value)? as usize,
-                "align" => image.align = number(value)? as u32,
-                "depth" => image.depth = number(value)? as usize,
-                "grow" => {
-                    image.grow = match value {
-                        "truncate" => Grow::Truncate,
-                        "allocate" => Grow::Allocate,
-                        "write" => Grow::Write,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "ahead" => image.ahead = number(value)?,
-                "can-zero" => image.can_zero = flag()?,
-                "probed" => image.probed = flag()?,
-                "lie" => {
-                    image.lie = match value {
-                        "none" => None,
-                        "flush-does-nothing" => Some(Lie::FlushDoesNothing),
-                        "fua-does-nothing" => Some(Lie::FuaDoesNothing),
-                        "short-is-whole" => Some(Lie::ShortIsWhole),
-                        "zero-does-nothing" => Some(Lie::ZeroDoesNothing),
-                        _ => return Err(wrong()),
-                    };
-                }
-                _ => return Err(format!("'{key}' is no option of an image")),
-            }
-        }
-        Ok(image)
-    }
+/// What is telling of images with tables that lie over each other.
+fn special_with_tables(format: Format) -> Vec<Scope> {
+    let image = Image { ahead: 16, ..Image::new(format) };
+    let scope = scope_of;
+    let at = |table, cluster| image.place(table, cluster);
+    let head = |table, cluster| Request::write(at(table, cluster), 1024);
+    let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
+    let flush = Request::flush();
+    let overlay = Image { backing: true, ..image };
+    let zeros = Image { state: State::Zeros, ..overlay };
+    let warm = Image { state: State::Warm, ..image };
+    let device = Image { medium: Medium::Device(0), ..warm };
+    // Larger than a buffer.
+    let large = Image { cluster: 2 * image.cluster, ..overlay };
+    let across = Request::write(at(0, 2) - 1024, 2048);
+    // On one base.
+    let shared = Image { beside: Some(format), shares: format == Format::Qed, ..overlay };
+    let filter = Image { filter: true, buffers: 2, ..image };
+    vec![
+        scope(overlay, 0, 0, &[middle(0, 0)]),
+        scope(filter, 1, 0, &[Request::write(at(0, 0), 4096)]),
+        Scope { budget: Budget { closes: 1, ..QUIET }, ..scope(shared, 0, 0, &[head(0, 0)]) },
+        scope(zeros, 0, 0, &[middle(0, 0)]),
+        scope(large, 1, 0, &[middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), middle(0, 0)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(0, 1)]),
+        scope(overlay, 0, 0, &[Request::read(at(1, 0), 4096)]),
+        scope(overlay, 0, 0, &[Request::status(at(1, 0), 4096)]),
+        scope(overlay, 0, 0, &[Request::write(at(0, 1) - 1024, 2048), head(0, 1)]),
+        scope(warm, 0, 0, &[across, Request::read(at(0, 1), 8192)]),
+        scope(image, 0, 1, &[head(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), flush]),
+        scope(overlay, 1, 0, &[head(0, 0), middle(0, 0)]),
+        scope(image, 1, 0, &[head(0, 0), Request::zero(at(0, 0), 4096)]),
+        scope(overlay, 1, 0, &[head(0, 0), Request::write_fua(at(0, 1), 1024)]),
+        scope(overlay, 0, 0, &[head(0, 0), head(1, 0), head(2, 0)]),
+        scope(device, 0, 0, &[head(0, 2)]),
+        // No space, and then space; what a drain could not cut off.
+        scope(Image { ahead: 1, ..image }, 1, 0, &[head(0, 0), head(0, 1)]),
+        Scope {
+            budget: Budget { faults: 1, drains: 1, ..QUIET },
+            ..scope(image, 0, 0, &[head(0, 0), head(0, 1)])
+        },
+        // The file can be made longer no more.
+        Scope {
+            budget: Budget { faults: 1, breaks: true, ..QUIET },
+            ..scope(image, 0, 0, &[Request::write_fua(at(0, 0), 1024)])
+        },
+    ]
 }

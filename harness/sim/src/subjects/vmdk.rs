@@ -4,16 +4,75 @@ use cowbell_engine::store::Store;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
 use cowbell_formats::vmdk::rest::create::{Options, write_file};
-use cowbell_formats::{Host, LayerMeta};
+use cowbell_formats::{Format, Host, LayerMeta};
 use std::path::Path;
 
+use super::{BACKING, CLUSTER, FormatSubject, Image, Layout, SEED, State, TOP};
+use super::{device_scopes_with_tables, special_with_tables};
+use crate::backend::IsMetadata;
 use crate::disk::Contents;
+use crate::gate::{Scope, Shape};
 use crate::host::{SimFile, SimHost};
-use crate::image::{BACKING, Image, Layout, SEED, State, TOP};
 use crate::subject::Subject;
 
 /// The files of a split image, as they are named after [`TOP`].
 pub const EXTENTS: [&str; 2] = ["top-s001.img", "top-s002.img"];
+
+/// log2 of the entries in a grain table.
+const TABLE_BITS: u32 = 7;
+
+/// See the module.
+pub struct Vmdk;
+
+impl FormatSubject for Vmdk {
+    fn span(&self, image: &Image) -> u64 {
+        image.cluster << TABLE_BITS
+    }
+
+    fn make(&self, image: &Image, host: &SimHost) -> Result<(), String> {
+        make(image, host)
+    }
+
+    fn filled(&self, image: &Image, host: &SimHost) -> Result<(), String> {
+        put_id_back(image, host)
+    }
+
+    fn metadata(&self) -> Option<IsMetadata> {
+        Some(is_metadata)
+    }
+
+    fn resizes(&self) -> &'static [Shape] {
+        &[]
+    }
+
+    fn images(&self) -> Vec<Image> {
+        let plain = Image { ahead: 16, ..Image::new(Format::Vmdk) };
+        vec![
+            plain,
+            Image { state: State::Warm, ..plain },
+            Image { layout: Layout::Split, ..plain },
+            Image { layout: Layout::Lazy, cache: 1, ..plain },
+            Image { backing: true, cache: 1, ..plain },
+            Image { backing: true, layout: Layout::Split, state: State::Warm, ..plain },
+            Image { backing: true, state: State::Zeros, ..plain },
+            Image { align: 4096, buffers: 2, ..plain },
+        ]
+    }
+
+    fn growing_images(&self) -> Vec<Image> {
+        let plain = Image { ahead: 16, ..Image::new(Format::Vmdk) };
+        // Grains larger than a buffer.
+        vec![Image { cluster: 2 * CLUSTER, backing: true, buffers: 2, ..plain }]
+    }
+
+    fn device_scopes(&self) -> Vec<Scope> {
+        device_scopes_with_tables(Image::new(Format::Vmdk), 0)
+    }
+
+    fn special(&self) -> Vec<Scope> {
+        special_with_tables(Format::Vmdk)
+    }
+}
 
 /// The parent's content id.
 const PARENT: u32 = 0xba5e_0001;
@@ -27,7 +86,7 @@ pub fn is_as_made(meta: &LayerMeta) -> bool {
 }
 
 /// Has the image, which was filled, say again that it is as it was made.
-pub fn put_id_back(image: &Image, host: &SimHost) -> Result<(), String> {
+fn put_id_back(image: &Image, host: &SimHost) -> Result<(), String> {
     let chain = image.chain(host, false)?;
     let LayerMeta::Vmdk(opened) = &chain.layers[0].meta else {
         return Err("it is no VMDK image".into());
@@ -42,7 +101,7 @@ pub fn put_id_back(image: &Image, host: &SimHost) -> Result<(), String> {
 }
 
 /// Makes the files of `image`.
-pub fn make(image: &Image, host: &SimHost) -> Result<(), String> {
+fn make(image: &Image, host: &SimHost) -> Result<(), String> {
     let split = image.layout == Layout::Split;
     let kind = if split { Kind::TwoGbMaxExtentSparse } else { Kind::MonolithicSparse };
     if image.backing {
@@ -50,7 +109,7 @@ pub fn make(image: &Image, host: &SimHost) -> Result<(), String> {
     }
     let options = Options {
         grain_bits: image.cluster.trailing_zeros(),
-        table_bits: 7,
+        table_bits: TABLE_BITS,
         // Where images say so they say it of a parent's grains; without, they copy them.
         zeroed_grain: image.state == State::Zeros,
         parent: image.backing.then(|| (BACKING.as_bytes().to_vec(), PARENT)),
@@ -74,7 +133,7 @@ fn write(host: &SimHost, options: &Options) -> Result<(), String> {
 fn make_parent(image: &Image, host: &SimHost) -> Result<(), String> {
     let options = Options {
         grain_bits: image.cluster.trailing_zeros(),
-        table_bits: 7,
+        table_bits: TABLE_BITS,
         ..Options::new(Kind::MonolithicSparse, BACKING.as_bytes(), image.place(1, 0) + 1536, PARENT)
     };
     write(host, &options)?;
@@ -104,7 +163,7 @@ fn header<F: Store>(file: &F) -> Result<Header, String> {
 
 /// Does `start..` lie in front of the grains of an extent? Tables that were allocated late are
 /// taken for grains.
-pub fn is_metadata(contents: &Contents, start: u64, _end: u64) -> bool {
+fn is_metadata(contents: &Contents, start: u64, _end: u64) -> bool {
     let file = SimFile::new(contents.clone(), false);
     header(&file).is_ok_and(|header| start < header.overhead * SECTOR)
 }

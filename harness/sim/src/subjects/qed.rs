@@ -1,0 +1,79 @@
+//! QED images made small: tables of one cluster.
+
+use cowbell_formats::parts::growth::Grow;
+use cowbell_formats::qed::rest::open::{Access, open};
+use cowbell_formats::{CreateOptions, Format};
+
+use super::{CLUSTER, FormatSubject, Image, State, device_scopes_with_tables, special_with_tables};
+use crate::backend::IsMetadata;
+use crate::disk::Contents;
+use crate::gate::{Scope, Shape};
+use crate::host::{SimFile, SimHost};
+
+/// See the module.
+pub struct Qed;
+
+impl FormatSubject for Qed {
+    fn span(&self, image: &Image) -> u64 {
+        image.cluster * image.cluster / 8
+    }
+
+    fn make(&self, image: &Image, host: &SimHost) -> Result<(), String> {
+        image.create(host, CreateOptions { table_size: Some(1), ..CreateOptions::default() })
+    }
+
+    fn metadata(&self) -> Option<IsMetadata> {
+        Some(is_metadata)
+    }
+
+    fn resizes(&self) -> &'static [Shape] {
+        &[Shape::Grow]
+    }
+
+    fn images(&self) -> Vec<Image> {
+        let plain = Image { ahead: 16, ..Image::new(Format::Qed) };
+        vec![
+            plain,
+            Image { state: State::Warm, ..plain },
+            Image { backing: true, ..plain },
+            Image { backing: true, state: State::Warm, cache: 1, ..plain },
+            Image { backing: true, state: State::Zeros, ..plain },
+            Image { align: 4096, buffers: 2, ..plain },
+        ]
+    }
+
+    fn growing_images(&self) -> Vec<Image> {
+        let plain = Image { ahead: 16, ..Image::new(Format::Qed) };
+        // Clusters larger than a buffer.
+        let large = Image { cluster: 2 * CLUSTER, backing: true, buffers: 2, ..plain };
+        vec![
+            Image { grow: Grow::Write, ..plain },
+            Image { grow: Grow::Allocate, ..plain },
+            Image { grow: Grow::Write, backing: true, ..plain },
+            large,
+        ]
+    }
+
+    fn device_scopes(&self) -> Vec<Scope> {
+        device_scopes_with_tables(Image::new(Format::Qed), 0)
+    }
+
+    fn beside(&self) -> Format {
+        Format::Vmdk
+    }
+
+    fn special(&self) -> Vec<Scope> {
+        special_with_tables(Format::Qed)
+    }
+}
+
+/// Does `start..end` of a QED image touch its header or tables?
+fn is_metadata(contents: &Contents, start: u64, end: u64) -> bool {
+    let file = SimFile::new(contents.clone(), false);
+    let Ok(image) = open(&file, Access::Read) else { return false };
+    let (header, table) = (&image.header, image.geometry().table_bytes());
+    let is_in = |at: u64, len: u64| at < end && start < at.saturating_add(len);
+    is_in(0, header.header_bytes())
+        || is_in(header.l1_offset.0, table)
+        || image.l1.iter().any(|&at| at != 0 && is_in(at, table))
+}

@@ -1,0 +1,331 @@
+//! A copy between the disk and the one beside it: when it is started, paused, resumed and cancelled,
+//! and what must be so when it has ended.
+
+use cowbell_engine::mem::Mem;
+use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::units::{Errno, JobId, NodeId};
+use cowbell_engine::{Copy, Why};
+
+use super::{PROBE_TAG, Stage, World};
+use crate::choose::Choice;
+use crate::disk::{Contents, Sites};
+use crate::subject::Subject;
+
+/// A copy that is started once, at any time, and what may be done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyPlan {
+    /// From where to where.
+    pub way: Way,
+    /// The target is known to be zeros: then it is started before anything is written there.
+    pub target_is_zero: bool,
+    /// Times that it is paused.
+    pub pauses: u8,
+    /// May it be cancelled?
+    pub cancels: bool,
+    /// May the engine be drained while it runs?
+    pub drains: bool,
+    /// Does the guest of the disk beside use that?
+    pub beside: bool,
+}
+
+/// From where to where a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the disk beside to the disk.
+    In,
+    /// From the disk to the one beside.
+    Out,
+}
+
+impl CopyPlan {
+    /// Nothing is done with it.
+    pub const fn new(way: Way) -> CopyPlan {
+        CopyPlan {
+            way,
+            target_is_zero: false,
+            pauses: 0,
+            cancels: false,
+            drains: false,
+            beside: false,
+        }
+    }
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Phase {
+    #[default]
+    ToCome,
+    Runs,
+    Paused,
+    /// Somebody has cancelled it.
+    Cancelled,
+    Ended,
+}
+
+/// The copy of a world.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Copying {
+    plan: Option<CopyPlan>,
+    phase: Phase,
+    job: Option<JobId>,
+    /// Bytes that are said to be done.
+    done: u64,
+}
+
+impl std::hash::Hash for Copying {
+    fn hash<H: std::hash::Hasher>(&self, h: &mut H) {
+        let left = self.plan.map(|plan| (plan.pauses, plan.cancels));
+        (self.phase, left).hash(h);
+    }
+}
+
+impl Copying {
+    pub fn new(plan: Option<CopyPlan>) -> Copying {
+        Copying { plan, ..Copying::default() }
+    }
+
+    /// Is it under way?
+    pub fn runs(&self) -> bool {
+        matches!(self.phase, Phase::Runs | Phase::Paused | Phase::Cancelled)
+    }
+
+    /// Has it begun to write to the disk?
+    pub fn has_written_here(&self) -> bool {
+        let is_in = self.plan.is_some_and(|plan| plan.way == Way::In);
+        is_in && self.phase != Phase::ToCome
+    }
+
+    /// May the guest of the disk beside use it?
+    pub fn may_use_beside(&self) -> bool {
+        self.plan.is_none_or(|plan| plan.beside)
+    }
+
+    /// May the engine be drained now?
+    pub fn may_drain(&self) -> bool {
+        let Some(plan) = self.plan else { return true };
+        self.phase == Phase::Ended || self.runs() && plan.drains
+    }
+
+    /// The engine is being drained: it is to end.
+    pub fn is_drained(&mut self) {
+        if self.runs() {
+            self.phase = Phase::Cancelled;
+        }
+    }
+}
+
+/// Bytes of a piece, and pieces in flight at once: as small as may be, so that orders are many.
+const PIECE: usize = 4096;
+const IN_FLIGHT: usize = 2;
+
+impl<S: Subject> World<S> {
+    /// What can be done with the copy now.
+    pub(super) fn copy_choices(&self, out: &mut Vec<Choice>) {
+        let Some(plan) = self.copying.plan.filter(|_| self.stage == Stage::Running) else { return };
+        match self.copying.phase {
+            Phase::ToCome if self.may_copy(plan) => out.push(Choice::Copy),
+            Phase::Runs if plan.pauses > 0 => out.push(Choice::PauseCopy),
+            Phase::Paused => out.push(Choice::ResumeCopy),
+            _ => {}
+        }
+        let goes_on = matches!(self.copying.phase, Phase::Runs | Phase::Paused);
+        if goes_on && plan.cancels {
+            out.push(Choice::CancelCopy);
+        }
+    }
+
+    /// Is there room for it, and is its target as it is said to be?
+    fn may_copy(&self, plan: CopyPlan) -> bool {
+        let room = self.plan.workload.requests.len().max(1) + 1;
+        let is_known = !plan.target_is_zero || self.is_unwritten(plan.way);
+        self.engine.in_flight() < room && is_known
+    }
+
+    /// Has nobody written to the target of a copy?
+    fn is_unwritten(&self, way: Way) -> bool {
+        let asked = &self.plan.workload.requests[..self.next as usize];
+        match way {
+            Way::In => !asked.iter().any(|request| request.modifies()),
+            Way::Out => self.beside_next == 0,
+        }
+    }
+
+    /// Source and target.
+    fn ends_of(&self, way: Way) -> (NodeId, NodeId) {
+        let beside = self.beside.expect("a copy is between two disks");
+        match way {
+            Way::In => (beside, self.node),
+            Way::Out => (self.node, beside),
+        }
+    }
+
+    /// Begins it. Both disks stay as they are while it runs.
+    pub(super) fn start_copy(&mut self) -> Result<(), String> {
+        let plan = self.copying.plan.expect("chosen because there is one");
+        let (source, target) = self.ends_of(plan.way);
+        let copy = Copy {
+            target_is_zero: plan.target_is_zero,
+            in_flight: IN_FLIGHT,
+            piece: PIECE,
+            ..Copy::new(source, target)
+        };
+        let job = self.engine.start(copy).map_err(|why| format!("no copy: {why:?}"))?;
+        (self.copying.job, self.copying.phase) = (Some(job), Phase::Runs);
+        let World { shadow, others, .. } = self;
+        let others = others.as_mut().expect("a copy is between two disks");
+        match plan.way {
+            Way::In => shadow.copy_begins(others),
+            Way::Out => others.copy_begins(shadow),
+        }
+        for node in [source, target] {
+            if self.engine.close(node) != Err(Why::InUse)
+                || self.engine.pause(node) != Err(Why::InUse)
+            {
+                return Err(format!("{node:?} is closed or paused while it is copied"));
+            }
+            let cut = Io { kind: IoKind::Truncate, offset: 512, len: 0 };
+            let taken = self.engine.submit(node, cut, Mem::None, PROBE_TAG);
+            taken.map_err(|refused| format!("a truncation is refused: {:?}", refused.why))?;
+            let ended = self.engine.poll().map(|ended| (ended.tag, ended.result));
+            if ended != Some((PROBE_TAG, Err(Errno::INVALID))) {
+                return Err(format!("{node:?} is resized while it is copied: {ended:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn pause_copy(&mut self) -> Result<(), String> {
+        if let Some(plan) = &mut self.copying.plan {
+            plan.pauses -= 1;
+        }
+        self.copying.phase = Phase::Paused;
+        self.is_known(|engine, job| engine.pause_job(job))
+    }
+
+    pub(super) fn resume_copy(&mut self) -> Result<(), String> {
+        self.copying.phase = Phase::Runs;
+        self.is_known(|engine, job| engine.resume_job(job))
+    }
+
+    pub(super) fn cancel_copy(&mut self) -> Result<(), String> {
+        self.copying.phase = Phase::Cancelled;
+        self.is_known(|engine, job| engine.cancel_job(job))
+    }
+
+    fn is_known(
+        &mut self,
+        ask: impl FnOnce(&mut crate::subject::SimEngine<S::Driver>, JobId) -> bool,
+    ) -> Result<(), String> {
+        let job = self.copying.job.expect("chosen because it runs");
+        if ask(&mut self.engine, job) {
+            Ok(())
+        } else {
+            Err("a copy that runs is not known".into())
+        }
+    }
+
+    /// What the source holds now may come to be in the target.
+    pub(super) fn copy_sees(&mut self) {
+        if !self.copying.runs() {
+            return;
+        }
+        let World { shadow, others, .. } = self;
+        let others = others.as_mut().expect("a copy is between two disks");
+        match self.copying.plan.map(|plan| plan.way) {
+            Some(Way::In) => shadow.copy_sees(others),
+            _ => others.copy_sees(shadow),
+        }
+    }
+
+    /// How far it says that it is: never back, never more than there is, and never more than is there.
+    pub(super) fn see_progress(&mut self) -> Result<(), String> {
+        if !self.copying.runs() {
+            return Ok(());
+        }
+        let progress = self.copying.job.and_then(|job| self.engine.job_progress(job));
+        let progress = progress.ok_or("a copy that runs has no progress")?;
+        let way = self.copying.plan.expect("it runs").way;
+        let (_, target) = self.ends_of(way);
+        let total = self.engine.node(target).size();
+        if progress.total != total || progress.done > total || progress.done < self.copying.done {
+            return Err(format!("a copy of {total} bytes is at {progress:?}"));
+        }
+        self.copying.done = progress.done;
+        // What is written there is in its file at once; its bytes were noise.
+        if way == Way::In && !self.plan.subject.writes_back() {
+            let files = self.files();
+            let there = self.shadow.bytes_changed(&self.inspect(&files)?.found);
+            if there < progress.done {
+                return Err(format!("{} bytes are copied, and {there} are there", progress.done));
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy has ended.
+    pub(super) fn see_copied(
+        &mut self,
+        job: JobId,
+        result: Result<(), Errno>,
+    ) -> Result<(), String> {
+        if !self.copying.runs() || self.copying.job != Some(job) {
+            return Err(format!("{job:?} has ended, which does not run"));
+        }
+        let way = self.copying.plan.expect("it ran").way;
+        let was_cancelled = self.copying.phase == Phase::Cancelled;
+        self.copying.phase = Phase::Ended;
+        let engine = &mut self.engine;
+        let knows = engine.job_progress(job).is_some()
+            || engine.pause_job(job)
+            || engine.resume_job(job)
+            || engine.cancel_job(job);
+        if knows {
+            return Err("a copy has ended, and is there still".into());
+        }
+        let is_full = way == Way::In && self.plan.subject.may_be_full();
+        match result {
+            Err(Errno::CANCELED) if was_cancelled => {}
+            Err(Errno::NO_SPACE) if is_full => {}
+            Err(errno) if !self.faulted => {
+                return Err(format!("a copy failed although nothing did: {errno}"));
+            }
+            _ => {}
+        }
+        match way {
+            Way::In => self.shadow.copy_ends(result.is_ok()),
+            Way::Out => {
+                let others = self.others.as_mut().expect("a copy is between two disks");
+                others.copy_ends(result.is_ok());
+                if result.is_ok() {
+                    self.inspect_copy()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All has been copied to the disk beside, and is stable: so it is whatever a crash leaves.
+    fn inspect_copy(&self) -> Result<(), String> {
+        let sites = self.engine.backend().crash_sites_beside();
+        let least = |sites: &Sites| sites.image(|_| 0, 0);
+        let most = |sites: &Sites| {
+            let last = |site: usize| sites.sites[site].options.len() - 1;
+            sites.image(last, sites.lengths.len() - 1)
+        };
+        for left in [sites.iter().map(least).collect(), sites.iter().map(most).collect()] {
+            let left: Vec<Contents> = left;
+            self.inspect_others(&left)?;
+        }
+        Ok(())
+    }
+
+    /// What a crash may leave of the disk beside, now.
+    fn inspect_others(&self, files: &[Contents]) -> Result<(), String> {
+        let (Some(other), Some(others)) = (self.plan.subject.beside(), &self.others) else {
+            return Ok(());
+        };
+        let verdict = self.plan.verdicts_beside.of(&other, files)?;
+        others.check_other_crash(&self.plan.cut.found(&verdict, files))
+    }
+}
