@@ -141,20 +141,21 @@ impl Machine<'_> {
             return Step::Go(State::Piece);
         }
         let job = &self.core.copies[self.worker.job as usize];
-        let source = job.copy.source;
+        let (source, offset) = (job.copy.source, job.copy.source_offset + at);
         if at >= job.source_size {
             return self.zero(end - at);
         }
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
         self.core.mem.region_mut_of(seg).fill(0);
-        self.core.ask_status(self.me, source, (at, end - at), seg);
+        self.core.ask_status(self.me, source, (offset, end - at), seg);
         Step::Wait(State::Status)
     }
 
     fn answered(&mut self) -> Step<State> {
         let Worker { at, end, .. } = *self.worker;
         let job = &self.core.copies[self.worker.job as usize];
-        let (source, piece) = (job.copy.source, job.copy.piece as u64);
+        let (source, offset) = (job.copy.source, job.copy.source_offset + at);
+        let piece = job.copy.piece as u64;
         let seg = self.memory(piece, Status::BYTES as u64);
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
         let Some(status) = status.filter(|status| (1..=end - at).contains(&status.len)) else {
@@ -164,7 +165,7 @@ impl Machine<'_> {
             return self.zero(status.len);
         }
         let segs = Segs::one(self.memory(0, status.len));
-        self.core.issue(self.me, Op::read(Target::Node(source), at, segs));
+        self.core.issue(self.me, Op::read(Target::Node(source), offset, segs));
         Step::Wait(State::Read { len: status.len })
     }
 
@@ -175,16 +176,18 @@ impl Machine<'_> {
             return self.written(len);
         }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
-        let op = Op { kind, target, offset: self.worker.at, len, segs: Segs::none() };
+        let offset = copy.target_offset + self.worker.at;
+        let op = Op { kind, target, offset, len, segs: Segs::none() };
         self.core.issue(self.me, op);
         Step::Wait(State::Write { len })
     }
 
     fn write(&mut self, len: u64) -> Step<State> {
-        let target = Target::Node(self.core.copies[self.worker.job as usize].copy.target);
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (target, offset) = (Target::Node(copy.target), copy.target_offset + self.worker.at);
         let segs = Segs::one(self.memory(0, len));
         let kind = OpKind::Write { fua: false };
-        self.core.issue(self.me, Op { kind, target, offset: self.worker.at, len, segs });
+        self.core.issue(self.me, Op { kind, target, offset, len, segs });
         Step::Wait(State::Write { len })
     }
 

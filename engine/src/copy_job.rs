@@ -8,8 +8,15 @@ use crate::wait::WaitList;
 pub struct Copy {
     /// The disk that is read, with the layers below it.
     pub source: NodeId,
-    /// The disk that is written. Where it is longer than the source, the rest becomes zeros.
+    /// The disk that is written.
     pub target: NodeId,
+    /// Where in the source the copy begins, in bytes. Default: 0.
+    pub source_offset: u64,
+    /// Where in the target it goes, in bytes. Default: 0.
+    pub target_offset: u64,
+    /// How many bytes of the target are written; where the source ends before, the rest becomes zeros.
+    /// `None`: all from `target_offset` on, which is no less than the source has. Default: `None`.
+    pub len: Option<u64>,
     /// The target is known to read as zeros: what is zeros in the source is skipped, not written.
     /// Default: false.
     pub target_is_zero: bool,
@@ -26,8 +33,17 @@ pub struct Copy {
 impl Copy {
     /// Of `source` to `target`, with the defaults.
     pub fn new(source: NodeId, target: NodeId) -> Copy {
-        let (in_flight, piece) = (8, 256 << 10);
-        Copy { source, target, target_is_zero: false, in_flight, piece, rate: None }
+        Copy {
+            source,
+            target,
+            source_offset: 0,
+            target_offset: 0,
+            len: None,
+            target_is_zero: false,
+            in_flight: 8,
+            piece: 256 << 10,
+            rate: None,
+        }
     }
 
     /// Each number brought within its range.
@@ -57,7 +73,8 @@ pub(crate) struct CopyJob {
     pub copy: Copy,
     /// Memory of all pieces.
     pub region: RegionId,
-    /// Sizes of both disks.
+    /// Bytes to copy, and how many of these the source has. Places in the job are counted from its
+    /// own beginning.
     pub source_size: u64,
     pub total: u64,
     /// Where the next piece begins.

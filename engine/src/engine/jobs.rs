@@ -26,7 +26,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// And nothing was begun. As a [`submit`](Engine::submit) to each of them;
     /// [`Why::InUse`]: they are one node, another node reads from the target, or one of them is being
-    /// resized; [`Why::TooSmall`]: the target is shorter than the source.
+    /// resized; [`Why::TooSmall`]: what is to be copied does not fit into the target, or begins behind
+    /// the source's end.
     pub fn start(&mut self, copy: Copy) -> Result<JobId, Why> {
         let copy = copy.within_ranges();
         let uses = [copy.source, copy.target];
@@ -42,10 +43,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if copy.source == copy.target || is_resized || is_below {
             return Err(Why::InUse);
         }
-        let (source_size, total) = (self.size(copy.source), self.size(copy.target));
-        if total < source_size {
-            return Err(Why::TooSmall);
-        }
+        let (source_size, total) = self.extent_of(&copy).ok_or(Why::TooSmall)?;
         for node in uses {
             self.life.why_not(&mut self.core, node)?;
         }
@@ -78,6 +76,17 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             (slot.work, slot.cause) = (Work::Copy(key), Cause::Start);
         }
         Ok(id)
+    }
+
+    /// How many bytes there are to copy from the source, and to write to the target. `None`: they do
+    /// not fit.
+    fn extent_of(&self, copy: &Copy) -> Option<(u64, u64)> {
+        let source = self.size(copy.source).checked_sub(copy.source_offset)?;
+        let room = self.size(copy.target).checked_sub(copy.target_offset)?;
+        match copy.len {
+            Some(len) => (len <= room).then_some((source.min(len), len)),
+            None => (source <= room).then_some((source, room)),
+        }
     }
 
     fn job_mut(&mut self, job: JobId) -> Option<&mut CopyJob> {

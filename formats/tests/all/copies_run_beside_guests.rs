@@ -104,6 +104,62 @@ fn of_every_format_to_every_other() {
     }
 }
 
+/// A disk of the first format with something on it, and one of the second, full of something else.
+fn filled<B: Backend<File = DiskFile>>(
+    engine: &mut Engine<Node, B>,
+    folder: &Path,
+    (from, to): (Format, Format),
+    sizes: [u64; 2],
+) -> ([NodeId; 2], [Vec<u8>; 2]) {
+    let mut rng = Rng(11);
+    let paths = [folder.join("from"), folder.join("to")];
+    let mut models = sizes.map(|size| vec![0; size as usize]);
+    let mut disks = Vec::new();
+    for (i, format) in [from, to].into_iter().enumerate() {
+        make(&paths[i], format, sizes[i]);
+        disks.push(add(engine, &paths[i], format, false));
+        fill(engine, disks[i], &mut models[i], &mut rng);
+    }
+    ([disks[0], disks[1]], models)
+}
+
+#[test]
+fn a_part_goes_to_another_place() {
+    for (from, to) in [(Format::Raw, Format::Qcow2), (Format::Qed, Format::Raw)] {
+        let folder = folder();
+        let mut engine = aio(Limits::default());
+        let sizes = [SIZE, 2 * SIZE];
+        let (disks, mut models) = filled(&mut engine, folder.path(), (from, to), sizes);
+        for (source_offset, target_offset, len) in [
+            (12_800, 3584, Some(1 << 20)),
+            (SIZE - 65_536, 1 << 20, Some(1 << 18)),
+            (SIZE - 512, 512, Some(0)),
+            (1 << 20, 5 << 20, None),
+        ] {
+            let copy = Copy { source_offset, target_offset, len, ..Copy::new(disks[0], disks[1]) };
+            let job = engine.start(copy).expect("it starts");
+            let len = len.unwrap_or(sizes[1] - target_offset) as usize;
+            assert_eq!(engine.job_progress(job).map(|its| its.total), Some(len as u64));
+            assert_eq!(end_of(&mut engine, job), Ok(()));
+            let mut part = models[0][source_offset as usize..].to_vec();
+            part.resize(len, 0);
+            models[1][target_offset as usize..][..len].copy_from_slice(&part);
+            assert!(read(&mut engine, disks[1], sizes[1]) == models[1], "{copy:?}");
+        }
+        for (source_offset, target_offset, len) in [
+            (SIZE + 1, 0, Some(0)),
+            (0, 2 * SIZE + 1, Some(0)),
+            (0, SIZE, Some(SIZE + 1)),
+            (0, SIZE + 512, None),
+            (u64::MAX, u64::MAX, Some(u64::MAX)),
+        ] {
+            let copy = Copy { source_offset, target_offset, len, ..Copy::new(disks[0], disks[1]) };
+            assert_eq!(engine.start(copy), Err(Why::TooSmall), "{copy:?}");
+        }
+        drain(&mut engine);
+    }
+}
+
 #[test]
 fn a_far_longer_target_holds_nobody_up() {
     // Only where that is a few numbers: the rest is not looked at.
