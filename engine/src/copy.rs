@@ -11,11 +11,15 @@
 //!   └────────────── end of piece <──┘
 //! ```
 //!
+//! A worker asks on while it is told of data, and then reads all of it at once. What it has read it
+//! may look through for zeros, and writes stretch after stretch. Stretches end where units of the
+//! target do: a unit that is data in part is data.
+//!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
 
-use crate::copy_job::{PAGE, State, Worker};
+use crate::copy_job::{PAGE, State, Worker, Zeros};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
@@ -84,9 +88,9 @@ impl Machine<'_> {
         match (self.worker.state, event) {
             (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
             (State::Piece, _) => self.take_piece(),
-            (State::Status, Event::Start) => self.ask_status(),
+            (State::Status, Event::Start) => self.go_on(),
             (State::Status, _) => self.answered(),
-            (State::Read { len }, _) => self.write(len),
+            (State::Read, _) => self.store(),
             (State::Write { len }, _) => self.written(len),
             (State::Flush, _) => Step::Done(Ok(())),
         }
@@ -118,16 +122,20 @@ impl Machine<'_> {
             self.core.copies[self.worker.job as usize].waiters = list;
             return Step::Wait(State::Piece);
         }
-        let mut len = (job.total - job.next).min(job.copy.piece as u64);
+        let mut end = job.next.saturating_add(job.copy.piece as u64).min(job.total);
+        if end < job.total {
+            end = job.copy.unit_floor(end);
+        }
         if job.next < job.source_size {
             // No piece is of both.
-            len = len.min(job.source_size - job.next);
-        } else if job.copy.target_is_zero {
+            end = end.min(job.source_size);
+        } else if job.skips_zeros() {
             // Nothing has to be done for the rest, however long it is.
-            len = job.total - job.next;
+            end = job.total;
         }
-        (self.worker.at, self.worker.end) = (job.next, job.next + len);
-        job.next += len;
+        let (at, len) = (job.next, end - job.next);
+        *self.worker = Worker { at, end, data_end: at, held: (at, at), ..*self.worker };
+        job.next = end;
         if let Some(rate) = job.copy.rate {
             let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
             job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
@@ -135,57 +143,108 @@ impl Machine<'_> {
         Step::Go(State::Status)
     }
 
-    fn ask_status(&mut self) -> Step<State> {
-        let Worker { at, end, .. } = *self.worker;
+    /// What has been read is written first; then the rest of the piece is asked about.
+    fn go_on(&mut self) -> Step<State> {
+        let Worker { at, end, held, .. } = *self.worker;
+        if at < held.1 {
+            return self.store();
+        }
         if at == end {
             return Step::Go(State::Piece);
         }
+        self.ask_status()
+    }
+
+    fn ask_status(&mut self) -> Step<State> {
+        let Worker { data_end: from, end, .. } = *self.worker;
         let job = &self.core.copies[self.worker.job as usize];
-        let (source, offset) = (job.copy.source, job.copy.source_offset + at);
-        if at >= job.source_size {
-            return self.zero(end - at);
+        let (source, offset) = (job.copy.source, job.copy.source_offset + from);
+        if from >= job.source_size {
+            return self.zero(end - from);
         }
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
         self.core.mem.region_mut_of(seg).fill(0);
-        self.core.ask_status(self.me, source, (offset, end - at), seg);
+        self.core.ask_status(self.me, source, (offset, end - from), seg);
         Step::Wait(State::Status)
     }
 
     fn answered(&mut self) -> Step<State> {
-        let Worker { at, end, .. } = *self.worker;
+        let Worker { at, data_end: from, end, .. } = *self.worker;
         let job = &self.core.copies[self.worker.job as usize];
-        let (source, offset) = (job.copy.source, job.copy.source_offset + at);
-        let piece = job.copy.piece as u64;
-        let seg = self.memory(piece, Status::BYTES as u64);
+        let copy = job.copy;
+        let seg = self.memory(copy.piece as u64, Status::BYTES as u64);
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
-        let Some(status) = status.filter(|status| (1..=end - at).contains(&status.len)) else {
+        let Some(status) = status.filter(|status| (1..=end - from).contains(&status.len)) else {
             return Step::Done(Err(Errno::IO));
         };
-        if status.kind.is_zero() {
-            return self.zero(status.len);
+        let to = from + status.len;
+        let whole = if to == end { end } else { copy.unit_floor(to) };
+        if status.kind.is_zero() && whole > from {
+            // What is data before it comes first; then the same is asked again.
+            return if from > at { self.read() } else { self.zero(whole - from) };
         }
-        let segs = Segs::one(self.memory(0, status.len));
-        self.core.issue(self.me, Op::read(Target::Node(source), offset, segs));
-        Step::Wait(State::Read { len: status.len })
+        self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
+        if self.worker.data_end == end { self.read() } else { self.ask_status() }
+    }
+
+    fn read(&mut self) -> Step<State> {
+        let Worker { at, data_end, .. } = *self.worker;
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
+        let segs = Segs::one(self.memory(0, data_end - at));
+        self.worker.held = (at, data_end);
+        self.core.issue(self.me, Op::read(source, offset, segs));
+        Step::Wait(State::Read)
+    }
+
+    /// Writes the first stretch of what has been read and not yet been written.
+    fn store(&mut self) -> Step<State> {
+        let Worker { at, held, .. } = *self.worker;
+        let copy = self.core.copies[self.worker.job as usize].copy;
+        if copy.zeros != Zeros::Found {
+            return self.write(held.1 - at);
+        }
+        let seg = self.memory(at - held.0, held.1 - at);
+        let bytes = self.core.mem.region_mut_of(seg);
+        let is_zeros = |from: u64, to: u64| is_zeros(&bytes[(from - at) as usize..(to - at) as usize]);
+        let mut end = copy.unit_end(at).min(held.1);
+        let zeros = is_zeros(at, end);
+        while end < held.1 {
+            let next = copy.unit_end(end).min(held.1);
+            if is_zeros(end, next) != zeros {
+                break;
+            }
+            end = next;
+        }
+        if zeros { self.zero(end - at) } else { self.write(end - at) }
     }
 
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
-        let copy = self.core.copies[self.worker.job as usize].copy;
-        if copy.target_is_zero {
+        let job = &self.core.copies[self.worker.job as usize];
+        let copy = job.copy;
+        if job.skips_zeros() {
             return self.written(len);
         }
+        let at = self.worker.at;
+        if copy.zeros == Zeros::Written {
+            let seg = self.memory(0, len);
+            self.core.mem.region_mut_of(seg).fill(0);
+            self.worker.held = (at, at + len);
+            return self.write(len);
+        }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
-        let offset = copy.target_offset + self.worker.at;
-        let op = Op { kind, target, offset, len, segs: Segs::none() };
+        let op = Op { kind, target, offset: copy.target_offset + at, len, segs: Segs::none() };
         self.core.issue(self.me, op);
         Step::Wait(State::Write { len })
     }
 
+    /// Writes the next `len` bytes, which are in memory.
     fn write(&mut self, len: u64) -> Step<State> {
+        let Worker { at, held, .. } = *self.worker;
         let copy = &self.core.copies[self.worker.job as usize].copy;
-        let (target, offset) = (Target::Node(copy.target), copy.target_offset + self.worker.at);
-        let segs = Segs::one(self.memory(0, len));
+        let (target, offset) = (Target::Node(copy.target), copy.target_offset + at);
+        let segs = Segs::one(self.memory(at - held.0, len));
         let kind = OpKind::Write { fua: false };
         self.core.issue(self.me, Op { kind, target, offset, len, segs });
         Step::Wait(State::Write { len })
@@ -193,9 +252,18 @@ impl Machine<'_> {
 
     fn written(&mut self, len: u64) -> Step<State> {
         self.worker.at += len;
+        self.worker.data_end = self.worker.data_end.max(self.worker.at);
         self.core.copies[self.worker.job as usize].done += len;
         Step::Go(State::Status)
     }
+}
+
+/// Are they all 0?
+fn is_zeros(bytes: &[u8]) -> bool {
+    let chunks = bytes.chunks_exact(64);
+    let rest = chunks.remainder();
+    let or = |bytes: &[u8]| bytes.iter().fold(0, |or, byte| or | byte);
+    or(rest) == 0 && chunks.into_iter().all(|chunk| or(chunk) == 0)
 }
 
 /// Bytes of memory that each worker has.

@@ -3,6 +3,17 @@
 use crate::units::{Errno, JobId, NodeId, RegionId, Time};
 use crate::wait::WaitList;
 
+/// What a copy does about zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Zeros {
+    /// What the source says to be zeros is zeroed in the target, or skipped if that is zeros already.
+    Told,
+    /// So is data that turns out to be zeros when it has been read.
+    Found,
+    /// All is written as data, so that the target has space for it.
+    Written,
+}
+
 /// What [`Engine::start`](crate::Engine::start) is to copy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Copy {
@@ -20,6 +31,12 @@ pub struct Copy {
     /// The target is known to read as zeros: what is zeros in the source is skipped, not written.
     /// Default: false.
     pub target_is_zero: bool,
+    /// What becomes of zeros. Default: [`Zeros::Told`].
+    pub zeros: Zeros,
+    /// Bytes in a unit: a power of two from 512 to the size of a piece; the nearest below is taken. The
+    /// target is written, zeroed and skipped in whole units, counted from its first byte, but for the
+    /// ends of what is copied. A unit is zeros if all of it is. Default: 512.
+    pub unit: usize,
     /// Pieces in flight at once: 1 to 64, the nearest is taken. Default: 8.
     pub in_flight: usize,
     /// Bytes in a piece: a multiple of 4096, up to 1 MiB; the nearest is taken. Default: 256 KiB.
@@ -40,6 +57,8 @@ impl Copy {
             target_offset: 0,
             len: None,
             target_is_zero: false,
+            zeros: Zeros::Told,
+            unit: UNIT_MIN,
             in_flight: 8,
             piece: 256 << 10,
             rate: None,
@@ -49,8 +68,21 @@ impl Copy {
     /// Each number brought within its range.
     pub(crate) fn within_ranges(self) -> Copy {
         let piece = self.piece.clamp(PAGE as usize, 1 << 20) & !(PAGE as usize - 1);
+        // A power of two, and below that.
+        let unit = 1 << self.unit.clamp(UNIT_MIN, piece).ilog2();
+        let piece = piece & !(unit - 1);
         let rate = self.rate.map(|rate| rate.max(1));
-        Copy { in_flight: self.in_flight.clamp(1, 64), piece, rate, ..self }
+        Copy { in_flight: self.in_flight.clamp(1, 64), piece, unit, rate, ..self }
+    }
+
+    /// Where the unit ends that byte `at` of the copy lies in.
+    pub(crate) fn unit_end(&self, at: u64) -> u64 {
+        at + self.unit as u64 - ((self.target_offset + at) & (self.unit as u64 - 1))
+    }
+
+    /// The last place at or before `at` where a unit begins; 0 if that is before the copy.
+    pub(crate) fn unit_floor(&self, at: u64) -> u64 {
+        at.saturating_sub((self.target_offset + at) & (self.unit as u64 - 1))
     }
 }
 
@@ -62,6 +94,9 @@ pub struct JobProgress {
     /// In all.
     pub total: u64,
 }
+
+/// Nothing smaller than this many bytes is told apart.
+const UNIT_MIN: usize = 512;
 
 /// Bytes behind each piece's memory: what is where is answered into them.
 pub(crate) const PAGE: u64 = 4096;
@@ -92,6 +127,11 @@ pub(crate) struct CopyJob {
 }
 
 impl CopyJob {
+    /// Is there nothing to do for zeros?
+    pub fn skips_zeros(&self) -> bool {
+        self.copy.target_is_zero && self.copy.zeros != Zeros::Written
+    }
+
     /// When workers that wait are to be woken.
     pub fn deadline(&self) -> Option<Time> {
         let waits = !self.waiters.is_empty() && !self.is_paused;
@@ -109,7 +149,18 @@ pub(crate) struct Worker {
     /// What is left of its piece.
     pub at: u64,
     pub end: u64,
+    /// What is known to be data ends here; beyond it nothing is known.
+    pub data_end: u64,
+    /// What has been read, from and to: it is at the start of the memory.
+    pub held: (u64, u64),
     pub state: State,
+}
+
+impl Worker {
+    /// Of this job, with memory from this byte of its region on.
+    pub fn new(job: u32, memory: u32) -> Worker {
+        Worker { job, memory, at: 0, end: 0, data_end: 0, held: (0, 0), state: State::Piece }
+    }
 }
 
 /// Named by what is awaited.
@@ -119,8 +170,8 @@ pub(crate) enum State {
     Piece,
     /// What is where.
     Status,
-    /// So many bytes of the source.
-    Read { len: u64 },
+    /// What is known to be data, in memory.
+    Read,
     /// So many bytes, written to the target or zeroed there.
     Write { len: u64 },
     /// All that was written is stable.

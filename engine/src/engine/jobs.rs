@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::backend::Backend;
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, State, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Worker};
 use crate::life::{Drain, Why};
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Origin, Work};
@@ -69,7 +69,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         uses.iter().for_each(|node| core.nodes[node.index()].jobs += 1);
         for at in 0..copy.in_flight {
             let memory = (at * lane) as u32;
-            let worker = Worker { job, memory, at: 0, end: 0, state: State::Piece };
+            let worker = Worker::new(job, memory);
             let key = core.workers.insert(worker) as u32;
             let id = core.begin(copy.target, Io::flush(), Origin::Chore, 0, 0);
             let slot = core.ops.slot_mut(id);

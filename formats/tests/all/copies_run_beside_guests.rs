@@ -1,6 +1,7 @@
 //! A job copies one disk to another while the engine goes on: of any format, with holes and without,
 //! paused, canceled, slowed down, and failing.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::common::drive::{add, check, drain, folder, is_readable, make, make_with, settle};
@@ -14,7 +15,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, JobId, NodeId, Time};
-use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why};
+use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why, Zeros};
 use cowbell_formats::{CreateOptions, Format, Node};
 
 const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
@@ -157,6 +158,53 @@ fn a_part_goes_to_another_place() {
             assert_eq!(engine.start(copy), Err(Why::TooSmall), "{copy:?}");
         }
         drain(&mut engine);
+    }
+}
+
+#[test]
+fn zeros_are_found_or_written_in_whole_units() {
+    // A block of bytes in each 20 KiB, one byte at the end of a 64 KiB unit, and nothing else.
+    let mut bytes = vec![0; SIZE as usize];
+    (0..bytes.len() - 4096).step_by(20_480).for_each(|at| bytes[at..at + 4096].fill(7));
+    bytes[2 << 20..3 << 20].fill(0);
+    bytes[(5 << 19) - 1] = 1;
+    for to in [Format::Raw, Format::Qcow2, Format::Vdi] {
+        for zeros in [Zeros::Told, Zeros::Found, Zeros::Written] {
+            for unit in [0, 512, 4096, 5000, 65_536, 1 << 30] {
+                for is_new in [true, false] {
+                    let folder = folder();
+                    let mut engine = aio(Limits::default());
+                    let path = |name: &str| folder.path().join(name);
+                    std::fs::write(path("from"), &bytes).expect("a scratch file");
+                    make(&path("to"), to, SIZE);
+                    let source = add(&mut engine, &path("from"), Format::Raw, false);
+                    let target = add(&mut engine, &path("to"), to, false);
+                    if !is_new {
+                        fill(&mut engine, target, &mut vec![0; SIZE as usize], &mut Rng(5));
+                    }
+                    let copy = Copy::new(source, target);
+                    let copy = Copy { zeros, unit, target_is_zero: is_new, ..copy };
+                    let job = engine.start(copy).expect("it starts");
+                    assert_eq!(end_of(&mut engine, job), Ok(()));
+                    assert!(read(&mut engine, target, SIZE) == bytes, "{copy:?}");
+                    drain(&mut engine);
+                    if to == Format::Raw && is_new {
+                        // What a file system gives is a whole number of its blocks.
+                        let unit = (unit as u64).clamp(4096, 256 << 10).next_power_of_two();
+                        let units = bytes.chunks(unit as usize);
+                        let has_data = |unit: &&[u8]| unit.iter().any(|&byte| byte != 0);
+                        let found = units.filter(has_data).count() as u64 * unit;
+                        let taken = std::fs::metadata(path("to")).expect("it is there").blocks();
+                        let taken = taken * 512;
+                        match zeros {
+                            Zeros::Found if unit == 4096 => assert!(taken <= found + 65_536),
+                            Zeros::Found => assert!(taken < SIZE),
+                            _ => assert!(taken >= SIZE, "{copy:?}: {taken}"),
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 
