@@ -179,9 +179,14 @@ impl Machine<'_> {
         };
         let to = from + status.len;
         let whole = if to == end { end } else { copy.unit_floor(to) };
-        if status.kind.is_zero() && whole > from {
-            // What is data before it comes first; then the same is asked again.
-            return if from > at { self.read() } else { self.zero(whole - from) };
+        let is_left = copy.only_top && status.depth > 0;
+        if (is_left || status.kind.is_zero()) && whole > from {
+            return match () {
+                // What is data before it comes first; then the same is asked again.
+                () if from > at => self.read(),
+                () if is_left => self.written(whole - from),
+                () => self.zero(whole - from),
+            };
         }
         self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
         if self.worker.data_end == end { self.read() } else { self.ask_status() }

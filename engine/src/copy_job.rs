@@ -31,6 +31,9 @@ pub struct Copy {
     /// The target is known to read as zeros: what is zeros in the source is skipped, not written.
     /// Default: false.
     pub target_is_zero: bool,
+    /// Only what the source's own layer says is copied. What it leaves to the layers below stays in the
+    /// target as it is: for one that lies over the same disk as the source. Default: false.
+    pub only_top: bool,
     /// What becomes of zeros. Default: [`Zeros::Told`].
     pub zeros: Zeros,
     /// Bytes in a unit: a power of two from 512 to the size of a piece; the nearest below is taken. The
@@ -57,6 +60,7 @@ impl Copy {
             target_offset: 0,
             len: None,
             target_is_zero: false,
+            only_top: false,
             zeros: Zeros::Told,
             unit: UNIT_MIN,
             in_flight: 8,

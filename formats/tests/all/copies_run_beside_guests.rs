@@ -279,6 +279,52 @@ fn of_an_overlay_with_what_is_below_it() {
     drain(&mut engine);
 }
 
+#[test]
+fn of_what_the_top_layer_has() {
+    let (folder, mut rng) = (folder(), Rng(3));
+    let path = |name: &str| folder.path().join(name);
+    let mut below = vec![0; SIZE as usize];
+    // Shorter than its overlay.
+    let half = SIZE / 2;
+    make(&path("base"), Format::Raw, half);
+    let mut engine = aio(Limits::default());
+    let base = add(&mut engine, &path("base"), Format::Raw, false);
+    fill(&mut engine, base, &mut below[..half as usize], &mut rng);
+    drain(&mut engine);
+    drop(engine);
+    let options = CreateOptions {
+        backing_file: Some("base".into()),
+        backing_format: Some(Format::Raw),
+        cluster_size: Some(4096),
+        size: Some(SIZE),
+        ..CreateOptions::default()
+    };
+    make_with(&path("top"), Format::Qcow2, &options);
+    make(&path("to"), Format::Raw, SIZE);
+    let mut engine = aio(Limits::default());
+    let top = add(&mut engine, &path("top"), Format::Qcow2, false);
+    let to = add(&mut engine, &path("to"), Format::Raw, false);
+    // Where the top layer says nothing the target stays.
+    let mut model = vec![9; SIZE as usize];
+    engine.submit(to, Io::write(0, SIZE), Buf::copied(&model), 0).expect("room");
+    for (at, byte) in [(4096, 1), (100_000, 2), (SIZE - 4096, 3)] {
+        let at = at / 4096 * 4096;
+        model[at as usize..][..4096].fill(byte);
+        engine.submit(top, Io::write(at, 4096), Buf::copied(&[byte; 4096]), 0).expect("room");
+    }
+    let zero = Io { kind: IoKind::Zero { unmap: false, fua: false }, offset: 65_536, len: 8192 };
+    model[65_536..][..8192].fill(0);
+    engine.submit(top, zero, Mem::None, 0).expect("room");
+    assert!(settle(&mut engine).iter().all(|done| done.result == Ok(())));
+    // Where nobody is below it, its silence means zeros.
+    model[half as usize..(SIZE - 4096) as usize].fill(0);
+    let job = engine.start(Copy { only_top: true, ..Copy::new(top, to) }).expect("it starts");
+    assert_eq!(end_of(&mut engine, job), Ok(()));
+    let copied = read(&mut engine, to, SIZE);
+    assert_eq!(copied.iter().zip(&model).position(|(a, b)| a != b), None);
+    drain(&mut engine);
+}
+
 /// An engine with a source full of bytes, and a target.
 fn two<B: Backend<File = DiskFile>>(
     folder: &Path,
