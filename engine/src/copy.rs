@@ -13,13 +13,14 @@
 //!
 //! A worker asks on while it is told of data, and then reads all of it at once. What it has read it
 //! may look through for zeros, and writes stretch after stretch. Stretches end where units of the
-//! target do: a unit that is data in part is data.
+//! target do: a unit that is data in part is data. If it is to salvage what it can, what cannot be read
+//! together is read sector by sector.
 //!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
 
-use crate::copy_job::{PAGE, State, Worker, Zeros};
+use crate::copy_job::{PAGE, SECTOR, State, Worker, Zeros};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
@@ -86,11 +87,12 @@ impl Machine<'_> {
             return Step::Done(Ok(()));
         }
         match (self.worker.state, event) {
-            (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
+            (state, Event::Io(Err(errno))) => self.failed(state, errno),
             (State::Piece, _) => self.take_piece(),
             (State::Status, Event::Start) => self.go_on(),
             (State::Status, _) => self.answered(),
             (State::Read, _) => self.store(),
+            (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
             (State::Flush, _) => Step::Done(Ok(())),
         }
@@ -200,6 +202,49 @@ impl Machine<'_> {
         self.worker.held = (at, data_end);
         self.core.issue(self.me, Op::read(source, offset, segs));
         Step::Wait(State::Read)
+    }
+
+    /// What was awaited came to nothing.
+    fn failed(&mut self, state: State, errno: Errno) -> Step<State> {
+        let Worker { at, data_end, held, .. } = *self.worker;
+        let copy = self.core.copies[self.worker.job as usize].copy;
+        let (node, start, len) = match state {
+            State::Status if copy.salvage => {
+                // Then what is there is seen when it is read.
+                self.worker.data_end = self.worker.end;
+                return self.read();
+            }
+            State::Read if copy.salvage => return self.read_sectors(at),
+            State::ReadSector { at } => {
+                let len = SECTOR.min(held.1 - at);
+                let seg = self.memory(at - held.0, len);
+                self.core.mem.region_mut_of(seg).fill(0);
+                (copy.source, copy.source_offset + at, len)
+            }
+            State::Status => (copy.source, copy.source_offset + data_end, 0),
+            State::Read => (copy.source, copy.source_offset + at, data_end - at),
+            State::Write { len } => (copy.target, copy.target_offset + at, len),
+            State::Piece | State::Flush => (copy.target, 0, 0),
+        };
+        let job = self.core.copies[self.worker.job as usize].id;
+        self.core.tell_job_error(job, node, (start, len), errno);
+        match state {
+            State::ReadSector { at } => self.read_sectors(at + SECTOR),
+            _ => Step::Done(Err(errno)),
+        }
+    }
+
+    /// Reads again, from `at` on, what could not be read together.
+    fn read_sectors(&mut self, at: u64) -> Step<State> {
+        let held = self.worker.held;
+        if at >= held.1 {
+            return self.store();
+        }
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
+        let segs = Segs::one(self.memory(at - held.0, SECTOR.min(held.1 - at)));
+        self.core.issue(self.me, Op::read(source, offset, segs));
+        Step::Wait(State::ReadSector { at })
     }
 
     /// Writes the first stretch of what has been read and not yet been written.

@@ -40,6 +40,9 @@ pub struct Copy {
     /// target is written, zeroed and skipped in whole units, counted from its first byte, but for the
     /// ends of what is copied. A unit is zeros if all of it is. Default: 512.
     pub unit: usize,
+    /// What cannot be read becomes zeros, sector by sector, and the copy goes on; each time
+    /// [`NodeEvent::JobError`](crate::NodeEvent::JobError) tells where. Default: false.
+    pub salvage: bool,
     /// Pieces in flight at once: 1 to 64, the nearest is taken. Default: 8.
     pub in_flight: usize,
     /// Bytes in a piece: a multiple of 4096, up to 1 MiB; the nearest is taken. Default: 256 KiB.
@@ -63,6 +66,7 @@ impl Copy {
             only_top: false,
             zeros: Zeros::Told,
             unit: UNIT_MIN,
+            salvage: false,
             in_flight: 8,
             piece: 256 << 10,
             rate: None,
@@ -99,8 +103,10 @@ pub struct JobProgress {
     pub total: u64,
 }
 
-/// Nothing smaller than this many bytes is told apart.
-const UNIT_MIN: usize = 512;
+/// Bytes in a sector: nothing smaller is told apart.
+pub(crate) const SECTOR: u64 = 512;
+
+const UNIT_MIN: usize = SECTOR as usize;
 
 /// Bytes behind each piece's memory: what is where is answered into them.
 pub(crate) const PAGE: u64 = 4096;
@@ -176,6 +182,8 @@ pub(crate) enum State {
     Status,
     /// What is known to be data, in memory.
     Read,
+    /// One sector of that, from this place on: all together could not be read.
+    ReadSector { at: u64 },
     /// So many bytes, written to the target or zeroed there.
     Write { len: u64 },
     /// All that was written is stable.

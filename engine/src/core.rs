@@ -25,7 +25,7 @@ use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
 use crate::status::Status;
-use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
+use crate::units::{BufId, Errno, FileId, JobId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::WaitList;
 
 /// `Go` steps in a row that no sound machine or driver reaches.
@@ -581,6 +581,29 @@ impl Core {
         }
         let is_full = self.events.iter().filter(is_corruption).count() >= EVENTS_MAX;
         if !is_full && !self.events.contains(&event) {
+            self.events.push(event);
+        }
+    }
+
+    /// A job could not read or write `len` bytes at `at` of `node`. Errors side by side are one event.
+    pub fn tell_job_error(
+        &mut self,
+        job: JobId,
+        node: NodeId,
+        (at, len): (u64, u64),
+        errno: Errno,
+    ) {
+        let event = NodeEvent::JobError { job, node, at, len, errno };
+        if let Some(last) = self.events.last_mut()
+            && let NodeEvent::JobError { at: start, len: before, .. } = *last
+            && (NodeEvent::JobError { job, node, at: start, len: before, errno }) == *last
+            && start + before == at
+        {
+            *last = NodeEvent::JobError { job, node, at: start, len: before + len, errno };
+            return;
+        }
+        let is_job_error = |event: &&NodeEvent| matches!(event, NodeEvent::JobError { .. });
+        if self.events.iter().filter(is_job_error).count() < EVENTS_MAX {
             self.events.push(event);
         }
     }

@@ -65,6 +65,8 @@ pub struct Fault {
     pub what: Option<What>,
     /// Ops on this file; `None`: on any.
     pub file: Option<FileId>,
+    /// Ops on some of the bytes of a file from the first of these up to the second.
+    pub bytes: (u64, u64),
     /// So many such ops are let through first. Counted down.
     pub after: u64,
     /// So many fail; [`u64::MAX`]: all from then on. Counted down.
@@ -78,7 +80,15 @@ pub struct Fault {
 impl Default for Fault {
     /// All ops fail with EIO, and are not done.
     fn default() -> Fault {
-        Fault { what: None, file: None, after: 0, times: u64::MAX, errno: Errno::IO, done: false }
+        Fault {
+            what: None,
+            file: None,
+            bytes: (0, u64::MAX),
+            after: 0,
+            times: u64::MAX,
+            errno: Errno::IO,
+            done: false,
+        }
     }
 }
 
@@ -86,6 +96,8 @@ impl Fault {
     fn is_about(&self, op: &Op, what: What) -> bool {
         self.what.is_none_or(|wanted| wanted == what)
             && self.file.is_none_or(|file| op.target == Target::File(file))
+            && op.offset < self.bytes.1
+            && op.offset.saturating_add(op.len.max(1)) > self.bytes.0
     }
 
     /// One more op that it is about: does it fail?

@@ -50,7 +50,12 @@ fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -> Ve
 fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Errno> {
     loop {
         let again = engine.run(clock()).again;
-        if let Some(NodeEvent::JobEnded { job: ended, result }) = engine.poll_event() {
+        let mut events = std::iter::from_fn(|| engine.poll_event());
+        let ended = events.find_map(|event| match event {
+            NodeEvent::JobEnded { job, result } => Some((job, result)),
+            _ => None,
+        });
+        if let Some((ended, result)) = ended {
             assert_eq!(ended, job);
             assert_eq!(engine.job_progress(job), None);
             assert!(!engine.cancel_job(job), "it is gone");
@@ -438,8 +443,20 @@ fn the_first_error_ends_it() {
         let errno = Errno::NO_SPACE;
         let plan = Fault { what: Some(what), file: Some(file), errno, ..Fault::default() };
         engine.backend_mut().plan_mut().push(plan);
-        let job = engine.start(Copy { piece: 65_536, ..Copy::new(from, to) }).expect("it starts");
-        assert_eq!(end_of(&mut engine, job), Err(errno), "{what:?}");
+        let copy = Copy { piece: 65_536, in_flight: 1, ..Copy::new(from, to) };
+        let job = engine.start(copy).expect("it starts");
+        let mut told = None;
+        let result = loop {
+            engine.run(clock());
+            match engine.poll_event() {
+                Some(NodeEvent::JobEnded { result, .. }) => break result,
+                event => told = event.or(told),
+            }
+        };
+        assert_eq!(result, Err(errno), "{what:?}");
+        // (A flush may be part of a write.)
+        let error = NodeEvent::JobError { job, node: failing, at: 0, len: 65_536, errno };
+        assert!(told == Some(error) || what == What::Flush && told.is_some(), "{what:?}: {told:?}");
         assert!(engine.backend().injected() > 0);
         // Nothing of it is left, and both can be used on.
         engine.backend_mut().plan_mut().clear();
@@ -449,5 +466,47 @@ fn the_first_error_ends_it() {
             assert!(read(&mut engine, to, SIZE).iter().all(|&byte| byte == 0x5a));
             drain(&mut engine);
         }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_becomes_zeros() {
+    for (zeros, piece) in [(Zeros::Told, 65_536), (Zeros::Found, 4096), (Zeros::Found, 1 << 20)] {
+        let folder = folder();
+        let backend = Faulty::new(Aio::new(AioOptions::default()).expect("native AIO"));
+        let mut engine: Engine<Node, _> = Engine::new(backend, Limits::default());
+        let [from, to] = two(folder.path(), &mut engine, Format::Qcow2);
+        let file = (0..2).map(FileId).find(|&file| engine.node(from).uses(file)).expect("its file");
+        let errno = Errno::IO;
+        // Also at a piece's first byte, and its last.
+        let mut bad = vec![(65_536, 512), (200_000, 700), ((1 << 20) - 1, 1), (SIZE - 512, 512)];
+        bad.sort();
+        for &(start, len) in &bad {
+            let (what, bytes) = (Some(What::Read), (start, start + len));
+            let plan = Fault { what, file: Some(file), errno, bytes, ..Fault::default() };
+            engine.backend_mut().plan_mut().push(plan);
+        }
+        let copy = Copy { salvage: true, zeros, piece, in_flight: 3, ..Copy::new(from, to) };
+        let job = engine.start(copy).expect("it starts");
+        let mut lost = vec![0x5a; SIZE as usize];
+        let result = loop {
+            engine.run(clock());
+            match engine.poll_event() {
+                Some(NodeEvent::JobEnded { result, .. }) => break result,
+                Some(NodeEvent::JobError { job: of, node, at, len, errno: why }) => {
+                    assert_eq!((of, node, why, at % 512), (job, from, errno, 0));
+                    lost[at as usize..][..len as usize].fill(0);
+                }
+                _ => {}
+            }
+        };
+        assert_eq!(result, Ok(()));
+        let mut model = vec![0x5a; SIZE as usize];
+        for (start, len) in bad {
+            let (from, to) = (start / 512 * 512, (start + len).next_multiple_of(512));
+            model[from as usize..to as usize].fill(0);
+        }
+        assert!(lost == model, "each is told of");
+        assert!(read(&mut engine, to, SIZE) == model, "{zeros:?}");
     }
 }

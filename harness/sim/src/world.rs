@@ -540,7 +540,9 @@ impl<S: Subject> World<S> {
         while let Some(event) = self.engine.poll_event() {
             match event {
                 // No workload starts one.
-                NodeEvent::Corrupt { .. } | NodeEvent::JobEnded { .. } => {}
+                NodeEvent::Corrupt { .. }
+                | NodeEvent::JobError { .. }
+                | NodeEvent::JobEnded { .. } => {}
                 NodeEvent::Paused { node } => {
                     let is_so = self.engine.backend().is_still() && self.ended == self.next;
                     if node != self.node || !self.life.is_paused || !is_so {
