@@ -43,7 +43,7 @@ impl What {
         What::Allocate,
     ];
 
-    /// `None` for work that is on no file.
+    /// `None` for work that is on no file, and for what cannot fail.
     fn of(kind: OpKind) -> Option<What> {
         Some(match kind {
             OpKind::Read => What::Read,
@@ -53,7 +53,7 @@ impl What {
             OpKind::Discard => What::Discard,
             OpKind::Truncate => What::Truncate,
             OpKind::Allocate => What::Allocate,
-            OpKind::Compute(_) => return None,
+            OpKind::Compute(_) | OpKind::Hole => return None,
         })
     }
 }
