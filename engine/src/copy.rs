@@ -256,7 +256,8 @@ impl Machine<'_> {
         }
         let seg = self.memory(at - held.0, held.1 - at);
         let bytes = self.core.mem.region_mut_of(seg);
-        let is_zeros = |from: u64, to: u64| is_zeros(&bytes[(from - at) as usize..(to - at) as usize]);
+        let is_zeros =
+            |from: u64, to: u64| is_zeros(&bytes[(from - at) as usize..(to - at) as usize]);
         let mut end = copy.unit_end(at).min(held.1);
         let zeros = is_zeros(at, end);
         while end < held.1 {

@@ -155,11 +155,7 @@ impl FileState {
             }
             // It may fail: what it cuts off is counted until it has not.
             OpKind::Truncate => self.len = self.len.max(op.offset),
-            OpKind::Read
-            | OpKind::Flush
-            | OpKind::Discard
-            | OpKind::Compute(_)
-            | OpKind::Hole => {}
+            OpKind::Read | OpKind::Flush | OpKind::Discard | OpKind::Compute(_) | OpKind::Hole => {}
         }
     }
 

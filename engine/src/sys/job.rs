@@ -248,7 +248,10 @@ mod tests {
             // A hole at the end goes on behind it, as it reads.
             let end = if !extent.data && extent.end == len { offset + 2 * len } else { extent.end };
             assert_eq!(offset + said.len, end, "at {offset}");
-            assert_eq!(job(&file, OpKind::Hole, offset, 1), Ok(Hole { len: 1, ..said }.to_answer()));
+            assert_eq!(
+                job(&file, OpKind::Hole, offset, 1),
+                Ok(Hole { len: 1, ..said }.to_answer())
+            );
         }
         let behind = Hole { is_hole: true, len: 7 };
         assert_eq!(job(&file, OpKind::Hole, len + 5, 7), Ok(behind.to_answer()));

@@ -5,6 +5,7 @@ mod benchmarks_say_how_long_the_loop_is_held;
 mod common;
 mod defects_of_qemu_do_not_occur;
 mod disks_are_resized_as_qemu_resizes_them;
+mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
 mod images_interoperate_with_qemu;
 mod it_ends_well;
