@@ -22,6 +22,7 @@ fn engine_overhead(c: &mut Criterion) {
             hole_align: 4096,
             len: SIZE,
             can_grow: true,
+            knows_holes: false,
         };
         let (file, _) = engine.attach(NullFile { info }).expect("a pretended file");
         let disk = engine.add(Node::Raw(Raw::new(file, SIZE, true, false, true)));

@@ -10,7 +10,7 @@
 //!    must happen without a completion to wake the loop.
 //! 3. A read or write answers the number of bytes it moved. Fewer than asked is legal (the engine
 //!    asks for the rest, or finds the end of the file); 0 from a read is the end of the file.
-//!    Every other op answers 0.
+//!    Every other op answers 0, but for [`Hole`](crate::op::Hole).
 //!    A [`Compute`](crate::op::Compute) answers what it was answered, from wherever it may take its
 //!    time: never inside `submit` or `harvest` of a backend that is for loops.
 //! 4. A flush covers every write that was *harvested* before the flush was *submitted*. No order
@@ -53,6 +53,9 @@ pub struct FileInfo {
     pub len: u64,
     /// Can the file grow? A block device cannot.
     pub can_grow: bool,
+    /// Can the file tell where its holes are ([`OpKind::Hole`](crate::op::OpKind::Hole))? Others are
+    /// taken for data all through.
+    pub knows_holes: bool,
 }
 
 /// What `submit` may see: the waiting ops, in order, and the memory they name.

@@ -251,7 +251,8 @@ mod tests {
         type File = u64;
         fn attach(&mut self, _: FileId, len: u64) -> io::Result<FileInfo> {
             let (request_align, memory_align, hole_align) = (1, 1, 1);
-            Ok(FileInfo { request_align, memory_align, hole_align, len, can_grow: true })
+            let (can_grow, knows_holes) = (true, false);
+            Ok(FileInfo { request_align, memory_align, hole_align, len, can_grow, knows_holes })
         }
         fn detach(&mut self, _: FileId) -> Option<u64> {
             Some(0)

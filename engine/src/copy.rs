@@ -1,28 +1,34 @@
 //! Copies one node to another.
 //!
-//! A job has some workers, each a request of its own, and each with memory for one piece. What is where
-//! is asked ahead of them, by one at a time, about as much as there is: the answer is everybody's. Who
-//! comes next takes a piece of it, and reads and writes that; zeros are taken as one, however many they
-//! are, and zeroed or skipped:
+//! A job has some workers, each a request of its own, and each with memory for one piece. A worker
+//! takes the next piece, asks the source what is where in it, and reads and writes, zeroes, or skips
+//! one stretch after the other:
 //!
 //! ```text
-//!        nothing is known of what comes next
-//! Status <──────────── Piece ──> Read ─> Write ─┐      the last worker: Piece ─> Flush ─> done
-//!    └───────────────> ^ │ └─ zeros ───> Write ─┤
-//!                      │ └─── skipped ───┐      │
-//!                      └─────────────────┴──────┘
+//! Piece ─> Status ─> Read ─> Write ─┐        the last worker: Piece ─> Flush ─> done
+//!   ^        ^ │ └─ zeros ─> Write ─┤
+//!   │        └─┴─ skipped ──────────┤
+//!   └────────────── end of piece <──┘
 //! ```
 //!
-//! Pieces end in any order. A worker that waits for its turn, for the answer or to be resumed holds
-//! nothing that others wait for; whoever has begun to read or zero wakes the next. The memory is given up when the
-//! last worker has ended, so when nothing of the job is in flight.
+//! A worker asks on while it is told of data, and then reads all of it at once. What it has read it
+//! may look through for zeros, and writes stretch after stretch. Stretches end where units of the
+//! target do: a unit that is data in part is data. If it is to salvage what it can, what cannot be read
+//! together is read sector by sector.
+//!
+//! It asks about as much as there is, and nobody begins a piece meanwhile: a piece that begins with zeros is as long
+//! as these.
+//!
+//! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
+//! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
+//! is in flight.
 
-use crate::copy_job::{CopyJob, PAGE, Seen, State, Worker};
+use crate::copy_job::{PAGE, SECTOR, State, Worker, Zeros};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
-use crate::request::{Event, Step};
+use crate::request::{Event, Io, Step};
 use crate::status::Status;
 use crate::units::{Errno, ReqId};
 use crate::wait::On;
@@ -86,11 +92,16 @@ impl Machine<'_> {
         if self.core.copies[self.worker.job as usize].failed.is_some() {
             return Step::Done(Ok(()));
         }
+        if self.worker.state == State::Status && matches!(event, Event::Io(_)) {
+            self.core.copies[self.worker.job as usize].asking -= 1;
+        }
         match (self.worker.state, event) {
-            (_, Event::Io(Err(errno))) => Step::Done(Err(errno)),
+            (state, Event::Io(Err(errno))) => self.failed(state, errno),
             (State::Piece, _) => self.take_piece(),
-            (State::Status { at, asked }, _) => self.answered(at, asked),
-            (State::Read { len }, _) => self.write(len),
+            (State::Status, Event::Start) => self.go_on(),
+            (State::Status, _) => self.answered(),
+            (State::Read, _) => self.store(),
+            (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
             (State::Flush, _) => Step::Done(Ok(())),
         }
@@ -103,13 +114,9 @@ impl Machine<'_> {
         Seg { base: Base::Region(region), off, len: len as u32 }
     }
 
-    fn job(&mut self) -> &mut CopyJob {
-        &mut self.core.copies[self.worker.job as usize]
-    }
-
     fn take_piece(&mut self) -> Step<State> {
         let now = self.core.now;
-        let job = self.job();
+        let job = &mut self.core.copies[self.worker.job as usize];
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
             if job.workers > 1 || mutant!("copy_ends_before_its_flush") {
@@ -120,121 +127,254 @@ impl Machine<'_> {
             self.core.issue(self.me, flush);
             return Step::Wait(State::Flush);
         }
-        if job.is_paused || job.is_asking {
+        if job.is_paused || job.asking > 0 || job.due > now {
             return self.park();
         }
-        match job.seen {
-            _ if job.next >= job.source_size => {
-                // Where nothing has to be done it is one piece.
-                let most = if job.copy.target_is_zero { u64::MAX } else { AT_ONCE };
-                let len = (job.total - job.next).min(most);
-                self.zero(len)
-            }
-            Seen::Zeros { end } if job.next < end => {
-                let len = end - job.next;
-                self.zero(len)
-            }
-            Seen::Data { end } if job.next < end => {
-                if job.due > now {
-                    return self.park();
-                }
-                let len = (end - job.next).min(job.copy.piece as u64);
-                if let Some(rate) = job.copy.rate {
-                    let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
-                    let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
-                    job.due = job.due.max(now).plus_ns(nanos);
-                }
-                self.read(len)
-            }
-            _ => self.ask(),
+        let mut end = job.next.saturating_add(job.copy.piece as u64).min(job.total);
+        if end < job.total {
+            end = job.copy.unit_floor(end);
         }
+        if job.next < job.source_size {
+            // No piece is of both.
+            end = end.min(job.source_size);
+        } else if job.skips_zeros() {
+            // Nothing has to be done for the rest, however long it is.
+            end = job.total;
+        } else if job.copy.zeros != Zeros::Written {
+            end = job.next.saturating_add(AT_ONCE).min(job.total);
+        }
+        let (at, len) = (job.next, end - job.next);
+        *self.worker = Worker { at, end, data_end: at, held: (at, at), ..*self.worker };
+        job.next = end;
+        job.done += if mutant!("copy_counted_before_it_is_written") { len } else { 0 };
+        Step::Go(State::Status)
     }
 
     /// Waits until somebody looks again: who asks, who resumes the job, or the time.
     fn park(&mut self) -> Step<State> {
-        let mut list = std::mem::take(&mut self.job().waiters);
+        let mut list = std::mem::take(&mut self.core.copies[self.worker.job as usize].waiters);
         self.core.park(self.me, &mut list, On::Job);
-        self.job().waiters = list;
+        self.core.copies[self.worker.job as usize].waiters = list;
         Step::Wait(State::Piece)
     }
 
-    /// Takes the next `len` bytes.
-    fn take(&mut self, len: u64) {
-        let job = &mut self.core.copies[self.worker.job as usize];
-        self.worker.at = job.next;
-        job.next += len;
+    /// What has been read is written first; then the rest of the piece is asked about.
+    fn go_on(&mut self) -> Step<State> {
+        let Worker { at, end, held, .. } = *self.worker;
+        if at < held.1 {
+            return self.store();
+        }
+        if at == end {
+            return Step::Go(State::Piece);
+        }
+        self.ask_status()
     }
 
-    /// Issues what is to be done with what was taken; it is somebody else's turn then.
-    fn issue(&mut self, op: Op) {
-        self.core.issue(self.me, op);
-        let mut list = std::mem::take(&mut self.job().waiters);
-        self.core.wake_first(&mut list);
-        self.job().waiters = list;
-    }
-
-    /// Asks what comes next, about as much as is left of the disk.
-    fn ask(&mut self) -> Step<State> {
-        let job = self.job();
-        job.is_asking = true;
-        let (source, at) = (job.copy.source, job.next);
-        let asked = (job.source_size - at).min(AT_ONCE);
-        let seg = self.status_memory();
+    fn ask_status(&mut self) -> Step<State> {
+        let Worker { data_end: from, end, .. } = *self.worker;
+        let job = &self.core.copies[self.worker.job as usize];
+        let (source, offset) = (job.copy.source, job.copy.source_offset + from);
+        if from >= job.source_size {
+            if mutant!("copy_leaves_the_rest") {
+                return self.written(end - from);
+            }
+            return self.zero(end - from);
+        }
+        let asked = asked_from(from, job.source_size);
+        let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
+        self.core.copies[self.worker.job as usize].asking += 1;
         self.core.mem.region_mut_of(seg).fill(0);
-        self.core.ask_status(self.me, source, (at, asked), seg);
-        Step::Wait(State::Status { at, asked })
+        self.core.ask_status(self.me, source, (offset, asked), seg);
+        Step::Wait(State::Status)
     }
 
-    fn status_memory(&mut self) -> Seg {
-        let piece = self.job().copy.piece as u64;
-        self.memory(piece, Status::BYTES as u64)
+    /// What was taken is on its way: it is somebody else's turn.
+    fn wake_next(&mut self) {
+        let mut waiters = std::mem::take(&mut self.core.copies[self.worker.job as usize].waiters);
+        self.core.wake_first(&mut waiters);
+        self.core.copies[self.worker.job as usize].waiters = waiters;
     }
 
-    fn answered(&mut self, at: u64, asked: u64) -> Step<State> {
-        let seg = self.status_memory();
+    /// Nothing is to be read up to here: the piece is as long, if nobody has taken the next one.
+    fn grow_to(&mut self, said: u64) {
+        let job = &mut self.core.copies[self.worker.job as usize];
+        let is_end = said >= job.source_size;
+        let end = if is_end { job.source_size } else { job.copy.unit_floor(said) };
+        if job.next == self.worker.end && end > job.next {
+            (job.next, self.worker.end) = (end, end);
+        }
+    }
+
+    fn answered(&mut self) -> Step<State> {
+        let Worker { at, data_end: from, end, .. } = *self.worker;
+        let job = &self.core.copies[self.worker.job as usize];
+        let (copy, asked) = (job.copy, asked_from(from, job.source_size));
+        let seg = self.memory(copy.piece as u64, Status::BYTES as u64);
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
         let Some(status) = status.filter(|status| (1..=asked).contains(&status.len)) else {
             return Step::Done(Err(Errno::IO));
         };
-        let end = at + status.len;
-        let job = self.job();
-        job.is_asking = false;
-        job.seen = if status.kind.is_zero() { Seen::Zeros { end } } else { Seen::Data { end } };
-        Step::Go(State::Piece)
+        let said = from + status.len;
+        let is_left = copy.only_top && status.depth > 0;
+        let grows = is_left || status.kind.is_zero() && copy.zeros != Zeros::Written;
+        if grows && from == at && said > end {
+            self.grow_to(said);
+        }
+        let end = self.worker.end;
+        let to = said.min(end);
+        let whole = if to == end { end } else { copy.unit_floor(to) };
+        if (is_left || status.kind.is_zero()) && whole > from {
+            return match () {
+                // What is data before it comes first; then the same is asked again.
+                () if from > at => self.read(),
+                () if is_left => self.written(whole - from),
+                () => self.zero(whole - from),
+            };
+        }
+        self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
+        if self.worker.data_end == end { self.read() } else { self.ask_status() }
+    }
+
+    fn read(&mut self) -> Step<State> {
+        let Worker { at, data_end, .. } = *self.worker;
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
+        let segs = Segs::one(self.memory(0, data_end - at));
+        self.worker.held = (at, data_end);
+        let (now, len) = (self.core.now, data_end - at);
+        let job = &mut self.core.copies[self.worker.job as usize];
+        if let Some(rate) = job.copy.rate {
+            let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
+            job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
+        }
+        self.core.issue(self.me, Op::read(source, offset, segs));
+        self.wake_next();
+        Step::Wait(State::Read)
+    }
+
+    /// What was awaited came to nothing.
+    fn failed(&mut self, state: State, errno: Errno) -> Step<State> {
+        let Worker { at, data_end, held, .. } = *self.worker;
+        let copy = self.core.copies[self.worker.job as usize].copy;
+        let (node, start, len) = match state {
+            State::Status if copy.salvage => {
+                // Then what is there is seen when it is read.
+                self.worker.data_end = self.worker.end;
+                return self.read();
+            }
+            State::Read if copy.salvage => return self.read_sectors(at),
+            State::ReadSector { at } => {
+                let len = SECTOR.min(held.1 - at);
+                let seg = self.memory(at - held.0, len);
+                self.core.mem.region_mut_of(seg).fill(0);
+                (copy.source, copy.source_offset + at, len)
+            }
+            State::Status => (copy.source, copy.source_offset + data_end, 0),
+            State::Read => (copy.source, copy.source_offset + at, data_end - at),
+            State::Write { len } => (copy.target, copy.target_offset + at, len),
+            State::Piece | State::Flush => (copy.target, 0, 0),
+        };
+        let job = self.core.copies[self.worker.job as usize].id;
+        self.core.tell_job_error(job, node, (start, len), errno);
+        match state {
+            State::ReadSector { at } => self.read_sectors(at + SECTOR),
+            _ => Step::Done(Err(errno)),
+        }
+    }
+
+    /// Reads again, from `at` on, what could not be read together.
+    fn read_sectors(&mut self, at: u64) -> Step<State> {
+        let held = self.worker.held;
+        if at >= held.1 {
+            return self.store();
+        }
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
+        let segs = Segs::one(self.memory(at - held.0, SECTOR.min(held.1 - at)));
+        self.core.issue(self.me, Op::read(source, offset, segs));
+        Step::Wait(State::ReadSector { at })
+    }
+
+    /// Writes the first stretch of what has been read and not yet been written.
+    fn store(&mut self) -> Step<State> {
+        let Worker { at, held, .. } = *self.worker;
+        let copy = self.core.copies[self.worker.job as usize].copy;
+        if copy.zeros != Zeros::Found {
+            return self.write(held.1 - at);
+        }
+        let seg = self.memory(at - held.0, held.1 - at);
+        let bytes = self.core.mem.region_mut_of(seg);
+        let is_zeros =
+            |from: u64, to: u64| is_zeros(&bytes[(from - at) as usize..(to - at) as usize]);
+        let mut end = copy.unit_end(at).min(held.1);
+        let zeros = is_zeros(at, end);
+        while end < held.1 {
+            let next = copy.unit_end(end).min(held.1);
+            if is_zeros(end, next) != zeros {
+                break;
+            }
+            end = next;
+        }
+        if zeros { self.zero(end - at) } else { self.write(end - at) }
     }
 
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
-        self.take(len);
-        let copy = self.job().copy;
-        if copy.target_is_zero {
+        let job = &self.core.copies[self.worker.job as usize];
+        let copy = job.copy;
+        if job.skips_zeros() || mutant!("copy_skips_zeros") {
             return self.written(len);
         }
+        let at = self.worker.at;
+        if copy.zeros == Zeros::Written {
+            let seg = self.memory(0, len);
+            self.core.mem.region_mut_of(seg).fill(0);
+            self.worker.held = (at, at + len);
+            return self.write(len);
+        }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
-        self.issue(Op { kind, target, offset: self.worker.at, len, segs: Segs::none() });
+        let op = Op { kind, target, offset: copy.target_offset + at, len, segs: Segs::none() };
+        self.core.issue(self.me, op);
+        self.wake_next();
         Step::Wait(State::Write { len })
     }
 
-    fn read(&mut self, len: u64) -> Step<State> {
-        self.take(len);
-        let source = Target::Node(self.job().copy.source);
-        let segs = Segs::one(self.memory(0, len));
-        self.issue(Op::read(source, self.worker.at, segs));
-        Step::Wait(State::Read { len })
-    }
-
+    /// Writes the next `len` bytes, which are in memory.
     fn write(&mut self, len: u64) -> Step<State> {
-        let target = Target::Node(self.job().copy.target);
-        let segs = Segs::one(self.memory(0, len));
+        let Worker { at, held, .. } = *self.worker;
+        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let (target, offset) = (Target::Node(copy.target), copy.target_offset + at);
+        let segs = Segs::one(self.memory(at - held.0, len));
         let kind = OpKind::Write { fua: false };
-        self.core.issue(self.me, Op { kind, target, offset: self.worker.at, len, segs });
+        if copy.compressed {
+            let (node, seg) = (copy.target, self.memory(at - held.0, len));
+            self.core.issue_request(self.me, node, Io::write_compressed(offset, len), seg);
+        } else {
+            self.core.issue(self.me, Op { kind, target, offset, len, segs });
+        }
         Step::Wait(State::Write { len })
     }
 
     fn written(&mut self, len: u64) -> Step<State> {
-        self.job().done += len;
-        Step::Go(State::Piece)
+        self.worker.at += len;
+        self.worker.data_end = self.worker.data_end.max(self.worker.at);
+        let counted = mutant!("copy_counted_before_it_is_written");
+        self.core.copies[self.worker.job as usize].done += if counted { 0 } else { len };
+        Step::Go(State::Status)
     }
+}
+
+/// Are they all 0?
+fn is_zeros(bytes: &[u8]) -> bool {
+    let chunks = bytes.chunks_exact(64);
+    let rest = chunks.remainder();
+    let or = |bytes: &[u8]| bytes.iter().fold(0, |or, byte| or | byte);
+    or(rest) == 0 && chunks.into_iter().all(|chunk| or(chunk) == 0)
+}
+
+/// How much is asked about from `from` on: about as much as there is.
+fn asked_from(from: u64, source_size: u64) -> u64 {
+    (source_size - from).min(AT_ONCE)
 }
 
 /// Bytes that are asked about, and zeroed, at once: bounds what a driver does in one step.

@@ -18,14 +18,14 @@ use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
 use crate::node::{NodeRecord, Stage};
-use crate::op::{Base, Completion, Op, OpKind, Seg, Segs, Target};
+use crate::op::{Base, Completion, Hole, Op, OpKind, Seg, Segs, Target};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Link, Origin, Slot, Waits, Work};
 use crate::stats::{Ended, Stats};
-use crate::status::Status;
-use crate::units::{BufId, Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
+use crate::status::{Status, StatusKind};
+use crate::units::{BufId, Errno, FileId, HostOffset, JobId, NodeId, OpId, RegionId, ReqId, Time};
 use crate::wait::{On, WaitList};
 
 /// `Go` steps in a row that no sound machine or driver reaches.
@@ -190,6 +190,7 @@ impl Core {
     fn issue_otherwise(&mut self, request: ReqId, file: FileId, op: Op) {
         match op.kind {
             OpKind::Flush => self.issue_flush(request, file),
+            OpKind::Hole => self.ask_file(request, file, op),
             OpKind::Discard => {
                 let op = self.files[file.index()].within_blocks(op);
                 if self.give_up(file, op.offset, op.end()) {
@@ -203,6 +204,27 @@ impl Core {
             }
             _ => self.take_apart(request, file, op),
         }
+    }
+
+    /// Answers a request that asks what is where by what the file says, if it does.
+    fn ask_file(&mut self, request: ReqId, file: FileId, op: Op) {
+        if self.files[file.index()].info.knows_holes {
+            return self.enqueue(request, op);
+        }
+        self.answer_of_file(request, &op, Hole { is_hole: false, len: op.len });
+        self.ops.slot_mut(request).issued = true;
+    }
+
+    /// What a file has said is the answer of the request that asked.
+    fn answer_of_file(&mut self, request: ReqId, op: &Op, hole: Hole) {
+        let io = self.ops.slot(request).io;
+        let (IoKind::Status { depth }, Target::File(file)) = (io.kind, op.target) else {
+            panic!("{io:?} asks for no status")
+        };
+        let kind = if hole.is_hole { StatusKind::Zero } else { StatusKind::Data };
+        let host = Some((file, HostOffset(op.offset)));
+        let len = hole.len.clamp(1, op.len);
+        self.answer_status(request, Status { kind, len, depth, host });
     }
 
     /// Zeros a file's bytes by writing zeros: no lock is taken for that. If they may be unmapped,
@@ -359,7 +381,10 @@ impl Core {
     pub fn issue_request(&mut self, request: ReqId, node: NodeId, io: Io, seg: Seg) {
         let settles = matches!(self.nodes[node.index()].stage, Stage::Settling | Stage::Settled(_));
         let is_above = node != self.ops.slot(request).node;
-        debug_assert!(!(settles && is_above), "{node:?} settles, and is asked for something: {io:?}");
+        debug_assert!(
+            !(settles && is_above),
+            "{node:?} settles, and is asked for something: {io:?}"
+        );
         let bits = self.mem.misaligned_bits(seg.base);
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
         let slot = self.ops.slot_mut(child);
@@ -592,6 +617,29 @@ impl Core {
         }
     }
 
+    /// A job could not read or write `len` bytes at `at` of `node`. Errors side by side are one event.
+    pub fn tell_job_error(
+        &mut self,
+        job: JobId,
+        node: NodeId,
+        (at, len): (u64, u64),
+        errno: Errno,
+    ) {
+        let event = NodeEvent::JobError { job, node, at, len, errno };
+        if let Some(last) = self.events.last_mut()
+            && let NodeEvent::JobError { at: start, len: before, .. } = *last
+            && (NodeEvent::JobError { job, node, at: start, len: before, errno }) == *last
+            && start + before == at
+        {
+            *last = NodeEvent::JobError { job, node, at: start, len: before + len, errno };
+            return;
+        }
+        let is_job_error = |event: &&NodeEvent| matches!(event, NodeEvent::JobError { .. });
+        if self.events.iter().filter(is_job_error).count() < EVENTS_MAX {
+            self.events.push(event);
+        }
+    }
+
     /// Everything but the common end of a request.
     #[inline(never)]
     fn complete_otherwise(&mut self, done: Completion) {
@@ -608,6 +656,12 @@ impl Core {
                 }
                 Ok(())
             }
+            Ok(answer) if record.op.kind == OpKind::Hole => {
+                let record = self.ops.remove(done.op);
+                let request = record.owner.request;
+                self.answer_of_file(request, &record.op, Hole::from_answer(answer));
+                return self.op_done(request, Ok(()));
+            }
             Ok(_) => Ok(()),
             Err(Errno::INTERRUPTED) => {
                 self.out.push(done.op);
@@ -621,7 +675,7 @@ impl Core {
 
     fn complete_whole(&mut self, record: OpRecord, result: Result<(), Errno>) {
         let request = record.owner.request;
-        if matches!(record.op.kind, OpKind::Read | OpKind::Compute(_)) {
+        if matches!(record.op.kind, OpKind::Read | OpKind::Compute(_) | OpKind::Hole) {
             return self.op_done(request, result);
         }
         let file = record.file();

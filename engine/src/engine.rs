@@ -196,7 +196,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.life.nodes.push(None);
             self.sizes.push(0);
         }
-        let below: SmallVec<[NodeId; 2]> = node.below().into();
+        let below: smallvec::SmallVec<[NodeId; 2]> = node.below().into();
         (self.life.nodes[index], self.sizes[index]) = (Some(node), size);
         // It is not paused, so what is below it is not held.
         below.into_iter().for_each(|below| self.life.hold(&mut self.core, below));

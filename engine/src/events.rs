@@ -25,6 +25,20 @@ pub enum NodeEvent {
         /// the image was found corrupt ([`Errno::IO`]).
         result: Result<(), Errno>,
     },
+    /// A job could not read or write so much of a node. It ends, unless it is to
+    /// [salvage](crate::Copy::salvage) what it can and this was read.
+    JobError {
+        /// The job.
+        job: JobId,
+        /// The node.
+        node: NodeId,
+        /// Where on its disk, in bytes.
+        at: u64,
+        /// How much, in bytes.
+        len: u64,
+        /// Why.
+        errno: Errno,
+    },
     /// A job that was [started](crate::Engine::start) has ended, and its memory is freed.
     JobEnded {
         /// The job that was.
@@ -39,5 +53,6 @@ pub enum NodeEvent {
     },
 }
 
-/// Events of corruption that are kept until somebody asks; those that come after are dropped.
+/// Events of corruption that are kept until somebody asks, and errors of jobs, each; those that come
+/// after are dropped.
 pub const EVENTS_MAX: usize = 64;

@@ -43,7 +43,7 @@ impl What {
         What::Allocate,
     ];
 
-    /// `None` for work that is on no file.
+    /// `None` for work that is on no file, and for what cannot fail.
     fn of(kind: OpKind) -> Option<What> {
         Some(match kind {
             OpKind::Read => What::Read,
@@ -53,7 +53,7 @@ impl What {
             OpKind::Discard => What::Discard,
             OpKind::Truncate => What::Truncate,
             OpKind::Allocate => What::Allocate,
-            OpKind::Compute(_) => return None,
+            OpKind::Compute(_) | OpKind::Hole => return None,
         })
     }
 }
@@ -65,6 +65,8 @@ pub struct Fault {
     pub what: Option<What>,
     /// Ops on this file; `None`: on any.
     pub file: Option<FileId>,
+    /// Ops on some of the bytes of a file from the first of these up to the second.
+    pub bytes: (u64, u64),
     /// So many such ops are let through first. Counted down.
     pub after: u64,
     /// So many are hit; [`u64::MAX`]: all from then on. Counted down.
@@ -81,8 +83,16 @@ pub struct Fault {
 impl Default for Fault {
     /// All ops fail with EIO, at once, and are not done.
     fn default() -> Fault {
-        let (times, errno) = (u64::MAX, Some(Errno::IO));
-        Fault { what: None, file: None, after: 0, times, errno, done: false, delay: 0 }
+        Fault {
+            what: None,
+            file: None,
+            bytes: (0, u64::MAX),
+            after: 0,
+            times: u64::MAX,
+            errno: Some(Errno::IO),
+            done: false,
+            delay: 0,
+        }
     }
 }
 
@@ -95,6 +105,8 @@ impl Fault {
     fn is_about(&self, op: &Op, what: What) -> bool {
         self.what.is_none_or(|wanted| wanted == what)
             && self.file.is_none_or(|file| op.target == Target::File(file))
+            && op.offset < self.bytes.1
+            && op.offset.saturating_add(op.len.max(1)) > self.bytes.0
     }
 
     /// One more op that it is about: does it hit that?

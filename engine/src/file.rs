@@ -115,6 +115,7 @@ impl FileState {
             hole_align: align,
             len: 0,
             can_grow: false,
+            knows_holes: false,
         };
         FileState { is_vacant: true, ..FileState::with_room(id, info, 0, 0) }
     }
@@ -154,7 +155,7 @@ impl FileState {
             }
             // It may fail: what it cuts off is counted until it has not.
             OpKind::Truncate => self.len = self.len.max(op.offset),
-            OpKind::Read | OpKind::Flush | OpKind::Discard | OpKind::Compute(_) => {}
+            OpKind::Read | OpKind::Flush | OpKind::Discard | OpKind::Compute(_) | OpKind::Hole => {}
         }
     }
 
@@ -178,7 +179,7 @@ impl FileState {
         let parts = match op.kind {
             OpKind::Read if mutant!("given_up_is_read_as_it_was") => return None,
             OpKind::Read => [(start, end); 2],
-            OpKind::Discard | OpKind::Flush | OpKind::Compute(_) => return None,
+            OpKind::Discard | OpKind::Flush | OpKind::Compute(_) | OpKind::Hole => return None,
             _ => {
                 let block = self.hole_mask + 1;
                 let last = if op.kind == OpKind::Truncate { start } else { end };

@@ -180,7 +180,7 @@ pub mod trace;
 pub mod units;
 pub mod wait;
 
-pub use copy_job::{Copy, JobProgress};
+pub use copy_job::{Copy, JobProgress, Zeros};
 pub use engine::{Engine, Finished, Progress, Refused};
 pub use events::NodeEvent;
 pub use life::Why;

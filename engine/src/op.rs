@@ -32,13 +32,39 @@ pub enum OpKind {
     Allocate,
     /// Work for a processor: from the first segment into the second.
     Compute(Compute),
+    /// Say whether the byte at `offset` is in a hole of the file, and for how many of the `len` bytes from
+    /// there. Only of files that [know](crate::backend::FileInfo::knows_holes).
+    Hole,
+}
+
+/// The answer to [`OpKind::Hole`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Hole {
+    /// Nothing has been written there: zeros.
+    pub is_hole: bool,
+    /// For how many bytes.
+    pub len: u64,
+}
+
+impl Hole {
+    /// As an op's result. What is longer than 2^62 bytes is told in parts.
+    #[inline]
+    pub fn to_answer(self) -> u64 {
+        self.len.min((1 << 62) - 1) << 1 | u64::from(self.is_hole)
+    }
+
+    /// Out of an op's result.
+    #[inline]
+    pub fn from_answer(answer: u64) -> Hole {
+        Hole { is_hole: answer & 1 == 1, len: answer >> 1 }
+    }
 }
 
 impl OpKind {
     /// Does it change the file's bytes?
     #[inline]
     pub fn modifies(self) -> bool {
-        !matches!(self, OpKind::Read | OpKind::Flush | OpKind::Compute(_))
+        !matches!(self, OpKind::Read | OpKind::Flush | OpKind::Compute(_) | OpKind::Hole)
     }
 
     /// Is it done under the file's lock, so that everything else on the file waits meanwhile, and it
@@ -173,7 +199,8 @@ pub struct OpOwner {
     pub ordinal: u32,
 }
 
-/// How an op ended: the bytes it moved (0 for ops that move none), or why it failed.
+/// How an op ended: the bytes it moved (0 for ops that move none; of [`OpKind::Hole`] the answer), or
+/// why it failed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Completion {
     /// Which op.

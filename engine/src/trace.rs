@@ -61,6 +61,8 @@ pub enum Kind {
     Allocate,
     /// [`OpKind::Compute`]
     Compute,
+    /// [`OpKind::Hole`]
+    Hole,
 }
 
 impl Kind {
@@ -77,6 +79,7 @@ impl Kind {
             OpKind::Truncate => Kind::Truncate,
             OpKind::Allocate => Kind::Allocate,
             OpKind::Compute(_) => Kind::Compute,
+            OpKind::Hole => Kind::Hole,
         }
     }
 
@@ -92,6 +95,7 @@ impl Kind {
             Kind::Truncate => "truncate",
             Kind::Allocate => "allocate",
             Kind::Compute => "compute",
+            Kind::Hole => "hole",
         }
     }
 }

@@ -186,7 +186,7 @@ impl LayerMeta {
     }
 
     /// Bytes in a cluster, grain or block; `None`: it has none.
-    pub(crate) fn cluster_size(&self) -> Option<u64> {
+    pub fn cluster_size(&self) -> Option<u64> {
         match self {
             LayerMeta::Raw { .. } => None,
             LayerMeta::Qed(image) => Some(image.geometry().cluster_size()),

@@ -9,9 +9,8 @@
 use cowbell_engine::mem::Memory;
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs, Target};
-use cowbell_engine::status::StatusKind;
 use cowbell_engine::step::{Chore, Cx, Driver, Event, Io, IoKind, Pass, Step};
-use cowbell_engine::units::{BufId, Errno, FileId, HostOffset, Time};
+use cowbell_engine::units::{BufId, Errno, FileId, Time};
 use cowbell_engine::wait::{On, WaitList};
 
 use crate::probe::{Format, PROBE_BYTES, Probed, probe};
@@ -79,10 +78,9 @@ impl Raw {
 
     fn begin_io(&mut self, io: Io, cx: &mut Cx<'_>) -> Step<State> {
         if let IoKind::Status { .. } = io.kind {
-            // Where the file has holes only the file system knows, and asking it may take its time.
-            let host = (self.file, HostOffset(io.offset));
-            cx.answer_status(StatusKind::Data, io.len, Some(host));
-            return Step::Done(Ok(()));
+            // Where the file has holes the file system knows, which may take its time.
+            cx.issue(Op::bare(OpKind::Hole, self.file, io.offset, io.len));
+            return LAST;
         }
         if self.writes == Writes::Refused && io.kind != IoKind::Flush {
             return Step::Done(Err(Errno::READ_ONLY));

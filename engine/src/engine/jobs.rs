@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::backend::Backend;
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, Seen, State, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Worker};
 use crate::life::{Drain, Why};
 use crate::mutant;
 use crate::request::{Io, IoKind};
@@ -27,7 +27,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// And nothing was begun. As a [`submit`](Engine::submit) to each of them;
     /// [`Why::InUse`]: they are one node, another node reads from the target, or one of them is being
-    /// resized; [`Why::TooSmall`]: the target is shorter than the source.
+    /// resized; [`Why::TooSmall`]: what is to be copied does not fit into the target, or begins behind
+    /// the source's end.
     pub fn start(&mut self, copy: Copy) -> Result<JobId, Why> {
         let copy = copy.within_ranges();
         let uses = [copy.source, copy.target];
@@ -43,10 +44,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if copy.source == copy.target || is_resized || is_below {
             return Err(Why::InUse);
         }
-        let (source_size, total) = (self.size(copy.source), self.size(copy.target));
-        if total < source_size {
-            return Err(Why::TooSmall);
-        }
+        let (source_size, total) = self.extent_of(&copy).ok_or(Why::TooSmall)?;
         for node in uses {
             self.life.why_not(&mut self.core, node)?;
         }
@@ -61,8 +59,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             source_size,
             total,
             next: 0,
-            seen: Seen::Nothing,
-            is_asking: false,
+            asking: 0,
             done: 0,
             workers: copy.in_flight as u32,
             is_paused: false,
@@ -74,13 +71,24 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         uses.iter().for_each(|node| core.nodes[node.index()].jobs += 1);
         for at in 0..copy.in_flight {
             let memory = (at * lane) as u32;
-            let worker = Worker { job, memory, at: 0, state: State::Piece };
+            let worker = Worker::new(job, memory);
             let key = core.workers.insert(worker) as u32;
             let id = core.begin(copy.target, Io::flush(), Origin::Chore, 0, 0);
             let slot = core.ops.slot_mut(id);
             (slot.work, slot.cause) = (Work::Copy(key), Cause::Start);
         }
         Ok(id)
+    }
+
+    /// How many bytes there are to copy from the source, and to write to the target. `None`: they do
+    /// not fit.
+    fn extent_of(&self, copy: &Copy) -> Option<(u64, u64)> {
+        let source = self.size(copy.source).checked_sub(copy.source_offset)?;
+        let room = self.size(copy.target).checked_sub(copy.target_offset)?;
+        match copy.len {
+            Some(len) => (len <= room).then_some((source.min(len), len)),
+            None => (source <= room).then_some((source, room)),
+        }
     }
 
     fn job_mut(&mut self, job: JobId) -> Option<&mut CopyJob> {
@@ -104,8 +112,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn resume_job(&mut self, job: JobId) -> bool {
         let Some(found) = self.job_mut(job) else { return false };
         found.is_paused = mutant!("resumed_copy_sleeps_on");
-        // It may have been long: what there is now is asked again.
-        found.seen = Seen::Nothing;
         let mut waiters = std::mem::take(&mut found.waiters);
         self.core.wake_all(&mut waiters);
         true

@@ -156,6 +156,7 @@ impl DiskFile {
             hole_align: self.hole_align,
             len: sys::length(self.fd())?,
             can_grow: !self.is_block,
+            knows_holes: !self.is_block,
         })
     }
 

@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 use smallvec::SmallVec;
 
 use crate::mem::Memory;
-use crate::op::{Compute, OpKind, Target};
+use crate::op::{Compute, Hole, OpKind, Target};
 use crate::ops::OpRecord;
 use crate::sys::ram::RamPiece;
 use crate::sys::syscalls::{self as sys, BlockRange};
@@ -88,6 +88,7 @@ impl Job {
             OpKind::Truncate if is_block => within_device(fd, offset, 0),
             OpKind::Truncate => sys::ftruncate(fd, offset).map(|()| 0),
             _ if len == 0 => Ok(0),
+            OpKind::Hole => Ok(hole_at(fd, offset, len).to_answer()),
             OpKind::Zero { unmap } if is_block => zero_device(fd, offset, len, unmap),
             OpKind::Zero { unmap } => zero_file(fd, offset, len, unmap),
             OpKind::Discard => discard(self.file, offset, len),
@@ -121,6 +122,18 @@ fn end_of(offset: u64, len: u64) -> Result<u64, Errno> {
 /// A block device neither grows nor shrinks: anything inside it is already as wanted.
 fn within_device(fd: RawFd, offset: u64, len: u64) -> Result<u64, Errno> {
     if end_of(offset, len)? <= sys::length(fd)? { Ok(0) } else { Err(Errno::NO_SPACE) }
+}
+
+/// A file system that cannot tell has data everywhere.
+fn hole_at(fd: RawFd, offset: u64, len: u64) -> Hole {
+    let (is_hole, end) = match sys::seek(fd, offset, libc::SEEK_DATA) {
+        Ok(data) if data > offset => (true, data),
+        Ok(_) => (false, sys::seek(fd, offset, libc::SEEK_HOLE).unwrap_or(u64::MAX)),
+        // Nothing but a hole up to the file's end, or behind that.
+        Err(Errno(libc::ENXIO)) => (true, u64::MAX),
+        Err(_) => (false, u64::MAX),
+    };
+    Hole { is_hole, len: end.saturating_sub(offset).clamp(1, len) }
 }
 
 fn zero_file(fd: RawFd, offset: u64, len: u64, unmap: bool) -> Result<u64, Errno> {
@@ -217,6 +230,31 @@ mod tests {
         }
         assert_eq!(job(&file, OpKind::Truncate, u64::MAX, 0), Err(Errno::TOO_BIG));
         assert_eq!(file.len().expect("it has one"), 0);
+    }
+
+    #[test]
+    fn holes_are_where_the_file_system_has_them() {
+        let dir = tempfile::tempdir().expect("a directory for scratch files");
+        let options = DiskOptions { write: true, create: Create::New, ..DiskOptions::default() };
+        let file = DiskFile::open(dir.path().join("file"), &options).expect("it is made");
+        let len = 1 << 20;
+        file.set_len(len).expect("it grows");
+        file.write_at(512 << 10, &[1; 64 << 10]).expect("it is written");
+        for offset in (0..len).step_by(12_345) {
+            let answer = job(&file, OpKind::Hole, offset, 2 * len).expect("it never fails");
+            let extent = file.extent_at(offset).expect("it is within the file");
+            let said = Hole::from_answer(answer);
+            assert_eq!(said.is_hole, !extent.data, "at {offset}");
+            // A hole at the end goes on behind it, as it reads.
+            let end = if !extent.data && extent.end == len { offset + 2 * len } else { extent.end };
+            assert_eq!(offset + said.len, end, "at {offset}");
+            assert_eq!(
+                job(&file, OpKind::Hole, offset, 1),
+                Ok(Hole { len: 1, ..said }.to_answer())
+            );
+        }
+        let behind = Hole { is_hole: true, len: 7 };
+        assert_eq!(job(&file, OpKind::Hole, len + 5, 7), Ok(behind.to_answer()));
     }
 
     /// Wants COWBELL_TEST_BLOCK_DEVICE to name a block device of at least 1 MiB, such as a loop

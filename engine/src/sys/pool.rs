@@ -62,6 +62,8 @@ pub struct PoolStats {
     pub truncates: u64,
     /// Computations.
     pub computes: u64,
+    /// Questions where a file has holes.
+    pub holes: u64,
 }
 
 impl PoolStats {
@@ -75,6 +77,7 @@ impl PoolStats {
             OpKind::Allocate => &mut self.allocates,
             OpKind::Truncate => &mut self.truncates,
             OpKind::Compute(_) => &mut self.computes,
+            OpKind::Hole => &mut self.holes,
         };
         *counter += 1;
     }

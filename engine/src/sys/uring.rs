@@ -127,7 +127,7 @@ fn bit(kind: OpKind) -> u8 {
         OpKind::Allocate => 8,
         OpKind::Discard => 16,
         OpKind::Zero { unmap: false } => 32,
-        OpKind::Zero { unmap: true } | OpKind::Compute(_) => NEVER,
+        OpKind::Zero { unmap: true } | OpKind::Compute(_) | OpKind::Hole => NEVER,
     }
 }
 
@@ -210,7 +210,7 @@ impl UringFile {
             OpKind::Allocate => 0,
             OpKind::Discard => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             OpKind::Zero { .. } => libc::FALLOC_FL_ZERO_RANGE,
-            OpKind::Read | OpKind::Write { .. } | OpKind::Compute(_) => return None,
+            OpKind::Read | OpKind::Write { .. } | OpKind::Compute(_) | OpKind::Hole => return None,
         };
         // No length is no error; for the call it is one.
         (len > 0).then(|| opcode::Fallocate::new(self.fd, len).offset(offset).mode(mode).build())

@@ -419,7 +419,8 @@ mod tests {
         fn attach(&mut self, _: FileId, (): ()) -> io::Result<FileInfo> {
             let len = 1 << 20;
             let (request_align, memory_align, hole_align) = (1, 1, 1);
-            Ok(FileInfo { request_align, memory_align, hole_align, len, can_grow: true })
+            let (can_grow, knows_holes) = (true, false);
+            Ok(FileInfo { request_align, memory_align, hole_align, len, can_grow, knows_holes })
         }
         fn detach(&mut self, _: FileId) -> Option<()> {
             Some(())

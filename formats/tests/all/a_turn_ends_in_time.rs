@@ -81,6 +81,7 @@ fn engine(backend: Slow, requests: usize) -> (Engine<Raw, Slow>, [NodeId; 2]) {
             hole_align: align,
             len: 1 << 30,
             can_grow: true,
+            knows_holes: false,
         };
         let (file, _) = engine.attach(NullFile { info }).expect("it is attached");
         engine.add(Raw::new(file, info.len, true, false, true))

@@ -1,6 +1,7 @@
 //! A job copies one disk to another while the engine goes on: of any format, with holes and without,
 //! paused, canceled, slowed down, and failing.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::common::drive::{add, check, drain, folder, is_readable, make, make_with, settle, wait};
@@ -14,7 +15,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, JobId, NodeId, Time};
-use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why};
+use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why, Zeros};
 use cowbell_formats::{CreateOptions, Format, Node};
 
 pub const FORMATS: [Format; 5] =
@@ -55,7 +56,12 @@ pub fn read<B: Backend>(engine: &mut Engine<Node, B>, disk: NodeId, size: u64) -
 pub fn end_of<B: Backend>(engine: &mut Engine<Node, B>, job: JobId) -> Result<(), Errno> {
     loop {
         let again = engine.run(clock()).again;
-        if let Some(NodeEvent::JobEnded { job: ended, result }) = engine.poll_event() {
+        let mut events = std::iter::from_fn(|| engine.poll_event());
+        let ended = events.find_map(|event| match event {
+            NodeEvent::JobEnded { job, result } => Some((job, result)),
+            _ => None,
+        });
+        if let Some((ended, result)) = ended {
             assert_eq!(ended, job);
             assert_eq!(engine.job_progress(job), None);
             assert!(!engine.cancel_job(job), "it is gone");
@@ -102,6 +108,112 @@ fn of_every_format_to_every_other() {
         for to in FORMATS {
             copies(from, to, Limits::default(), true, 0);
             copies(from, to, Limits::default(), false, 1 << 20);
+        }
+    }
+}
+
+/// A disk of the first format with something on it, and one of the second, full of something else.
+fn filled<B: Backend<File = DiskFile>>(
+    engine: &mut Engine<Node, B>,
+    folder: &Path,
+    (from, to): (Format, Format),
+    sizes: [u64; 2],
+) -> ([NodeId; 2], [Vec<u8>; 2]) {
+    let mut rng = Rng(11);
+    let paths = [folder.join("from"), folder.join("to")];
+    let mut models = sizes.map(|size| vec![0; size as usize]);
+    let mut disks = Vec::new();
+    for (i, format) in [from, to].into_iter().enumerate() {
+        make(&paths[i], format, sizes[i]);
+        disks.push(add(engine, &paths[i], format, false));
+        fill(engine, disks[i], &mut models[i], &mut rng);
+    }
+    ([disks[0], disks[1]], models)
+}
+
+#[test]
+fn a_part_goes_to_another_place() {
+    for (from, to) in [(Format::Raw, Format::Qcow2), (Format::Qed, Format::Raw)] {
+        let folder = folder();
+        let mut engine = aio(Limits::default());
+        let sizes = [SIZE, 2 * SIZE];
+        let (disks, mut models) = filled(&mut engine, folder.path(), (from, to), sizes);
+        for (source_offset, target_offset, len) in [
+            (12_800, 3584, Some(1 << 20)),
+            (SIZE - 65_536, 1 << 20, Some(1 << 18)),
+            (SIZE - 512, 512, Some(0)),
+            (1 << 20, 5 << 20, None),
+        ] {
+            let copy = Copy { source_offset, target_offset, len, ..Copy::new(disks[0], disks[1]) };
+            let job = engine.start(copy).expect("it starts");
+            let len = len.unwrap_or(sizes[1] - target_offset) as usize;
+            assert_eq!(engine.job_progress(job).map(|its| its.total), Some(len as u64));
+            assert_eq!(end_of(&mut engine, job), Ok(()));
+            let mut part = models[0][source_offset as usize..].to_vec();
+            part.resize(len, 0);
+            models[1][target_offset as usize..][..len].copy_from_slice(&part);
+            assert!(read(&mut engine, disks[1], sizes[1]) == models[1], "{copy:?}");
+        }
+        for (source_offset, target_offset, len) in [
+            (SIZE + 1, 0, Some(0)),
+            (0, 2 * SIZE + 1, Some(0)),
+            (0, SIZE, Some(SIZE + 1)),
+            (0, SIZE + 512, None),
+            (u64::MAX, u64::MAX, Some(u64::MAX)),
+        ] {
+            let copy = Copy { source_offset, target_offset, len, ..Copy::new(disks[0], disks[1]) };
+            assert_eq!(engine.start(copy), Err(Why::TooSmall), "{copy:?}");
+        }
+        drain(&mut engine);
+    }
+}
+
+#[test]
+fn zeros_are_found_or_written_in_whole_units() {
+    // A block of bytes in each 20 KiB, one byte at the end of a 64 KiB unit, and nothing else.
+    let mut bytes = vec![0; SIZE as usize];
+    (0..bytes.len() - 4096).step_by(20_480).for_each(|at| bytes[at..at + 4096].fill(7));
+    bytes[2 << 20..3 << 20].fill(0);
+    bytes[(5 << 19) - 1] = 1;
+    let forms = [
+        (Zeros::Told, 0),
+        (Zeros::Told, 65_536),
+        (Zeros::Found, 0),
+        (Zeros::Found, 4096),
+        (Zeros::Found, 5000),
+        (Zeros::Found, 1 << 30),
+        (Zeros::Written, 0),
+        (Zeros::Written, 65_536),
+    ];
+    for (zeros, unit) in forms {
+        for (to, is_new) in [(Format::Raw, true), (Format::Raw, false), (Format::Vdi, true)] {
+            let folder = folder();
+            let mut engine = aio(Limits::default());
+            let path = |name: &str| folder.path().join(name);
+            std::fs::write(path("from"), &bytes).expect("a scratch file");
+            make(&path("to"), to, SIZE);
+            let source = add(&mut engine, &path("from"), Format::Raw, false);
+            let target = add(&mut engine, &path("to"), to, false);
+            if !is_new {
+                fill(&mut engine, target, &mut vec![0; SIZE as usize], &mut Rng(5));
+            }
+            let copy = Copy::new(source, target);
+            let copy = Copy { zeros, unit, target_is_zero: is_new, ..copy };
+            let job = engine.start(copy).expect("it starts");
+            assert_eq!(end_of(&mut engine, job), Ok(()));
+            assert!(read(&mut engine, target, SIZE) == bytes, "{copy:?}");
+            drain(&mut engine);
+            if to == Format::Raw && is_new {
+                // What a file system gives is a whole number of its blocks.
+                let blocks = bytes.chunks(4096);
+                let found = blocks.filter(|block| block.iter().any(|&byte| byte != 0)).count();
+                let taken = std::fs::metadata(path("to")).expect("it is there").blocks() * 512;
+                match (zeros, unit) {
+                    (Zeros::Found, 1_073_741_824) => assert!(taken < SIZE, "{taken}"),
+                    (Zeros::Found, _) => assert!(taken <= found as u64 * 4096 + 65_536, "{taken}"),
+                    _ => assert!(taken >= SIZE, "{copy:?}: {taken}"),
+                }
+            }
         }
     }
 }
@@ -174,6 +286,52 @@ fn of_an_overlay_with_what_is_below_it() {
     let job = engine.start(Copy::new(top, copy)).expect("it starts");
     assert_eq!(end_of(&mut engine, job), Ok(()));
     assert!(read(&mut engine, copy, SIZE) == model);
+    drain(&mut engine);
+}
+
+#[test]
+fn of_what_the_top_layer_has() {
+    let (folder, mut rng) = (folder(), Rng(3));
+    let path = |name: &str| folder.path().join(name);
+    let mut below = vec![0; SIZE as usize];
+    // Shorter than its overlay.
+    let half = SIZE / 2;
+    make(&path("base"), Format::Raw, half);
+    let mut engine = aio(Limits::default());
+    let base = add(&mut engine, &path("base"), Format::Raw, false);
+    fill(&mut engine, base, &mut below[..half as usize], &mut rng);
+    drain(&mut engine);
+    drop(engine);
+    let options = CreateOptions {
+        backing_file: Some("base".into()),
+        backing_format: Some(Format::Raw),
+        cluster_size: Some(4096),
+        size: Some(SIZE),
+        ..CreateOptions::default()
+    };
+    make_with(&path("top"), Format::Qcow2, &options);
+    make(&path("to"), Format::Raw, SIZE);
+    let mut engine = aio(Limits::default());
+    let top = add(&mut engine, &path("top"), Format::Qcow2, false);
+    let to = add(&mut engine, &path("to"), Format::Raw, false);
+    // Where the top layer says nothing the target stays.
+    let mut model = vec![9; SIZE as usize];
+    engine.submit(to, Io::write(0, SIZE), Buf::copied(&model), 0).expect("room");
+    for (at, byte) in [(4096, 1), (100_000, 2), (SIZE - 4096, 3)] {
+        let at = at / 4096 * 4096;
+        model[at as usize..][..4096].fill(byte);
+        engine.submit(top, Io::write(at, 4096), Buf::copied(&[byte; 4096]), 0).expect("room");
+    }
+    let zero = Io { kind: IoKind::Zero { unmap: false, fua: false }, offset: 65_536, len: 8192 };
+    model[65_536..][..8192].fill(0);
+    engine.submit(top, zero, Mem::None, 0).expect("room");
+    assert!(settle(&mut engine).iter().all(|done| done.result == Ok(())));
+    // Where nobody is below it, its silence means zeros.
+    model[half as usize..(SIZE - 4096) as usize].fill(0);
+    let job = engine.start(Copy { only_top: true, ..Copy::new(top, to) }).expect("it starts");
+    assert_eq!(end_of(&mut engine, job), Ok(()));
+    let copied = read(&mut engine, to, SIZE);
+    assert_eq!(copied.iter().zip(&model).position(|(a, b)| a != b), None);
     drain(&mut engine);
 }
 
@@ -291,8 +449,20 @@ fn the_first_error_ends_it() {
         let fails = Some(errno);
         let plan = Fault { what: Some(what), file: Some(file), errno: fails, ..Fault::default() };
         engine.backend_mut().plan_mut().push(plan);
-        let job = engine.start(Copy { piece: 65_536, ..Copy::new(from, to) }).expect("it starts");
-        assert_eq!(end_of(&mut engine, job), Err(errno), "{what:?}");
+        let copy = Copy { piece: 65_536, in_flight: 1, ..Copy::new(from, to) };
+        let job = engine.start(copy).expect("it starts");
+        let mut told = None;
+        let result = loop {
+            engine.run(clock());
+            match engine.poll_event() {
+                Some(NodeEvent::JobEnded { result, .. }) => break result,
+                event => told = event.or(told),
+            }
+        };
+        assert_eq!(result, Err(errno), "{what:?}");
+        // (A flush may be part of a write.)
+        let error = NodeEvent::JobError { job, node: failing, at: 0, len: 65_536, errno };
+        assert!(told == Some(error) || what == What::Flush && told.is_some(), "{what:?}: {told:?}");
         assert!(engine.backend().injected() > 0);
         // Nothing of it is left, and both can be used on.
         engine.backend_mut().plan_mut().clear();
@@ -302,5 +472,48 @@ fn the_first_error_ends_it() {
             assert!(read(&mut engine, to, SIZE).iter().all(|&byte| byte == 0x5a));
             drain(&mut engine);
         }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_becomes_zeros() {
+    for (zeros, piece) in [(Zeros::Told, 65_536), (Zeros::Found, 4096), (Zeros::Found, 1 << 20)] {
+        let folder = folder();
+        let backend = Faulty::new(Aio::new(AioOptions::default()).expect("native AIO"));
+        let mut engine: Engine<Node, _> = Engine::new(backend, Limits::default());
+        let [from, to] = two(folder.path(), &mut engine, Format::Qcow2);
+        let file = (0..2).map(FileId).find(|&file| engine.node(from).uses(file)).expect("its file");
+        let errno = Errno::IO;
+        // Also at a piece's first byte, and its last.
+        let mut bad = vec![(65_536, 512), (200_000, 700), ((1 << 20) - 1, 1), (SIZE - 512, 512)];
+        bad.sort();
+        for &(start, len) in &bad {
+            let (what, bytes) = (Some(What::Read), (start, start + len));
+            let plan =
+                Fault { what, file: Some(file), errno: Some(errno), bytes, ..Fault::default() };
+            engine.backend_mut().plan_mut().push(plan);
+        }
+        let copy = Copy { salvage: true, zeros, piece, in_flight: 3, ..Copy::new(from, to) };
+        let job = engine.start(copy).expect("it starts");
+        let mut lost = vec![0x5a; SIZE as usize];
+        let result = loop {
+            engine.run(clock());
+            match engine.poll_event() {
+                Some(NodeEvent::JobEnded { result, .. }) => break result,
+                Some(NodeEvent::JobError { job: of, node, at, len, errno: why }) => {
+                    assert_eq!((of, node, why, at % 512), (job, from, errno, 0));
+                    lost[at as usize..][..len as usize].fill(0);
+                }
+                _ => {}
+            }
+        };
+        assert_eq!(result, Ok(()));
+        let mut model = vec![0x5a; SIZE as usize];
+        for (start, len) in bad {
+            let (from, to) = (start / 512 * 512, (start + len).next_multiple_of(512));
+            model[from as usize..to as usize].fill(0);
+        }
+        assert!(lost == model, "each is told of");
+        assert!(read(&mut engine, to, SIZE) == model, "{zeros:?}");
     }
 }

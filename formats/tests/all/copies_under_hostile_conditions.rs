@@ -373,7 +373,7 @@ fn what_is_compressed_is_copied_and_a_stream_takes_a_copy() {
         let mut engine = aio(Limits::default());
         let source = add(&mut engine, &path(from), format, false);
         let target = add(&mut engine, &path(to), target_format, false);
-        let copy = Copy { target_is_zero: true, ..Copy::new(source, target) };
+        let copy = Copy { target_is_zero: true, unit: 64 << 10, ..Copy::new(source, target) };
         let job = engine.start(copy).expect("it starts");
         assert_eq!(end_of(&mut engine, job), Ok(()), "{from} to {to}");
         assert!(read(&mut engine, target, size) == model, "{from} to {to}");

@@ -34,12 +34,13 @@ fn mapped(chain: &Chain<DiskFile>) -> Vec<Said> {
     };
     let all = extents(chain).map(|extent| {
         let e = extent.expect("sound tables");
-        let asks_no_file_system = matches!(chain.layers[e.depth].meta, LayerMeta::Qcow2(_));
+        let meta = &chain.layers[e.depth].meta;
+        let tells_holes = matches!(meta, LayerMeta::Qcow2(_) | LayerMeta::Raw { .. });
         let (kind, host) = match e.kind {
             Kind::Data(host) => (StatusKind::Data, Some(host)),
             Kind::Compressed => (StatusKind::Compressed, None),
-            Kind::Zero(host) if host.is_none() || asks_no_file_system => (StatusKind::Zero, host),
-            // A hole, which nobody looks for at work.
+            Kind::Zero(host) if host.is_none() || tells_holes => (StatusKind::Zero, host),
+            // A hole of a file that a table leads to, which nobody looks for at work.
             Kind::Zero(host) => (StatusKind::Data, host),
             Kind::Unallocated => (StatusKind::Unallocated, None),
         };

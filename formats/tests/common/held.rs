@@ -41,6 +41,7 @@ impl Backend for Held {
             hole_align: 4096,
             len,
             can_grow: !self.fixed,
+            knows_holes: false,
         })
     }
 

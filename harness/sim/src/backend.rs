@@ -156,7 +156,7 @@ impl Breakage {
             OpKind::Write { .. } | OpKind::Zero { .. } => self == Breakage::Writes,
             OpKind::Flush => self == Breakage::Flushes,
             OpKind::Truncate | OpKind::Allocate => self == Breakage::Lengths,
-            OpKind::Discard | OpKind::Compute(_) => false,
+            OpKind::Discard | OpKind::Compute(_) | OpKind::Hole => false,
         }
     }
 }
@@ -488,6 +488,7 @@ impl SimBackend {
                 out.extend([Outcome::Fail, Outcome::FailAll, Outcome::Unsupported]);
             }
             OpKind::Compute(_) => out.push(Outcome::Fail),
+            OpKind::Hole => {}
         }
     }
 
@@ -726,7 +727,7 @@ impl SimBackend {
         let (offset, len) = (record.offset(), record.remaining());
         let segs = op.segs.as_slice();
         let (patches, length, own) = match op.kind {
-            OpKind::Read | OpKind::Flush | OpKind::Compute(_) => return None,
+            OpKind::Read | OpKind::Flush | OpKind::Compute(_) | OpKind::Hole => return None,
             OpKind::Write { .. } => {
                 let mut bytes = vec![0; len as usize];
                 mem.gather(&op.segs, record.moved, &mut bytes);
@@ -854,6 +855,7 @@ impl Backend for SimBackend {
             hole_align: self.device.hole_align,
             len,
             can_grow: self.device.can_grow,
+            knows_holes: false,
         })
     }
 

@@ -76,7 +76,7 @@ impl Filter {
     fn pieces<S>(self, from: u64, cx: &mut Cx<'_>) -> Step<State<S>> {
         let Io { kind, offset, len } = cx.io();
         let kind = match kind {
-            IoKind::Write { fua } => OpKind::Write { fua },
+            IoKind::Write { fua, .. } => OpKind::Write { fua },
             _ => OpKind::Read,
         };
         let mut at = from;
@@ -130,10 +130,10 @@ impl<D: Driver> Driver for Over<D> {
         }
     }
 
-    fn below(&self) -> Option<NodeId> {
+    fn below(&self) -> &[NodeId] {
         match self {
             Over::Below(driver) => driver.below(),
-            Over::Filter(filter) => Some(filter.below),
+            Over::Filter(filter) => std::slice::from_ref(&filter.below),
         }
     }
 

@@ -37,7 +37,7 @@ use cowbell_engine::step::IoKind;
 
 use crate::disk::{Contents, SECTOR, Sector, fixed_hash};
 use crate::verdicts::Verdict;
-use crate::workload::{Request, Workload};
+use crate::workload::{Request, Workload, pattern};
 
 /// A set of writers: bit 0 is what was there before, bit n + 1 request number n.
 pub type Writers = u64;

@@ -593,7 +593,7 @@ impl<S: Subject> World<S> {
     fn see_events(&mut self) -> Result<(), String> {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                NodeEvent::Corrupt { .. } => {}
+                NodeEvent::Corrupt { .. } | NodeEvent::JobError { .. } => {}
                 NodeEvent::JobEnded { job, result } => self.see_copied(job, result)?,
                 NodeEvent::Paused { node } => {
                     let is_so = self.engine.backend().is_still() && self.ended == self.next;
@@ -860,7 +860,7 @@ impl<S: Subject> World<S> {
         let mut layer = Some(self.node).filter(|&node| self.engine.has(node));
         while let Some(node) = layer {
             self.plan.subject.assert_idle(self.engine.node(node));
-            layer = self.engine.node(node).below();
+            layer = self.engine.node(node).below().first().copied();
         }
         let mut files = files_of(&self.engine);
         let mut beside = files.split_off(self.plan.subject.files().len());

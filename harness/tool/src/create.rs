@@ -92,7 +92,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
 }
 
 /// Lists a format's options as QEMU lists them.
-fn help(format: &str, with_file: bool) -> Result<u8, Fail> {
+pub fn help(format: &str, with_file: bool) -> Result<u8, Fail> {
     let format = create::format_named(format).map_err(Fail::other)?;
     let lines = match format {
         Format::Raw => {

@@ -9,6 +9,7 @@ mod bench;
 mod cache;
 mod check;
 mod compare;
+mod convert;
 mod create;
 mod demo;
 mod device;
@@ -22,6 +23,7 @@ mod map;
 mod naming;
 mod number;
 mod out;
+mod progress;
 mod resize;
 mod scratch;
 mod session;
@@ -64,6 +66,8 @@ enum Verb {
     Map(map::Args),
     /// Find out whether two images hold the same disk
     Compare(compare::Args),
+    /// Copy one disk, or several, into a new image
+    Convert(Box<convert::Args>),
     /// Give an image another size
     Resize(resize::Args),
     /// List, make, apply and delete snapshots inside an image
@@ -86,6 +90,7 @@ impl Verb {
             Verb::Check(_) => "check",
             Verb::Map(_) => "map",
             Verb::Compare(_) => "compare",
+            Verb::Convert(_) => "convert",
             Verb::Resize(_) => "resize",
             Verb::Snapshot(_) => "snapshot",
             Verb::Bench(_) => "bench",
@@ -102,6 +107,7 @@ impl Verb {
             Verb::Check(args) => check::run(&args),
             Verb::Map(args) => map::run(&args),
             Verb::Compare(args) => compare::run(&args),
+            Verb::Convert(args) => convert::run(&args, program),
             Verb::Resize(args) => resize::run(&args, program),
             Verb::Snapshot(args) => snapshot::run(&args, program),
             Verb::Bench(args) => bench::run(&args),

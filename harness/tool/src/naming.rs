@@ -61,6 +61,11 @@ impl Naming {
         Naming { image_opts: true, ..self.clone() }
     }
 
+    /// The same, for an image that is named by its name.
+    pub fn by_name(&self) -> Naming {
+        Naming { image_opts: false, ..self.clone() }
+    }
+
     /// The same, for an image that others may write meanwhile.
     pub fn sharing(&self, force_share: bool) -> Naming {
         Naming { force_share, ..self.clone() }

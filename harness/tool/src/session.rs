@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
+use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::preallocation::Before;
-use cowbell_formats::{DiskHost, Error, Format, Locks, Node, RunOptions, attach};
+use cowbell_formats::{Chain, DiskHost, Error, Format, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
@@ -92,6 +93,11 @@ impl Session {
         if setup.write {
             locking::warn(&chain.unlockable());
         }
+        Session::over(image, chain, setup)
+    }
+
+    /// Runs `image`, which is open.
+    pub fn over(image: &Image, chain: Chain<DiskFile>, setup: &Setup) -> Result<Session, Fail> {
         let depth = setup.depth.max(1);
         let (requests, ops, turn) = (depth, (depth * 4).max(1024), setup.turn);
         let limits = Limits { requests, ops, turn, ..Limits::default() };

@@ -6,6 +6,7 @@ mod common;
 mod compressed_writes_are_read_by_qemu;
 mod defects_of_qemu_do_not_occur;
 mod disks_are_resized_as_qemu_resizes_them;
+mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
 mod images_interoperate_with_qemu;
 mod it_ends_well;

@@ -1,0 +1,488 @@
+//! `convert`: copies one disk, or several one after the other, into a new image of any format.
+//!
+//! The copying is a job of the engine's, in an engine of this verb's own with all images in it. The
+//! target has its name only when all of it is stable: whatever happens before, what had the name stays.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::units::Errno;
+use cowbell_engine::{Copy, JobProgress, NodeEvent, Zeros};
+use cowbell_formats::chain::driver_named;
+use cowbell_formats::create::{self, CreateOptions};
+use cowbell_formats::vmdk::disk::descriptor::Kind;
+use cowbell_formats::{
+    Chain, DiskHost, Error, Format, Host, LayerMeta, PartialFiles, RunOptions, attach,
+};
+
+use crate::cache::{Cache, How};
+use crate::create::help;
+use crate::disk::StoppableHost;
+use crate::fail::{Fail, Program};
+use crate::locking;
+use crate::naming::{Image, Naming, target};
+use crate::number::{count, size};
+use crate::progress::{Progress, Shown};
+use crate::session::{Session, Setup, eprint_quietly};
+use crate::stop::Stop;
+
+/// The options of `convert`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The sources' format; probed if not said
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// The target's format
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
+    output_format: String,
+    /// Options of the target's format; `-o help` lists them
+    #[arg(short, long, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
+    options: Vec<String>,
+    /// The target's backing file, as it shall name it: only what the source has itself is copied
+    #[arg(short = 'B', long, value_name = "FILE")]
+    backing: Option<PathBuf>,
+    /// The backing file's format
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
+    /// Compress the target's clusters
+    #[arg(short, long, hide = true)]
+    compress: bool,
+    /// The target's cache mode: none, writeback, writethrough, directsync or unsafe
+    ///
+    /// By default writeback. Whatever it is, all is stable in the end.
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+    /// The sources' cache mode
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    source_cache: Option<String>,
+    /// Pieces in flight, up to 16
+    #[arg(
+        short = 'm',
+        long,
+        value_name = "COUNT",
+        default_value = "8",
+        allow_hyphen_values = true
+    )]
+    parallel: String,
+    /// Accepted for compatibility: pieces are written in any order anyway
+    #[arg(short = 'W', long, hide = true)]
+    out_of_order: bool,
+    /// At most so many bytes a second
+    #[arg(short, long, value_name = "BYTES")]
+    rate_limit: Option<String>,
+    /// So many zeros in the data are left out; 0: everything is written
+    #[arg(
+        short = 'S',
+        long,
+        value_name = "SIZE",
+        default_value = "4k",
+        allow_hyphen_values = true
+    )]
+    sparse: String,
+    /// The target is there already, and is written in place
+    #[arg(short = 'n', long)]
+    no_create: bool,
+    /// With -n: the target reads as zeros
+    #[arg(long)]
+    target_is_zero: bool,
+    /// With -n: the target is named by options
+    #[arg(long)]
+    target_image_opts: bool,
+    /// What cannot be read becomes zeros
+    #[arg(long)]
+    salvage: bool,
+    /// Say how far it is
+    #[arg(short, long)]
+    progress: bool,
+    /// Say nothing but what is wrong
+    #[arg(short, long)]
+    quiet: bool,
+    /// Say how far it is, as lines of JSON, on this descriptor
+    #[arg(long, value_name = "FD", help_heading = "Beyond QEMU")]
+    progress_fd: Option<u32>,
+    #[command(flatten)]
+    naming: Naming,
+    /// The sources, and behind them the target
+    files: Vec<OsString>,
+}
+
+/// What the options say, numbers read.
+struct Wanted {
+    format: Format,
+    create: CreateOptions,
+    cache: Cache,
+    source_cache: Cache,
+    in_flight: usize,
+    rate: Option<u64>,
+    /// Zeros are looked for in so many bytes; 0: not at all.
+    sparse: u64,
+}
+
+/// Runs it.
+pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
+    let is_help = |text: &String| text.split(',').any(|item| item == "help" || item == "?");
+    if args.options.iter().any(is_help) {
+        return help(&args.output_format, args.files.len() > 1);
+    }
+    let wanted = wanted(args)?;
+    let [sources @ .., to] = &args.files[..] else {
+        return Err(Fail::other("Must specify image file name"));
+    };
+    check(args, sources.len())?;
+    let stop = Stop::on_signals()?;
+    let mut images = Vec::with_capacity(sources.len());
+    for name in sources {
+        let image = args.naming.image(name, args.format.as_deref())?;
+        let chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
+        images.push((image, chain));
+    }
+    if args.compress {
+        return Err(Fail::other("compressed targets are not supported"));
+    }
+    let total: u64 = images
+        .iter()
+        .try_fold(0u64, |total, (_, chain)| total.checked_add(chain.size()))
+        .filter(|&total| total <= i64::MAX as u64)
+        .ok_or_else(|| Fail::other("the images are too large together"))?;
+    let partial = PartialFiles::new(locking::chosen());
+    let target = if args.no_create {
+        open(args, to, &wanted, total, &images)?
+    } else {
+        make(to, &wanted, total, &images, &partial, &stop)?
+    };
+    let shown = match program {
+        _ if args.quiet || !args.progress => Shown::Nothing,
+        Program::Cowbell => Shown::bar_or_lines(),
+        _ => Shown::Lines,
+    };
+    let progress = Progress::new(shown, total, args.progress_fd)?;
+    match (Work { images, target }).run(args, &wanted, progress, &stop, program) {
+        Ok(()) => {}
+        Err(Ended::Stopped) => return Ok(130),
+        Err(Ended::Failed(fail)) => return Err(fail),
+    }
+    partial.keep().map_err(|why| Fail::open_io(Path::new(to), &why))?;
+    Ok(0)
+}
+
+fn wanted(args: &Args) -> Result<Wanted, Fail> {
+    const SPARSE_MAX: u64 = 16 << 20;
+    let in_flight = count("number of coroutines", &args.parallel, 1, 16)? as usize;
+    let rate = args.rate_limit.as_deref();
+    let rate = rate.map(|text| size("rate limit", text, 0, i64::MAX as u64)).transpose()?;
+    let sparse = match create::parse_size(&args.sparse) {
+        Ok(bytes) if bytes.is_multiple_of(512) && bytes <= SPARSE_MAX => bytes,
+        Err(create::BadSize::NotANumber) => {
+            let what = "Invalid buffer size for sparse output specified";
+            return Err(Fail::other(format!("{what}: '{}'.", args.sparse)));
+        }
+        _ => {
+            return Err(Fail::other(format!(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 \
+                 up to {SPARSE_MAX}. Select 0 to disable sparse detection (fully allocates output)."
+            )));
+        }
+    };
+    let cache = |name: Option<&str>, what: &str| {
+        let cache = Cache::named(name.unwrap_or("writeback"));
+        cache.ok_or_else(|| {
+            Fail::other(format!("Invalid {what} option: {}", name.unwrap_or_default()))
+        })
+    };
+    let source_cache = cache(args.source_cache.as_deref(), "source cache")?;
+    let target_cache = cache(args.cache.as_deref(), "cache")?;
+    let format = create::format_named(&args.output_format).map_err(Fail::other)?;
+    let mut options = CreateOptions { locking: locking::chosen(), ..CreateOptions::default() };
+    for text in &args.options {
+        options.parse(format, text).map_err(Fail::other)?;
+    }
+    if let Some(name) = &args.backing {
+        options.backing_file = Some(name.clone());
+    }
+    if let Some(name) = &args.backing_format {
+        options.backing_format = Some(driver_named(name).map_err(Fail::other)?);
+    }
+    let has_no_backing = matches!(format, Format::Raw | Format::Vdi);
+    if options.backing_file.is_some() && has_no_backing {
+        let what = format!("Backing file not supported for file format '{format}'");
+        return Err(Fail::other(what));
+    }
+    if options.backing_file.is_some() && options.backing_format.is_none() {
+        return Err(Fail::other("Use of backing file requires explicit backing format"));
+    }
+    let rate = rate.filter(|&rate| rate > 0);
+    let (create, cache) = (options, target_cache);
+    Ok(Wanted { format, create, cache, source_cache, in_flight, rate, sparse })
+}
+
+/// Options that do not go together.
+fn check(args: &Args, sources: usize) -> Result<(), Fail> {
+    let refused = [
+        (sources == 0, "Must specify image file name"),
+        (
+            args.no_create && !args.options.is_empty(),
+            "-o has no effect when skipping image creation",
+        ),
+        (args.target_is_zero && !args.no_create, "--target-is-zero requires use of -n flag"),
+        (args.target_image_opts && !args.no_create, "--target-image-opts requires use of -n flag"),
+        (
+            sources > 1 && args.backing.is_some(),
+            "Having a backing file for the target makes no sense when concatenating multiple input \
+             images",
+        ),
+    ];
+    match refused.into_iter().find(|&(is_so, _)| is_so) {
+        Some((_, why)) => Err(Fail::other(why)),
+        None => Ok(()),
+    }
+}
+
+/// An open target.
+struct Target {
+    image: Image,
+    chain: Chain<DiskFile>,
+    /// What no layer says anything about reads as zeros, where nothing is below.
+    is_new: bool,
+}
+
+/// Opens a target that is there.
+fn open(
+    args: &Args,
+    to: &OsString,
+    wanted: &Wanted,
+    total: u64,
+    sources: &[(Image, Chain<DiskFile>)],
+) -> Result<Target, Fail> {
+    let (naming, format) = match args.target_image_opts {
+        true => (args.naming.by_options(), None),
+        false => (args.naming.by_name(), Some(wanted.format.name())),
+    };
+    let image = naming.sharing(false).image(to, format)?;
+    refuse_source(image.path(), sources).map_err(|why| image.failed(why))?;
+    let chain = image.open(&DiskHost { direct: wanted.cache.direct }, true)?;
+    if chain.size() < total {
+        return Err(Fail::other("output file is smaller than input file"));
+    }
+    Ok(Target { image, chain, is_new: args.target_is_zero })
+}
+
+/// Makes the target, and opens it.
+fn make(
+    to: &OsString,
+    wanted: &Wanted,
+    total: u64,
+    sources: &[(Image, Chain<DiskFile>)],
+    partial: &PartialFiles,
+    stop: &Stop,
+) -> Result<Target, Fail> {
+    let path = target(to)?;
+    let failed = |why: Error| {
+        Fail::file(Path::new(to), format!("error while converting {}: {why}", wanted.format))
+    };
+    refuse_source(&path, sources).map_err(failed)?;
+    let options = CreateOptions { size: Some(total), ..wanted.create.clone() };
+    let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
+    let host = partial.host(host);
+    let plan = create::plan(&host, &path, wanted.format, &options).map_err(failed)?;
+    plan.run(&host).map_err(failed)?;
+    let mut image = Image::plain(&path, Some(wanted.format));
+    image.given = to.into();
+    let host = partial.host(DiskHost { direct: wanted.cache.direct });
+    let chain = image.open(&host, true)?;
+    locking::warn(&chain.unlockable());
+    // What is on a device that nobody has written is not known.
+    let is_new = chain.layers.first().is_some_and(|top| !top.file.is_block_device());
+    Ok(Target { image, chain, is_new })
+}
+
+/// No file that is read is written.
+fn refuse_source(path: &Path, sources: &[(Image, Chain<DiskFile>)]) -> Result<(), Error> {
+    let Ok(there) = DiskHost::default().open(path, false) else { return Ok(()) };
+    let there = there.identity().ok();
+    for layer in sources.iter().flat_map(|(_, chain)| &chain.layers) {
+        for file in [&layer.file].into_iter().chain(&layer.more) {
+            if there.is_some() && file.identity().ok() == there {
+                return Err(Error::Invalid("the target is one of the files that are read".into()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All that is open.
+struct Work {
+    images: Vec<(Image, Chain<DiskFile>)>,
+    target: Target,
+}
+
+/// Why copying ended early.
+enum Ended {
+    /// Somebody has asked to stop.
+    Stopped,
+    Failed(Fail),
+}
+
+impl From<Fail> for Ended {
+    fn from(fail: Fail) -> Ended {
+        Ended::Failed(fail)
+    }
+}
+
+impl Work {
+    /// Copies all, and leaves the target clean.
+    fn run(
+        self,
+        args: &Args,
+        wanted: &Wanted,
+        progress: Progress,
+        stop: &Stop,
+        program: Program,
+    ) -> Result<(), Ended> {
+        let Work { images, target: Target { image, chain, is_new } } = self;
+        // Zeros are not seen where a layer is below.
+        let below = chain.layers.get(1).map_or(0, |layer| layer.size());
+        let form = form(wanted, &chain);
+        let direct = wanted.cache.direct || wanted.source_cache.direct;
+        let setup = Setup {
+            write: true,
+            cache: wanted.cache,
+            how: Some(if direct { How::Native } else { How::Threads }),
+            depth: wanted.in_flight,
+            ..Setup::default()
+        };
+        let mut session = Session::over(&image, chain, &setup)?;
+        let (target, mut at, mut copies) = (session.node, 0, Vec::new());
+        for (image, chain) in images {
+            let (start, end) = (at, at + chain.size());
+            let opened = |error| Fail::open_io(image.path(), &error);
+            let source = attach(&mut session.engine, chain, &RunOptions::default());
+            let source = source.map_err(opened)?;
+            while at < end {
+                let to = if at < below { end.min(below) } else { end };
+                copies.push(Copy {
+                    source,
+                    target,
+                    source_offset: at - start,
+                    target_offset: at,
+                    len: Some(to - at),
+                    target_is_zero: is_new && at >= below,
+                    only_top: has_backing(wanted),
+                    salvage: args.salvage,
+                    zeros: form.zeros,
+                    unit: form.unit,
+                    in_flight: form.in_flight,
+                    piece: form.piece,
+                    rate: wanted.rate,
+                    ..Copy::new(source, target)
+                });
+                at = to;
+            }
+        }
+        let mut run = Run { session, progress, stop, program };
+        let copied = run.progress.show(0).map_err(Ended::from);
+        let copied = copied.and_then(|()| copies.iter().try_for_each(|copy| run.copy(copy)));
+        let closed = run.session.drain();
+        copied?;
+        closed?;
+        Ok(run.progress.end()?)
+    }
+}
+
+fn has_backing(wanted: &Wanted) -> bool {
+    wanted.create.backing_file.is_some()
+}
+
+/// What all copies to a target have in common.
+struct Form {
+    zeros: Zeros,
+    unit: usize,
+    in_flight: usize,
+    piece: usize,
+}
+
+fn form(wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
+    /// More memory for each piece is no faster.
+    const PIECE: u64 = 256 << 10;
+    const PIECE_MAX: u64 = 1 << 20;
+    let meta = target.layers.first().map(|top| &top.meta);
+    let is_stream = matches!(meta, Some(LayerMeta::Vmdk(image))
+        if image.descriptor.kind == Kind::StreamOptimized);
+    let cluster = meta.and_then(LayerMeta::cluster_size).unwrap_or(0);
+    // Whatever is written into a new cluster, all of it is. In an overlay the rest comes from below.
+    let cluster = if has_backing(wanted) { 0 } else { cluster };
+    let unit = wanted.sparse.max(cluster).clamp(512, PIECE_MAX);
+    let piece = if is_stream { PIECE_MAX } else { PIECE.max(unit) };
+    Form {
+        zeros: if wanted.sparse == 0 { Zeros::Written } else { Zeros::Found },
+        unit: unit as usize,
+        // A stream is written in order.
+        in_flight: if is_stream { 1 } else { wanted.in_flight },
+        piece: piece as usize,
+    }
+}
+
+/// Copying under way.
+struct Run<'a> {
+    session: Session,
+    progress: Progress,
+    stop: &'a Stop,
+    program: Program,
+}
+
+impl Run<'_> {
+    /// Does one of the copies.
+    fn copy(&mut self, copy: &Copy) -> Result<(), Ended> {
+        let base = copy.target_offset;
+        let refused = |why| Fail::other(format!("the copy cannot begin: {why:?}"));
+        let job = self.session.engine.start(*copy).map_err(refused)?;
+        let (mut is_stopped, mut why) = (false, None);
+        loop {
+            let again = self.session.run().again;
+            while let Some(event) = self.session.engine.poll_event() {
+                match event {
+                    NodeEvent::JobError { node, at, len, errno, .. } if node == copy.source => {
+                        let at = base + (at - copy.source_offset);
+                        if copy.salvage {
+                            self.warn_of_loss(at, len, errno);
+                        } else {
+                            why = why.or(Some(("reading", at)));
+                        }
+                    }
+                    NodeEvent::JobError { at, .. } => why = why.or(Some(("writing", at))),
+                    NodeEvent::JobEnded { result: Ok(()), .. } => {
+                        return Ok(self.progress.reached(base + copy.len.unwrap_or(0))?);
+                    }
+                    NodeEvent::JobEnded { .. } if is_stopped => return Err(Ended::Stopped),
+                    NodeEvent::JobEnded { result: Err(errno), .. } => {
+                        let (doing, at) = why.unwrap_or(("writing", base));
+                        let what = format!("error while {doing} at byte {at}: {errno}");
+                        return Err(Fail::other(what).into());
+                    }
+                    _ => {}
+                }
+            }
+            if self.stop.is_asked() && !is_stopped {
+                is_stopped = self.session.engine.cancel_job(job);
+                continue;
+            }
+            if let Some(JobProgress { done, .. }) = self.session.engine.job_progress(job) {
+                self.progress.reached(base + done)?;
+            }
+            if !again {
+                let until = self.progress.next(self.session.now());
+                self.session.wait(until)?;
+            }
+        }
+    }
+
+    /// Sector by sector, as QEMU tells it.
+    fn warn_of_loss(&self, at: u64, len: u64, errno: Errno) {
+        const SECTOR: usize = 512;
+        let name = self.program.name();
+        for at in (at..at + len).step_by(SECTOR) {
+            let what = format!("warning: error while reading offset {at}: {errno}");
+            eprint_quietly(&format!("{name}: {what}\n"));
+        }
+    }
+}
