@@ -8,12 +8,12 @@
 //! What is no regular file, a block device above all, cannot be replaced: it is written in place.
 //! A link stays, and what it leads to is replaced.
 
-use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::{Lock, LockError, Locking};
@@ -25,9 +25,9 @@ use crate::disk_host::DiskHost;
 #[derive(Debug)]
 pub struct PartialFiles {
     locking: Locking,
-    made: RefCell<Vec<Made>>,
+    made: Mutex<Vec<Made>>,
     /// What is to be replaced: nobody else has it open.
-    replaced: RefCell<Vec<DiskFile>>,
+    replaced: Mutex<Vec<DiskFile>>,
 }
 
 #[derive(Debug)]
@@ -45,7 +45,7 @@ enum Place {
 impl PartialFiles {
     /// None yet. What they are to replace is locked so.
     pub fn new(locking: Locking) -> PartialFiles {
-        PartialFiles { locking, made: RefCell::default(), replaced: RefCell::default() }
+        PartialFiles { locking, made: Mutex::default(), replaced: Mutex::default() }
     }
 
     /// `host`, of this machine's files, through which an image is made and then opened for writing.
@@ -56,7 +56,7 @@ impl PartialFiles {
 
     /// Are there none? Then all is written in place.
     pub fn is_empty(&self) -> bool {
-        self.made.borrow().is_empty()
+        locked(&self.made).is_empty()
     }
 
     /// Gives all of them their names, and makes that stable. What they contain has to be stable.
@@ -67,7 +67,7 @@ impl PartialFiles {
     /// which is the image's own.
     pub fn keep(self) -> io::Result<()> {
         let mut folders = Vec::new();
-        while let Some(Made { name, partial }) = self.made.borrow_mut().pop() {
+        while let Some(Made { name, partial }) = self.next() {
             let result = take_place(&name, &partial);
             if result.is_err() {
                 // The first error is the one to report, not that of the tidying up.
@@ -83,6 +83,11 @@ impl PartialFiles {
         folders.iter().try_for_each(|folder| sync_folder(folder))
     }
 
+    /// The file that was made last of those that have no name yet.
+    fn next(&self) -> Option<Made> {
+        locked(&self.made).pop()
+    }
+
     /// Opens what a new file will replace, and locks it.
     fn hold(&self, name: &Path) -> io::Result<()> {
         let mut old = match DiskHost::default().open(name, true) {
@@ -91,14 +96,14 @@ impl PartialFiles {
             Err(error) => return Err(error),
         };
         lock(&mut old, self.locking)?;
-        self.replaced.borrow_mut().push(old);
+        locked(&self.replaced).push(old);
         Ok(())
     }
 }
 
 impl Drop for PartialFiles {
     fn drop(&mut self) {
-        for made in self.made.get_mut() {
+        for made in locked(&self.made).iter() {
             // Whoever is told of an error is told of the one that led here.
             let _ = fs::remove_file(&made.partial);
         }
@@ -135,13 +140,13 @@ impl<H: Host> Host for PartialHost<'_, H> {
             }
             file => file,
         }?;
-        self.files.made.borrow_mut().push(made);
+        locked(&self.files.made).push(made);
         Ok(file)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let Place::Beside(gone) = place(path) else { return self.host.remove(path) };
-        self.files.made.borrow_mut().retain(|made| made.partial != gone.partial);
+        locked(&self.files.made).retain(|made| made.partial != gone.partial);
         self.host.remove(&gone.partial)
     }
 
@@ -164,6 +169,11 @@ impl<H: Host> Host for PartialHost<'_, H> {
     fn entropy(&self) -> u32 {
         self.host.entropy()
     }
+}
+
+/// A panic elsewhere leaves the list whole.
+fn locked<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn lock(file: &mut DiskFile, locking: Locking) -> io::Result<()> {

@@ -374,7 +374,6 @@ impl Work {
                     in_flight: form.in_flight,
                     piece: form.piece,
                     rate: wanted.rate,
-                    ..Copy::new(source, target)
                 });
                 at = to;
             }
