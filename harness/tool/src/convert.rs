@@ -45,8 +45,8 @@ pub struct Args {
     /// The backing file's format
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
-    /// Compress the target's clusters
-    #[arg(short, long, hide = true)]
+    /// Compress what becomes smaller: qcow2, and VMDK streams, which always do
+    #[arg(short, long)]
     compress: bool,
     /// The target's cache mode: none, writeback, writethrough, directsync or unsafe
     ///
@@ -137,8 +137,8 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         let chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
         images.push((image, chain));
     }
-    if args.compress {
-        return Err(Fail::other("compressed targets are not supported"));
+    if args.compress && !matches!(wanted.format, Format::Qcow2 | Format::Vmdk) {
+        return Err(Fail::other("Compression not supported for this file format"));
     }
     let total: u64 = images
         .iter()
@@ -342,7 +342,7 @@ impl Work {
         let Work { images, target: Target { image, chain, is_new } } = self;
         // Zeros are not seen where a layer is below.
         let below = chain.layers.get(1).map_or(0, |layer| layer.size());
-        let form = form(wanted, &chain);
+        let form = form(args, wanted, &chain);
         let direct = wanted.cache.direct || wanted.source_cache.direct;
         let setup = Setup {
             write: true,
@@ -368,6 +368,7 @@ impl Work {
                     len: Some(to - at),
                     target_is_zero: is_new && at >= below,
                     only_top: has_backing(wanted),
+                    compressed: args.compress,
                     salvage: args.salvage,
                     zeros: form.zeros,
                     unit: form.unit,
@@ -400,16 +401,18 @@ struct Form {
     piece: usize,
 }
 
-fn form(wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
+fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
     /// More memory for each piece is no faster.
     const PIECE: u64 = 256 << 10;
-    const PIECE_MAX: u64 = 1 << 20;
+    const PIECE_MAX: u64 = 2 << 20;
     let meta = target.layers.first().map(|top| &top.meta);
     let is_stream = matches!(meta, Some(LayerMeta::Vmdk(image))
         if image.descriptor.kind == Kind::StreamOptimized);
     let cluster = meta.and_then(LayerMeta::cluster_size).unwrap_or(0);
     // Whatever is written into a new cluster, all of it is. In an overlay the rest comes from below.
-    let cluster = if has_backing(wanted) { 0 } else { cluster };
+    // What is compressed is a whole cluster.
+    let is_part = has_backing(wanted) && !args.compress;
+    let cluster = if is_part { 0 } else { cluster };
     let unit = wanted.sparse.max(cluster).clamp(512, PIECE_MAX);
     let piece = if is_stream { PIECE_MAX } else { PIECE.max(unit) };
     Form {

@@ -109,3 +109,38 @@ fn text_takes_as_little_room_as_qemu_needs() {
         assert!(ours <= theirs + theirs / 50 + (128 << 10), "{kind}: {ours} bytes, not {theirs}");
     }
 }
+
+#[test]
+fn whole_images_are_compressed() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    let mut random = Random(3);
+    let mut bytes = vec![0; SIZE as usize + 1536];
+    for (which, piece) in bytes.chunks_mut(300_000).enumerate() {
+        if which % 4 != 3 {
+            piece.copy_from_slice(&contents(which as u64 % 4, &mut random, piece.len() as u64));
+        }
+    }
+    fs::write(place.path("raw"), bytes).expect("a scratch file");
+    for options in
+        ["compression_type=zlib", "compression_type=zstd", "cluster_size=2M", "cluster_size=4k"]
+    {
+        for flags in ["-m 1", "-m 16 -W -t none", "-S 0"] {
+            place.ok(&format!(
+                "rm -f packed again && cowbell convert -c {flags} -O qcow2 -o {options} raw packed && \
+                 cowbell convert packed again && cmp raw again && cowbell check -q packed"
+            ));
+            place.qemu("qemu-img check -q packed && qemu-img compare -q packed raw");
+        }
+        let len = |name| fs::metadata(place.path(name)).expect("it is there").len();
+        place.ok(&format!("rm packed && cowbell convert -c -O qcow2 -o {options} raw packed"));
+        place.qemu(&format!("qemu-img convert -c -O qcow2 -o {options} raw theirs"));
+        let (ours, theirs) = (len("packed"), len("theirs"));
+        assert!(
+            ours <= theirs + theirs / 20 + (256 << 10),
+            "{options}: {ours} bytes, not {theirs}"
+        );
+    }
+}
