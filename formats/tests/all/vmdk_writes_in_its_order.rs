@@ -102,8 +102,8 @@ impl Rig {
     }
 
     fn fail(&mut self, name: &str) {
-        let ops = self.engine.backend().ops.iter().map(|(_, op)| op.clone());
-        let op = ops.filter(|op| self.name(op) == name).last().expect("it is in flight");
+        let mut ops = self.engine.backend().ops.iter().map(|(_, op)| op.clone());
+        let op = ops.rfind(|op| self.name(op) == name).expect("it is in flight");
         assert!(self.engine.backend_mut().release(Some(Errno::IO), |other| *other == op));
         self.engine.run(Time(0));
     }
