@@ -9,8 +9,8 @@ use cowbell_engine::units::{FileId, GuestOffset, RegionId, align_down};
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
 use crate::parts::units;
+use crate::qcow2::disk::codec::DEFLATED_HEADER;
 use crate::qcow2::disk::layout::Geometry;
-use crate::qcow2::run::packing::{buffers_for, deflate_slot_bytes};
 
 /// How a qcow2 image is run.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -96,6 +96,17 @@ impl Regions {
             l1: region(slice),
         }
     }
+}
+
+/// Bytes of a slot, for an image with clusters of `cluster` bytes: one as the guest has it, and what it
+/// is deflated to, behind that.
+pub(super) const fn deflate_slot_bytes(cluster: u64) -> usize {
+    (2 * cluster) as usize + DEFLATED_HEADER
+}
+
+/// Host clusters in memory: one that is filled, one behind it, and others that are written.
+pub(super) fn buffers_for(wanted: usize) -> usize {
+    wanted.max(3)
 }
 
 /// Clusters that are deflated at once: fewer, if they are large.

@@ -26,7 +26,7 @@ use cowbell_engine::wait::{On, WaitList};
 use crate::qcow2::disk::codec::{DEFLATED_HEADER, deflate};
 use crate::qcow2::disk::header::Compression;
 use crate::qcow2::disk::layout::{Compressed, L2Entry};
-use crate::qcow2::run::image::Image;
+use crate::qcow2::run::image::{Image, buffers_for, deflate_slot_bytes};
 use crate::qcow2::run::reserve::{Reserve, Short};
 
 /// What a compressed write awaits.
@@ -107,17 +107,6 @@ const DEFLATE_ZSTD: Compute = Compute {
     name: "deflate-zstd",
     run: |input, output| deflate(Compression::Zstd, input, output).map_err(|_| Errno::IO),
 };
-
-/// Bytes of a slot, for an image with clusters of `cluster` bytes: one as the guest has it, and what it
-/// is deflated to, behind that.
-pub(super) const fn deflate_slot_bytes(cluster: u64) -> usize {
-    (2 * cluster) as usize + DEFLATED_HEADER
-}
-
-/// Host clusters in memory: one that is filled, one behind it, and others that are written.
-pub(super) fn buffers_for(wanted: usize) -> usize {
-    wanted.max(3)
-}
 
 impl Packing {
     /// With so many host clusters and places to deflate in.
