@@ -11,6 +11,7 @@ use cowbell_engine::step::Io;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::chain::open_layer;
+use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::vmdk::run::Regions;
 use cowbell_formats::vmdk::{Vmdk, VmdkOptions};
 use cowbell_formats::{Format, LayerMeta, Node, OpenOptions};
@@ -28,14 +29,15 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(path: &Path) -> Rig {
+    fn new(path: &Path, by: Grow) -> Rig {
         let options = OpenOptions { write: true, ..OpenOptions::default() };
         let layer = open_layer(&crate::common::DISK, path, &options).expect("it opens");
         let LayerMeta::Vmdk(opened) = layer.meta else { panic!("it is another format") };
         let header = opened.extents[0].sparse().expect("it is sparse").header.clone();
         let mut engine = Engine::new(Held::default(), Limits::default());
         let (file, _) = engine.attach(std::fs::read(path).expect("it is there")).expect("memory");
-        let options = VmdkOptions::default();
+        let growth = Growth { by, ..Growth::default() };
+        let options = VmdkOptions { growth, ..VmdkOptions::default() };
         let regions = Regions::new(&opened, true, &options, |len| engine.region(len));
         let node = Vmdk::new(vec![file], opened, true, None, regions, options);
         let disk = engine.add(Node::Vmdk(Box::new(node)));
@@ -43,12 +45,13 @@ impl Rig {
         Rig { engine, disk, primary_at, grains_at }
     }
 
-    /// An image in which nothing is allocated.
-    fn empty() -> Rig {
+    /// An image in which nothing is allocated. (While the id is written no chore makes the file longer; data
+    /// that does so itself need not wait for one.)
+    fn empty(by: Grow) -> Rig {
         let folder = folder();
         let path = folder.path().join("disk.vmdk");
         make(&path, Format::Vmdk, SIZE);
-        Rig::new(&path)
+        Rig::new(&path, by)
     }
 
     fn name(&self, op: &Op) -> &'static str {
@@ -101,6 +104,11 @@ impl Rig {
         rounds
     }
 
+    fn end_all_but_the_id(&mut self) -> Vec<&'static str> {
+        // Reads have no name: a round may look empty.
+        (0..8).flat_map(|_| self.end_but("id")).collect()
+    }
+
     fn fail(&mut self, name: &str) {
         let mut ops = self.engine.backend().ops.iter().map(|(_, op)| op.clone());
         let op = ops.rfind(|op| self.name(op) == name).expect("it is in flight");
@@ -121,9 +129,9 @@ impl Rig {
 
 #[test]
 fn an_allocation_is_published_after_the_id() {
-    let mut rig = Rig::empty();
+    let mut rig = Rig::empty(Grow::Write);
     rig.write(MIDDLE);
-    while rig.ended().is_none() && !rig.end_but("id").is_empty() {}
+    assert_eq!(rig.end_all_but_the_id().last(), Some(&"data"));
     assert_eq!(rig.ended(), None, "the data is written, but not the id");
     assert_eq!(rig.end_all(), [["id"]]);
     assert_eq!(rig.ended(), Some(Ok(())));
@@ -134,12 +142,12 @@ fn data_in_place_is_written_after_the_id_and_that_once() {
     let folder = folder();
     let path = folder.path().join("disk.vmdk");
     make(&path, Format::Vmdk, SIZE);
-    let mut rig = Rig::new(&path);
+    let mut rig = Rig::new(&path, Grow::Truncate);
     rig.write(MIDDLE);
     rig.end_all();
     rig.drain();
     std::fs::write(&path, &rig.engine.backend().bytes).expect("it is written");
-    let mut rig = Rig::new(&path);
+    let mut rig = Rig::new(&path, Grow::Truncate);
     rig.write(MIDDLE);
     assert_eq!(rig.end_all(), [["id"], ["data"]]);
     rig.write(MIDDLE);
@@ -148,10 +156,10 @@ fn data_in_place_is_written_after_the_id_and_that_once() {
 
 #[test]
 fn an_id_that_was_not_written_is_asked_for_again() {
-    let mut rig = Rig::empty();
+    let mut rig = Rig::empty(Grow::Write);
     rig.write(MIDDLE);
+    rig.end_all_but_the_id();
     rig.fail("id");
-    rig.end_all();
     assert_eq!(rig.ended(), Some(Err(Errno::IO)));
     rig.write(MIDDLE);
     let rounds = rig.end_all().concat();
@@ -161,7 +169,7 @@ fn an_id_that_was_not_written_is_asked_for_again() {
 
 #[test]
 fn closing_writes_tables_then_cuts_then_flushes() {
-    let mut rig = Rig::empty();
+    let mut rig = Rig::empty(Grow::Truncate);
     assert_eq!(rig.drain(), [["flush"]]);
     rig.write(MIDDLE);
     rig.end_all();
@@ -175,7 +183,7 @@ fn closing_writes_tables_then_cuts_then_flushes() {
 
 #[test]
 fn a_cut_that_failed_is_told_and_its_space_not_used() {
-    let mut rig = Rig::empty();
+    let mut rig = Rig::empty(Grow::Truncate);
     rig.write(MIDDLE);
     rig.end_all();
     rig.flush();
