@@ -4,7 +4,7 @@
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{Errno, JobId, NodeId};
-use cowbell_engine::{Copy, Why};
+use cowbell_engine::{Copy, Why, Zeros};
 
 use super::{PROBE_TAG, Stage, World};
 use crate::choose::Choice;
@@ -164,8 +164,11 @@ impl<S: Subject> World<S> {
     pub(super) fn start_copy(&mut self) -> Result<(), String> {
         let plan = self.copying.plan.expect("chosen because there is one");
         let (source, target) = self.ends_of(plan.way);
+        // What is stopped has several pieces: zeros, which most of these disks are, make one.
+        let zeros = if plan.pauses > 0 { Zeros::Written } else { Zeros::Told };
         let copy = Copy {
             target_is_zero: plan.target_is_zero,
+            zeros,
             in_flight: IN_FLIGHT,
             piece: PIECE,
             ..Copy::new(source, target)
