@@ -23,12 +23,12 @@
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
 
-use crate::copy_job::{PAGE, SECTOR, State, Worker, Zeros};
+use crate::copy_job::{Copy, CopyJob, PAGE, SECTOR, State, Worker, Zeros};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
-use crate::request::{Event, Io, Step};
+use crate::request::{Event, Io, IoKind, Step};
 use crate::status::Status;
 use crate::units::{Errno, ReqId};
 use crate::wait::On;
@@ -89,11 +89,11 @@ struct Machine<'a> {
 
 impl Machine<'_> {
     fn step(&mut self, event: Event) -> Step<State> {
-        if self.core.copies[self.worker.job as usize].failed.is_some() {
+        if self.job().failed.is_some() {
             return Step::Done(Ok(()));
         }
         if self.worker.state == State::Status && matches!(event, Event::Io(_)) {
-            self.core.copies[self.worker.job as usize].asking -= 1;
+            self.job_mut().asking -= 1;
         }
         match (self.worker.state, event) {
             (state, Event::Io(Err(errno))) => self.failed(state, errno),
@@ -107,9 +107,17 @@ impl Machine<'_> {
         }
     }
 
+    fn job(&self) -> &CopyJob {
+        &self.core.copies[self.worker.job as usize]
+    }
+
+    fn job_mut(&mut self) -> &mut CopyJob {
+        &mut self.core.copies[self.worker.job as usize]
+    }
+
     /// `len` bytes of the worker's memory, from byte `off` on.
     fn memory(&self, off: u64, len: u64) -> Seg {
-        let region = self.core.copies[self.worker.job as usize].region;
+        let region = self.job().region;
         let off = self.worker.memory + off as u32;
         Seg { base: Base::Region(region), off, len: len as u32 }
     }
@@ -152,9 +160,9 @@ impl Machine<'_> {
 
     /// Waits until somebody looks again: who asks, who resumes the job, or the time.
     fn park(&mut self) -> Step<State> {
-        let mut list = std::mem::take(&mut self.core.copies[self.worker.job as usize].waiters);
+        let mut list = std::mem::take(&mut self.job_mut().waiters);
         self.core.park(self.me, &mut list, On::Job);
-        self.core.copies[self.worker.job as usize].waiters = list;
+        self.job_mut().waiters = list;
         Step::Wait(State::Piece)
     }
 
@@ -172,7 +180,7 @@ impl Machine<'_> {
 
     fn ask_status(&mut self) -> Step<State> {
         let Worker { data_end: from, end, .. } = *self.worker;
-        let job = &self.core.copies[self.worker.job as usize];
+        let job = self.job();
         let (source, offset) = (job.copy.source, job.copy.source_offset + from);
         if from >= job.source_size {
             if mutant!("copy_leaves_the_rest") {
@@ -182,7 +190,7 @@ impl Machine<'_> {
         }
         let asked = asked_from(from, job.source_size);
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
-        self.core.copies[self.worker.job as usize].asking += 1;
+        self.job_mut().asking += 1;
         self.core.mem.region_mut_of(seg).fill(0);
         self.core.ask_status(self.me, source, (offset, asked), seg);
         Step::Wait(State::Status)
@@ -190,9 +198,9 @@ impl Machine<'_> {
 
     /// What was taken is on its way: it is somebody else's turn.
     fn wake_next(&mut self) {
-        let mut waiters = std::mem::take(&mut self.core.copies[self.worker.job as usize].waiters);
+        let mut waiters = std::mem::take(&mut self.job_mut().waiters);
         self.core.wake_first(&mut waiters);
-        self.core.copies[self.worker.job as usize].waiters = waiters;
+        self.job_mut().waiters = waiters;
     }
 
     /// Nothing is to be read up to here: the piece is as long, if nobody has taken the next one.
@@ -207,7 +215,7 @@ impl Machine<'_> {
 
     fn answered(&mut self) -> Step<State> {
         let Worker { at, data_end: from, end, .. } = *self.worker;
-        let job = &self.core.copies[self.worker.job as usize];
+        let job = self.job();
         let (copy, asked) = (job.copy, asked_from(from, job.source_size));
         let seg = self.memory(copy.piece as u64, Status::BYTES as u64);
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
@@ -224,12 +232,11 @@ impl Machine<'_> {
         let to = said.min(end);
         let whole = if to == end { end } else { copy.unit_floor(to) };
         if (is_left || status.kind.is_zero()) && whole > from {
-            return match () {
+            if from > at {
                 // What is data before it comes first; then the same is asked again.
-                () if from > at => self.read(),
-                () if is_left => self.written(whole - from),
-                () => self.zero(whole - from),
-            };
+                return self.read();
+            }
+            return if is_left { self.written(whole - from) } else { self.zero(whole - from) };
         }
         self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
         if self.worker.data_end == end { self.read() } else { self.ask_status() }
@@ -237,7 +244,7 @@ impl Machine<'_> {
 
     fn read(&mut self) -> Step<State> {
         let Worker { at, data_end, .. } = *self.worker;
-        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let copy = self.job().copy;
         let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
         let segs = Segs::one(self.memory(0, data_end - at));
         self.worker.held = (at, data_end);
@@ -255,7 +262,7 @@ impl Machine<'_> {
     /// What was awaited came to nothing.
     fn failed(&mut self, state: State, errno: Errno) -> Step<State> {
         let Worker { at, data_end, held, .. } = *self.worker;
-        let copy = self.core.copies[self.worker.job as usize].copy;
+        let copy = self.job().copy;
         let (node, start, len) = match state {
             State::Status if copy.salvage => {
                 // Then what is there is seen when it is read.
@@ -274,7 +281,7 @@ impl Machine<'_> {
             State::Write { len } => (copy.target, copy.target_offset + at, len),
             State::Piece | State::Flush => (copy.target, 0, 0),
         };
-        let job = self.core.copies[self.worker.job as usize].id;
+        let job = self.job().id;
         self.core.tell_job_error(job, node, (start, len), errno);
         match state {
             State::ReadSector { at } => self.read_sectors(at + SECTOR),
@@ -288,7 +295,7 @@ impl Machine<'_> {
         if at >= held.1 {
             return self.store();
         }
-        let copy = &self.core.copies[self.worker.job as usize].copy;
+        let copy = self.job().copy;
         let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
         let segs = Segs::one(self.memory(at - held.0, SECTOR.min(held.1 - at)));
         self.core.issue(self.me, Op::read(source, offset, segs));
@@ -298,7 +305,7 @@ impl Machine<'_> {
     /// Writes the first stretch of what has been read and not yet been written.
     fn store(&mut self) -> Step<State> {
         let Worker { at, held, .. } = *self.worker;
-        let copy = self.core.copies[self.worker.job as usize].copy;
+        let copy = self.job().copy;
         if copy.zeros != Zeros::Found {
             return self.write(held.1 - at);
         }
@@ -320,7 +327,7 @@ impl Machine<'_> {
 
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
-        let job = &self.core.copies[self.worker.job as usize];
+        let job = self.job();
         let copy = job.copy;
         if job.skips_zeros() || mutant!("copy_skips_zeros") {
             return self.written(len);
@@ -342,16 +349,11 @@ impl Machine<'_> {
     /// Writes the next `len` bytes, which are in memory.
     fn write(&mut self, len: u64) -> Step<State> {
         let Worker { at, held, .. } = *self.worker;
-        let copy = &self.core.copies[self.worker.job as usize].copy;
-        let (target, offset) = (Target::Node(copy.target), copy.target_offset + at);
-        let segs = Segs::one(self.memory(at - held.0, len));
-        let kind = OpKind::Write { fua: false };
-        if copy.compressed {
-            let (node, seg) = (copy.target, self.memory(at - held.0, len));
-            self.core.issue_request(self.me, node, Io::write_compressed(offset, len), seg);
-        } else {
-            self.core.issue(self.me, Op { kind, target, offset, len, segs });
-        }
+        let Copy { target, target_offset, compressed, .. } = self.job().copy;
+        let kind = IoKind::Write { fua: false, compressed };
+        let (io, seg) =
+            (Io { kind, offset: target_offset + at, len }, self.memory(at - held.0, len));
+        self.core.issue_request(self.me, target, io, seg);
         Step::Wait(State::Write { len })
     }
 
@@ -359,7 +361,7 @@ impl Machine<'_> {
         self.worker.at += len;
         self.worker.data_end = self.worker.data_end.max(self.worker.at);
         let counted = mutant!("copy_counted_before_it_is_written");
-        self.core.copies[self.worker.job as usize].done += if counted { 0 } else { len };
+        self.job_mut().done += if counted { 0 } else { len };
         Step::Go(State::Status)
     }
 }
