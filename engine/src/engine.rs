@@ -196,14 +196,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.life.nodes.push(None);
             self.sizes.push(0);
         }
-        let below: smallvec::SmallVec<[NodeId; 2]> = node.below().into();
         (self.life.nodes[index], self.sizes[index]) = (Some(node), size);
+        let id = self.core.nodes[index].id;
         // It is not paused, so what is below it is not held.
-        below.into_iter().for_each(|below| self.life.hold(&mut self.core, below));
+        self.life.hold(&mut self.core, id);
         if self.life.drain == Drain::Going {
             life::begin_to_drain(&mut self.core, index);
         }
-        self.core.nodes[index].id
+        id
     }
 
     /// A node, to look at. What it says, such as its size, may change in `run`.
