@@ -3,6 +3,8 @@
 //! The bytes of one that is inflated are untrusted. The output is as long as a cluster and cannot become longer; memory is
 //! bounded by the decoders' windows: 32 KiB of deflate, 16 MiB of Zstandard.
 
+use cowbell_engine::op::Compute;
+use cowbell_engine::units::Errno;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer};
 
@@ -49,6 +51,34 @@ fn inflate_zstd(input: &[u8], output: &mut [u8]) -> Result<(), Invalid> {
         if (from.pos(), to.pos()) == before {
             return Err(Invalid);
         }
+    }
+}
+
+/// Inflating as work for a processor: see [`inflate`].
+pub fn inflating(compression: Compression) -> Compute {
+    match compression {
+        Compression::Zlib => Compute {
+            name: "inflate-zlib",
+            run: |input, output| inflate(Compression::Zlib, input, output).map_err(|_| Errno::IO),
+        },
+        Compression::Zstd => Compute {
+            name: "inflate-zstd",
+            run: |input, output| inflate(Compression::Zstd, input, output).map_err(|_| Errno::IO),
+        },
+    }
+}
+
+/// Deflating as work for a processor: see [`deflate`].
+pub fn deflating(compression: Compression) -> Compute {
+    match compression {
+        Compression::Zlib => Compute {
+            name: "deflate-zlib",
+            run: |input, output| deflate(Compression::Zlib, input, output).map_err(|_| Errno::IO),
+        },
+        Compression::Zstd => Compute {
+            name: "deflate-zstd",
+            run: |input, output| deflate(Compression::Zstd, input, output).map_err(|_| Errno::IO),
+        },
     }
 }
 

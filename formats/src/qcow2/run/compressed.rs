@@ -5,25 +5,15 @@
 //! by the host offset of the compressed bytes, which stay as they are as long as an entry leads to
 //! them; when an entry gives them up, the cache forgets them.
 
-use cowbell_engine::op::{Compute, Op};
+use cowbell_engine::op::Op;
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::Errno;
 use cowbell_engine::wait::On;
 
-use crate::qcow2::disk::codec::inflate;
-use crate::qcow2::disk::header::Compression;
+use crate::qcow2::disk::codec::inflating;
 use crate::qcow2::disk::layout::Compressed;
 use crate::qcow2::run::image::{compressed_max, inflated_slot_bytes};
 use crate::qcow2::run::piece::{PieceStep, Progress, RequestState};
-
-const ZLIB: Compute = Compute {
-    name: "inflate-zlib",
-    run: |input, output| inflate(Compression::Zlib, input, output).map_err(|_| Errno::IO),
-};
-const ZSTD: Compute = Compute {
-    name: "inflate-zstd",
-    run: |input, output| inflate(Compression::Zstd, input, output).map_err(|_| Errno::IO),
-};
 
 impl PieceStep<'_> {
     /// Reads at `at` from a compressed cluster, as far as that and the request reach.
@@ -59,10 +49,7 @@ impl PieceStep<'_> {
         if result.is_err() {
             return self.cluster_inflated(at, slot, result, cx);
         }
-        let codec = match self.header.compression() {
-            Compression::Zlib => ZLIB,
-            Compression::Zstd => ZSTD,
-        };
+        let codec = inflating(self.header.compression());
         let size = self.image.geometry.cluster_size() as usize;
         let input = self.inflated.seg(slot as usize, 0, bytes as usize);
         let behind = inflated_slot_bytes(self.image.geometry) - size;

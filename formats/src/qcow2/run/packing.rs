@@ -18,12 +18,12 @@
 //! makes it good.
 
 use cowbell_engine::mutant;
-use cowbell_engine::op::{Base, Compute, Op, Seg, Segs};
+use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::Cx;
 use cowbell_engine::units::{Errno, HostOffset};
 use cowbell_engine::wait::{On, WaitList};
 
-use crate::qcow2::disk::codec::{DEFLATED_HEADER, deflate};
+use crate::qcow2::disk::codec::{DEFLATED_HEADER, deflating};
 use crate::qcow2::disk::header::Compression;
 use crate::qcow2::disk::layout::{Compressed, L2Entry};
 use crate::qcow2::run::image::{Image, buffers_for, deflate_slot_bytes};
@@ -72,6 +72,13 @@ struct Buffer {
     is_due: bool,
 }
 
+impl Buffer {
+    /// Where in the file the next byte goes.
+    fn end(&self, cluster_bits: u32) -> u64 {
+        (self.cluster << cluster_bits) + u64::from(self.fill)
+    }
+}
+
 /// See the module.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Packing {
@@ -98,15 +105,6 @@ pub(super) enum Lack {
     /// No entry can say where it would be.
     TooFar,
 }
-
-const DEFLATE_ZLIB: Compute = Compute {
-    name: "deflate-zlib",
-    run: |input, output| deflate(Compression::Zlib, input, output).map_err(|_| Errno::IO),
-};
-const DEFLATE_ZSTD: Compute = Compute {
-    name: "deflate-zstd",
-    run: |input, output| deflate(Compression::Zstd, input, output).map_err(|_| Errno::IO),
-};
 
 impl Packing {
     /// With so many host clusters and places to deflate in.
@@ -160,10 +158,7 @@ impl Packing {
             off: off as u32,
             len: len as u32,
         };
-        let work = match compression {
-            Compression::Zlib => DEFLATE_ZLIB,
-            Compression::Zstd => DEFLATE_ZSTD,
-        };
+        let work = deflating(compression);
         cx.issue(Op::compute(work, seg(off, cluster as usize), seg(end, unit - cluster as usize)));
     }
 
@@ -200,16 +195,16 @@ impl Packing {
         if self.open_buffer().is_some_and(|open| u64::from(open.members) >= most) {
             self.close();
         }
-        let room = self.open_buffer().map_or(0, |open| cluster - open.fill);
-        if packed.bytes > room {
-            self.open_next(reserve, cx)?;
-        }
-        let from = self.open_buffer().expect("there is room");
-        let (cluster_at, fill) = match self.before_open(packed.bytes, room) {
-            Some(before) => (before, cluster - room),
-            None => (from.cluster, from.fill),
+        let bits = self.image.geometry.cluster_bits();
+        let host = match self.open_buffer() {
+            Some(open) if packed.bytes <= cluster - open.fill => open.end(bits),
+            before => {
+                let next = self.open_next(reserve, cx)?;
+                // They may begin in the one before it.
+                let before = before.filter(|before| before.cluster + 1 == next);
+                before.map_or(next << bits, |before| before.end(bits))
+            }
         };
-        let host = (cluster_at << self.image.geometry.cluster_bits()) + u64::from(fill);
         self.copy_in(packed, host, reserve, cx);
         // Up to the end of the sector that it ends in.
         let bytes = (host + u64::from(packed.bytes)).next_multiple_of(512) - host;
@@ -220,9 +215,9 @@ impl Packing {
         self.open.and_then(|open| self.buffers[open as usize])
     }
 
-    /// Takes another host cluster. It is the one that is filled from now on; the one before it keeps
-    /// what room it has only if this one follows it in the file.
-    fn open_next(&mut self, reserve: &mut Reserve, cx: &mut Cx<'_>) -> Result<(), Lack> {
+    /// Takes another host cluster, and answers which. It is the one that is filled from now on; the one
+    /// before it keeps what room it has only if this one follows it in the file.
+    fn open_next(&mut self, reserve: &mut Reserve, cx: &mut Cx<'_>) -> Result<u64, Lack> {
         let Some(vacant) = self.buffers.iter().position(Option::is_none) else {
             let waits = self.buffers.iter().flatten().any(|buffer| buffer.is_writing);
             let full = (0..self.buffers.len() as u32).find(|&at| self.may_write(at));
@@ -254,19 +249,7 @@ impl Packing {
         self.bytes_mut(vacant as u32, cx).fill(0);
         self.buffers[vacant] = Some(buffer);
         self.open = Some(vacant as u32);
-        Ok(())
-    }
-
-    /// The host cluster in front of the open one, if bytes that did not fit into the `room` that it
-    /// has begin there.
-    fn before_open(&self, bytes: u32, room: u32) -> Option<u64> {
-        let open = self.open_buffer()?;
-        let before = open.cluster.checked_sub(1)?;
-        let is_there =
-            self.buffers.iter().flatten().any(|buffer| {
-                buffer.cluster == before && buffer.fill == self.cluster_bytes() - room
-            });
-        (open.fill == 0 && 0 < room && room < bytes && is_there).then_some(before)
+        Ok(taken.first)
     }
 
     /// Copies the bytes to where they are to be on disk.
@@ -323,13 +306,12 @@ impl Packing {
 
     /// Writes a host cluster, whole.
     pub fn write(&mut self, buffer: u32, cx: &mut Cx<'_>) {
+        let len = self.cluster_bytes();
         let held = self.buffers[buffer as usize].as_mut().expect("it is held");
         (held.is_writing, held.is_dirty) = (true, false);
-        let len = self.cluster_bytes();
+        let offset = held.cluster << self.image.geometry.cluster_bits();
         let base = Base::Region(self.image.regions.packed);
         let seg = Seg { base, off: buffer * len, len };
-        let cluster = self.buffers[buffer as usize].expect("it is held").cluster;
-        let offset = cluster << self.image.geometry.cluster_bits();
         cx.issue(Op::write(self.image.file, offset, Segs::one(seg)));
     }
 
