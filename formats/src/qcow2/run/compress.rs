@@ -52,9 +52,9 @@ impl PieceStep<'_> {
                 self.deflated(claim, slot, result, cx)
             }
             (PackState::Space { packed, attempt }, Event::Woken) => {
-                match self.reserve.failure_of(attempt) {
-                    Some(errno) if self.reserve.has_nothing() => self.unpacked(packed, errno, cx),
-                    _ => self.pack(packed, cx),
+                match self.reserve.no_cluster(attempt) {
+                    Some(errno) => self.unpacked(packed, errno, cx),
+                    None => self.pack(packed, cx),
                 }
             }
             (PackState::Frees { packed, attempt }, Event::Woken) => {

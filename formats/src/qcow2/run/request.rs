@@ -152,8 +152,7 @@ impl Qcow2 {
         let progress = match (state, event) {
             (RequestState::Swept, Event::Woken) => return Step::Done(self.writeback.result()),
             (RequestState::Space { at, attempt }, Event::Woken) => {
-                let failure = piece.reserve.failure_of(attempt);
-                Progress::tried(at, failure.filter(|_| piece.reserve.has_nothing()))
+                Progress::tried(at, piece.reserve.no_cluster(attempt))
             }
             (RequestState::Room { at, attempt }, Event::Woken) => {
                 Progress::tried(at, piece.writeback.no_room(attempt))

@@ -379,9 +379,10 @@ impl Reserve {
         self.attempts.failure_of(attempt)
     }
 
-    /// Is nothing in reserve?
-    pub fn has_nothing(&self) -> bool {
-        self.at_hand.total == 0
+    /// Why there is nothing in reserve, if attempt number `attempt`, or one after it, was to bring
+    /// something and failed.
+    pub fn no_cluster(&self, attempt: u32) -> Option<Errno> {
+        self.failure_of(attempt).filter(|_| self.at_hand.total == 0)
     }
 
     /// Have the refcounts been found to be wrong? Then no cluster is handed out, and none counted.
