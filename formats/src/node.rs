@@ -178,7 +178,8 @@ fn attach_over<D: Driver + From<Node>, B: Backend<File: Store>>(
                 let geometry = opened.geometry();
                 let (data, data_info) = *more.first().unwrap_or(&(file, info));
                 let options = options.qcow2;
-                let regions = qcow2::Regions::new(geometry, &options, |len| engine.region(len));
+                let regions =
+                    qcow2::Regions::new(geometry, writable, &options, |len| engine.region(len));
                 let may = (writable, info.can_grow, data_info.can_grow);
                 let files = (file, data);
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))

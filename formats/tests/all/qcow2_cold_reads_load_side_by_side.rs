@@ -51,7 +51,7 @@ fn in_memory(path: &Path, access: Access) -> (Engine<Node, Held>, NodeId) {
     let bytes = std::fs::read(path).expect("read");
     let (file, _) = engine.attach(bytes).expect("memory");
     let options = Qcow2Options::default();
-    let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
+    let regions = Regions::new(opened.geometry(), true, &options, |len| engine.region(len));
     let can_write = access == Access::Write;
     let can = (can_write, can_write, can_write);
     let node = Qcow2::new((file, file), opened, can, None, regions, options);

@@ -67,7 +67,7 @@ fn torture(bytes: &[u8], random: &mut Random) -> bool {
     if opened.header.has_data_file() || opened.header.disk_size() < SIZE {
         return false;
     }
-    let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
+    let regions = Regions::new(opened.geometry(), true, &options, |len| engine.region(len));
     let node = Qcow2::new((file, file), opened, (true, true, true), None, regions, options);
     let disk = engine.add(Node::Qcow2(Box::new(node)));
     for _ in 0..3 {

@@ -47,7 +47,7 @@ fn run(bytes: Vec<u8>, fixed: bool) -> Disk {
     let (file, _) = engine.attach(file.bytes()).expect("memory");
     let growth = Growth { step_min: 64 << 10, step_max: 64 << 10, ..Growth::default() };
     let options = Qcow2Options { growth, ..Qcow2Options::default() };
-    let regions = Regions::new(opened.geometry(), &options, |len| engine.region(len));
+    let regions = Regions::new(opened.geometry(), true, &options, |len| engine.region(len));
     let may = (true, !fixed, !fixed);
     let node = Qcow2::new((file, file), opened, may, None, regions, options);
     let disk = engine.add(Node::Qcow2(Box::new(node)));

@@ -76,20 +76,25 @@ pub struct Regions {
 }
 
 impl Regions {
-    /// The memory for an image of this geometry. `region` makes one of so many bytes.
+    /// The memory for an image of this geometry. Only one that may be written needs all of it. `region` makes one
+    /// of so many bytes.
     pub fn new(
         geometry: Geometry,
+        writable: bool,
         options: &Qcow2Options,
         mut region: impl FnMut(usize) -> RegionId,
     ) -> Regions {
         let slice = 1 << geometry.slice_bits();
         let pair = inflated_slot_bytes(geometry);
         let cluster = geometry.cluster_size();
+        let when_written = |bytes| if writable { bytes } else { 0 };
+        let deflated = deflate_depth(options, cluster) * deflate_slot_bytes(cluster);
+        let packed = buffers_for(options.cache_packed) * cluster as usize;
         Regions {
             tables: region(TableCache::bytes_for(slice, options.cache_slices)),
             inflated: region(TableCache::bytes_for(pair, options.cache_inflated)),
-            deflated: region(deflate_depth(options, cluster) * deflate_slot_bytes(cluster)),
-            packed: region(buffers_for(options.cache_packed) * cluster as usize),
+            deflated: region(when_written(deflated)),
+            packed: region(when_written(packed)),
             staging: region(options.writeback_depth.max(1) * slice),
             counts: region(PIECES_MAX as usize * slice),
             header: region(slice),
