@@ -618,6 +618,18 @@ impl Subject for Image {
     }
 }
 
+/// Empty, used, over a backing file, with little memory: of a format that has backing files.
+fn images_with_backing(plain: Image) -> Vec<Image> {
+    vec![
+        plain,
+        Image { state: State::Warm, ..plain },
+        Image { backing: true, ..plain },
+        Image { backing: true, state: State::Warm, cache: 1, ..plain },
+        Image { backing: true, state: State::Zeros, ..plain },
+        Image { align: 4096, buffers: 2, ..plain },
+    ]
+}
+
 /// Devices of images with tables. With `spare` clusters behind the image; full ones have room for one,
 /// if there is any.
 fn device_scopes_with_tables(image: Image, spare: u64) -> Vec<Scope> {

@@ -7,7 +7,9 @@ use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
 use cowbell_formats::qcow2::rest::snapshots::{self, Moment};
 use cowbell_formats::{CreateOptions, Format, Host};
 
-use super::{CLUSTER, FormatSubject, Image, Medium, ROOMY, State, TOP, scope_of};
+use super::{
+    CLUSTER, FormatSubject, Image, Medium, ROOMY, State, TOP, images_with_backing, scope_of,
+};
 use crate::backend::IsMetadata;
 use crate::disk::Contents;
 use crate::gate::{Scope, Shape, scopes_on, workloads};
@@ -58,18 +60,14 @@ impl FormatSubject for Qcow2 {
 
     fn images(&self) -> Vec<Image> {
         let plain = Image { ahead: 8, ..Image::new(Format::Qcow2) };
-        vec![
-            plain,
-            Image { state: State::Warm, ..plain },
-            Image { backing: true, ..plain },
-            Image { backing: true, state: State::Warm, cache: 1, ..plain },
-            Image { backing: true, state: State::Zeros, ..plain },
-            Image { align: 4096, buffers: 2, ..plain },
+        let mut images = images_with_backing(plain);
+        images.extend([
             Image { state: State::Shared, ..plain },
             Image { state: State::Holes, ..plain },
             // A refcount block counts 64 clusters: the first allocation makes another.
             Image { cluster: 512, ahead: 64, ..plain },
-        ]
+        ]);
+        images
     }
 
     fn long_images(&self) -> Vec<Image> {

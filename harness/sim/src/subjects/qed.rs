@@ -4,7 +4,10 @@ use cowbell_formats::parts::growth::Grow;
 use cowbell_formats::qed::rest::open::{Access, open};
 use cowbell_formats::{CreateOptions, Format};
 
-use super::{CLUSTER, FormatSubject, Image, State, device_scopes_with_tables, special_with_tables};
+use super::{
+    CLUSTER, FormatSubject, Image, device_scopes_with_tables, images_with_backing,
+    special_with_tables,
+};
 use crate::backend::IsMetadata;
 use crate::disk::Contents;
 use crate::gate::{Scope, Shape};
@@ -31,15 +34,7 @@ impl FormatSubject for Qed {
     }
 
     fn images(&self) -> Vec<Image> {
-        let plain = Image { ahead: 16, ..Image::new(Format::Qed) };
-        vec![
-            plain,
-            Image { state: State::Warm, ..plain },
-            Image { backing: true, ..plain },
-            Image { backing: true, state: State::Warm, cache: 1, ..plain },
-            Image { backing: true, state: State::Zeros, ..plain },
-            Image { align: 4096, buffers: 2, ..plain },
-        ]
+        images_with_backing(Image { ahead: 16, ..Image::new(Format::Qed) })
     }
 
     fn growing_images(&self) -> Vec<Image> {
