@@ -337,6 +337,7 @@ impl Machine<'_> {
             let seg = self.memory(0, len);
             self.core.mem.region_mut_of(seg).fill(0);
             self.worker.held = (at, at + len);
+            self.wake_next();
             return self.write(len);
         }
         let (kind, target) = (OpKind::Zero { unmap: true }, Target::Node(copy.target));
