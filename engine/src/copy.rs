@@ -19,11 +19,15 @@
 //! It asks about as much as there is, and nobody begins a piece meanwhile: a piece that begins with zeros is as long
 //! as these.
 //!
+//! *Of one moment* ([`Moment::Start`]): what somebody wants to change is read first. He waits ([`guard`](crate::guard)), and
+//! what he waits for is the next piece, whatever else holds up the job: a pause, the rate, who asks. What was taken so is marked,
+//! and left out when its turn comes. From the moment that a stretch is read, or known to be zeros, it may change.
+//!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
 
-use crate::copy_job::{Copy, CopyJob, PAGE, SECTOR, State, Worker, Zeros};
+use crate::copy_job::{Copy, CopyJob, Moment, PAGE, SECTOR, State, Worker, Zeros};
 use crate::core::{Core, GO_MAX};
 use crate::events::NodeEvent;
 use crate::mutant;
@@ -69,6 +73,7 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
     let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
+    core.let_guests_go(key);
     if !is_over {
         return;
     }
@@ -76,6 +81,11 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     core.mem.free_region(job.region);
     for node in [job.copy.source, job.copy.target] {
         core.nodes[node.index()].jobs -= u32::from(!mutant!("copied_disk_stays_in_use"));
+    }
+    if job.copy.moment == Moment::Start {
+        let record = &mut core.nodes[job.copy.source.index()];
+        record.guards -= 1;
+        record.set_open_to();
     }
     let result = job.failed.map_or(Ok(()), Err);
     core.events.push(NodeEvent::JobEnded { job: job.id, result });
@@ -93,7 +103,7 @@ impl Machine<'_> {
             return Step::Done(Ok(()));
         }
         if self.worker.state == State::Status && matches!(event, Event::Io(_)) {
-            self.job_mut().asking -= 1;
+            self.job_mut().asking -= u32::from(!self.worker.is_wanted);
         }
         match (self.worker.state, event) {
             (state, Event::Io(Err(errno))) => self.failed(state, errno),
@@ -125,6 +135,14 @@ impl Machine<'_> {
     fn take_piece(&mut self) -> Step<State> {
         let now = self.core.now;
         let job = &mut self.core.copies[self.worker.job as usize];
+        let sleeps = job.is_paused && mutant!("paused_copy_holds_guests");
+        let wanted = if sleeps { None } else { job.take_wanted() };
+        if let Some(piece) = wanted {
+            self.take(piece, true);
+            self.wake_next();
+            return Step::Go(State::Status);
+        }
+        job.skip_taken();
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
             if job.workers > 1 || mutant!("copy_ends_before_its_flush") {
@@ -142,6 +160,7 @@ impl Machine<'_> {
         if end < job.total {
             end = job.copy.unit_floor(end);
         }
+        end = job.free_up_to(end);
         if job.next < job.source_size {
             // No piece is of both.
             end = end.min(job.source_size);
@@ -151,11 +170,17 @@ impl Machine<'_> {
         } else if job.copy.zeros != Zeros::Written {
             end = job.next.saturating_add(AT_ONCE).min(job.total);
         }
-        let (at, len) = (job.next, end - job.next);
-        *self.worker = Worker { at, end, data_end: at, held: (at, at), ..*self.worker };
-        job.next = end;
-        job.done += if mutant!("copy_counted_before_it_is_written") { len } else { 0 };
+        let at = std::mem::replace(&mut job.next, end);
+        self.take((at, end), false);
         Step::Go(State::Status)
+    }
+
+    fn take(&mut self, (at, end): (u64, u64), is_wanted: bool) {
+        let held = (at, at);
+        *self.worker =
+            Worker { at, end, data_end: at, read_to: at, is_wanted, held, ..*self.worker };
+        let counts = mutant!("copy_counted_before_it_is_written");
+        self.job_mut().done += if counts { end - at } else { 0 };
     }
 
     /// Waits until somebody looks again: who asks, who resumes the job, or the time.
@@ -188,9 +213,9 @@ impl Machine<'_> {
             }
             return self.zero(end - from);
         }
-        let asked = asked_from(from, job.source_size);
+        let asked = self.asked_from(from);
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
-        self.job_mut().asking += 1;
+        self.job_mut().asking += u32::from(!self.worker.is_wanted);
         self.core.mem.region_mut_of(seg).fill(0);
         self.core.ask_status(self.me, source, (offset, asked), seg);
         Step::Wait(State::Status)
@@ -206,9 +231,13 @@ impl Machine<'_> {
     /// Nothing is to be read up to here: the piece is as long, if nobody has taken the next one.
     fn grow_to(&mut self, said: u64) {
         let job = &mut self.core.copies[self.worker.job as usize];
+        if job.next != self.worker.end || self.worker.is_wanted {
+            return;
+        }
+        let said = job.free_up_to(said);
         let is_end = said >= job.source_size;
         let end = if is_end { job.source_size } else { job.copy.unit_floor(said) };
-        if job.next == self.worker.end && end > job.next {
+        if end > job.next {
             (job.next, self.worker.end) = (end, end);
         }
     }
@@ -216,14 +245,14 @@ impl Machine<'_> {
     fn answered(&mut self) -> Step<State> {
         let Worker { at, data_end: from, end, .. } = *self.worker;
         let job = self.job();
-        let (copy, asked) = (job.copy, asked_from(from, job.source_size));
+        let (copy, asked) = (job.copy, self.asked_from(from));
         let seg = self.memory(copy.piece as u64, Status::BYTES as u64);
         let status = Status::from_bytes(self.core.mem.region_mut_of(seg));
         let Some(status) = status.filter(|status| (1..=asked).contains(&status.len)) else {
             return Step::Done(Err(Errno::IO));
         };
         let said = from + status.len;
-        let is_left = copy.only_top && status.depth > 0;
+        let is_left = copy.top_layers.is_some_and(|layers| status.depth >= layers);
         let grows = is_left || status.kind.is_zero() && copy.zeros != Zeros::Written;
         if grows && from == at && said > end {
             self.grow_to(said);
@@ -236,6 +265,7 @@ impl Machine<'_> {
                 // What is data before it comes first; then the same is asked again.
                 return self.read();
             }
+            self.has_read(whole);
             return if is_left { self.written(whole - from) } else { self.zero(whole - from) };
         }
         self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
@@ -302,9 +332,25 @@ impl Machine<'_> {
         Step::Wait(State::ReadSector { at })
     }
 
+    /// Up to here the source may change.
+    fn has_read(&mut self, to: u64) {
+        if to > self.worker.read_to {
+            self.worker.read_to = to;
+            self.core.let_guests_go(self.worker.job);
+        }
+    }
+
+    /// How much is asked about from `from` on: about as much as there is; of what somebody waits for, no
+    /// more than that.
+    fn asked_from(&self, from: u64) -> u64 {
+        let end = if self.worker.is_wanted { self.worker.end } else { self.job().source_size };
+        (end - from).min(AT_ONCE)
+    }
+
     /// Writes the first stretch of what has been read and not yet been written.
     fn store(&mut self) -> Step<State> {
         let Worker { at, held, .. } = *self.worker;
+        self.has_read(held.1);
         let copy = self.job().copy;
         if copy.zeros != Zeros::Found {
             return self.write(held.1 - at);
@@ -373,11 +419,6 @@ fn is_zeros(bytes: &[u8]) -> bool {
     let rest = chunks.remainder();
     let or = |bytes: &[u8]| bytes.iter().fold(0, |or, byte| or | byte);
     or(rest) == 0 && chunks.into_iter().all(|chunk| or(chunk) == 0)
-}
-
-/// How much is asked about from `from` on: about as much as there is.
-fn asked_from(from: u64, source_size: u64) -> u64 {
-    (source_size - from).min(AT_ONCE)
 }
 
 /// Bytes that are asked about, and zeroed, at once: bounds what a driver does in one step.

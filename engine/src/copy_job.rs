@@ -1,7 +1,26 @@
 //! A copy of one node to another: how far it is, as plain data. What is done with it says `copy.rs`.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Duration;
+
+use slab::Slab;
+
+use crate::marks::Marks;
+use crate::mutant;
 use crate::units::{Errno, JobId, NodeId, RegionId, Time};
 use crate::wait::WaitList;
+
+/// Of which moment a copy is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Moment {
+    /// Each byte is as it was at some moment of the job: for a source that nobody writes meanwhile.
+    Any,
+    /// Everything is as it was when the job was started: a backup of a disk that is in use. A write,
+    /// zero write or discard waits until what it would change has been read (copy-before-write). What was in
+    /// flight at the start counts as done or as not done, as after a power cut.
+    Start,
+}
 
 /// What a copy does about zeros.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -31,9 +50,10 @@ pub struct Copy {
     /// The target is known to read as zeros: what is zeros in the source is skipped, not written.
     /// Default: false.
     pub target_is_zero: bool,
-    /// Only what the source's own layer says is copied. What it leaves to the layers below stays in the
-    /// target as it is: for one that lies over the same disk as the source. Default: false.
-    pub only_top: bool,
+    /// Only what the uppermost so many layers of the source say is copied. What they leave to those below
+    /// stays in the target as it is: for a target that lies over the same disk as the source, or is that
+    /// disk, a layer below the source. `None`: all is copied. Default: `None`.
+    pub top_layers: Option<u8>,
     /// What is written is compressed, where the target's format can: as
     /// [`IoKind::Write`](crate::step::IoKind::Write) says. For that units are whole clusters. Default: false.
     pub compressed: bool,
@@ -51,9 +71,15 @@ pub struct Copy {
     /// Bytes in a piece: a multiple of 4096, up to 2 MiB; the nearest is taken. Default: 256 KiB.
     /// The job's memory is `in_flight` pieces, and a page for each.
     pub piece: usize,
-    /// At most so many bytes a second are read; what is zeros costs nothing. `None`: no limit.
-    /// Default: `None`.
+    /// At most so many bytes a second are read; what is zeros costs nothing, and what somebody waits for
+    /// to be read is read at once. `None`: no limit. Default: `None`.
     pub rate: Option<u64>,
+    /// Of which moment the target shall be. Default: [`Moment::Any`].
+    pub moment: Moment,
+    /// How long the job may hold up a write, where it does. If nothing that somebody waits for has been
+    /// read for so long, because the target or the source hangs, the job ends with
+    /// [`Errno::TIMED_OUT`], and the writes go on. `None`: for ever. Default: 10 seconds.
+    pub hold_max: Option<Duration>,
 }
 
 impl Copy {
@@ -66,7 +92,7 @@ impl Copy {
             target_offset: 0,
             len: None,
             target_is_zero: false,
-            only_top: false,
+            top_layers: None,
             compressed: false,
             zeros: Zeros::Told,
             unit: UNIT_MIN,
@@ -74,6 +100,8 @@ impl Copy {
             in_flight: 8,
             piece: 256 << 10,
             rate: None,
+            moment: Moment::Any,
+            hold_max: Some(Duration::from_secs(10)),
         }
     }
 
@@ -98,6 +126,28 @@ impl Copy {
     }
 }
 
+/// Bytes that are read before one of them is written: the least, if the unit is not more.
+const GRANULE: usize = 64 << 10;
+
+impl Copy {
+    /// What is marked of a job that copies `len` bytes: what need not be read. `None`: that would be too
+    /// much.
+    pub(crate) fn marks(&self, len: u64, parts: Option<&[Range<u64>]>) -> Option<Marks> {
+        if self.moment == Moment::Any && parts.is_none() {
+            return Some(Marks::default());
+        }
+        let most = 1usize << self.piece.ilog2();
+        let granule = GRANULE.clamp(self.unit, most.max(self.unit));
+        let mut marks = Marks::new(len, self.target_offset, granule.ilog2())?;
+        if let Some(parts) = parts {
+            let within = |at: u64| at.saturating_sub(self.source_offset).min(len);
+            let parts = parts.iter().map(|part| within(part.start)..within(part.end));
+            marks.mark_all_but(&parts.collect::<Vec<_>>());
+        }
+        Some(marks)
+    }
+}
+
 /// How far a job is, in bytes of the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct JobProgress {
@@ -119,6 +169,8 @@ pub(crate) const PAGE: u64 = 4096;
 #[derive(Clone, Hash, Debug)]
 pub(crate) struct CopyJob {
     pub id: JobId,
+    /// Its key.
+    pub key: u32,
     pub copy: Copy,
     /// Memory of all pieces.
     pub region: RegionId,
@@ -126,6 +178,8 @@ pub(crate) struct CopyJob {
     /// own beginning.
     pub source_size: u64,
     pub total: u64,
+    /// How many of these are none of the parts that are to be copied.
+    pub left_out: u64,
     /// Where the next piece begins.
     pub next: u64,
     /// Workers that ask what is where: nobody begins a piece before they know.
@@ -140,6 +194,14 @@ pub(crate) struct CopyJob {
     pub due: Time,
     /// Workers that wait for that, or to be resumed.
     pub waiters: WaitList,
+    /// What was taken before its turn, because somebody waits for it.
+    pub ahead: Marks,
+    /// What somebody waits for, from and to, oldest first: it is taken next.
+    pub wanted: VecDeque<(u64, u64)>,
+    /// Writes that wait until something has been read.
+    pub guests: WaitList,
+    /// Since when they do, and nothing has been read.
+    pub held_since: Option<Time>,
 }
 
 impl CopyJob {
@@ -148,11 +210,90 @@ impl CopyJob {
         self.copy.target_is_zero && self.copy.zeros != Zeros::Written
     }
 
-    /// When workers that wait are to be woken.
+    /// When workers that wait are to be woken, or the job is to be given up.
     pub fn deadline(&self) -> Option<Time> {
         // Who asks wakes the others.
         let waits = !self.waiters.is_empty() && !self.is_paused && self.asking == 0;
-        waits.then_some(self.due)
+        let due = waits.then_some(self.due);
+        due.into_iter().chain(self.holds_until()).min()
+    }
+
+    /// Until when it may hold up those that it does.
+    pub fn holds_until(&self) -> Option<Time> {
+        let nanos = |max: Duration| u64::try_from(max.as_nanos()).unwrap_or(u64::MAX);
+        Some(self.held_since?.plus_ns(nanos(self.copy.hold_max?)))
+    }
+
+    /// Is nothing of this node to be changed before the job has read it?
+    pub fn reads_first(&self, node: NodeId) -> bool {
+        self.copy.moment == Moment::Start && self.copy.source == node && self.failed.is_none()
+    }
+
+    /// What the job has of these bytes of the source: from and to, in the job.
+    fn within(&self, from: u64, to: u64) -> (u64, u64) {
+        let inside = |at: u64| at.saturating_sub(self.copy.source_offset).min(self.source_size);
+        (inside(from), inside(to))
+    }
+
+    /// The first of these bytes of the source that has not been read.
+    pub fn first_unread(&self, workers: &Slab<Worker>, from: u64, to: u64) -> Option<u64> {
+        let (from, to) = self.within(from, to);
+        let untaken = self.first_untaken(from, to);
+        let reads = |worker: &Worker| {
+            let at = worker.read_to.max(from);
+            (at < worker.end.min(to)).then_some(at)
+        };
+        let its = workers.iter().filter(|(_, worker)| worker.job == self.key);
+        let unread = its.filter_map(|(_, worker)| reads(worker));
+        let unread = unread.filter(|_| !mutant!("taken_counts_as_read"));
+        let first = untaken.into_iter().chain(unread).min();
+        first.map(|at| self.copy.source_offset + at)
+    }
+
+    /// The first byte of the job from `from` on that no worker has taken.
+    fn first_untaken(&self, from: u64, to: u64) -> Option<u64> {
+        self.ahead.next(false, from.max(self.next), to)
+    }
+
+    /// Somebody waits for what is not read yet of these bytes of the source.
+    pub fn want(&mut self, from: u64, to: u64) {
+        let (from, to) = self.within(from, to);
+        let wants = self.first_untaken(from, to).map(|from| (from, to));
+        if let Some(wanted) = wants.filter(|wanted| !self.wanted.contains(wanted)) {
+            self.wanted.push_back(wanted);
+        }
+    }
+
+    /// Takes the next piece that somebody waits for.
+    pub fn take_wanted(&mut self) -> Option<(u64, u64)> {
+        while let Some(&(from, to)) = self.wanted.front() {
+            let Some(at) = self.first_untaken(from, to) else {
+                self.wanted.pop_front();
+                continue;
+            };
+            let start = self.ahead.floor(at).max(self.next);
+            let most = self.ahead.end(to - 1).min(self.source_size);
+            let most = most.min(self.ahead.floor(start.saturating_add(self.copy.piece as u64)));
+            let end = most.max(self.ahead.end(start).min(self.source_size));
+            let end = self.ahead.next(true, start, end).unwrap_or(end);
+            self.ahead.mark(start, end);
+            return Some((start, end));
+        }
+        None
+    }
+
+    /// The next piece begins where nothing was taken ahead, and ends before.
+    pub fn skip_taken(&mut self) {
+        if !mutant!("copy_takes_again_what_it_has") {
+            let free = self.ahead.next(false, self.next, self.source_size);
+            self.next = free.unwrap_or(self.next.max(self.source_size));
+        }
+    }
+
+    /// Where the next thing that was taken ahead begins, if it is before `end`; else `end`.
+    pub fn free_up_to(&self, end: u64) -> u64 {
+        let taken = self.ahead.next(true, self.next, end.min(self.source_size));
+        taken.filter(|_| !mutant!("copy_takes_again_what_it_has")).unwrap_or(end)
     }
 }
 
@@ -168,6 +309,10 @@ pub(crate) struct Worker {
     pub end: u64,
     /// What is known to be data ends here; beyond it nothing is known.
     pub data_end: u64,
+    /// Up to here the source has been read, or need not be: others may change it.
+    pub read_to: u64,
+    /// Somebody waits for the piece: it was taken before its turn.
+    pub is_wanted: bool,
     /// What has been read, from and to: it is at the start of the memory.
     pub held: (u64, u64),
     pub state: State,
@@ -176,7 +321,9 @@ pub(crate) struct Worker {
 impl Worker {
     /// Of this job, with memory from this byte of its region on.
     pub fn new(job: u32, memory: u32) -> Worker {
-        Worker { job, memory, at: 0, end: 0, data_end: 0, held: (0, 0), state: State::Piece }
+        let (at, end, data_end, read_to) = (0, 0, 0, 0);
+        let (is_wanted, held, state) = (false, (0, 0), State::Piece);
+        Worker { job, memory, at, end, data_end, read_to, is_wanted, held, state }
     }
 }
 

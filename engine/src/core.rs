@@ -14,6 +14,7 @@ use crate::copy_job::{CopyJob, Worker};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
+use crate::guard::Guard;
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
@@ -53,6 +54,8 @@ pub(crate) struct Core {
     /// Copies that an embedder has started, and who does them.
     pub copies: Slab<CopyJob>,
     pub workers: Slab<Worker>,
+    /// Writes to disks that are copied as they were.
+    pub guards: Slab<Guard>,
     /// The serial number of the next one.
     pub next_job: u32,
     pub mem: Memory,
@@ -127,6 +130,7 @@ impl Core {
             jobs: Slab::with_capacity(slots),
             copies: Slab::new(),
             workers: Slab::new(),
+            guards: Slab::new(),
             next_job: 0,
             mem: Memory::new(slots, buffers, limits.buffer_size),
             bufs_free: ids(0, limits.buffers),
@@ -389,6 +393,11 @@ impl Core {
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (seg.base, seg.off);
+        // A part of what has come past is not looked at again.
+        let parent = self.ops.slot(request);
+        if parent.node != node || matches!(parent.work, Work::Copy(_)) {
+            self.guard(child);
+        }
         self.expect_result(request);
     }
 
@@ -428,6 +437,31 @@ impl Core {
         }
         let mut waiters = std::mem::take(&mut copy.waiters);
         self.wake_all(&mut waiters);
+        self.let_guests_go(key as u32);
+    }
+
+    /// Something has been read that a copy reads before it is changed, or need not be any more: who
+    /// waits to change it looks again.
+    pub fn let_guests_go(&mut self, key: u32) {
+        let copy = &mut self.copies[key as usize];
+        copy.held_since = None;
+        if copy.failed.is_some() && mutant!("failed_copy_holds_guests") {
+            return;
+        }
+        let mut guests = std::mem::take(&mut copy.guests);
+        self.wake_all(&mut guests);
+    }
+
+    /// The request, which is new, changes what it is about: if that is copied as it was, then only after
+    /// that has been read.
+    pub fn guard(&mut self, request: ReqId) {
+        let slot = self.ops.slot(request);
+        if !slot.io.kind.modifies() || self.nodes[slot.node.index()].guards == 0 {
+            return;
+        }
+        let key = self.guards.insert(Guard::default()) as u32;
+        let slot = self.ops.slot_mut(request);
+        (slot.work, slot.cause) = (Work::Guard(key), Cause::Start);
     }
 
     /// The time of copies that wait for theirs has come.
@@ -436,6 +470,11 @@ impl Core {
         let due: Vec<usize> = self.copies.iter().map(|(key, _)| key).collect();
         for key in due {
             let copy = &mut self.copies[key];
+            if copy.holds_until().is_some_and(|until| until <= self.now) {
+                copy.failed = copy.failed.or(Some(Errno::TIMED_OUT));
+                self.cancel_copy(key);
+                continue;
+            }
             if copy.deadline().is_some_and(|due| due <= self.now) {
                 let mut waiters = std::mem::take(&mut copy.waiters);
                 self.wake_all(&mut waiters);
@@ -1032,6 +1071,7 @@ impl Core {
         assert!(self.ops.is_empty() && self.out.is_empty(), "ops left: {:?}", self.ops);
         assert!(self.jobs.is_empty(), "jobs left: {:?}", self.jobs);
         assert!(self.copies.is_empty() && self.workers.is_empty(), "left: {:?}", self.copies);
+        assert!(self.guards.is_empty(), "left: {:?}", self.guards);
         assert_eq!(self.bufs_free.len(), self.limits.buffers, "buffers leaked");
         assert_eq!(self.bounce_free.len(), self.limits.bounce_buffers, "bounce buffers leaked");
         assert!(self.buf_waiters.is_empty() && self.bounce_waiters.is_empty());
@@ -1075,6 +1115,7 @@ impl Core {
             jobs: self.jobs.clone(),
             copies: self.copies.clone(),
             workers: self.workers.clone(),
+            guards: self.guards.clone(),
             next_job: self.next_job,
             mem,
             bufs_free: self.bufs_free.clone(),
@@ -1115,6 +1156,9 @@ impl Core {
         }
         for (key, worker) in &self.workers {
             (key, worker).hash(h);
+        }
+        for (key, guard) in &self.guards {
+            (key, guard).hash(h);
         }
         for &id in self.out.as_slice() {
             let OpRecord { op, moved, owner, .. } = &self.ops[id];

@@ -9,6 +9,7 @@ use crate::align;
 use crate::backend::{self, Backend, Completion, FileInfo, Harvest, Submission};
 use crate::copy;
 use crate::core::{Core, GO_MAX};
+use crate::guard;
 use crate::life::{self, Drain, Life, Move, Why};
 use crate::limits::Limits;
 use crate::mem::{Mem, Memory};
@@ -247,7 +248,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Some(record) if record.id == node => record,
             _ => return Err(Refused { why: Why::NoSuchNode, mem }),
         };
-        if self.life.guests < self.life.open_to && record.guests < record.open_to {
+        let is_looked_at = self.life.guests >= self.life.open_to || record.guests >= record.open_to;
+        if !is_looked_at {
             record.guests += 1;
         } else {
             if let Err(why) = self.life.why_not(&mut self.core, node) {
@@ -259,7 +261,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.end_at_once(node, io, mem, tag);
             return Ok(());
         }
-        self.record(node, io, mem, tag);
+        let id = self.record(node, io, mem, tag);
+        if is_looked_at {
+            self.core.guard(id);
+        }
         Ok(())
     }
 
@@ -619,6 +624,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             Work::Node => unreachable!("{id:?} is of its node's driver"),
             Work::Align(key) => self.step_job(id, key, event),
             Work::Copy(key) => self.step_copy(id, key, event),
+            Work::Guard(key) => self.step_guard(id, key, event),
         }
     }
 
@@ -635,6 +641,17 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     fn step_copy(&mut self, id: ReqId, key: u32, event: Event) {
         match copy::step(&mut self.core, id, key, event) {
             Some(()) => self.core.end(id, Ok(())),
+            None => self.wait(id, 0, Waits::Io),
+        }
+    }
+
+    fn step_guard(&mut self, id: ReqId, key: u32, event: Event) {
+        match guard::step(&mut self.core, id, key, event) {
+            Some(result) => {
+                // A guest's place is used again as it is.
+                self.core.ops.slot_mut(id).work = Work::Node;
+                self.core.end(id, result);
+            }
             None => self.wait(id, 0, Waits::Io),
         }
     }

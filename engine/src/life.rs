@@ -50,6 +50,8 @@ pub enum Why {
     InUse,
     /// The target of a copy is shorter than its source. No answer to a request.
     TooSmall,
+    /// The source of a copy of one moment is larger than can be kept account of. No answer to a request.
+    TooLarge,
 }
 
 /// How far a drain of all is.

@@ -27,8 +27,9 @@ pub(crate) struct NodeRecord {
     pub open_to: u32,
     /// What is in flight besides: pieces of other nodes' requests, chores, the file layer's machines.
     pub inner: u32,
-    /// Jobs of an embedder's that use it.
+    /// Jobs of an embedder's that use it; and those that copy it as it was.
     pub jobs: u32,
+    pub guards: u32,
     /// Guests' requests that ended together, not in the statistics yet.
     pub batch: Ended,
     /// How many requests it may have.
@@ -68,6 +69,7 @@ impl NodeRecord {
             open_to: u32::MAX,
             inner: 0,
             jobs: 0,
+            guards: 0,
             batch: Ended::default(),
             quota: u32::MAX,
             stage: Stage::Open,
@@ -106,6 +108,8 @@ impl NodeRecord {
     /// Opens it to as many requests as may be, now.
     pub fn set_open_to(&mut self) {
         let takes = self.stage == Stage::Open && !self.is_paused && !self.is_gone;
+        // Who writes while it is copied is looked at.
+        let takes = takes && self.guards == 0;
         self.open_to = if takes && !self.is_closing { self.quota } else { 0 };
         if mutant!("closed_node_takes_requests") && self.is_closing {
             self.open_to = self.quota;

@@ -45,6 +45,13 @@ pub enum IoKind {
     },
 }
 
+impl IoKind {
+    /// Does it change what the disk holds? A change of the size does not count.
+    pub fn modifies(&self) -> bool {
+        matches!(self, IoKind::Write { .. } | IoKind::Zero { .. } | IoKind::Discard)
+    }
+}
+
 /// A request as the driver sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Io {

@@ -60,6 +60,8 @@ pub(crate) enum Work {
     Align(u32),
     /// The engine's own, for a copy; the key of its worker.
     Copy(u32),
+    /// The engine's own, for a write that may have to wait for one; the key of its guard.
+    Guard(u32),
 }
 
 /// Another request, or none, in four bytes.

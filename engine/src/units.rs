@@ -203,6 +203,8 @@ impl Errno {
     pub const NO_SPACE: Errno = Errno(libc::ENOSPC);
     /// Canceled before it was done.
     pub const CANCELED: Errno = Errno(libc::ECANCELED);
+    /// It took too long.
+    pub const TIMED_OUT: Errno = Errno(libc::ETIMEDOUT);
     /// Operation not permitted.
     pub const NOT_PERMITTED: Errno = Errno(libc::EPERM);
     /// Try again; the backend hands such an op on to somebody who can wait.

@@ -43,11 +43,13 @@ pub enum On {
     Users,
     /// What its job waits for: time, or to be resumed.
     Job,
+    /// A job that reads what is to be changed, as it was.
+    Copy,
 }
 
 impl On {
     /// Each once, in the order of [`Stats::lists`](crate::stats::Stats::lists).
-    pub const ALL: [On; 17] = [
+    pub const ALL: [On; 18] = [
         On::Table,
         On::CacheSlot,
         On::Cluster,
@@ -65,6 +67,7 @@ impl On {
         On::Quiet,
         On::Users,
         On::Job,
+        On::Copy,
     ];
 }
 

@@ -1,9 +1,12 @@
 //! Jobs: work over several nodes that an embedder starts. What a copy does is said in `copy.rs`.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+
 use super::Engine;
 use crate::backend::Backend;
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Moment, Worker};
 use crate::life::{Drain, Why};
 use crate::mutant;
 use crate::request::{Io, IoKind};
@@ -19,17 +22,33 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// the target and stable. After an error, or a cancel, any part of the target may have been
     /// written.
     ///
-    /// Each byte is copied as it was at some moment of the job: who writes to the source meanwhile
-    /// gets no image of one moment. Neither node is closed, paused or resized while the job runs
+    /// Each byte is copied as it was at some moment of the job, or all as they were at its start:
+    /// [`Moment`](crate::Moment). Neither node is closed, paused or resized while the job runs
     /// ([`Why::InUse`]; a truncation fails). A [`drain`](Engine::drain) cancels the job.
     ///
     /// # Errors
     ///
     /// And nothing was begun. As a [`submit`](Engine::submit) to each of them;
-    /// [`Why::InUse`]: they are one node, another node reads from the target, or one of them is being
+    /// [`Why::InUse`]: they are one node, another node reads from the target ([`Copy::top_layers`] says when it may), or one of them is being
     /// resized; [`Why::TooSmall`]: what is to be copied does not fit into the target, or begins behind
-    /// the source's end.
+    /// the source's end; [`Why::TooLarge`]: what is read before it is changed is remembered, and that
+    /// would take more than 64 MiB (32 TiB in granules of 64 KiB; of larger ones more).
     pub fn start(&mut self, copy: Copy) -> Result<JobId, Why> {
+        self.start_copy(copy, None)
+    }
+
+    /// The same, of these parts of the source alone, each rounded out to granules of 64 KiB (units, if
+    /// they are more): what has changed since another copy was made, say. What is behind the source's end
+    /// is zeroed all the same. A job's [progress](Engine::job_progress) is of what is copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Engine::start); [`Why::TooLarge`] whatever moment the copy is of.
+    pub fn start_parts(&mut self, copy: Copy, parts: &[Range<u64>]) -> Result<JobId, Why> {
+        self.start_copy(copy, Some(parts))
+    }
+
+    fn start_copy(&mut self, copy: Copy, parts: Option<&[Range<u64>]>) -> Result<JobId, Why> {
         let copy = copy.within_ranges();
         let uses = [copy.source, copy.target];
         if uses.iter().any(|&node| !self.has(node)) {
@@ -40,7 +59,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             .ops
             .slots()
             .any(|(_, slot)| slot.io.kind == IoKind::Truncate && uses.contains(&slot.node));
-        let is_below = !self.core.nodes[copy.target.index()].is_top;
+        // What a layer itself says is not seen through those that are copied.
+        let is_below = !self.core.nodes[copy.target.index()].is_top && copy.top_layers.is_none();
         if copy.source == copy.target || is_resized || is_below {
             return Err(Why::InUse);
         }
@@ -48,6 +68,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         for node in uses {
             self.life.why_not(&mut self.core, node)?;
         }
+        let ahead = copy.marks(source_size, parts).ok_or(Why::TooLarge)?;
         let core = &mut self.core;
         let id = JobId { engine: self.tag, serial: core.next_job };
         core.next_job = core.next_job.wrapping_add(1);
@@ -58,6 +79,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             region: core.mem.add_region(lane * copy.in_flight),
             source_size,
             total,
+            left_out: parts.map_or(0, |_| ahead.marked(source_size)),
             next: 0,
             asking: 0,
             done: 0,
@@ -66,8 +88,18 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             failed: None,
             due: Time(0),
             waiters: WaitList::new(),
+            key: core.copies.vacant_key() as u32,
+            ahead,
+            wanted: VecDeque::new(),
+            guests: WaitList::new(),
+            held_since: None,
         };
         let job = core.copies.insert(job) as u32;
+        if copy.moment == Moment::Start {
+            let record = &mut core.nodes[copy.source.index()];
+            record.guards += 1;
+            record.set_open_to();
+        }
         uses.iter().for_each(|node| core.nodes[node.index()].jobs += 1);
         for at in 0..copy.in_flight {
             let memory = (at * lane) as u32;
@@ -99,7 +131,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn job_progress(&self, job: JobId) -> Option<JobProgress> {
         let copies = self.core.copies.iter().map(|(_, copy)| copy);
         let copy = copies.into_iter().find(|copy| copy.id == job)?;
-        Some(JobProgress { done: copy.done, total: copy.total })
+        Some(JobProgress { done: copy.done, total: copy.total - copy.left_out })
     }
 
     /// The job begins no more pieces; those in flight run to their end. False: there is no such job.

@@ -328,7 +328,7 @@ fn of_what_the_top_layer_has() {
     assert!(settle(&mut engine).iter().all(|done| done.result == Ok(())));
     // Where nobody is below it, its silence means zeros.
     model[half as usize..(SIZE - 4096) as usize].fill(0);
-    let job = engine.start(Copy { only_top: true, ..Copy::new(top, to) }).expect("it starts");
+    let job = engine.start(Copy { top_layers: Some(1), ..Copy::new(top, to) }).expect("it starts");
     assert_eq!(end_of(&mut engine, job), Ok(()));
     let copied = read(&mut engine, to, SIZE);
     assert_eq!(copied.iter().zip(&model).position(|(a, b)| a != b), None);

@@ -8,6 +8,7 @@ mod a_turn_ends_in_time;
 mod an_engine_may_be_dropped_at_work;
 mod an_overlay_and_its_base_in_two_backends;
 mod backing_files_obey_the_policy;
+mod backups_are_of_one_moment;
 mod bytes_beside_a_write_stay;
 mod check_counts_as_qemu_does;
 mod check_finds_and_repairs;

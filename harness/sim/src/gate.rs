@@ -454,6 +454,16 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let stops = |copy: CopyPlan| CopyPlan { pauses: 1, cancels: true, drains: true, ..copy };
     let used = |copy: CopyPlan| CopyPlan { beside: true, ..copy };
     let is_zero = |copy: CopyPlan| CopyPlan { target_is_zero: true, ..copy };
+    let of_start = |copy: CopyPlan| CopyPlan { of_start: true, ..copy };
+    let gives_up = |copy: CopyPlan| CopyPlan { gives_up: true, ..of_start(copy) };
+    // In two pieces, and then in one of those again.
+    let two = |_: &Image| {
+        let write = Request::write(CLUSTER + 512, 2 * CLUSTER - 1024);
+        let of_both = Workload::new([Request::write(512, CLUSTER), Request::discard(0, CLUSTER)]);
+        vec![of_both, Workload::new([write])]
+    };
+    // Nobody's when the copy has just begun.
+    let last = |_: &Image| vec![Workload::new([Request::write(2 * CLUSTER + 512, 1024)])];
     let none = |_: &Image| vec![Workload::default()];
     let few = |_: &Image| vec![Workload::new([Request::write(CLUSTER, 1024)])];
     let one = |_: &Image| {
@@ -469,6 +479,11 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([empty], budget(used(copy_in), 0), none),
             scopes_on([noise], budget(copy_out, 1), none),
             scopes_on([noise], budget(used(copy_out), 0), one),
+            scopes_on([noise], budget(of_start(copy_out), 1), one),
+            scopes_on([noise], budget(of_start(copy_out), 0), two),
+            scopes_on([noise], budget(stops(of_start(copy_out)), 0), last),
+            scopes_on([noise], Budget { ticks: 1, ..budget(gives_up(copy_out), 0) }, last),
+            scopes_on([noise], budget(used(of_start(copy_in)), 0), none),
         ]
         .concat();
     }
@@ -481,11 +496,14 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([noise, warm], budget(stops(copy_in), 0), none),
         scopes_on([warm], budget(copy_out, 1), one),
         scopes_on([warm], budget(stops(copy_out), 1), none),
+        scopes_on([warm], budget(of_start(copy_out), 0), one),
+        scopes_on([empty], budget(of_start(is_zero(copy_out)), 0), last),
     ];
     if matches!(format, Format::Qed | Format::Qcow2) {
         let overlay = Image { backing: true, ..noise };
         all.push(scopes_on([overlay], budget(copy_in, 0), none));
         all.push(scopes_on([overlay], budget(copy_out, 0), few));
+        all.push(scopes_on([overlay], budget(of_start(copy_out), 0), last));
     }
     all.concat()
 }

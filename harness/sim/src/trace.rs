@@ -115,9 +115,8 @@ impl Trace {
         for (key, set) in set {
             more += &if set { format!(" {key}=true") } else { String::new() };
         }
-        if let Some(CopyPlan { way, target_is_zero, pauses, cancels, drains, beside }) =
-            self.budget.copy
-        {
+        if let Some(plan) = self.budget.copy {
+            let CopyPlan { way, target_is_zero, pauses, cancels, drains, beside, .. } = plan;
             let way = if way == Way::In { "in" } else { "out" };
             more += &format!(" copy={way}");
             let set = [
@@ -125,6 +124,8 @@ impl Trace {
                 ("cancels", cancels),
                 ("drains", drains),
                 ("beside", beside),
+                ("of-start", plan.of_start),
+                ("gives-up", plan.gives_up),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -233,6 +234,8 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-zero" => copy.target_is_zero = value == "true",
                 "copy-cancels" => copy.cancels = value == "true",
                 "copy-drains" => copy.drains = value == "true",
+                "copy-of-start" => copy.of_start = value == "true",
+                "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",
                 "copy-pauses" => copy.pauses = small()?,
                 _ => return Err(format!("'{word}' is no part of a copy")),

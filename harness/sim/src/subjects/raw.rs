@@ -81,6 +81,15 @@ impl FormatSubject for Raw {
             let budget = Budget { copy: Some(plan), ..QUIET };
             Scope { budget, ..scope(copied, 0, 0, &[]) }
         };
+        // As it was, while its guest writes and discards.
+        let of_start = CopyPlan { of_start: true, ..CopyPlan::new(Way::Out) };
+        let backup = |plan, ticks, requests: &[Request]| {
+            let image = Image { size: Some(3 * CLUSTER), beside_size: None, ..copied };
+            let budget = Budget { copy: Some(plan), ticks, ..QUIET };
+            Scope { budget, ..scope(image, 0, 0, requests) }
+        };
+        // The last piece is nobody's yet.
+        let (zero_last, last) = (Request::zero(2 * CLUSTER, 1024), head(0, 2));
         vec![
             scope(image, 0, 0, &[head(0, 0), flush]),
             scope(image, 1, 0, &[Request::write(0, 2048), flush]),
@@ -101,6 +110,9 @@ impl FormatSubject for Raw {
             },
             copy(plan),
             copy(CopyPlan { pauses: 1, ..CopyPlan::new(Way::In) }),
+            backup(of_start, 0, &[Request::write(CLUSTER, CLUSTER + 512), zero_last]),
+            backup(CopyPlan { pauses: 1, cancels: true, ..of_start }, 0, &[last]),
+            backup(CopyPlan { gives_up: true, ..of_start }, 1, &[last]),
         ]
     }
 }

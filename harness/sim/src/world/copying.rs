@@ -4,7 +4,9 @@
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{Errno, JobId, NodeId};
-use cowbell_engine::{Copy, Why, Zeros};
+use std::time::Duration;
+
+use cowbell_engine::{Copy, Moment, Why, Zeros};
 
 use super::{PROBE_TAG, Stage, World};
 use crate::choose::Choice;
@@ -26,6 +28,10 @@ pub struct CopyPlan {
     pub drains: bool,
     /// Does the guest of the disk beside use that?
     pub beside: bool,
+    /// Is the target to be as the source was when it began?
+    pub of_start: bool,
+    /// Is it given up when it has held up a write for too long?
+    pub gives_up: bool,
 }
 
 /// From where to where a copy goes.
@@ -47,6 +53,8 @@ impl CopyPlan {
             cancels: false,
             drains: false,
             beside: false,
+            of_start: false,
+            gives_up: false,
         }
     }
 }
@@ -167,6 +175,8 @@ impl<S: Subject> World<S> {
         // What is stopped has several pieces: zeros, which most of these disks are, make one.
         let zeros = if plan.pauses > 0 { Zeros::Written } else { Zeros::Told };
         let copy = Copy {
+            moment: if plan.of_start { Moment::Start } else { Moment::Any },
+            hold_max: plan.gives_up.then_some(Duration::from_millis(1)),
             target_is_zero: plan.target_is_zero,
             zeros,
             in_flight: IN_FLIGHT,
@@ -230,7 +240,8 @@ impl<S: Subject> World<S> {
 
     /// What the source holds now may come to be in the target.
     pub(super) fn copy_sees(&mut self) {
-        if !self.copying.runs() {
+        let is_of_start = self.copying.plan.is_some_and(|plan| plan.of_start);
+        if !self.copying.runs() || is_of_start {
             return;
         }
         let World { shadow, others, .. } = self;
@@ -248,7 +259,12 @@ impl<S: Subject> World<S> {
         }
         let progress = self.copying.job.and_then(|job| self.engine.job_progress(job));
         let progress = progress.ok_or("a copy that runs has no progress")?;
-        let way = self.copying.plan.expect("it runs").way;
+        let CopyPlan { way, of_start, .. } = self.copying.plan.expect("it runs");
+        // Whatever it waits for itself, it reads what others wait for.
+        let is_idle = self.engine.backend().in_flight_count() == 0 && !self.is_behind;
+        if of_start && is_idle && self.ended < self.next && !self.engine.backend().is_stalled() {
+            return Err("a copy holds a request up, and does nothing".into());
+        }
         let (_, target) = self.ends_of(way);
         let total = self.engine.node(target).size();
         if progress.total != total || progress.done > total || progress.done < self.copying.done {
@@ -289,6 +305,7 @@ impl<S: Subject> World<S> {
         let is_full = way == Way::In && self.plan.subject.may_be_full();
         match result {
             Err(Errno::CANCELED) if was_cancelled => {}
+            Err(Errno::TIMED_OUT) if self.copying.plan.is_some_and(|plan| plan.gives_up) => {}
             Err(Errno::NO_SPACE) if is_full => {}
             Err(errno) if !self.faulted => {
                 return Err(format!("a copy failed although nothing did: {errno}"));
