@@ -73,6 +73,7 @@ pub mod probe;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+pub mod rebase;
 pub mod vdi;
 pub mod vmdk;
 

@@ -10,6 +10,7 @@ pub(crate) mod entries;
 pub mod growth;
 pub(crate) mod in_place;
 pub mod length;
+pub(crate) mod name_place;
 pub(crate) mod past_end;
 pub(crate) mod pieces;
 pub mod report;

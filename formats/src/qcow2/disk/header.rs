@@ -18,6 +18,7 @@ use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
 use crate::error::{Error, Shown};
+use crate::parts::name_place::place_beside;
 use crate::probe::Format;
 use crate::qcow2::disk::layout::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Geometry, Shape};
 
@@ -735,6 +736,70 @@ impl Header {
         }
         (self.backing, self.extensions, self.kept) = (name_range, extensions, bytes);
         Ok(())
+    }
+}
+
+impl Header {
+    /// The header with another backing file's name and format, or none, so that it can be written over
+    /// this one without ever being neither: where there is room, the name lies where the old one does
+    /// not, and extensions stay where they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if it does not fit into a cluster.
+    pub fn with_backing(&self, backing: Option<(&[u8], &[u8])>) -> Result<Header, Error> {
+        let mut header = self.clone();
+        header.kept[8..20].fill(0);
+        header.backing = None;
+        let Some((name, format)) = backing else { return Ok(header) };
+        if name.is_empty() || name.len() > NAME_MAX {
+            return Err(Error::Invalid(format!(
+                "the backing file's name must be 1 to {NAME_MAX} bytes long"
+            )));
+        }
+        let behind =
+            |extension: &Extension| extension.data.start + extension.data.len().next_multiple_of(8);
+        let mut end = self.extensions.iter().map(behind).max().unwrap_or(self.fields_len);
+        let last = header.extensions.iter().rposition(|one| one.kind == EXT_BACKING_FORMAT);
+        let old = self.backing.clone().unwrap_or(0..0);
+        let at = last.map_or(end, |last| header.extensions[last].data.start - 8);
+        let room = last.map_or(usize::MAX, |last| header.extensions[last].data.len());
+        let padded = format.len().next_multiple_of(8);
+        let is_in_the_way = last.is_none() && old.start < end + 8 + padded + 8 && end < old.end;
+        if padded > room.next_multiple_of(8) || is_in_the_way {
+            header.lay_out(Some(name), &[(EXT_BACKING_FORMAT, Some(format))])?;
+            return Ok(header);
+        }
+        let whole = self.cluster_size() as usize;
+        header.kept.resize(whole.max(header.kept.len()), 0);
+        let data = at + 8..at + 8 + format.len();
+        match last {
+            Some(last) => {
+                let old = &mut header.extensions[last].data;
+                header.kept[old.clone()].fill(0);
+                *old = data.clone();
+            }
+            None => {
+                end = at + 8 + padded;
+                if end + 8 > whole {
+                    return Err(Error::Invalid("the header does not fit into one cluster".into()));
+                }
+                header.kept[at..end + 8].fill(0);
+                header.extensions.push(Extension { kind: EXT_BACKING_FORMAT, data: data.clone() });
+            }
+        }
+        put_u32(&mut header.kept, at, EXT_BACKING_FORMAT);
+        put_u32(&mut header.kept, at + 4, format.len() as u32);
+        header.kept[data].copy_from_slice(format);
+        let start = place_beside(end + 8, whole, name.len(), &old)
+            .ok_or_else(|| Error::Invalid("the header does not fit into one cluster".into()))?;
+        let range = start..start + name.len();
+        header.kept[range.clone()].copy_from_slice(name);
+        put_u32(&mut header.kept, 16, name.len() as u32);
+        let used = range.end.max(old.end).max(end + 8).next_multiple_of(SECTOR as usize);
+        header.kept.truncate(used);
+        header.backing = Some(range);
+        Ok(header)
     }
 }
 

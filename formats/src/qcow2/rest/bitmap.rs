@@ -19,6 +19,7 @@
 //! Section "Bitmaps extension" and "Bitmap directory" of the specification.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -72,6 +73,94 @@ impl Bitmap {
     /// It shall be kept up to date by whoever writes the image.
     pub fn is_auto(&self) -> bool {
         self.flags & AUTO != 0
+    }
+}
+
+/// The most stretches that [`Bitmap::changed`] answers.
+const STRETCHES_MAX: usize = 16 << 20;
+
+impl Bitmap {
+    /// What the bitmap says has changed on a disk of `size` bytes: stretches in order, with at least 64 KiB
+    /// between two.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if its contents are not to be believed; [`Error::Corrupt`] if it is not as long
+    /// as the disk, or has a table entry that cannot be; [`Error::Limit`] if there are more than 16 Mi stretches;
+    /// [`Error::Io`].
+    pub fn changed<F: Store>(
+        &self,
+        file: &F,
+        header: &Header,
+        size: u64,
+    ) -> Result<Vec<Range<u64>>, Error> {
+        if self.is_in_use() {
+            let name = Shown(Path::new(OsStr::from_bytes(&self.name))).to_string();
+            let what = format!("Bitmap '{name}' is inconsistent and cannot be used");
+            return Err(Error::Invalid(what));
+        }
+        if self.table.len != self.clusters(size, header) * 8 {
+            return corrupt("A bitmap is not as long as the disk", self.entry_at);
+        }
+        let cluster_size = 1usize << header.cluster_bits;
+        let mut cluster = vec![0; cluster_size];
+        let mut changed = Changed { size, bits: self.granularity_bits, stretches: Vec::new() };
+        // A part of the table at a time: it may be long.
+        const AT_ONCE: u64 = 1 << 16;
+        for from in (0..self.table.len).step_by(AT_ONCE as usize) {
+            let len = AT_ONCE.min(self.table.len - from);
+            let at = self.table.offset + from;
+            let table = read_words(file, at, (len / 8) as usize, "read a bitmap table")?;
+            for (n, entry) in table.into_iter().enumerate() {
+                let first = (from / 8 + n as u64) * (cluster_size as u64 * 8);
+                let at = entry & OFFSET;
+                let is_sound = header.can_be_at(at, cluster_size as u64);
+                match entry {
+                    0 => {}
+                    ALL_ONES => changed.add(first, cluster_size as u64 * 8)?,
+                    _ if entry & !OFFSET == 0 && is_sound => {
+                        file.read_at(at, &mut cluster).map_err(Error::io("read a bitmap"))?;
+                        changed.add_bits(first, &cluster)?;
+                    }
+                    _ => return corrupt("A bitmap table entry is invalid", self.table.offset),
+                }
+            }
+        }
+        Ok(changed.stretches)
+    }
+}
+
+/// Stretches that bits have told of.
+struct Changed {
+    size: u64,
+    /// log2 of the bytes that one bit stands for.
+    bits: u8,
+    stretches: Vec<Range<u64>>,
+}
+
+impl Changed {
+    /// The bits of `bytes`, of which the first is bit number `first` of the bitmap.
+    fn add_bits(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
+        for (n, &byte) in bytes.iter().enumerate().filter(|&(_, &byte)| byte != 0) {
+            for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
+                self.add(first + n as u64 * 8 + bit, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, first: u64, count: u64) -> Result<(), Error> {
+        const BETWEEN: u64 = 64 << 10;
+        let at = |bit: u64| bit.saturating_mul(1 << self.bits).min(self.size);
+        let stretch = at(first)..at(first + count);
+        let is_full = self.stretches.len() == STRETCHES_MAX;
+        match self.stretches.last_mut() {
+            _ if stretch.is_empty() => {}
+            Some(last) if stretch.start < last.end + BETWEEN => last.end = stretch.end,
+            _ if is_full => return Err(Error::Limit("A bitmap has too many stretches".into())),
+            _ => self.stretches.push(stretch),
+        }
+        Ok(())
     }
 }
 

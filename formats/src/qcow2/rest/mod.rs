@@ -1,5 +1,6 @@
 //! A qcow2 image at rest: what works on files that may be waited for.
 
+pub mod backing;
 pub mod bitmap;
 pub mod check;
 pub mod create;
