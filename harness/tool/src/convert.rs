@@ -4,6 +4,7 @@
 //! target has its name only when all of it is stable: whatever happens before, what had the name stays.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
@@ -11,6 +12,7 @@ use cowbell_engine::units::Errno;
 use cowbell_engine::{Copy, JobProgress, NodeEvent, Zeros};
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
+use cowbell_formats::qcow2::rest::bitmap;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::{
     Chain, DiskHost, Error, Format, Host, LayerMeta, PartialFiles, RunOptions, attach,
@@ -32,30 +34,30 @@ use crate::stop::Stop;
 pub struct Args {
     /// The sources' format; probed if not said
     #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
+    pub(crate) format: Option<String>,
     /// The target's format
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
-    output_format: String,
+    pub(crate) output_format: String,
     /// Options of the target's format; `-o help` lists them
     #[arg(short, long, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
-    options: Vec<String>,
+    pub(crate) options: Vec<String>,
     /// The target's backing file, as it shall name it: only what the source has itself is copied
     #[arg(short = 'B', long, value_name = "FILE")]
-    backing: Option<PathBuf>,
+    pub(crate) backing: Option<PathBuf>,
     /// The backing file's format
     #[arg(short = 'F', long, value_name = "FMT")]
-    backing_format: Option<String>,
+    pub(crate) backing_format: Option<String>,
     /// Compress what becomes smaller: qcow2, and VMDK streams, which always do
     #[arg(short, long)]
-    compress: bool,
+    pub(crate) compress: bool,
     /// The target's cache mode: none, writeback, writethrough, directsync or unsafe
     ///
     /// By default writeback. Whatever it is, all is stable in the end.
     #[arg(short = 't', long, value_name = "CACHE")]
-    cache: Option<String>,
+    pub(crate) cache: Option<String>,
     /// The sources' cache mode
     #[arg(short = 'T', long, value_name = "CACHE")]
-    source_cache: Option<String>,
+    pub(crate) source_cache: Option<String>,
     /// Pieces in flight, up to 16
     #[arg(
         short = 'm',
@@ -64,13 +66,13 @@ pub struct Args {
         default_value = "8",
         allow_hyphen_values = true
     )]
-    parallel: String,
+    pub(crate) parallel: String,
     /// Accepted for compatibility: pieces are written in any order anyway
     #[arg(short = 'W', long, hide = true)]
-    out_of_order: bool,
+    pub(crate) out_of_order: bool,
     /// At most so many bytes a second
     #[arg(short, long, value_name = "BYTES")]
-    rate_limit: Option<String>,
+    pub(crate) rate_limit: Option<String>,
     /// So many zeros in the data are left out; 0: everything is written
     #[arg(
         short = 'S',
@@ -79,32 +81,35 @@ pub struct Args {
         default_value = "4k",
         allow_hyphen_values = true
     )]
-    sparse: String,
+    pub(crate) sparse: String,
     /// The target is there already, and is written in place
     #[arg(short = 'n', long)]
-    no_create: bool,
+    pub(crate) no_create: bool,
     /// With -n: the target reads as zeros
     #[arg(long)]
-    target_is_zero: bool,
+    pub(crate) target_is_zero: bool,
     /// With -n: the target is named by options
     #[arg(long)]
-    target_image_opts: bool,
+    pub(crate) target_image_opts: bool,
     /// What cannot be read becomes zeros
     #[arg(long)]
-    salvage: bool,
+    pub(crate) salvage: bool,
     /// Say how far it is
     #[arg(short, long)]
-    progress: bool,
+    pub(crate) progress: bool,
     /// Say nothing but what is wrong
     #[arg(short, long)]
-    quiet: bool,
+    pub(crate) quiet: bool,
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD", help_heading = "Beyond QEMU")]
-    progress_fd: Option<u32>,
+    pub(crate) progress_fd: Option<u32>,
+    /// Only what this bitmap of the source says has changed
+    #[arg(skip)]
+    pub(crate) incremental: Option<String>,
     #[command(flatten)]
-    naming: Naming,
+    pub(crate) naming: Naming,
     /// The sources, and behind them the target
-    files: Vec<OsString>,
+    pub(crate) files: Vec<OsString>,
 }
 
 /// What the options say, numbers read.
@@ -317,7 +322,7 @@ struct Work {
 }
 
 /// Why copying ended early.
-enum Ended {
+pub(crate) enum Ended {
     /// Somebody has asked to stop.
     Stopped,
     Failed(Fail),
@@ -340,6 +345,7 @@ impl Work {
         program: Program,
     ) -> Result<(), Ended> {
         let Work { images, target: Target { image, chain, is_new } } = self;
+        let parts = parts(args, &images)?;
         // Zeros are not seen where a layer is below.
         let below = chain.layers.get(1).map_or(0, |layer| layer.size());
         let form = form(args, wanted, &chain);
@@ -367,7 +373,7 @@ impl Work {
                     target_offset: at,
                     len: Some(to - at),
                     target_is_zero: is_new && at >= below,
-                    only_top: has_backing(wanted),
+                    top_layers: (has_backing(wanted) && parts.is_none()).then_some(1),
                     compressed: args.compress,
                     salvage: args.salvage,
                     zeros: form.zeros,
@@ -375,18 +381,40 @@ impl Work {
                     in_flight: form.in_flight,
                     piece: form.piece,
                     rate: wanted.rate,
+                    ..Copy::new(source, target)
                 });
                 at = to;
             }
         }
         let mut run = Run { session, progress, stop, program };
         let copied = run.progress.show(0).map_err(Ended::from);
-        let copied = copied.and_then(|()| copies.iter().try_for_each(|copy| run.copy(copy)));
+        let copied = copied
+            .and_then(|()| copies.iter().try_for_each(|copy| run.copy(copy, parts.as_deref())));
         let closed = run.session.drain();
         copied?;
         closed?;
         Ok(run.progress.end()?)
     }
+}
+
+/// What is to be copied of the source, if not all.
+fn parts(
+    args: &Args,
+    images: &[(Image, Chain<DiskFile>)],
+) -> Result<Option<Vec<Range<u64>>>, Fail> {
+    let (Some(name), [(image, chain)]) = (&args.incremental, images) else { return Ok(None) };
+    let top = chain.layers.first();
+    let Some((layer, LayerMeta::Qcow2(opened))) = top.map(|layer| (layer, &layer.meta)) else {
+        return Err(image.failed(Error::Invalid("only qcow2 images have bitmaps".into())));
+    };
+    let bitmaps = bitmap::read(&layer.file, &opened.header).map_err(|why| image.failed(why))?;
+    let found = bitmaps.iter().find(|bitmap| bitmap.name == name.as_bytes());
+    let Some(found) = found else {
+        let what = format!("there is no bitmap '{name}' in the image");
+        return Err(image.failed(Error::Invalid(what)));
+    };
+    let changed = found.changed(&layer.file, &opened.header, opened.header.disk_size());
+    changed.map(Some).map_err(|why| image.failed(why))
 }
 
 fn has_backing(wanted: &Wanted) -> bool {
@@ -425,19 +453,24 @@ fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
 }
 
 /// Copying under way.
-struct Run<'a> {
-    session: Session,
-    progress: Progress,
-    stop: &'a Stop,
-    program: Program,
+pub(crate) struct Run<'a> {
+    pub(crate) session: Session,
+    pub(crate) progress: Progress,
+    pub(crate) stop: &'a Stop,
+    pub(crate) program: Program,
 }
 
 impl Run<'_> {
     /// Does one of the copies.
-    fn copy(&mut self, copy: &Copy) -> Result<(), Ended> {
+    pub(crate) fn copy(&mut self, copy: &Copy, parts: Option<&[Range<u64>]>) -> Result<(), Ended> {
         let base = copy.target_offset;
         let refused = |why| Fail::other(format!("the copy cannot begin: {why:?}"));
-        let job = self.session.engine.start(*copy).map_err(refused)?;
+        let engine = &mut self.session.engine;
+        let job = match parts {
+            Some(parts) => engine.start_parts(*copy, parts),
+            None => engine.start(*copy),
+        };
+        let job = job.map_err(refused)?;
         let (mut is_stopped, mut why) = (false, None);
         loop {
             let again = self.session.run().again;

@@ -5,9 +5,11 @@
 //! program. This file finds out which program it is, which verb is meant, and says how it ended:
 //! everything else returns a [`Fail`] and prints nothing but results.
 
+mod backup;
 mod bench;
 mod cache;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -24,6 +26,7 @@ mod naming;
 mod number;
 mod out;
 mod progress;
+mod rebase;
 mod resize;
 mod scratch;
 mod session;
@@ -68,6 +71,12 @@ enum Verb {
     Compare(compare::Args),
     /// Copy one disk, or several, into a new image
     Convert(Box<convert::Args>),
+    /// Copy a disk into a new image that is kept, or what has changed since the last time
+    Backup(Box<backup::Args>),
+    /// Move an overlay's contents into its backing file
+    Commit(commit::Args),
+    /// Give an image another backing file, or none
+    Rebase(rebase::Args),
     /// Give an image another size
     Resize(resize::Args),
     /// List, make, apply and delete snapshots inside an image
@@ -91,6 +100,9 @@ impl Verb {
             Verb::Map(_) => "map",
             Verb::Compare(_) => "compare",
             Verb::Convert(_) => "convert",
+            Verb::Backup(_) => "backup",
+            Verb::Commit(_) => "commit",
+            Verb::Rebase(_) => "rebase",
             Verb::Resize(_) => "resize",
             Verb::Snapshot(_) => "snapshot",
             Verb::Bench(_) => "bench",
@@ -108,6 +120,9 @@ impl Verb {
             Verb::Map(args) => map::run(&args),
             Verb::Compare(args) => compare::run(&args),
             Verb::Convert(args) => convert::run(&args, program),
+            Verb::Backup(args) => backup::run(*args, program),
+            Verb::Commit(args) => commit::run(&args, program),
+            Verb::Rebase(args) => rebase::run(&args, program),
             Verb::Resize(args) => resize::run(&args, program),
             Verb::Snapshot(args) => snapshot::run(&args, program),
             Verb::Bench(args) => bench::run(&args),
