@@ -52,7 +52,7 @@ impl Guest {
                 continue;
             }
             let byte = self.rng.below(256) as u8;
-            let zero = IoKind::Zero { unmap: byte < 16, fua: byte % 2 == 0 };
+            let zero = IoKind::Zero { unmap: byte < 16, fua: byte.is_multiple_of(2) };
             let (kind, byte) = match byte {
                 0..32 => (zero, 0),
                 32..48 => (IoKind::Discard, 0),

@@ -28,10 +28,10 @@ pub struct Args {
     #[arg(long, value_name = "HOW", default_value = "direct", value_parser = ["direct", "cached"])]
     target_cache: String,
     /// Only what this bitmap of a qcow2 source says has changed; the rest is in the backup before, named by -B
-    #[arg(long, value_name = "BITMAP", requires = "backing")]
+    #[arg(long, value_name = "BITMAP")]
     incremental: Option<String>,
     /// The backup before, as the target shall name it
-    #[arg(short = 'B', long, value_name = "FILE", requires = "incremental")]
+    #[arg(short = 'B', long, value_name = "FILE")]
     backing: Option<PathBuf>,
     /// Its format
     #[arg(short = 'F', long, value_name = "FMT", default_value = "qcow2")]
@@ -61,6 +61,10 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
+    if args.incremental.is_some() != args.backing.is_some() {
+        let what = "--incremental and -B go together: what has not changed is in the backup before";
+        return Err(Fail::other(what));
+    }
     let direct = args.target_cache == "direct";
     let backing_format = args.backing.as_ref().map(|_| args.backing_format);
     let copy = convert::Args {

@@ -19,6 +19,7 @@ use cowbell_engine::{Finished, Limits};
 use cowbell_formats::Node;
 use cowbell_formats::parts::growth::{Grow, Growth};
 
+use crate::beside::Backup;
 use crate::cache::{Cache, How};
 use crate::device;
 use crate::fail::Fail;
@@ -32,6 +33,12 @@ use crate::stop::Stop;
 /// The options of `bench`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Meanwhile the disk is copied, as it was when this began, into this new qcow2 image
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
+    backup: Option<OsString>,
+    /// With --backup: what becomes smaller is compressed
+    #[arg(long, help_heading = "Beyond QEMU")]
+    compressed: bool,
     /// Requests to send
     ///
     /// By default 75000.
@@ -161,15 +168,30 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         writeln!(out, "Sending flush every {} requests", plan.flush_interval)?;
     }
     out.flush()?;
+    let backup = args.backup.as_ref();
+    let backup = backup.map(|to| Backup::begin(&mut session, to, args.compressed, cache));
+    let mut backup = backup.transpose()?;
     let began = session.now();
-    let sent = send(&mut session, &plan, &setup, &stop).map_err(|why| failed(&image.given, why));
+    let sent = send(&mut session, &plan, &setup, &stop, backup.as_mut());
+    let sent = sent.map_err(|why| failed(&image.given, why));
     let nanos = session.now().since(began);
     // What closing the image takes is not part of what was measured, neither time nor states.
     let stats = session.engine.stats().clone();
+    let copied = match backup.as_mut().filter(|_| sent.is_ok() && !stop.is_asked()) {
+        Some(backup) => Some(backup.wait(&mut session)),
+        None => None,
+    };
     let closed = session.drain();
     let sent = sent?;
     closed?;
+    let copied = copied.transpose()?;
+    if let (Some(backup), Some(_)) = (backup, copied) {
+        backup.keep()?;
+    }
     writeln!(out, "Run completed in {:.3} seconds.", nanos as f64 / 1e9)?;
+    if let Some(nanos) = copied {
+        writeln!(out, "Backup completed in {:.3} seconds.", nanos as f64 / 1e9)?;
+    }
     if stop.is_asked() {
         writeln!(out, "Stopped after {sent} of {} requests.", plan.total)?;
     }
@@ -307,7 +329,13 @@ const FLUSH: u64 = 1;
 const DATA: u64 = 0;
 
 /// Sends what is planned; answers how many requests finished.
-fn send(session: &mut Session, plan: &Plan, setup: &Setup, stop: &Stop) -> Result<u64, Stopped> {
+fn send(
+    session: &mut Session,
+    plan: &Plan,
+    setup: &Setup,
+    stop: &Stop,
+    mut backup: Option<&mut Backup>,
+) -> Result<u64, Stopped> {
     let mut offsets = Offsets::new(plan, session.size())?;
     // Each slot has memory from the start; from then on it is handed from one request to the next.
     let slots = plan.depth.min(plan.total);
@@ -324,6 +352,9 @@ fn send(session: &mut Session, plan: &Plan, setup: &Setup, stop: &Stop) -> Resul
             (unsent, in_flight) = (unsent - 1, in_flight + 1);
         }
         let progress = session.run();
+        if let Some(backup) = &mut backup {
+            backup.look(session).map_err(Stopped::Loop)?;
+        }
         let mut finished_any = false;
         while let Some(Finished { tag, result, mem }) = session.engine.poll() {
             finished_any = true;

@@ -7,6 +7,7 @@
 
 mod backup;
 mod bench;
+mod beside;
 mod cache;
 mod check;
 mod commit;
@@ -222,6 +223,7 @@ fn complaint(error: &clap::Error, verb: &str, last: &str, program: Program) -> S
         ErrorKind::MissingRequiredArgument | ErrorKind::WrongNumberOfValues => match verb {
             "compare" => "Expecting two image file names".into(),
             "resize" => "Expecting image file name and size".into(),
+            "backup" => "Expecting the name of a disk and of the new image".into(),
             _ => "Expecting one image file name".into(),
         },
         ErrorKind::UnknownArgument if argument.starts_with("--") => {

@@ -10,7 +10,7 @@ use std::path::Path;
 use cowbell_engine::mem::Buf;
 use cowbell_engine::step::Io;
 use cowbell_engine::sys::disk::DiskFile;
-use cowbell_formats::chain::{backing_name, driver_named, open_whole_layer};
+use cowbell_formats::chain::{backing_name, driver_named, open_named, open_whole_layer};
 use cowbell_formats::map::{Kind, read, status};
 use cowbell_formats::{Chain, DiskHost, Error, Format, Name, rebase};
 
@@ -69,6 +69,9 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     // Paths on a command line are never empty; this may be.
     let new = Path::new(args.backing.as_deref().unwrap_or_default());
     let is_none = new.as_os_str().is_empty();
+    if args.backing.is_none() && !args.backing_unsafe {
+        return Err(Fail::other("Must specify backing file (-b) or use unsafe mode (-u)"));
+    }
     let stop = Stop::on_signals()?;
     let mut image = args.naming.image(&args.file, args.format.as_deref())?;
     let format = match &args.backing_format {
@@ -140,7 +143,11 @@ fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<DiskFile
     let name = backing_name(image.path(), name).map_err(failed)?;
     let mut there = Image::plain(&name.path, Some(format));
     there.name = Name { format: Some(format), ..name };
-    there.open(&DiskHost::default(), false)
+    let options = there.options(false);
+    let opened = open_named(&DiskHost::default(), &there.name, &options);
+    let at = there.path().to_path_buf();
+    opened
+        .map_err(|why| failed(Error::Invalid(format!("Could not open '{}': {why}", at.display()))))
 }
 
 /// What the image is to get of its old backing file.
@@ -235,7 +242,9 @@ impl Work {
         let mut new = vec![0; old.len()];
         if let Some(chain) = &self.new {
             let there = chain.size().saturating_sub(at).min(new.len() as u64) as usize;
-            read(chain, at, &mut new[..there]).map_err(failed)?;
+            if there > 0 {
+                read(chain, at, &mut new[..there]).map_err(failed)?;
+            }
         }
         let mut from = at;
         while from < end {

@@ -763,10 +763,10 @@ impl Header {
         let last = header.extensions.iter().rposition(|one| one.kind == EXT_BACKING_FORMAT);
         let old = self.backing.clone().unwrap_or(0..0);
         let at = last.map_or(end, |last| header.extensions[last].data.start - 8);
-        let room = last.map_or(usize::MAX, |last| header.extensions[last].data.len());
+        let room = last.map(|last| header.extensions[last].data.len().next_multiple_of(8));
         let padded = format.len().next_multiple_of(8);
         let is_in_the_way = last.is_none() && old.start < end + 8 + padded + 8 && end < old.end;
-        if padded > room.next_multiple_of(8) || is_in_the_way {
+        if room.is_some_and(|room| padded > room) || is_in_the_way {
             header.lay_out(Some(name), &[(EXT_BACKING_FORMAT, Some(format))])?;
             return Ok(header);
         }

@@ -1,10 +1,12 @@
 //! One program with all tests of this crate: it is linked once.
 
 mod benchmarks_say_how_long_the_loop_is_held;
+mod chains_are_rewritten;
 #[path = "../common/mod.rs"]
 mod common;
 mod compressed_writes_are_read_by_qemu;
 mod defects_of_qemu_do_not_occur;
+mod disks_are_backed_up;
 mod disks_are_resized_as_qemu_resizes_them;
 mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
