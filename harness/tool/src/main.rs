@@ -10,6 +10,7 @@ mod cache;
 mod check;
 mod compare;
 mod convert;
+mod copying;
 mod create;
 mod demo;
 mod device;

@@ -126,7 +126,7 @@ pub fn refuse_objects(objects: &[String]) -> Result<(), Fail> {
 }
 
 /// A target to make: a path, perhaps as `file:PATH`.
-pub fn target(given: &OsString) -> Result<PathBuf, Fail> {
+pub fn target(given: &OsStr) -> Result<PathBuf, Fail> {
     let at = |why: Error| Fail::file(Path::new(given), why);
     if given.as_encoded_bytes().starts_with(b"json:") {
         return Err(at(Error::Unsupported("Unknown protocol 'json'".into())));
