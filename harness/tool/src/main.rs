@@ -12,6 +12,7 @@ mod compare;
 mod convert;
 mod copying;
 mod create;
+mod dd;
 mod demo;
 mod device;
 mod disk;
@@ -69,6 +70,8 @@ enum Verb {
     Compare(compare::Args),
     /// Copy one disk, or several, into a new image
     Convert(Box<convert::Args>),
+    /// Copy a part of a disk, given in blocks, into a new image
+    Dd(dd::Args),
     /// Give an image another size
     Resize(resize::Args),
     /// List, make, apply and delete snapshots inside an image
@@ -92,6 +95,7 @@ impl Verb {
             Verb::Map(_) => "map",
             Verb::Compare(_) => "compare",
             Verb::Convert(_) => "convert",
+            Verb::Dd(_) => "dd",
             Verb::Resize(_) => "resize",
             Verb::Snapshot(_) => "snapshot",
             Verb::Bench(_) => "bench",
@@ -109,6 +113,7 @@ impl Verb {
             Verb::Map(args) => map::run(&args),
             Verb::Compare(args) => compare::run(&args),
             Verb::Convert(args) => convert::run(&args, program),
+            Verb::Dd(args) => dd::run(&args, program),
             Verb::Resize(args) => resize::run(&args, program),
             Verb::Snapshot(args) => snapshot::run(&args, program),
             Verb::Bench(args) => bench::run(&args),

@@ -12,6 +12,7 @@ mod images_interoperate_with_qemu;
 mod it_ends_well;
 mod other_peoples_images_are_left_alone;
 mod output_is_that_of_qemu;
+mod parts_are_copied_by_blocks;
 mod the_seeds_scripts_run_unchanged;
 mod the_simulator_answers;
 mod vdi_images_interoperate_with_qemu;
