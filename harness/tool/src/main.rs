@@ -22,6 +22,7 @@ mod io;
 mod json;
 mod locking;
 mod map;
+mod measure;
 mod naming;
 mod number;
 mod out;
@@ -72,6 +73,8 @@ enum Verb {
     Convert(Box<convert::Args>),
     /// Copy a part of a disk, given in blocks, into a new image
     Dd(dd::Args),
+    /// Say how large a new image will be
+    Measure(measure::Args),
     /// Give an image another size
     Resize(resize::Args),
     /// List, make, apply and delete snapshots inside an image
@@ -96,6 +99,7 @@ impl Verb {
             Verb::Compare(_) => "compare",
             Verb::Convert(_) => "convert",
             Verb::Dd(_) => "dd",
+            Verb::Measure(_) => "measure",
             Verb::Resize(_) => "resize",
             Verb::Snapshot(_) => "snapshot",
             Verb::Bench(_) => "bench",
@@ -114,6 +118,7 @@ impl Verb {
             Verb::Compare(args) => compare::run(&args),
             Verb::Convert(args) => convert::run(&args, program),
             Verb::Dd(args) => dd::run(&args, program),
+            Verb::Measure(args) => measure::run(&args, program),
             Verb::Resize(args) => resize::run(&args, program),
             Verb::Snapshot(args) => snapshot::run(&args, program),
             Verb::Bench(args) => bench::run(&args),

@@ -56,6 +56,11 @@ pub struct Image {
 }
 
 impl Naming {
+    /// Are images named by options?
+    pub fn is_by_options(&self) -> bool {
+        self.image_opts
+    }
+
     /// The same, for an image that is named by options.
     pub fn by_options(&self) -> Naming {
         Naming { image_opts: true, ..self.clone() }

@@ -10,6 +10,7 @@ mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
 mod images_interoperate_with_qemu;
 mod it_ends_well;
+mod new_images_are_measured;
 mod other_peoples_images_are_left_alone;
 mod output_is_that_of_qemu;
 mod parts_are_copied_by_blocks;
