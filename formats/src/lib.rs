@@ -3,8 +3,8 @@
 //! Two halves. The *online* half are the drivers: state machines on the engine of
 //! `cowbell-engine`, which serve requests. The *offline* half is everything that may wait: telling
 //! formats apart ([`probe`]), opening an image and its backing files ([`chain`]), making one
-//! ([`mod@create`]), checking and repairing it ([`mod@check`]), saying what is where in it ([`map`])
-//! and what it is ([`info`]). It sees files through the blocking `Store` and a [`chain::Host`], so
+//! ([`mod@create`]), saying how large it will be ([`mod@measure`]), checking and repairing it
+//! ([`mod@check`]), saying what is where in it ([`map`]) and what it is ([`info`]). It sees files through the blocking `Store` and a [`chain::Host`], so
 //! that it runs on the real disk ([`disk_host`]) and on a simulated one.
 //!
 //! Opening is done before the loop, since it may wait; then [`attach`] hands the image to an engine:
@@ -64,6 +64,7 @@ pub mod format;
 pub mod info;
 pub mod locks;
 pub mod map;
+pub mod measure;
 pub mod name;
 pub mod node;
 pub mod partial;

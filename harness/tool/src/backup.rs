@@ -3,11 +3,16 @@
 //! It is a [`convert`](crate::convert) of one source, with the options that a backup wants.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::path::PathBuf;
+
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_formats::qcow2::rest::bitmap;
+use cowbell_formats::{Chain, Error, LayerMeta};
 
 use crate::convert;
 use crate::fail::{Fail, Program};
-use crate::naming::Naming;
+use crate::naming::{Image, Naming};
 
 /// The options of `backup`.
 #[derive(Debug, clap::Args)]
@@ -92,4 +97,22 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         files: vec![args.source, args.target],
     };
     convert::run(&copy, program)
+}
+
+/// What a bitmap of a qcow2 image says has changed on its disk.
+pub fn changed(
+    image: &Image,
+    chain: &Chain<DiskFile>,
+    name: &str,
+) -> Result<Vec<Range<u64>>, Fail> {
+    let failed = |why: Error| image.failed(why);
+    let top = chain.layers.first();
+    let Some((layer, LayerMeta::Qcow2(opened))) = top.map(|layer| (layer, &layer.meta)) else {
+        return Err(failed(Error::Invalid("only qcow2 images have bitmaps".into())));
+    };
+    let bitmaps = bitmap::read(&layer.file, &opened.header).map_err(failed)?;
+    let found = bitmaps.iter().find(|bitmap| bitmap.name == name.as_bytes());
+    let missing = || Error::Invalid(format!("there is no bitmap '{name}' in the image"));
+    let found = found.ok_or_else(missing).map_err(failed)?;
+    found.changed(&layer.file, &opened.header, opened.header.disk_size()).map_err(failed)
 }

@@ -177,10 +177,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let nanos = session.now().since(began);
     // What closing the image takes is not part of what was measured, neither time nor states.
     let stats = session.engine.stats().clone();
-    let copied = match backup.as_mut().filter(|_| sent.is_ok() && !stop.is_asked()) {
-        Some(backup) => Some(backup.wait(&mut session)),
-        None => None,
-    };
+    let goes_on = sent.is_ok() && !stop.is_asked();
+    let copied = backup.as_mut().filter(|_| goes_on).map(|backup| backup.wait(&mut session));
     let closed = session.drain();
     let sent = sent?;
     closed?;

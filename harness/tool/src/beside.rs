@@ -31,7 +31,7 @@ impl Backup {
         compressed: bool,
         cache: Cache,
     ) -> Result<Backup, Fail> {
-        let path = target(&to.to_os_string())?;
+        let path = target(to)?;
         let partial = PartialFiles::new(locking::chosen());
         let host = partial.host(DiskHost { direct: cache.direct });
         let options = CreateOptions {

@@ -18,7 +18,7 @@ use cowbell_formats::name::Backing;
 use cowbell_formats::{Chain, DiskHost, Error, Format, RunOptions, attach_overlay, rebase};
 
 use crate::cache::{Cache, How};
-use crate::convert::{Ended, Run};
+use crate::copying::{Ended, Run};
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
 use crate::number::size;

@@ -4,29 +4,25 @@
 //! target has its name only when all of it is stable: whatever happens before, what had the name stays.
 
 use std::ffi::OsString;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::sys::disk::DiskFile;
-use cowbell_engine::units::Errno;
-use cowbell_engine::{Copy, JobProgress, NodeEvent, Zeros};
+use cowbell_engine::{Copy, Zeros};
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
-use cowbell_formats::qcow2::rest::bitmap;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
-use cowbell_formats::{
-    Chain, DiskHost, Error, Format, Host, LayerMeta, PartialFiles, RunOptions, attach,
-};
+use cowbell_formats::{Chain, DiskHost, Format, LayerMeta, PartialFiles, RunOptions, attach};
 
+use crate::backup;
 use crate::cache::{Cache, How};
+use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_source};
 use crate::create::help;
-use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
 use crate::locking;
-use crate::naming::{Image, Naming, target};
+use crate::naming::Naming;
 use crate::number::{count, size};
 use crate::progress::{Progress, Shown};
-use crate::session::{Session, Setup, eprint_quietly};
+use crate::session::{Session, Setup};
 use crate::stop::Stop;
 
 /// The options of `convert`.
@@ -154,7 +150,11 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let target = if args.no_create {
         open(args, to, &wanted, total, &images)?
     } else {
-        make(to, &wanted, total, &images, &partial, &stop)?
+        let options = CreateOptions { size: Some(total), ..wanted.create.clone() };
+        let doing = &format!("error while converting {}", wanted.format);
+        let (format, direct) = (wanted.format, wanted.cache.direct);
+        let new = NewTarget { name: to, format, options: &options, direct, doing };
+        new.make(&images, &partial, &stop)?
     };
     let shown = match program {
         _ if args.quiet || !args.progress => Shown::Nothing,
@@ -162,13 +162,8 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         _ => Shown::Lines,
     };
     let progress = Progress::new(shown, total, args.progress_fd)?;
-    match (Work { images, target }).run(args, &wanted, progress, &stop, program) {
-        Ok(()) => {}
-        Err(Ended::Stopped) => return Ok(130),
-        Err(Ended::Failed(fail)) => return Err(fail),
-    }
-    partial.keep().map_err(|why| Fail::open_io(Path::new(to), &why))?;
-    Ok(0)
+    let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
+    finish(copied, partial, Path::new(to))
 }
 
 fn wanted(args: &Args) -> Result<Wanted, Fail> {
@@ -243,21 +238,13 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
     }
 }
 
-/// An open target.
-struct Target {
-    image: Image,
-    chain: Chain<DiskFile>,
-    /// What no layer says anything about reads as zeros, where nothing is below.
-    is_new: bool,
-}
-
 /// Opens a target that is there.
 fn open(
     args: &Args,
     to: &OsString,
     wanted: &Wanted,
     total: u64,
-    sources: &[(Image, Chain<DiskFile>)],
+    sources: &[Source],
 ) -> Result<Target, Fail> {
     let (naming, format) = match args.target_image_opts {
         true => (args.naming.by_options(), None),
@@ -272,66 +259,10 @@ fn open(
     Ok(Target { image, chain, is_new: args.target_is_zero })
 }
 
-/// Makes the target, and opens it.
-fn make(
-    to: &OsString,
-    wanted: &Wanted,
-    total: u64,
-    sources: &[(Image, Chain<DiskFile>)],
-    partial: &PartialFiles,
-    stop: &Stop,
-) -> Result<Target, Fail> {
-    let path = target(to)?;
-    let failed = |why: Error| {
-        Fail::file(Path::new(to), format!("error while converting {}: {why}", wanted.format))
-    };
-    refuse_source(&path, sources).map_err(failed)?;
-    let options = CreateOptions { size: Some(total), ..wanted.create.clone() };
-    let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
-    let host = partial.host(host);
-    let plan = create::plan(&host, &path, wanted.format, &options).map_err(failed)?;
-    plan.run(&host).map_err(failed)?;
-    let mut image = Image::plain(&path, Some(wanted.format));
-    image.given = to.into();
-    let host = partial.host(DiskHost { direct: wanted.cache.direct });
-    let chain = image.open(&host, true)?;
-    locking::warn(&chain.unlockable());
-    // What is on a device that nobody has written is not known.
-    let is_new = chain.layers.first().is_some_and(|top| !top.file.is_block_device());
-    Ok(Target { image, chain, is_new })
-}
-
-/// No file that is read is written.
-fn refuse_source(path: &Path, sources: &[(Image, Chain<DiskFile>)]) -> Result<(), Error> {
-    let Ok(there) = DiskHost::default().open(path, false) else { return Ok(()) };
-    let there = there.identity().ok();
-    for layer in sources.iter().flat_map(|(_, chain)| &chain.layers) {
-        for file in [&layer.file].into_iter().chain(&layer.more) {
-            if there.is_some() && file.identity().ok() == there {
-                return Err(Error::Invalid("the target is one of the files that are read".into()));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// All that is open.
 struct Work {
-    images: Vec<(Image, Chain<DiskFile>)>,
+    images: Vec<Source>,
     target: Target,
-}
-
-/// Why copying ended early.
-pub(crate) enum Ended {
-    /// Somebody has asked to stop.
-    Stopped,
-    Failed(Fail),
-}
-
-impl From<Fail> for Ended {
-    fn from(fail: Fail) -> Ended {
-        Ended::Failed(fail)
-    }
 }
 
 impl Work {
@@ -345,7 +276,10 @@ impl Work {
         program: Program,
     ) -> Result<(), Ended> {
         let Work { images, target: Target { image, chain, is_new } } = self;
-        let parts = parts(args, &images)?;
+        let parts = match (&args.incremental, &images[..]) {
+            (Some(bitmap), [(image, chain)]) => Some(backup::changed(image, chain, bitmap)?),
+            _ => None,
+        };
         // Zeros are not seen where a layer is below.
         let below = chain.layers.get(1).map_or(0, |layer| layer.size());
         let form = form(args, wanted, &chain);
@@ -386,35 +320,8 @@ impl Work {
                 at = to;
             }
         }
-        let mut run = Run { session, progress, stop, program };
-        let copied = run.progress.show(0).map_err(Ended::from);
-        let copied = copied
-            .and_then(|()| copies.iter().try_for_each(|copy| run.copy(copy, parts.as_deref())));
-        let closed = run.session.drain();
-        copied?;
-        closed?;
-        Ok(run.progress.end()?)
+        Run { session, progress, stop, program }.all(&copies, parts.as_deref())
     }
-}
-
-/// What is to be copied of the source, if not all.
-fn parts(
-    args: &Args,
-    images: &[(Image, Chain<DiskFile>)],
-) -> Result<Option<Vec<Range<u64>>>, Fail> {
-    let (Some(name), [(image, chain)]) = (&args.incremental, images) else { return Ok(None) };
-    let top = chain.layers.first();
-    let Some((layer, LayerMeta::Qcow2(opened))) = top.map(|layer| (layer, &layer.meta)) else {
-        return Err(image.failed(Error::Invalid("only qcow2 images have bitmaps".into())));
-    };
-    let bitmaps = bitmap::read(&layer.file, &opened.header).map_err(|why| image.failed(why))?;
-    let found = bitmaps.iter().find(|bitmap| bitmap.name == name.as_bytes());
-    let Some(found) = found else {
-        let what = format!("there is no bitmap '{name}' in the image");
-        return Err(image.failed(Error::Invalid(what)));
-    };
-    let changed = found.changed(&layer.file, &opened.header, opened.header.disk_size());
-    changed.map(Some).map_err(|why| image.failed(why))
 }
 
 fn has_backing(wanted: &Wanted) -> bool {
@@ -449,75 +356,5 @@ fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
         // A stream is written in order.
         in_flight: if is_stream { 1 } else { wanted.in_flight },
         piece: piece as usize,
-    }
-}
-
-/// Copying under way.
-pub(crate) struct Run<'a> {
-    pub(crate) session: Session,
-    pub(crate) progress: Progress,
-    pub(crate) stop: &'a Stop,
-    pub(crate) program: Program,
-}
-
-impl Run<'_> {
-    /// Does one of the copies.
-    pub(crate) fn copy(&mut self, copy: &Copy, parts: Option<&[Range<u64>]>) -> Result<(), Ended> {
-        let base = copy.target_offset;
-        let refused = |why| Fail::other(format!("the copy cannot begin: {why:?}"));
-        let engine = &mut self.session.engine;
-        let job = match parts {
-            Some(parts) => engine.start_parts(*copy, parts),
-            None => engine.start(*copy),
-        };
-        let job = job.map_err(refused)?;
-        let (mut is_stopped, mut why) = (false, None);
-        loop {
-            let again = self.session.run().again;
-            while let Some(event) = self.session.engine.poll_event() {
-                match event {
-                    NodeEvent::JobError { node, at, len, errno, .. } if node == copy.source => {
-                        let at = base + (at - copy.source_offset);
-                        if copy.salvage {
-                            self.warn_of_loss(at, len, errno);
-                        } else {
-                            why = why.or(Some(("reading", at)));
-                        }
-                    }
-                    NodeEvent::JobError { at, .. } => why = why.or(Some(("writing", at))),
-                    NodeEvent::JobEnded { result: Ok(()), .. } => {
-                        return Ok(self.progress.reached(base + copy.len.unwrap_or(0))?);
-                    }
-                    NodeEvent::JobEnded { .. } if is_stopped => return Err(Ended::Stopped),
-                    NodeEvent::JobEnded { result: Err(errno), .. } => {
-                        let (doing, at) = why.unwrap_or(("writing", base));
-                        let what = format!("error while {doing} at byte {at}: {errno}");
-                        return Err(Fail::other(what).into());
-                    }
-                    _ => {}
-                }
-            }
-            if self.stop.is_asked() && !is_stopped {
-                is_stopped = self.session.engine.cancel_job(job);
-                continue;
-            }
-            if let Some(JobProgress { done, .. }) = self.session.engine.job_progress(job) {
-                self.progress.reached(base + done)?;
-            }
-            if !again {
-                let until = self.progress.next(self.session.now());
-                self.session.wait(until)?;
-            }
-        }
-    }
-
-    /// Sector by sector, as QEMU tells it.
-    fn warn_of_loss(&self, at: u64, len: u64, errno: Errno) {
-        const SECTOR: usize = 512;
-        let name = self.program.name();
-        for at in (at..at + len).step_by(SECTOR) {
-            let what = format!("warning: error while reading offset {at}: {errno}");
-            eprint_quietly(&format!("{name}: {what}\n"));
-        }
     }
 }

@@ -13,7 +13,9 @@ mod check;
 mod commit;
 mod compare;
 mod convert;
+mod copying;
 mod create;
+mod dd;
 mod demo;
 mod device;
 mod disk;
@@ -23,6 +25,7 @@ mod io;
 mod json;
 mod locking;
 mod map;
+mod measure;
 mod naming;
 mod number;
 mod out;
@@ -78,6 +81,10 @@ enum Verb {
     Commit(commit::Args),
     /// Give an image another backing file, or none
     Rebase(rebase::Args),
+    /// Copy a part of a disk, given in blocks, into a new image
+    Dd(dd::Args),
+    /// Say how large a new image will be
+    Measure(measure::Args),
     /// Give an image another size
     Resize(resize::Args),
     /// List, make, apply and delete snapshots inside an image
@@ -104,6 +111,8 @@ impl Verb {
             Verb::Backup(_) => "backup",
             Verb::Commit(_) => "commit",
             Verb::Rebase(_) => "rebase",
+            Verb::Dd(_) => "dd",
+            Verb::Measure(_) => "measure",
             Verb::Resize(_) => "resize",
             Verb::Snapshot(_) => "snapshot",
             Verb::Bench(_) => "bench",
@@ -124,6 +133,8 @@ impl Verb {
             Verb::Backup(args) => backup::run(*args, program),
             Verb::Commit(args) => commit::run(&args, program),
             Verb::Rebase(args) => rebase::run(&args, program),
+            Verb::Dd(args) => dd::run(&args, program),
+            Verb::Measure(args) => measure::run(&args, program),
             Verb::Resize(args) => resize::run(&args, program),
             Verb::Snapshot(args) => snapshot::run(&args, program),
             Verb::Bench(args) => bench::run(&args),

@@ -56,6 +56,11 @@ pub struct Image {
 }
 
 impl Naming {
+    /// Are images named by options?
+    pub fn is_by_options(&self) -> bool {
+        self.image_opts
+    }
+
     /// The same, for an image that is named by options.
     pub fn by_options(&self) -> Naming {
         Naming { image_opts: true, ..self.clone() }
@@ -126,7 +131,7 @@ pub fn refuse_objects(objects: &[String]) -> Result<(), Fail> {
 }
 
 /// A target to make: a path, perhaps as `file:PATH`.
-pub fn target(given: &OsString) -> Result<PathBuf, Fail> {
+pub fn target(given: &OsStr) -> Result<PathBuf, Fail> {
     let at = |why: Error| Fail::file(Path::new(given), why);
     if given.as_encoded_bytes().starts_with(b"json:") {
         return Err(at(Error::Unsupported("Unknown protocol 'json'".into())));

@@ -302,8 +302,13 @@ pub fn resize<F: Store>(file: &F, bitmaps: &[Bitmap], old: u64) -> Result<(), Er
 }
 
 impl Bitmap {
+    /// Bytes of its directory entry, with what pads it.
+    pub(crate) fn entry_bytes(&self) -> u64 {
+        (ENTRY_BYTES + self.name.len()).next_multiple_of(8) as u64
+    }
+
     /// Bits for a disk of this size.
-    fn bits(&self, size: u64) -> u64 {
+    pub(crate) fn bits(&self, size: u64) -> u64 {
         size.div_ceil(1 << self.granularity_bits)
     }
 

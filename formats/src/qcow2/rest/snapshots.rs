@@ -11,7 +11,7 @@ use crate::qcow2::disk::header::{Header, L1_BYTES_MAX, OFFSET_MAX, SNAPSHOTS_MAX
 use crate::qcow2::disk::snapshot_table::{self, Snapshot, encode};
 use crate::qcow2::rest::bitmap;
 use crate::qcow2::rest::check::change::{change, with_snapshots};
-use crate::qcow2::rest::open::{read_header, read_words};
+use crate::qcow2::rest::open::{Opened, read_header, read_words};
 
 /// A moment: seconds since 1970, and nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,6 +101,42 @@ pub fn delete<F: Store>(file: &F, name: &[u8]) -> Result<(), Error> {
     let index = list.iter().position(|one| one.name == name).ok_or_else(|| not_found(name))?;
     list.remove(index);
     change(file, |header, room| with_snapshots(header, room, &list))
+}
+
+/// Which snapshot is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Which {
+    /// The one with this id.
+    pub id: Option<Vec<u8>>,
+    /// The one with this name; the first of several.
+    pub name: Option<Vec<u8>>,
+}
+
+impl Which {
+    fn is(&self, one: &Snapshot) -> bool {
+        let fits = |wanted: &Option<Vec<u8>>, has| wanted.as_ref().is_none_or(|text| text == has);
+        fits(&self.id, &one.id) && fits(&self.name, &one.name)
+    }
+}
+
+/// Has `image`, which was opened for reading, say what was where when a snapshot was made. Its size stays
+/// that of the disk as it is, as QEMU has it: what the disk has gained is not allocated.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] if none of `which` is there; [`Error::Corrupt`] for bad tables; [`Error::Io`].
+pub fn look_at<F: Store>(file: &F, image: &mut Opened, which: &[Which]) -> Result<(), Error> {
+    let list = snapshot_table::read(file, &image.header)?;
+    let found = which.iter().find_map(|which| list.iter().find(|one| which.is(one)));
+    let one = found.ok_or_else(|| Error::Invalid("Can't find snapshot".into()))?;
+    one.check_l1(&image.header)?;
+    let entries = image.geometry().l1_entries(image.header.size);
+    let there = entries.min(one.l1_size.into()) as usize;
+    image.l1 = read_words(file, one.l1_offset, there, "read an L1 table")?;
+    image.l1.resize(entries as usize, 0);
+    image.header.l1_offset = one.l1_offset;
+    image.header.l1_size = entries as u32;
+    Ok(())
 }
 
 fn load<F: Store>(file: &F) -> Result<(Header, Vec<Snapshot>), Error> {

@@ -1,0 +1,197 @@
+//! What `convert` and `dd` have in common: the image that they make, and their copies under way.
+
+use std::ffi::OsStr;
+use std::ops::Range;
+use std::path::Path;
+
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::units::Errno;
+use cowbell_engine::{Copy, JobProgress, NodeEvent};
+use cowbell_formats::create::{self, CreateOptions};
+use cowbell_formats::{Chain, DiskHost, Error, Format, Host, PartialFiles};
+
+use crate::disk::StoppableHost;
+use crate::fail::{Fail, Program};
+use crate::locking;
+use crate::naming::{Image, target};
+use crate::progress::Progress;
+use crate::session::{Session, eprint_quietly};
+use crate::stop::Stop;
+
+/// An image that is read, open.
+pub type Source = (Image, Chain<DiskFile>);
+
+/// An open target.
+pub struct Target {
+    /// What it is called.
+    pub image: Image,
+    /// Its layers.
+    pub chain: Chain<DiskFile>,
+    /// What no layer says anything about reads as zeros, where nothing is below.
+    pub is_new: bool,
+}
+
+/// A target to make.
+pub struct NewTarget<'a> {
+    /// Its name.
+    pub name: &'a OsStr,
+    /// Its format.
+    pub format: Format,
+    /// What it shall be, its size included.
+    pub options: &'a CreateOptions,
+    /// It is written past the page cache.
+    pub direct: bool,
+    /// What the verb was doing if it cannot be made, for people.
+    pub doing: &'a str,
+}
+
+impl NewTarget<'_> {
+    /// Makes it, and opens it.
+    pub fn make(
+        &self,
+        sources: &[Source],
+        partial: &PartialFiles,
+        stop: &Stop,
+    ) -> Result<Target, Fail> {
+        let path = target(self.name)?;
+        let failed =
+            |why: Error| Fail::file(Path::new(self.name), format!("{}: {why}", self.doing));
+        refuse_source(&path, sources).map_err(failed)?;
+        let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
+        let host = partial.host(host);
+        let plan = create::plan(&host, &path, self.format, self.options).map_err(failed)?;
+        plan.run(&host).map_err(failed)?;
+        let mut image = Image::plain(&path, Some(self.format));
+        image.given = self.name.into();
+        let host = partial.host(DiskHost { direct: self.direct });
+        let chain = image.open(&host, true)?;
+        locking::warn(&chain.unlockable());
+        // What is on a device that nobody has written is not known.
+        let is_new = chain.layers.first().is_some_and(|top| !top.file.is_block_device());
+        Ok(Target { image, chain, is_new })
+    }
+}
+
+/// No file that is read is written.
+pub fn refuse_source(path: &Path, sources: &[Source]) -> Result<(), Error> {
+    let Ok(there) = DiskHost::default().open(path, false) else { return Ok(()) };
+    let there = there.identity().ok();
+    for layer in sources.iter().flat_map(|(_, chain)| &chain.layers) {
+        for file in [&layer.file].into_iter().chain(&layer.more) {
+            if there.is_some() && file.identity().ok() == there {
+                return Err(Error::Invalid("the target is one of the files that are read".into()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Why copying ended early.
+pub enum Ended {
+    /// Somebody has asked to stop.
+    Stopped,
+    /// Something is wrong.
+    Failed(Fail),
+}
+
+impl From<Fail> for Ended {
+    fn from(fail: Fail) -> Ended {
+        Ended::Failed(fail)
+    }
+}
+
+/// What the verb answers. A target that is whole gets its name.
+pub fn finish(copied: Result<(), Ended>, partial: PartialFiles, to: &Path) -> Result<u8, Fail> {
+    match copied {
+        Ok(()) => {}
+        Err(Ended::Stopped) => return Ok(130),
+        Err(Ended::Failed(fail)) => return Err(fail),
+    }
+    partial.keep().map_err(|why| Fail::open_io(to, &why))?;
+    Ok(0)
+}
+
+/// Copying under way.
+pub struct Run<'a> {
+    /// The engine with all images.
+    pub session: Session,
+    /// How far it is.
+    pub progress: Progress,
+    /// Who may end it.
+    pub stop: &'a Stop,
+    /// Who warns.
+    pub program: Program,
+}
+
+impl Run<'_> {
+    /// Does all of these copies, of these parts if any are named, and leaves the target clean.
+    pub fn all(mut self, copies: &[Copy], parts: Option<&[Range<u64>]>) -> Result<(), Ended> {
+        let copied = self.progress.show(0).map_err(Ended::from);
+        let copied =
+            copied.and_then(|()| copies.iter().try_for_each(|copy| self.copy(copy, parts)));
+        let closed = self.session.drain();
+        copied?;
+        closed?;
+        Ok(self.progress.end()?)
+    }
+
+    /// Does one of the copies.
+    pub fn copy(&mut self, copy: &Copy, parts: Option<&[Range<u64>]>) -> Result<(), Ended> {
+        let base = copy.target_offset;
+        let refused = |why| Fail::other(format!("the copy cannot begin: {why:?}"));
+        let engine = &mut self.session.engine;
+        let job = match parts {
+            Some(parts) => engine.start_parts(*copy, parts),
+            None => engine.start(*copy),
+        };
+        let job = job.map_err(refused)?;
+        let (mut is_stopped, mut why) = (false, None);
+        loop {
+            let again = self.session.run().again;
+            while let Some(event) = self.session.engine.poll_event() {
+                match event {
+                    NodeEvent::JobError { node, at, len, errno, .. } if node == copy.source => {
+                        let at = base + (at - copy.source_offset);
+                        if copy.salvage {
+                            self.warn_of_loss(at, len, errno);
+                        } else {
+                            why = why.or(Some(("reading", at)));
+                        }
+                    }
+                    NodeEvent::JobError { at, .. } => why = why.or(Some(("writing", at))),
+                    NodeEvent::JobEnded { result: Ok(()), .. } => {
+                        return Ok(self.progress.reached(base + copy.len.unwrap_or(0))?);
+                    }
+                    NodeEvent::JobEnded { .. } if is_stopped => return Err(Ended::Stopped),
+                    NodeEvent::JobEnded { result: Err(errno), .. } => {
+                        let (doing, at) = why.unwrap_or(("writing", base));
+                        let what = format!("error while {doing} at byte {at}: {errno}");
+                        return Err(Fail::other(what).into());
+                    }
+                    _ => {}
+                }
+            }
+            if self.stop.is_asked() && !is_stopped {
+                is_stopped = self.session.engine.cancel_job(job);
+                continue;
+            }
+            if let Some(JobProgress { done, .. }) = self.session.engine.job_progress(job) {
+                self.progress.reached(base + done)?;
+            }
+            if !again {
+                let until = self.progress.next(self.session.now());
+                self.session.wait(until)?;
+            }
+        }
+    }
+
+    /// Sector by sector, as QEMU tells it.
+    fn warn_of_loss(&self, at: u64, len: u64, errno: Errno) {
+        const SECTOR: usize = 512;
+        let name = self.program.name();
+        for at in (at..at + len).step_by(SECTOR) {
+            let what = format!("warning: error while reading offset {at}: {errno}");
+            eprint_quietly(&format!("{name}: {what}\n"));
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! `measure`: says how large the file of a new image will be.
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+
+use cowbell_engine::sys::disk::DiskFile;
+use cowbell_formats::create::{self, CreateOptions};
+use cowbell_formats::measure::{Measure, not_measured, of_size, of_source};
+use cowbell_formats::qcow2::rest::snapshots::{Which, look_at};
+use cowbell_formats::{Chain, DiskHost, Error, Foreign, Format, LayerMeta};
+
+use crate::fail::{Fail, Program};
+use crate::info::Form;
+use crate::json::Json;
+use crate::naming::Naming;
+use crate::out::Out;
+use crate::session::eprint_quietly;
+
+/// The options of `measure`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The new image's format: raw or qcow2
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
+    target_format: String,
+    /// Options of that format, as `create` takes them
+    #[arg(short, long, value_name = "KEY=VALUE,...", action = clap::ArgAction::Append)]
+    options: Vec<String>,
+    /// The size of an empty disk: a number with k, M, G or T
+    #[arg(long, value_name = "SIZE")]
+    size: Option<String>,
+    /// The source's format; probed if not said
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// The source as it was at this snapshot in it: an id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    snapshot: Option<OsString>,
+    /// human or json
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    output: String,
+    #[command(flatten)]
+    naming: Naming,
+    /// The image whose disk will be copied into the new one
+    #[arg(value_name = "FILE")]
+    files: Vec<OsString>,
+}
+
+/// Runs it.
+pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
+    let form = Form::named(&args.output, "measure")?;
+    let size = args.size.as_deref().map(create::image_size).transpose().map_err(Fail::other)?;
+    let measured = match (source(args)?, size) {
+        (Some(_), Some(_)) => {
+            return Err(Fail::other("--size N cannot be used together with a filename."));
+        }
+        (None, None) => {
+            return Err(Fail::other("Either --size N or one filename must be specified."));
+        }
+        (Some(file), None) => {
+            let image = args.naming.image(file, args.format.as_deref())?;
+            let mut chain = image.open(&DiskHost::default(), false)?;
+            if let Some(snapshot) = &args.snapshot {
+                take_snapshot(&mut chain, snapshot)?;
+            }
+            let (format, options) = wanted(args, program)?;
+            of_source(format, &chain, &options)
+        }
+        (None, Some(size)) => {
+            let (format, options) = wanted(args, program)?;
+            of_size(format, size, &options)
+        }
+    };
+    let measured = measured.map_err(Fail::other)?;
+    let mut out = Out::new(false);
+    match form {
+        Form::Human => write!(out, "{}", human(&measured))?,
+        Form::Json => writeln!(out, "{}", json(&measured).pretty())?,
+    }
+    out.flush()?;
+    Ok(0)
+}
+
+/// The file that is named, if one is.
+fn source(args: &Args) -> Result<Option<&OsStr>, Fail> {
+    match &args.files[..] {
+        [] if args.naming.is_by_options() || args.format.is_some() || args.snapshot.is_some() => {
+            Err(Fail::other("--image-opts, -f, and -l require a filename argument."))
+        }
+        [] => Ok(None),
+        [file] => Ok(Some(file)),
+        _ => Err(Fail::other("At most one filename argument is allowed.")),
+    }
+}
+
+/// What image it shall be.
+fn wanted(args: &Args, program: Program) -> Result<(Format, CreateOptions), Fail> {
+    let name = &args.target_format;
+    let format = create::format_named(name).map_err(|why| match Foreign::from_name(name) {
+        Some(_) => Fail::other(not_measured(name)),
+        None => Fail::other(why),
+    })?;
+    let mut options = CreateOptions::default();
+    for text in &args.options {
+        options.parse(format, text).map_err(|why| {
+            if program == Program::Cowbell {
+                return Fail::other(why);
+            }
+            eprint_quietly(&format!("{}: {why}\n", program.name()));
+            Fail::other(format!("Invalid options for file format '{format}'"))
+        })?;
+    }
+    Ok((format, options))
+}
+
+/// Makes the disk what it was at a snapshot.
+fn take_snapshot(chain: &mut Chain<DiskFile>, snapshot: &OsStr) -> Result<(), Fail> {
+    let which = which(snapshot)?;
+    let failed = |why: Error| Fail::other(format!("Failed to load snapshot: {why}"));
+    let Some(top) = chain.layers.first_mut() else { return Ok(()) };
+    match &mut top.meta {
+        LayerMeta::Qcow2(image) => look_at(&top.file, image, &which).map_err(failed),
+        _ => Err(failed(Error::Unsupported(format!(
+            "Block format '{}' used by device '' does not support temporarily loading internal \
+             snapshots",
+            top.format
+        )))),
+    }
+}
+
+/// The snapshots that may be meant, the first that is there.
+fn which(text: &OsStr) -> Result<Vec<Which>, Fail> {
+    let bytes = text.as_bytes();
+    if !bytes.starts_with(b"snapshot.") {
+        let id = Which { id: Some(bytes.into()), name: None };
+        return Ok(vec![id, Which { id: None, name: Some(bytes.into()) }]);
+    }
+    let mut which = Which::default();
+    for item in bytes.split(|&byte| byte == b',') {
+        let id = item.strip_prefix(b"snapshot.id=");
+        let name = item.strip_prefix(b"snapshot.name=");
+        match (id, name) {
+            (Some(id), _) => which.id = Some(id.into()),
+            (_, Some(name)) => which.name = Some(name.into()),
+            _ => {
+                let what = "Failed in parsing snapshot param";
+                return Err(Fail::other(format!("{what} '{}'", text.display())));
+            }
+        }
+    }
+    Ok(vec![which])
+}
+
+fn human(measured: &Measure) -> String {
+    let bitmaps = measured.bitmaps.map(|bytes| format!("bitmaps size: {bytes}\n"));
+    format!(
+        "required size: {}\nfully allocated size: {}\n{}",
+        measured.required,
+        measured.fully_allocated,
+        bitmaps.unwrap_or_default()
+    )
+}
+
+fn json(measured: &Measure) -> Json {
+    let bitmaps = measured.bitmaps.map(|bytes| ("bitmaps", Json::Int(bytes)));
+    let mut members = Vec::from_iter(bitmaps);
+    members.push(("required", Json::Int(measured.required)));
+    members.push(("fully-allocated", Json::Int(measured.fully_allocated)));
+    Json::Object(members)
+}
