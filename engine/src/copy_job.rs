@@ -343,3 +343,10 @@ pub(crate) enum State {
     /// All that was written is stable.
     Flush,
 }
+
+/// A write that may have to wait.
+#[derive(Clone, Copy, Hash, Debug, Default)]
+pub(crate) struct Guard {
+    /// So many of its bytes, from the first on, are read by all jobs that read them first.
+    pub safe: u64,
+}

@@ -10,11 +10,10 @@ use std::io;
 use slab::Slab;
 
 use crate::backend::FileInfo;
-use crate::copy_job::{CopyJob, Worker};
+use crate::copy_job::{CopyJob, Guard, Worker};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
-use crate::guard::Guard;
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;

@@ -19,13 +19,6 @@ use crate::request::{Event, IoKind};
 use crate::units::{Errno, ReqId};
 use crate::wait::On;
 
-/// A write that may have to wait.
-#[derive(Clone, Copy, Hash, Debug, Default)]
-pub(crate) struct Guard {
-    /// So many of its bytes, from the first on, are read by all jobs that read them first.
-    pub safe: u64,
-}
-
 /// Delivers an event; answers when the write has ended, and how.
 pub(crate) fn step(
     core: &mut Core,
@@ -37,7 +30,11 @@ pub(crate) fn step(
         core.guards.remove(key as usize);
         return Some(result);
     }
-    let slot = core.ops.slot(me);
+    let now = core.now;
+    let slot = core.ops.slot_mut(me);
+    if event == Event::Start {
+        slot.submitted = now;
+    }
     let (io, node) = (slot.io, slot.node);
     let mut safe = io.len;
     let before = core.guards[key as usize].safe;
@@ -62,7 +59,6 @@ pub(crate) fn step(
         core.issue_request(me, node, io, seg);
         return None;
     };
-    let now = core.now;
     let job = &mut core.copies[at];
     job.want(io.offset + safe, io.end());
     job.held_since = job.held_since.or(Some(now));

@@ -150,6 +150,9 @@ fn backs_up(from: Format, to: Format, options: Plan) {
     let job = engine.start(copy).expect("it starts");
     assert_eq!(guest.run_beside(&mut engine, job), Ok(()));
     assert!(guest.ended > 100, "{} requests ended meanwhile", guest.ended);
+    // Since they were submitted, not since the clock began.
+    let longest = engine.stats().latency.max();
+    assert!(longest < clock().0 / 2 && longest < 600_000_000_000, "{longest} ns");
     let found = read(&mut engine, target, SIZE + options.target_offset);
     let found = &found[options.target_offset as usize..];
     assert_eq!(differs(found, &model), None, "{from} to {to}: the target is the disk at its start");

@@ -145,9 +145,7 @@ fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<DiskFile
     there.name = Name { format: Some(format), ..name };
     let options = there.options(false);
     let opened = open_named(&DiskHost::default(), &there.name, &options);
-    let at = there.path().to_path_buf();
-    opened
-        .map_err(|why| failed(Error::Invalid(format!("Could not open '{}': {why}", at.display()))))
+    opened.map_err(failed)
 }
 
 /// What the image is to get of its old backing file.
