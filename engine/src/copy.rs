@@ -41,7 +41,7 @@ use crate::wait::On;
 pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Option<()> {
     let mut worker = core.workers[key as usize];
     for _ in 0..GO_MAX {
-        let mut machine = Machine { core, me, worker: &mut worker };
+        let mut machine = Machine { core, me, key, worker: &mut worker };
         match machine.step(event) {
             Step::Go(state) => {
                 worker.state = state;
@@ -73,7 +73,11 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
     let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
-    core.let_guests_go(key);
+    // What a mirror holds goes on when it has become the disk.
+    let is_held = job_is_held(core, key);
+    if !is_held || is_over {
+        core.let_guests_go(key);
+    }
     if !is_over {
         return;
     }
@@ -82,23 +86,37 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     for node in [job.copy.source, job.copy.target] {
         core.nodes[node.index()].jobs -= u32::from(!mutant!("copied_disk_stays_in_use"));
     }
-    if job.copy.moment == Moment::Start {
+    if job.copy.moment != Moment::Any {
         let record = &mut core.nodes[job.copy.source.index()];
         record.guards -= 1;
+        if job.copy.moment == Moment::End && job.failed.is_none() {
+            record.moved_to = Some(job.copy.target);
+        }
         record.set_open_to();
     }
     let result = job.failed.map_or(Ok(()), Err);
     core.events.push(NodeEvent::JobEnded { job: job.id, result });
 }
 
+/// Do writes wait for the end of a mirror that goes well?
+fn job_is_held(core: &Core, key: u32) -> bool {
+    let job = &core.copies[key as usize];
+    job.mirror.holds && job.failed.is_none()
+}
+
 struct Machine<'a> {
     core: &'a mut Core,
     me: ReqId,
+    /// The worker's.
+    key: u32,
     worker: &'a mut Worker,
 }
 
 impl Machine<'_> {
     fn step(&mut self, event: Event) -> Step<State> {
+        if self.worker.state == State::Piece && event == Event::Woken {
+            self.job_mut().mirror.parked -= 1;
+        }
         if self.job().failed.is_some() {
             return Step::Done(Ok(()));
         }
@@ -142,6 +160,13 @@ impl Machine<'_> {
             self.wake_next();
             return Step::Go(State::Status);
         }
+        if job.copy.moment == Moment::End
+            && !job.mirror.is_over
+            && let Some(step) = self.take_of_mirror()
+        {
+            return step;
+        }
+        let job = &mut self.core.copies[self.worker.job as usize];
         job.skip_taken();
         if job.next == job.total {
             // Nothing more of it is in flight when the last comes here.
@@ -175,6 +200,50 @@ impl Machine<'_> {
         Step::Go(State::Status)
     }
 
+    /// What a mirror has to do besides going through the source once: `None`, that.
+    fn take_of_mirror(&mut self) -> Option<Step<State>> {
+        let CopyJob { copy, mirror, next, total, workers, .. } = *self.job();
+        if !mirror.is_seen && !mutant!("mirror_begins_before_old_writes_end") {
+            if self.core.is_changed_unseen(copy.source, mirror.first_seen) {
+                let mut list = std::mem::take(&mut self.core.past_waiters);
+                self.core.park(self.me, &mut list, On::Users);
+                self.core.past_waiters = list;
+                self.job_mut().mirror.parked += 1;
+                return Some(Step::Wait(State::Piece));
+            }
+            self.job_mut().mirror.is_seen = true;
+        }
+        let job = self.job();
+        let must_wait = job.is_paused || job.due > self.core.now && !mirror.holds;
+        if next < total {
+            return None;
+        }
+        if must_wait {
+            return Some(self.park());
+        }
+        if job.is_near() {
+            self.job_mut().mirror.holds = true;
+        }
+        let Core { copies, workers: all, .. } = &mut *self.core;
+        let piece = copies[self.worker.job as usize].take_changed(all, self.key);
+        if let Some(piece) = piece {
+            self.take(piece, true);
+            self.wake_next();
+            return Some(Step::Go(State::Status));
+        }
+        // Others may find, or write, what has to be copied again.
+        let others_go_on = workers - self.job().mirror.parked > 1;
+        let writes_go_on = self.core.nodes[copy.source.index()].guarded > 0;
+        if others_go_on || writes_go_on && !mutant!("mirror_ends_with_writes_in_flight") {
+            return Some(self.park());
+        }
+        debug_assert!(self.job().ahead.count() == 0, "{:?}", self.job());
+        self.job_mut().mirror.is_over = true;
+        let mut waiters = std::mem::take(&mut self.job_mut().waiters);
+        self.core.wake_all(&mut waiters);
+        None
+    }
+
     fn take(&mut self, (at, end): (u64, u64), is_wanted: bool) {
         let held = (at, at);
         *self.worker =
@@ -188,6 +257,7 @@ impl Machine<'_> {
         let mut list = std::mem::take(&mut self.job_mut().waiters);
         self.core.park(self.me, &mut list, On::Job);
         self.job_mut().waiters = list;
+        self.job_mut().mirror.parked += 1;
         Step::Wait(State::Piece)
     }
 
@@ -408,7 +478,9 @@ impl Machine<'_> {
         self.worker.at += len;
         self.worker.data_end = self.worker.data_end.max(self.worker.at);
         let counted = mutant!("copy_counted_before_it_is_written");
-        self.job_mut().done += if counted { 0 } else { len };
+        // What a mirror copies again counts once.
+        let again = self.worker.is_wanted && self.job().copy.moment == Moment::End;
+        self.job_mut().done += if counted || again { 0 } else { len };
         Step::Go(State::Status)
     }
 }

@@ -20,6 +20,12 @@ pub enum Moment {
     /// zero write or discard waits until what it would change has been read (copy-before-write). What was in
     /// flight at the start counts as done or as not done, as after a power cut.
     Start,
+    /// Everything is as it is when the job ends, and from then on the target is the disk: a mirror. What was
+    /// written meanwhile is copied again; for the last of that writes wait. When the job has ended well,
+    /// whatever is submitted to the source's id goes to the target, the writes that have waited first. The
+    /// source is to be [closed](crate::Engine::close) then
+    /// ([`close_filter`](crate::Engine::close_filter), if the target is a layer below it: that was a commit).
+    End,
 }
 
 /// What a copy does about zeros.
@@ -78,7 +84,8 @@ pub struct Copy {
     pub moment: Moment,
     /// How long the job may hold up a write, where it does. If nothing that somebody waits for has been
     /// read for so long, because the target or the source hangs, the job ends with
-    /// [`Errno::TIMED_OUT`], and the writes go on. `None`: for ever. Default: 10 seconds.
+    /// [`Errno::TIMED_OUT`], and the writes go on; a mirror tries again instead, until it waits for its
+    /// flush. `None`: for ever. Default: 10 seconds.
     pub hold_max: Option<Duration>,
 }
 
@@ -194,8 +201,11 @@ pub(crate) struct CopyJob {
     pub due: Time,
     /// Workers that wait for that, or to be resumed.
     pub waiters: WaitList,
-    /// What was taken before its turn, because somebody waits for it.
+    /// What was taken before its turn, because somebody waits for it; of a mirror: what has changed since it
+    /// was copied.
     pub ahead: Marks,
+    /// Of a mirror.
+    pub mirror: Mirror,
     /// What somebody waits for, from and to, oldest first: it is taken next.
     pub wanted: VecDeque<(u64, u64)>,
     /// Writes that wait until something has been read.
@@ -203,6 +213,28 @@ pub(crate) struct CopyJob {
     /// Since when they do, and nothing has been read.
     pub held_since: Option<Time>,
 }
+
+/// How far a mirror is.
+#[derive(Clone, Copy, Hash, Debug, Default)]
+pub(crate) struct Mirror {
+    /// Requests that began before this one may have changed the source unseen.
+    pub first_seen: u32,
+    /// They have ended.
+    pub is_seen: bool,
+    /// How often all that had changed was gone through.
+    pub passes: u8,
+    /// Where that goes on.
+    pub at: u64,
+    /// Workers that wait.
+    pub parked: u32,
+    /// Writes wait: what is left is the last.
+    pub holds: bool,
+    /// Nothing is left but to make it stable.
+    pub is_over: bool,
+}
+
+/// After so many passes writes wait, however much is left.
+const PASSES_MAX: u8 = 4;
 
 impl CopyJob {
     /// Is there nothing to do for zeros?
@@ -214,7 +246,8 @@ impl CopyJob {
     pub fn deadline(&self) -> Option<Time> {
         // Who asks wakes the others.
         let waits = !self.waiters.is_empty() && !self.is_paused && self.asking == 0;
-        let due = waits.then_some(self.due);
+        let due =
+            waits.then_some(self.due).filter(|_| self.next < self.total || self.ahead.count() > 0);
         due.into_iter().chain(self.holds_until()).min()
     }
 
@@ -227,6 +260,63 @@ impl CopyJob {
     /// Is nothing of this node to be changed before the job has read it?
     pub fn reads_first(&self, node: NodeId) -> bool {
         self.copy.moment == Moment::Start && self.copy.source == node && self.failed.is_none()
+    }
+
+    /// Does it mirror this node?
+    pub fn mirrors(&self, node: NodeId) -> bool {
+        self.copy.moment == Moment::End && self.copy.source == node
+    }
+
+    /// These bytes of the source have been written.
+    pub fn note_changed(&mut self, from: u64, to: u64) {
+        let (from, to) = self.within(from, to);
+        // What is asked about may be counted as copied before the answer is there.
+        if from < to && (from < self.next || self.asking > 0) {
+            self.ahead.mark(from, to);
+        }
+    }
+
+    /// Takes the next piece that has changed, and that nobody is copying: what he has read may be older,
+    /// and be written later.
+    pub fn take_changed(&mut self, workers: &Slab<Worker>, me: u32) -> Option<(u64, u64)> {
+        let Mirror { at, passes, .. } = self.mirror;
+        let busy: Vec<(u64, u64)> = workers
+            .iter()
+            .filter(|&(key, worker)| key != me as usize && worker.job == self.key)
+            .filter(|(_, worker)| worker.at < worker.end)
+            .filter(|_| !mutant!("mirror_copies_one_piece_twice_at_once"))
+            .map(|(_, worker)| (self.ahead.floor(worker.at), self.ahead.end(worker.end - 1)))
+            .collect();
+        let found = self.next_changed(at, self.source_size, &busy);
+        let start = found.or_else(|| self.next_changed(0, at.min(self.source_size), &busy))?;
+        if start < at {
+            self.mirror.passes = passes.saturating_add(1);
+        }
+        let piece = start.saturating_add(self.copy.piece as u64);
+        let end = self.ahead.floor(piece).max(self.ahead.end(start)).min(self.source_size);
+        let end = self.ahead.next(false, start, end).unwrap_or(end);
+        let end = busy.iter().map(|busy| busy.0).filter(|&at| at > start).fold(end, u64::min);
+        self.ahead.unmark(start, end);
+        self.mirror.at = end;
+        Some((start, end))
+    }
+
+    /// The first byte from `from` on that has changed and lies in none of the busy stretches.
+    fn next_changed(&self, from: u64, to: u64, busy: &[(u64, u64)]) -> Option<u64> {
+        let mut at = from;
+        loop {
+            at = self.ahead.next(true, at, to)?;
+            match busy.iter().find(|busy| busy.0 <= at && at < busy.1) {
+                Some(busy) => at = busy.1,
+                None => return Some(at),
+            }
+        }
+    }
+
+    /// Is so little left of what has changed, or was it gone through so often, that writes are to wait?
+    pub fn is_near(&self) -> bool {
+        let few = self.copy.in_flight as u64;
+        self.mirror.passes >= PASSES_MAX || self.ahead.count() <= few
     }
 
     /// What the job has of these bytes of the source: from and to, in the job.
@@ -284,7 +374,7 @@ impl CopyJob {
 
     /// The next piece begins where nothing was taken ahead, and ends before.
     pub fn skip_taken(&mut self) {
-        if !mutant!("copy_takes_again_what_it_has") {
+        if self.copy.moment != Moment::End && !mutant!("copy_takes_again_what_it_has") {
             let free = self.ahead.next(false, self.next, self.source_size);
             self.next = free.unwrap_or(self.next.max(self.source_size));
         }
@@ -292,6 +382,9 @@ impl CopyJob {
 
     /// Where the next thing that was taken ahead begins, if it is before `end`; else `end`.
     pub fn free_up_to(&self, end: u64) -> u64 {
+        if self.copy.moment == Moment::End {
+            return end;
+        }
         let taken = self.ahead.next(true, self.next, end.min(self.source_size));
         taken.filter(|_| !mutant!("copy_takes_again_what_it_has")).unwrap_or(end)
     }

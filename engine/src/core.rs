@@ -10,7 +10,7 @@ use std::io;
 use slab::Slab;
 
 use crate::backend::FileInfo;
-use crate::copy_job::{CopyJob, Guard, Worker};
+use crate::copy_job::{CopyJob, Guard, Mirror, Worker};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
@@ -53,7 +53,7 @@ pub(crate) struct Core {
     /// Copies that an embedder has started, and who does them.
     pub copies: Slab<CopyJob>,
     pub workers: Slab<Worker>,
-    /// Writes to disks that are copied as they were.
+    /// Writes to disks that are copied as they were, or mirrored.
     pub guards: Slab<Guard>,
     /// The serial number of the next one.
     pub next_job: u32,
@@ -451,6 +451,53 @@ impl Core {
         self.wake_all(&mut guests);
     }
 
+    /// The node that has taken this one's place, if one has.
+    pub fn moved(&self, node: NodeId) -> Option<NodeId> {
+        let mut last = self.nodes[node.index()].moved_to?;
+        while let Some(next) = self.nodes[last.index()].moved_to {
+            last = next;
+        }
+        Some(last)
+    }
+
+    /// A write has ended that was looked at: who mirrors its node notes what it was about.
+    pub fn guarded_write_ended(&mut self, request: ReqId) {
+        let slot = self.ops.slot(request);
+        let (node, io) = (slot.node, slot.io);
+        let record = &mut self.nodes[node.index()];
+        if record.moved_to.is_some() {
+            // It was of the other node; or it was the last of this one's, and is there as well.
+            record.guarded = record.guarded.saturating_sub(1);
+            return;
+        }
+        record.guarded -= 1;
+        let is_last = record.guarded == 0;
+        let mut woken = Vec::new();
+        for (key, job) in self.copies.iter_mut().filter(|(_, job)| job.mirrors(node)) {
+            if !mutant!("mirror_forgets_writes") {
+                job.note_changed(io.offset, io.end());
+            }
+            if is_last && job.mirror.holds {
+                woken.push(key);
+            }
+        }
+        for key in woken {
+            let mut waiters = std::mem::take(&mut self.copies[key].waiters);
+            self.wake_all(&mut waiters);
+        }
+    }
+
+    /// May a request still change this node that began before `first_seen`, when nobody looked?
+    pub fn is_changed_unseen(&self, node: NodeId, first_seen: u32) -> bool {
+        let is_old =
+            |slot: &Slot| first_seen.wrapping_sub(slot.serial).wrapping_sub(1) < u32::MAX / 2;
+        let goes_on = |slot: &Slot| !matches!(slot.waits, Waits::Poll | Waits::Free);
+        let mut slots = self.ops.slots();
+        slots.any(|(_, slot)| {
+            slot.node == node && slot.io.kind.modifies() && is_old(slot) && goes_on(slot)
+        })
+    }
+
     /// The request, which is new, changes what it is about: if that is copied as it was, then only after
     /// that has been read.
     pub fn guard(&mut self, request: ReqId) {
@@ -469,7 +516,15 @@ impl Core {
         let due: Vec<usize> = self.copies.iter().map(|(key, _)| key).collect();
         for key in due {
             let copy = &mut self.copies[key];
-            if copy.holds_until().is_some_and(|until| until <= self.now) {
+            let is_held_up = copy.holds_until().is_some_and(|until| until <= self.now);
+            if is_held_up && copy.mirror.holds && !copy.mirror.is_over {
+                copy.mirror = Mirror { holds: false, passes: 0, ..copy.mirror };
+                let mut waiters = std::mem::take(&mut copy.waiters);
+                self.wake_all(&mut waiters);
+                self.let_guests_go(key as u32);
+                continue;
+            }
+            if is_held_up {
                 copy.failed = copy.failed.or(Some(Errno::TIMED_OUT));
                 self.cancel_copy(key);
                 continue;
@@ -805,6 +860,10 @@ impl Core {
     /// A request has ended: its result goes to whoever it came from.
     #[inline]
     pub fn end(&mut self, request: ReqId, result: Result<(), Errno>) {
+        // A mirror may wait for its end.
+        if !self.copies.is_empty() {
+            self.wake_past_waiters();
+        }
         let slot = self.ops.slot_mut(request);
         assert!(slot.pending == 0, "{request:?} ended with ops in flight");
         assert!(slot.waits == Waits::Nothing, "{request:?} ended while on a wait list");

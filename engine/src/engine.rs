@@ -243,7 +243,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         mem: impl Into<Mem>,
         tag: u64,
     ) -> Result<(), Refused> {
-        let mem = mem.into();
+        let (mem, mut node) = (mem.into(), node);
         let record = match self.core.nodes.get_mut(node.index()) {
             Some(record) if record.id == node => record,
             _ => return Err(Refused { why: Why::NoSuchNode, mem }),
@@ -252,6 +252,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !is_looked_at {
             record.guests += 1;
         } else {
+            node = self.core.moved(node).unwrap_or(node);
             if let Err(why) = self.life.why_not(&mut self.core, node) {
                 return Err(Refused { why, mem });
             }

@@ -11,7 +11,11 @@
 //!
 //! It waits for reads of the source alone, never for the target; and when the job fails or is
 //! cancelled, for nothing.
+//!
+//! Beside a *mirror* it waits for nothing, but at the very end: until then what it has written is noted, when
+//! it has ended, and copied again. When the mirror has become the disk the write goes there.
 
+use crate::copy_job::CopyJob;
 use crate::core::Core;
 use crate::mutant;
 use crate::op::Seg;
@@ -28,6 +32,7 @@ pub(crate) fn step(
 ) -> Option<Result<(), Errno>> {
     if let Event::Io(result) = event {
         core.guards.remove(key as usize);
+        core.guarded_write_ended(me);
         return Some(result);
     }
     let now = core.now;
@@ -50,17 +55,26 @@ pub(crate) fn step(
         }
     }
     core.guards[key as usize].safe = safe;
-    let Some(at) = waits_for else {
+    let held = |job: &CopyJob| job.mirrors(node) && job.failed.is_none() && job.mirror.holds;
+    let holds = core.copies.iter().find(|(_, job)| held(job)).map(|(at, _)| at);
+    let holds = holds.filter(|_| !mutant!("mirror_lets_writes_pass"));
+    let Some(at) = waits_for.or(holds) else {
         let slot = core.ops.slot(me);
         let seg = match io.kind {
             IoKind::Write { .. } => slot.guest(0, io.len),
             _ => Seg::zeros(0),
         };
-        core.issue_request(me, node, io, seg);
+        let there = core.moved(node).filter(|_| !mutant!("write_goes_to_what_was_mirrored"));
+        if there.is_none() {
+            core.nodes[node.index()].guarded += 1;
+        }
+        core.issue_request(me, there.unwrap_or(node), io, seg);
         return None;
     };
     let job = &mut core.copies[at];
-    job.want(io.offset + safe, io.end());
+    if waits_for.is_some() {
+        job.want(io.offset + safe, io.end());
+    }
     job.held_since = job.held_since.or(Some(now));
     let (mut guests, mut waiters) = (std::mem::take(&mut job.guests), job.waiters);
     core.park(me, &mut guests, On::Copy);

@@ -165,7 +165,9 @@ impl<D: Driver, F> Life<D, F> {
             return Err(Why::Closing);
         }
         let is_copied = core.nodes[node.index()].jobs > 0 && !mutant!("copied_disk_is_closed");
-        if self.is_read_from(node) || is_copied {
+        // What is submitted to what it has taken the place of goes to it.
+        let is_moved_to = core.nodes.iter().any(|record| record.moved_to == Some(node));
+        if self.is_read_from(node) || is_copied || is_moved_to {
             return Err(Why::InUse);
         }
         core.nodes[node.index()].leaves_below = leaves_below;
@@ -318,7 +320,8 @@ impl<D: Driver, F> Life<D, F> {
         let id = core.nodes[index].id;
         let mut above = self.nodes.iter().zip(&core.nodes);
         let waits = above.any(|(node, record)| {
-            let is_above = node.as_ref().is_some_and(|node| node.below().contains(&id));
+            let is_above = node.as_ref().is_some_and(|node| node.below().contains(&id))
+                || record.moved_to == Some(id);
             is_above && !matches!(record.stage, Stage::Settled(_))
         });
         if waits && !mutant!("layer_settles_before_those_above") {

@@ -11,6 +11,8 @@ pub(crate) struct Marks {
     /// How far into a granule the job begins.
     shift: u64,
     words: Vec<u64>,
+    /// Granules that are marked.
+    count: u64,
 }
 
 impl Marks {
@@ -23,7 +25,12 @@ impl Marks {
         let shift = first & ((1 << bits) - 1);
         let granules = len.checked_add(shift)?.div_ceil(1 << bits);
         let words = granules.div_ceil(64) as usize;
-        (granules <= Marks::GRANULES_MAX).then(|| Marks { bits, shift, words: vec![0; words] })
+        (granules <= Marks::GRANULES_MAX).then(|| Marks {
+            bits,
+            shift,
+            words: vec![0; words],
+            count: 0,
+        })
     }
 
     fn index(&self, at: u64) -> u64 {
@@ -43,8 +50,24 @@ impl Marks {
     /// Marks every granule that has one of these bytes.
     pub fn mark(&mut self, from: u64, to: u64) {
         for index in self.index(from)..=self.index(to - 1) {
-            self.words[(index / 64) as usize] |= 1 << (index % 64);
+            let (word, bit) = (&mut self.words[(index / 64) as usize], 1 << (index % 64));
+            self.count += u64::from(*word & bit == 0);
+            *word |= bit;
         }
+    }
+
+    /// Marks no granule any more that has one of these bytes.
+    pub fn unmark(&mut self, from: u64, to: u64) {
+        for index in self.index(from)..=self.index(to - 1) {
+            let (word, bit) = (&mut self.words[(index / 64) as usize], 1 << (index % 64));
+            self.count -= u64::from(*word & bit != 0);
+            *word &= !bit;
+        }
+    }
+
+    /// How many granules are marked: those that were marked one by one.
+    pub fn count(&self) -> u64 {
+        self.count
     }
 
     /// Marks all but the granules that have one of these bytes.

@@ -30,6 +30,10 @@ pub(crate) struct NodeRecord {
     /// Jobs of an embedder's that use it; and those that copy it as it was.
     pub jobs: u32,
     pub guards: u32,
+    /// Writes in flight that were looked at.
+    pub guarded: u32,
+    /// A mirror has taken its place.
+    pub moved_to: Option<NodeId>,
     /// Guests' requests that ended together, not in the statistics yet.
     pub batch: Ended,
     /// How many requests it may have.
@@ -70,6 +74,8 @@ impl NodeRecord {
             inner: 0,
             jobs: 0,
             guards: 0,
+            guarded: 0,
+            moved_to: None,
             batch: Ended::default(),
             quota: u32::MAX,
             stage: Stage::Open,
@@ -109,7 +115,7 @@ impl NodeRecord {
     pub fn set_open_to(&mut self) {
         let takes = self.stage == Stage::Open && !self.is_paused && !self.is_gone;
         // Who writes while it is copied is looked at.
-        let takes = takes && self.guards == 0;
+        let takes = takes && self.guards == 0 && self.moved_to.is_none();
         self.open_to = if takes && !self.is_closing { self.quota } else { 0 };
         if mutant!("closed_node_takes_requests") && self.is_closing {
             self.open_to = self.quota;
@@ -121,6 +127,7 @@ impl NodeRecord {
         let NodeRecord { stage, is_paused, is_held, owes_paused, is_closing, is_gone, .. } = *self;
         let is_there = (self.is_vacant, self.leaves_below);
         let flags = (is_paused, is_held, owes_paused, is_closing, is_gone, is_there);
-        (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares)
+        let moved = (self.guarded, self.moved_to);
+        (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares, moved)
     }
 }

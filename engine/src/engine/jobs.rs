@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::Engine;
 use crate::backend::Backend;
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, Moment, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Mirror, Moment, Worker};
 use crate::life::{Drain, Why};
 use crate::mutant;
 use crate::request::{Io, IoKind};
@@ -61,7 +61,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             .any(|(_, slot)| slot.io.kind == IoKind::Truncate && uses.contains(&slot.node));
         // What a layer itself says is not seen through those that are copied.
         let is_below = !self.core.nodes[copy.target.index()].is_top && copy.top_layers.is_none();
-        if copy.source == copy.target || is_resized || is_below {
+        // A mirror takes the source's place, which nobody reads from then.
+        let is_read = copy.moment == Moment::End && !self.core.nodes[copy.source.index()].is_top;
+        let has_moved = uses.iter().any(|&node| self.core.moved(node).is_some());
+        if copy.source == copy.target || is_resized || is_below || is_read || has_moved {
             return Err(Why::InUse);
         }
         let (source_size, total) = self.extent_of(&copy).ok_or(Why::TooSmall)?;
@@ -90,12 +93,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             waiters: WaitList::new(),
             key: core.copies.vacant_key() as u32,
             ahead,
+            mirror: Mirror { first_seen: core.serial, ..Mirror::default() },
             wanted: VecDeque::new(),
             guests: WaitList::new(),
             held_since: None,
         };
         let job = core.copies.insert(job) as u32;
-        if copy.moment == Moment::Start {
+        if copy.moment != Moment::Any {
             let record = &mut core.nodes[copy.source.index()];
             record.guards += 1;
             record.set_open_to();
@@ -136,8 +140,15 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// The job begins no more pieces; those in flight run to their end. False: there is no such job.
     pub fn pause_job(&mut self, job: JobId) -> bool {
-        let found = self.job_mut(job);
-        found.map(|job| job.is_paused = true).is_some()
+        let Some(found) = self.job_mut(job) else { return false };
+        found.is_paused = true;
+        if found.mirror.holds && !found.mirror.is_over {
+            // Nobody waits for what stands still.
+            found.mirror.holds = false;
+            let key = found.key;
+            self.core.let_guests_go(key);
+        }
+        true
     }
 
     /// Ends a pause; the job goes on at the next `run`. False: there is no such job.

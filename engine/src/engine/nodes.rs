@@ -81,9 +81,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.life.close(&mut self.core, node, true)
     }
 
-    /// May another node be added that reads from this one? It is there, and not being closed.
+    /// May another node be added that reads from this one? It is there, not being closed, and no mirror has
+    /// taken its place.
     pub fn may_be_read_from(&self, node: NodeId) -> bool {
-        self.has(node) && !self.core.nodes[node.index()].is_closing
+        let is_there = self.has(node) && self.core.moved(node).is_none();
+        is_there && !self.core.nodes[node.index()].is_closing
     }
 
     /// Is nothing of this node in flight: no request, no chore, nothing on its files? What `poll` has

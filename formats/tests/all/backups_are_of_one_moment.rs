@@ -18,28 +18,28 @@ use std::path::Path;
 use std::time::Duration;
 
 /// A guest that writes, zeroes and discards at random, no two requests in flight on the same block.
-struct Guest {
-    disk: NodeId,
+pub struct Guest {
+    pub disk: NodeId,
     depth: usize,
-    model: Vec<u8>,
+    pub model: Vec<u8>,
     /// Blocks that were discarded, and may be zeros or not.
     open: Vec<bool>,
-    busy: Vec<(u64, u64)>,
+    pub busy: Vec<(u64, u64)>,
     rng: Rng,
-    ended: usize,
+    pub ended: usize,
 }
 
 const BLOCK: u64 = 4096;
 
 impl Guest {
-    fn new(disk: NodeId, model: &[u8]) -> Guest {
+    pub fn new(disk: NodeId, model: &[u8]) -> Guest {
         let (busy, rng) = (Vec::new(), Rng(model.len() as u64));
         let open = vec![false; model.len() / BLOCK as usize];
         Guest { disk, depth: 16, model: model.to_vec(), open, busy, rng, ended: 0 }
     }
 
     /// As many requests as it has room for.
-    fn submit<B: Backend>(&mut self, engine: &mut Engine<Node, B>) {
+    pub fn submit<B: Backend>(&mut self, engine: &mut Engine<Node, B>) {
         for _ in 0..64 {
             if self.busy.len() == self.depth {
                 return;
@@ -71,7 +71,7 @@ impl Guest {
     }
 
     /// Where its disk does not hold what it has written.
-    fn misses<B: Backend>(&self, engine: &mut Engine<Node, B>) -> Option<usize> {
+    pub fn misses<B: Backend>(&self, engine: &mut Engine<Node, B>) -> Option<usize> {
         let found = read(engine, self.disk, self.model.len() as u64);
         let blocks = found.chunks(BLOCK as usize).zip(self.model.chunks(BLOCK as usize));
         let mut blocks = blocks.zip(&self.open);
@@ -79,7 +79,7 @@ impl Guest {
     }
 
     /// What has ended has ended well.
-    fn poll<B: Backend>(&mut self, engine: &mut Engine<Node, B>) -> bool {
+    pub fn poll<B: Backend>(&mut self, engine: &mut Engine<Node, B>) -> bool {
         let before = self.ended;
         while let Some(done) = engine.poll() {
             assert_eq!(done.result, Ok(()), "a guest's request");
@@ -90,7 +90,7 @@ impl Guest {
     }
 
     /// Goes on until the job has ended: how?
-    fn run_beside<B: Backend>(
+    pub fn run_beside<B: Backend>(
         &mut self,
         engine: &mut Engine<Node, B>,
         job: JobId,
@@ -118,7 +118,7 @@ impl Guest {
     }
 }
 
-fn differs(found: &[u8], expected: &[u8]) -> Option<usize> {
+pub fn differs(found: &[u8], expected: &[u8]) -> Option<usize> {
     found.iter().zip(expected).position(|(found, expected)| found != expected)
 }
 
@@ -205,7 +205,7 @@ fn to_a_place_where_units_begin_elsewhere() {
 }
 
 /// A disk of this format that has something on it, and an empty one.
-fn two<B: Backend<File = DiskFile>>(
+pub fn two<B: Backend<File = DiskFile>>(
     engine: &mut Engine<Node, B>,
     folder: &Path,
     (from, to): (Format, Format),
@@ -308,7 +308,7 @@ fn two_at_once_are_each_of_their_own_moment() {
 }
 
 /// The file that is only this node's.
-fn file_of<B: Backend>(engine: &Engine<Node, B>, node: NodeId) -> FileId {
+pub fn file_of<B: Backend>(engine: &Engine<Node, B>, node: NodeId) -> FileId {
     let mut files = (0..4).map(FileId);
     files.find(|&file| engine.node(node).uses(file)).expect("it has a file")
 }

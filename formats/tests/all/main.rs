@@ -32,6 +32,7 @@ mod images_are_made_as_qemu_makes_them;
 mod impossible_requests_are_answered;
 mod locks_keep_other_writers_out;
 mod map_and_read_agree_with_qemu;
+mod mirrors_become_the_disk;
 mod mutated_images_do_no_harm;
 mod one_bad_entry_fails_those_who_need_it;
 mod parts_of_a_block_are_zeroed_beside_writes;

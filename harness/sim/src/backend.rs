@@ -432,12 +432,13 @@ impl SimBackend {
         file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
     }
 
-    /// A hash of all that [`SimBackend::crash_sites`] follows from.
-    pub fn crash_hash(&self) -> u64 {
-        let files = self.files.iter().take(self.beside_from);
-        let files = files.fold(0, |hash, file| splitmix(hash ^ file.crash_hash()));
+    /// A hash of all that [`SimBackend::crash_sites`] follows from, or those of the disk beside.
+    pub fn crash_hash(&self, beside: bool) -> u64 {
+        let is_mine = |file: usize| (file >= self.beside_from) == beside;
+        let files = self.files.iter().enumerate().filter(|&(at, _)| is_mine(at));
+        let files = files.fold(0, |hash, (_, file)| splitmix(hash ^ file.crash_hash()));
         // In whatever order they were submitted: a crash knows none.
-        let mine = self.flying.iter().filter(|flying| flying.file < self.beside_from);
+        let mine = self.flying.iter().filter(|flying| is_mine(flying.file));
         let changes = mine.filter_map(|flying| {
             flying.change.as_ref().map(|change| fixed_hash((flying.file, change)))
         });

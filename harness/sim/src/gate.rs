@@ -456,6 +456,12 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let is_zero = |copy: CopyPlan| CopyPlan { target_is_zero: true, ..copy };
     let of_start = |copy: CopyPlan| CopyPlan { of_start: true, ..copy };
     let gives_up = |copy: CopyPlan| CopyPlan { gives_up: true, ..of_start(copy) };
+    let mirror = CopyPlan { mirrors: true, ..copy_out };
+    let pair = |_: &Image| {
+        let pair = [Request::write(CLUSTER, 1024), Request::write(CLUSTER + 512, 1024)];
+        let flushed = [Request::write(0, 1024), Request::flush()];
+        [pair, flushed].map(Workload::new).to_vec()
+    };
     // In two pieces, and then in one of those again.
     let two = |_: &Image| {
         let write = Request::write(CLUSTER + 512, 2 * CLUSTER - 1024);
@@ -484,6 +490,9 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([noise], budget(stops(of_start(copy_out)), 0), last),
             scopes_on([noise], Budget { ticks: 1, ..budget(gives_up(copy_out), 0) }, last),
             scopes_on([noise], budget(used(of_start(copy_in)), 0), none),
+            scopes_on([noise], budget(mirror, 1), few),
+            scopes_on([noise], budget(mirror, 0), pair),
+            scopes_on([noise], budget(stops(mirror), 0), few),
         ]
         .concat();
     }
@@ -498,6 +507,8 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([warm], budget(stops(copy_out), 1), none),
         scopes_on([warm], budget(of_start(copy_out), 0), one),
         scopes_on([empty], budget(of_start(is_zero(copy_out)), 0), last),
+        scopes_on([warm], budget(mirror, 0), one),
+        scopes_on([empty], budget(mirror, 0), few),
     ];
     if matches!(format, Format::Qed | Format::Qcow2) {
         let overlay = Image { backing: true, ..noise };

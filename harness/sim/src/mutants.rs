@@ -103,6 +103,21 @@ pub const MUTANTS: &[Mutant] = &[
     ),
     raw("paused_copy_holds_guests", "who waits for a copy waits until it is resumed"),
     raw("failed_copy_holds_guests", "who waits for a copy that has failed waits for ever"),
+    raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
+    raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
+    raw(
+        "mirror_ends_with_writes_in_flight",
+        "a mirror becomes the disk before writes to the old one end",
+    ),
+    raw("mirror_copies_one_piece_twice_at_once", "an older copy of a mirror's is written last"),
+    raw(
+        "mirror_begins_before_old_writes_end",
+        "a mirror misses what was being written when it began",
+    ),
+    raw(
+        "write_goes_to_what_was_mirrored",
+        "who waited for a mirror writes to what it has replaced",
+    ),
     raw("copied_disk_is_closed", "a disk is closed while it is copied"),
     raw("copied_disk_stays_in_use", "a disk that was copied is in use for ever"),
     qcow2("pause_goes_no_deeper", "what is below a paused disk goes on"),

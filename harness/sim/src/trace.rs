@@ -126,6 +126,7 @@ impl Trace {
                 ("beside", beside),
                 ("of-start", plan.of_start),
                 ("gives-up", plan.gives_up),
+                ("mirrors", plan.mirrors),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -235,6 +236,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-cancels" => copy.cancels = value == "true",
                 "copy-drains" => copy.drains = value == "true",
                 "copy-of-start" => copy.of_start = value == "true",
+                "copy-mirrors" => copy.mirrors = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",
                 "copy-pauses" => copy.pauses = small()?,

@@ -701,6 +701,9 @@ impl<S: Subject> World<S> {
         if checked.marked || checked.corruptions > 0 || checked.leaks > 0 {
             return Err(format!("it was not left clean: {checked:?}"));
         }
+        if self.copying.has_moved() {
+            return Ok(());
+        }
         if let Some(others) = &self.others {
             let read = |offset: u64, bytes: &mut [u8]| other.read(&host, offset, bytes);
             return others.check_other_live(&self.plan.cut.recognise(other.size(), read)?);
@@ -871,6 +874,7 @@ impl<S: Subject> World<S> {
             let found = self.inspect_beside(&other, &beside);
             found.map_err(|why| format!("the disk beside: {why}"))?;
         }
+        let files = if self.copying.has_moved() { beside } else { files };
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
         self.read_again(&files, &image)?;
         // What was not flushed and could not be written back is lost with the memory it was in.
@@ -895,8 +899,8 @@ impl<S: Subject> World<S> {
 
     /// Reads the disk as a guest would: where [`World::inspect`] looks is where reads go.
     fn read_again(&self, files: &[Contents], image: &Inspection) -> Result<(), String> {
-        let Plan { subject, cut, .. } = &*self.plan;
-        let host = host_of(subject, files);
+        let (subject, cut) = (self.disk_now(), &self.plan.cut);
+        let host = host_of(&subject, files);
         let read = |offset: u64, bytes: &mut [u8]| subject.read(&host, offset, bytes);
         if cut.recognise(image.size, read)? == image.found {
             Ok(())
@@ -907,17 +911,27 @@ impl<S: Subject> World<S> {
 
     /// What a crash may leave of each file, now.
     pub fn crash_sites(&self) -> Vec<Sites> {
-        self.engine.backend().crash_sites()
+        match self.copying.has_moved() {
+            true => self.engine.backend().crash_sites_beside(),
+            false => self.engine.backend().crash_sites(),
+        }
+    }
+
+    /// What the guest writes to: the disk, or the one beside, if that has taken its place.
+    fn disk_now(&self) -> S {
+        let beside = self.plan.subject.beside().filter(|_| self.copying.has_moved());
+        beside.unwrap_or_else(|| self.plan.subject.clone())
     }
 
     /// A hash of all that [`World::crash_sites`] follows from.
     pub fn crash_hash(&self) -> u64 {
-        self.engine.backend().crash_hash()
+        self.engine.backend().crash_hash(self.copying.has_moved())
     }
 
     /// A hash of what a crash would be judged by.
     pub fn judge_hash(&self) -> u64 {
-        self.shadow.crash_hash() ^ u64::from(self.faulted) ^ u64::from(self.crashed) << 1
+        let moved = u64::from(self.copying.has_moved()) << 2;
+        self.shadow.crash_hash() ^ u64::from(self.faulted) ^ u64::from(self.crashed) << 1 ^ moved
     }
 
     /// May a crash leave this now?
@@ -927,8 +941,9 @@ impl<S: Subject> World<S> {
     /// When it may not.
     pub fn judge_crash(&self, image: &Inspection) -> Result<(), String> {
         let Checked { marked, leaks, untold, .. } = image.checked;
+        let marks_leaks = self.disk_now().marks_leaks();
         let unmarked = leaks > 0 && !marked;
-        if unmarked && !self.faulted && !self.crashed && self.plan.subject.marks_leaks() {
+        if unmarked && !self.faulted && !self.crashed && marks_leaks {
             return Err(format!("after a crash: {leaks} leaks, and no mark says so"));
         }
         // A change that no flush has made stable may survive alone.
@@ -951,10 +966,15 @@ impl<S: Subject> World<S> {
     }
 
     fn inspect(&self, files: &[Contents]) -> Result<Inspection, String> {
-        let verdict = self.plan.verdicts.of(&self.plan.subject, files)?;
+        let subject = self.disk_now();
+        let verdicts = match self.copying.has_moved() {
+            true => &self.plan.verdicts_beside,
+            false => &self.plan.verdicts,
+        };
+        let verdict = verdicts.of(&subject, files)?;
         let found = if verdict.has_compressed() {
-            let host = host_of(&self.plan.subject, files);
-            let read = |at: u64, bytes: &mut [u8]| self.plan.subject.read(&host, at, bytes);
+            let host = host_of(&subject, files);
+            let read = |at: u64, bytes: &mut [u8]| subject.read(&host, at, bytes);
             self.plan.cut.recognise(verdict.size(), read)?
         } else {
             self.plan.cut.found(&verdict, files)

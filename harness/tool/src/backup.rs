@@ -1,6 +1,6 @@
 //! `backup`: copies a disk into a new image that is kept, all of it or what has changed since the last time.
 //!
-//! It is a [`convert`](crate::convert) of one source, with the options that a backup wants.
+//! It is a [`convert`] of one source, with the options that a backup wants.
 
 use std::ffi::OsString;
 use std::ops::Range;

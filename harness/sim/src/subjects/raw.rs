@@ -83,6 +83,7 @@ impl FormatSubject for Raw {
         };
         // As it was, while its guest writes and discards.
         let of_start = CopyPlan { of_start: true, ..CopyPlan::new(Way::Out) };
+        let mirror = CopyPlan { mirrors: true, ..CopyPlan::new(Way::Out) };
         let backup = |plan, ticks, requests: &[Request]| {
             let image = Image { size: Some(3 * CLUSTER), beside_size: None, ..copied };
             let budget = Budget { copy: Some(plan), ticks, ..QUIET };
@@ -113,6 +114,9 @@ impl FormatSubject for Raw {
             backup(of_start, 0, &[Request::write(CLUSTER, CLUSTER + 512), zero_last]),
             backup(CopyPlan { pauses: 1, cancels: true, ..of_start }, 0, &[last]),
             backup(CopyPlan { gives_up: true, ..of_start }, 1, &[last]),
+            backup(mirror, 0, &[head(0, 0)]),
+            backup(mirror, 0, &[head(0, 0), head(0, 2)]),
+            backup(CopyPlan { pauses: 1, cancels: true, ..mirror }, 0, &[head(0, 1)]),
         ]
     }
 }

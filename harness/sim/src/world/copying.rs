@@ -32,6 +32,8 @@ pub struct CopyPlan {
     pub of_start: bool,
     /// Is it given up when it has held up a write for too long?
     pub gives_up: bool,
+    /// Is the target the disk when it has ended?
+    pub mirrors: bool,
 }
 
 /// From where to where a copy goes.
@@ -55,6 +57,7 @@ impl CopyPlan {
             beside: false,
             of_start: false,
             gives_up: false,
+            mirrors: false,
         }
     }
 }
@@ -79,12 +82,13 @@ pub(super) struct Copying {
     job: Option<JobId>,
     /// Bytes that are said to be done.
     done: u64,
+    has_moved: bool,
 }
 
 impl std::hash::Hash for Copying {
     fn hash<H: std::hash::Hasher>(&self, h: &mut H) {
         let left = self.plan.map(|plan| (plan.pauses, plan.cancels));
-        (self.phase, left).hash(h);
+        (self.phase, left, self.has_moved).hash(h);
     }
 }
 
@@ -96,6 +100,11 @@ impl Copying {
     /// Is it under way?
     pub fn runs(&self) -> bool {
         matches!(self.phase, Phase::Runs | Phase::Paused | Phase::Cancelled)
+    }
+
+    /// Has the disk beside taken the disk's place?
+    pub fn has_moved(&self) -> bool {
+        self.has_moved
     }
 
     /// Has it begun to write to the disk?
@@ -175,7 +184,11 @@ impl<S: Subject> World<S> {
         // What is stopped has several pieces: zeros, which most of these disks are, make one.
         let zeros = if plan.pauses > 0 { Zeros::Written } else { Zeros::Told };
         let copy = Copy {
-            moment: if plan.of_start { Moment::Start } else { Moment::Any },
+            moment: match plan {
+                CopyPlan { of_start: true, .. } => Moment::Start,
+                CopyPlan { mirrors: true, .. } => Moment::End,
+                _ => Moment::Any,
+            },
             hold_max: plan.gives_up.then_some(Duration::from_millis(1)),
             target_is_zero: plan.target_is_zero,
             zeros,
@@ -259,7 +272,8 @@ impl<S: Subject> World<S> {
         }
         let progress = self.copying.job.and_then(|job| self.engine.job_progress(job));
         let progress = progress.ok_or("a copy that runs has no progress")?;
-        let CopyPlan { way, of_start, .. } = self.copying.plan.expect("it runs");
+        let CopyPlan { way, of_start, mirrors, .. } = self.copying.plan.expect("it runs");
+        let of_start = of_start || mirrors;
         // Whatever it waits for itself, it reads what others wait for.
         let is_idle = self.engine.backend().in_flight_count() == 0 && !self.is_behind;
         if of_start && is_idle && self.ended < self.next && !self.engine.backend().is_stalled() {
@@ -317,7 +331,9 @@ impl<S: Subject> World<S> {
             Way::Out => {
                 let others = self.others.as_mut().expect("a copy is between two disks");
                 others.copy_ends(result.is_ok());
-                if result.is_ok() {
+                let mirrors = self.copying.plan.is_some_and(|plan| plan.mirrors);
+                self.copying.has_moved = mirrors && result.is_ok();
+                if result.is_ok() && !mirrors {
                     self.inspect_copy()?;
                 }
             }
