@@ -146,7 +146,7 @@ impl Copy {
         let most = 1usize << self.piece.ilog2();
         let granule = GRANULE.clamp(self.unit, most.max(self.unit));
         let mut marks = Marks::new(len, self.target_offset, granule.ilog2())?;
-        if let Some(parts) = parts {
+        if let Some(parts) = parts.filter(|_| self.moment != Moment::End) {
             let within = |at: u64| at.saturating_sub(self.source_offset).min(len);
             let parts = parts.iter().map(|part| within(part.start)..within(part.end));
             marks.mark_all_but(&parts.collect::<Vec<_>>());

@@ -39,7 +39,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// The same, of these parts of the source alone, each rounded out to granules of 64 KiB (units, if
     /// they are more): what has changed since another copy was made, say. What is behind the source's end
-    /// is zeroed all the same. A job's [progress](Engine::job_progress) is of what is copied.
+    /// is zeroed all the same, and a mirror is of everything. A job's [progress](Engine::job_progress) is of what is copied.
     ///
     /// # Errors
     ///

@@ -90,11 +90,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     if size_of(&session, target) < bytes {
         grow(&mut session, target, bytes)?;
     }
-    let shown = match program {
-        _ if args.quiet || !args.progress => Shown::Nothing,
-        Program::Cowbell => Shown::bar_or_lines(),
-        _ => Shown::Lines,
-    };
+    let shown = Shown::asked_for(args.progress && !args.quiet, program);
     let copy = Copy {
         len: Some(bytes),
         top_layers: Some((layers.len() - 1) as u8),

@@ -156,11 +156,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         let new = NewTarget { name: to, format, options: &options, direct, doing };
         new.make(&images, &partial, &stop)?
     };
-    let shown = match program {
-        _ if args.quiet || !args.progress => Shown::Nothing,
-        Program::Cowbell => Shown::bar_or_lines(),
-        _ => Shown::Lines,
-    };
+    let shown = Shown::asked_for(args.progress && !args.quiet, program);
     let progress = Progress::new(shown, total, args.progress_fd)?;
     let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
     finish(copied, partial, Path::new(to))

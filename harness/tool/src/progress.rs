@@ -11,7 +11,7 @@ use cowbell_engine::units::Time;
 use signal_hook::consts::SIGUSR1;
 use signal_hook::flag;
 
-use crate::fail::Fail;
+use crate::fail::{Fail, Program};
 use crate::number::human;
 use crate::session::eprint_quietly;
 
@@ -27,9 +27,13 @@ pub enum Shown {
 }
 
 impl Shown {
-    /// A bar on a terminal.
-    pub fn bar_or_lines() -> Shown {
-        if io::stdout().is_terminal() { Shown::Bar } else { Shown::Lines }
+    /// What is shown, if that is asked for: a bar on a terminal, by the command under its own name.
+    pub fn asked_for(is_asked: bool, program: Program) -> Shown {
+        match program {
+            _ if !is_asked => Shown::Nothing,
+            Program::Cowbell if io::stdout().is_terminal() => Shown::Bar,
+            _ => Shown::Lines,
+        }
     }
 }
 

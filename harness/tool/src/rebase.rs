@@ -104,11 +104,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             Some((name, format)) => Some(open_new(&image, name, format)?),
             None => None,
         };
-        let shown = match program {
-            _ if args.quiet || !args.progress => Shown::Nothing,
-            Program::Cowbell => Shown::bar_or_lines(),
-            _ => Shown::Lines,
-        };
+        let shown = Shown::asked_for(args.progress && !args.quiet, program);
         let work = Work::begin(&image, below, cache)?;
         match work.run(args.compress, shown, &stop)? {
             Some(locks) => held = Some(locks),

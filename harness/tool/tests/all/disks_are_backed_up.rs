@@ -104,3 +104,25 @@ fn a_kill_leaves_no_backup() {
     }
     assert!(there < 20, "each was whole before it was killed");
 }
+
+/// Killed at any moment beside a guest that writes, the disk has leaks at worst, and no backup is there.
+#[test]
+fn a_kill_beside_a_guest_leaves_the_disk_sound() {
+    let place = Place::new();
+    place.ok(
+        "cowbell create -q -f qcow2 disk 64M && cowbell io -c 'write -P 9 0 48M' disk >/dev/null",
+    );
+    let mut random = Random(8);
+    for round in 0..12 {
+        let millis = 20 + random.below(400);
+        let options = if round % 2 == 0 { "--compressed" } else { "" };
+        place.ours(&format!(
+            "rm -f kept*; cowbell bench -q -w --random {round} -c 200000 -s 4k -d 16 -f qcow2 disk \
+             --backup kept {options} & sleep 0.{millis:03}; kill -9 $!; wait $! 2>/dev/null; true"
+        ));
+        assert!(!place.path("kept").exists(), "it has a name before it is whole");
+        place.ok("cowbell check -q -r leaks disk >/dev/null; cowbell check -q disk");
+    }
+    place.ok("cp disk before && cowbell bench -q -w -c 20000 -s 4k -d 16 --backup kept disk");
+    place.ok("cowbell compare -q before kept && cowbell check -q kept && cowbell check -q disk");
+}
