@@ -13,7 +13,7 @@ use cowbell_formats::info::info_of;
 use cowbell_formats::map::{extents, read};
 use cowbell_formats::qcow2::rest::check::{Repair, check};
 use cowbell_formats::qcow2::rest::snapshots::{Moment, apply, create, delete};
-use cowbell_formats::{Error, Format, OpenOptions, Policy, open};
+use cowbell_formats::{Error, Format, OpenOptions, Policy, open, rebase};
 
 /// More than looking at any of these images takes, and more than any of them comes to.
 const MEMORY_MAX: u64 = 128 << 20;
@@ -49,12 +49,16 @@ fn look(host: &MemHost) -> bool {
     true
 }
 
-fn snapshots(file: &MemFile, random: &mut Random) {
+fn change(file: &MemFile, random: &mut Random) {
     let now = Moment { seconds: 1, nanos: 0 };
-    let _ = match random.next() % 3 {
+    let name = "n".repeat(1 + random.next() as usize % 700);
+    let _ = match random.next() % 6 {
         0 => create(file, b"another", now).map(|_| ()),
         1 => apply(file, b"one"),
-        _ => delete(file, b"one"),
+        2 => delete(file, b"one"),
+        3 => rebase::set_backing(file, Format::Qcow2, Some((Path::new(&name), "raw"))),
+        4 => rebase::set_backing(file, Format::Qcow2, None),
+        _ => rebase::empty(file, Format::Qcow2),
     };
 }
 
@@ -79,7 +83,7 @@ fn torture(bytes: &[u8], random: &mut Random) -> bool {
     host.put("image", &file);
     let opens = look(&host);
     if random.next().is_multiple_of(2) {
-        snapshots(&file, random);
+        change(&file, random);
     }
     repair(&file);
     look(&host);

@@ -21,6 +21,7 @@ use crate::fail::{Fail, Program};
 use crate::locking;
 use crate::naming::Naming;
 use crate::number::{count, size};
+use crate::pipe::{Pipes, is_pipe, raw_to_stdout};
 use crate::progress::{Progress, Shown};
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
@@ -104,7 +105,10 @@ pub struct Args {
     pub(crate) incremental: Option<String>,
     #[command(flatten)]
     pub(crate) naming: Naming,
-    /// The sources, and behind them the target
+    /// The sources, and behind them the target; `-` is standard input, or output
+    ///
+    /// A raw disk is written to standard output as it is read. What else comes or goes that way is kept in the folder
+    /// for temporary files (TMPDIR) meanwhile.
     pub(crate) files: Vec<OsString>,
 }
 
@@ -132,9 +136,16 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     };
     check(args, sources.len())?;
     let stop = Stop::on_signals()?;
+    let uses_pipes = args.files.iter().any(|name| is_pipe(name));
+    let pipes = if uses_pipes { Some(Pipes::new()?) } else { None };
     let mut images = Vec::with_capacity(sources.len());
     for name in sources {
-        let image = args.naming.image(name, args.format.as_deref())?;
+        let mut name = name.clone();
+        if let Some(pipes) = pipes.as_ref().filter(|_| is_pipe(&name)) {
+            let Some(path) = pipes.take_input(&stop)? else { return Ok(130) };
+            name = path.into();
+        }
+        let image = args.naming.image(&name, args.format.as_deref())?;
         let chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
         images.push((image, chain));
     }
@@ -146,6 +157,11 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         .try_fold(0u64, |total, (_, chain)| total.checked_add(chain.size()))
         .filter(|&total| total <= i64::MAX as u64)
         .ok_or_else(|| Fail::other("the images are too large together"))?;
+    let to_stdout = pipes.as_ref().filter(|_| is_pipe(to));
+    if to_stdout.is_some() && wanted.format == Format::Raw {
+        return Ok(if raw_to_stdout(&images, &stop)? { 0 } else { 130 });
+    }
+    let to = &to_stdout.map_or_else(|| to.clone(), |pipes| pipes.target().into());
     let partial = PartialFiles::new(locking::chosen());
     let target = if args.no_create {
         open(args, to, &wanted, total, &images)?
@@ -156,10 +172,15 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         let new = NewTarget { name: to, format, options: &options, direct, doing };
         new.make(&images, &partial, &stop)?
     };
-    let shown = Shown::asked_for(args.progress && !args.quiet, program);
+    let is_asked = args.progress && !args.quiet && to_stdout.is_none();
+    let shown = Shown::asked_for(is_asked, program);
     let progress = Progress::new(shown, total, args.progress_fd)?;
     let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
-    finish(copied, partial, Path::new(to))
+    let code = finish(copied, partial, Path::new(to))?;
+    if let Some(pipes) = to_stdout.filter(|_| code == 0) {
+        pipes.give_output()?;
+    }
+    Ok(code)
 }
 
 fn wanted(args: &Args) -> Result<Wanted, Fail> {

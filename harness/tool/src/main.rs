@@ -29,6 +29,7 @@ mod measure;
 mod naming;
 mod number;
 mod out;
+mod pipe;
 mod progress;
 mod rebase;
 mod resize;

@@ -367,3 +367,40 @@ fn a_full_disk_leaves_nothing() {
         assert!(told.contains("No space left on device"), "{format}: {told}");
     }
 }
+
+/// Each image goes through a pipe to the next format, and is the same disk in the end.
+#[test]
+fn through_pipes() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    for name in sources(&place) {
+        let mut line = format!("cat {name}");
+        let mut format = "raw";
+        for (to, options) in [
+            ("qcow2", "-c"),
+            ("vmdk", "-o subformat=streamOptimized"),
+            ("qed", ""),
+            ("vdi", ""),
+            ("qcow2", "-c -o compression_type=zstd"),
+            ("raw", ""),
+        ] {
+            if name == "nothing" && to == "vmdk" {
+                continue;
+            }
+            line += &format!(" | cowbell convert -f {format} -O {to} {options} - -");
+            format = to;
+        }
+        place.ok(&format!("mkdir -p tmp; export TMPDIR=$PWD/tmp; {line} > piped"));
+        place.qemu(&format!("qemu-img compare -q -f raw -F raw {name} piped"));
+        assert_eq!(place.ok("ls tmp"), "", "something is left");
+    }
+    // Two of them; a name that begins so is a name.
+    place.ok("cowbell convert -f raw -O raw dense sparse - | cowbell convert -f raw -O raw - ./-x");
+    place.ok("cat dense sparse > both && truncate -s %512 both && cmp both ./-x");
+    // Who reads no more ends it.
+    let out = place.ours("mkdir -p tmp; TMPDIR=tmp cowbell convert -f raw -O qcow2 dense - | head -c 100 > /dev/null");
+    assert!(out.status.success());
+    assert_eq!(place.ok("ls tmp"), "", "something is left");
+}
