@@ -186,7 +186,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// # Panics
     ///
     /// If there are [`NodeId::MAX`] already, or a node [below](Driver::below) is not
-    /// [there](Engine::has) or is being closed.
+    /// [there](Engine::has), is being closed, or is paused ([`may_be_read_from`](Engine::may_be_read_from)).
     pub fn add(&mut self, node: D) -> NodeId {
         for &below in node.below() {
             assert!(self.may_be_read_from(below), "{below:?} is not there to be read from");

@@ -193,9 +193,13 @@ impl<D: Driver, F> Life<D, F> {
         if record.is_paused {
             return Err(Why::Paused);
         }
-        if record.jobs > 0 {
+        let is_copied = record.jobs > 0;
+        // What it holds still others would change, or read.
+        let is_used = self.readers(node).any(|at| !core.nodes[at].is_held);
+        if is_copied || is_used {
             return Err(Why::InUse);
         }
+        let record = &mut core.nodes[node.index()];
         (record.is_paused, record.owes_paused) = (true, true);
         record.set_open_to();
         self.hold(core, node);
@@ -205,6 +209,11 @@ impl<D: Driver, F> Life<D, F> {
 
     /// See `Engine::resume`.
     pub fn resume(&mut self, core: &mut Core, node: NodeId) -> Result<(), Why> {
+        record_of(core, node)?;
+        let below = self.layers_below(node, |_| true);
+        if below.iter().any(|layer| core.nodes[layer.index()].is_paused) {
+            return Err(Why::InUse);
+        }
         let record = record_of(core, node)?;
         record.is_paused &= mutant!("resumed_node_takes_nothing");
         record.owes_paused = false;
@@ -214,33 +223,62 @@ impl<D: Driver, F> Life<D, F> {
         Ok(())
     }
 
+    /// The places of those that read from a node.
+    fn readers(&self, node: NodeId) -> impl Iterator<Item = usize> {
+        let reads = move |at: &usize| {
+            self.nodes[*at].as_ref().is_some_and(|other| other.below().contains(&node))
+        };
+        (0..self.nodes.len()).filter(reads)
+    }
+
+    fn below(&self, node: NodeId) -> &[NodeId] {
+        self.nodes[node.index()].as_ref().map_or(&[], |node| node.below())
+    }
+
+    /// The layers below a node, each once, those apart that `goes_on` leaves out with what is below them.
+    fn layers_below(&self, node: NodeId, goes_on: impl Fn(NodeId) -> bool) -> Vec<NodeId> {
+        let mut layers: Vec<NodeId> = Vec::new();
+        let mut from = vec![node];
+        while let Some(above) = from.pop() {
+            for &layer in self.below(above) {
+                if goes_on(layer) && !layers.contains(&layer) {
+                    layers.push(layer);
+                    from.push(layer);
+                }
+            }
+        }
+        layers
+    }
+
     /// Whether a node is held may have changed, and so may that of each layer below it.
     pub fn hold(&self, core: &mut Core, from: NodeId) {
         self.hold_layer(core, from);
+        let mut left = self.below(from).to_vec();
+        while let Some(layer) = left.pop() {
+            // Where nothing changes, nothing does below either: each edge is gone down once.
+            if self.hold_layer(core, layer) {
+                left.extend(self.below(layer));
+            }
+        }
         self.hold_files(core);
     }
 
-    fn hold_layer(&self, core: &mut Core, node: NodeId) {
-        let reads = |at: &usize| {
-            self.nodes[*at].as_ref().is_some_and(|other| other.below().contains(&node))
-        };
-        let mut readers = (0..self.nodes.len()).filter(reads).peekable();
+    /// Looks whether a node is held; has that changed?
+    fn hold_layer(&self, core: &mut Core, node: NodeId) -> bool {
+        let mut readers = self.readers(node).peekable();
         let is_read = readers.peek().is_some() && !mutant!("pause_goes_no_deeper");
         let is_held = is_read && readers.all(|at| core.nodes[at].is_held);
         let record = &mut core.nodes[node.index()];
-        record.is_held = record.is_paused || is_held;
-        // They were added before: this ends.
-        let below = self.nodes[node.index()].as_ref().map_or(&[][..], |node| node.below());
-        below.iter().for_each(|&layer| self.hold_layer(core, layer));
+        let is_held = record.is_paused || is_held;
+        std::mem::replace(&mut record.is_held, is_held) != is_held
     }
 
     /// Is nothing in flight of what is held below a node, nor to be done there for a drain?
-    fn lies_still_below(&self, core: &Core, index: usize) -> bool {
-        let below = self.nodes[index].as_ref().map_or(&[][..], |node| node.below());
-        let mut held = below.iter().map(|layer| layer.index()).filter(|&at| core.nodes[at].is_held);
-        held.all(|at| {
+    fn lies_still_below(&self, core: &Core, node: NodeId) -> bool {
+        let held = self.layers_below(node, |layer| core.nodes[layer.index()].is_held);
+        held.iter().map(|layer| layer.index()).all(|at| {
             let is_at_work = matches!(core.nodes[at].stage, Stage::Finishing | Stage::Settling);
-            !is_at_work && self.is_at_rest(core, at) && self.lies_still_below(core, at)
+            !is_at_work && self.is_at_rest(core, at)
         })
     }
 
@@ -284,7 +322,7 @@ impl<D: Driver, F> Life<D, F> {
         let (id, stage) = (record.id, record.stage);
         let may_rest = matches!(stage, Stage::Open | Stage::Settled(_)) && !record.is_closing;
         if record.owes_paused && may_rest {
-            if !self.lies_still_below(core, index) {
+            if !self.lies_still_below(core, id) {
                 return Move::Waits;
             }
             core.nodes[index].owes_paused = false;

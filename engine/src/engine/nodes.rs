@@ -81,11 +81,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.life.close(&mut self.core, node, true)
     }
 
-    /// May another node be added that reads from this one? It is there, not being closed, and no mirror has
-    /// taken its place.
+    /// May another node be added that reads from this one? It is there, not being closed nor paused, and no
+    /// mirror has taken its place.
     pub fn may_be_read_from(&self, node: NodeId) -> bool {
         let is_there = self.has(node) && self.core.moved(node).is_none();
-        is_there && !self.core.nodes[node.index()].is_closing
+        let record = &self.core.nodes[node.index()];
+        is_there && !record.is_closing && !record.is_paused
     }
 
     /// Is nothing of this node in flight: no request, no chore, nothing on its files? What `poll` has
@@ -107,7 +108,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// # Errors
     ///
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already;
-    /// [`Why::InUse`], a job uses it.
+    /// [`Why::InUse`], a job uses it, or a node that is not paused reads from it.
     pub fn pause(&mut self, node: NodeId) -> Result<(), Why> {
         self.life.pause(&mut self.core, node)
     }
@@ -117,7 +118,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// # Errors
     ///
-    /// [`Why::NoSuchNode`]; [`Why::Closing`].
+    /// [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::InUse`], a layer below is paused by itself: resume
+    /// that first.
     pub fn resume(&mut self, node: NodeId) -> Result<(), Why> {
         self.life.resume(&mut self.core, node)
     }

@@ -270,3 +270,49 @@ fn an_error_of_either_is_told_when_both_have_gone() {
         assert!(disks.iter().all(|&disk| !engine.has(disk)));
     }
 }
+
+/// Runs until `node` is said to be still.
+fn is_still(engine: &mut Engine<Layer, Faulty<Inline>>, node: NodeId) {
+    engine.run(clock());
+    assert_eq!(event(engine), NodeEvent::Paused { node });
+}
+
+#[test]
+fn what_others_read_from_is_not_paused_before_they_are() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (mut engine, [below, other], _) = two(dir.path());
+    let top = engine.add(Layer::Filter(below));
+    assert_eq!(engine.pause(below), Err(Why::InUse));
+    assert_eq!(engine.pause(other), Ok(()), "nobody reads from it");
+    is_still(&mut engine, other);
+    assert!(!engine.may_be_read_from(other));
+    assert_eq!(engine.pause(top), Ok(()));
+    is_still(&mut engine, top);
+    assert_eq!(engine.pause(below), Ok(()));
+    is_still(&mut engine, below);
+    assert_eq!(engine.resume(top), Err(Why::InUse), "what it reads from is to be still");
+    assert_eq!(engine.resume(below), Ok(()));
+    assert_eq!(engine.resume(top), Ok(()));
+    write_and_flush(&mut engine, top, 3);
+    assert_eq!(read_from(&mut engine, top), 3);
+}
+
+/// There are 2^40 ways down, and forty nodes.
+#[test]
+fn each_layer_is_looked_at_once_however_many_ways_lead_there() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (mut engine, [below, other], _) = two(dir.path());
+    let mut pair = [below, other];
+    for _ in 0..40 {
+        let (a, b) = (engine.add(Layer::Twice(pair)), engine.add(Layer::Twice(pair)));
+        pair = [a, b];
+    }
+    let top = engine.add(Layer::Twice(pair));
+    assert_eq!(engine.pause(top), Ok(()));
+    is_still(&mut engine, top);
+    assert_eq!(engine.pause(below), Ok(()), "all that read from it are held");
+    is_still(&mut engine, below);
+    assert_eq!(engine.resume(below), Ok(()));
+    assert_eq!(engine.resume(top), Ok(()));
+    assert_eq!(engine.pause(below), Err(Why::InUse));
+}
