@@ -426,13 +426,15 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
     let shared = shared.into_iter().map(|image| Image { beside: Some(format), ..image });
     let alone = Image { beside: None, ..image };
     let warm = Image { state: State::Warm, ..alone };
+    // Where both go on for long the one beside is raw: whatever it is, it is only to go on.
+    let simple = Image { beside: Some(Format::Raw), ..image };
     let lives = if format == Format::Raw { vec![alone] } else { vec![alone, warm] };
     [
         scopes_on([image], breaks, few),
         scopes_on([image], closes, few),
         scopes_on([image], pauses, few),
-        scopes_on([image], closes_twice, pairs),
-        scopes_on([image], Budget { pauses: 1, quota: true, ..QUIET }, pairs),
+        scopes_on([simple], closes_twice, pairs),
+        scopes_on([simple], Budget { pauses: 1, quota: true, ..QUIET }, pairs),
         scopes_on(lives, Budget { pauses: 1, ..closes }, pairs),
         scopes_on(shared, Budget { closes: 1, ..QUIET }, few),
     ]
