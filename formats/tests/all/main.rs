@@ -7,6 +7,7 @@ mod a_probed_raw_image_stays_raw;
 mod a_turn_ends_in_time;
 mod an_engine_may_be_dropped_at_work;
 mod an_overlay_and_its_base_in_two_backends;
+mod backing_files_change_in_one_step;
 mod backing_files_obey_the_policy;
 mod backups_are_of_one_moment;
 mod bytes_beside_a_write_stay;

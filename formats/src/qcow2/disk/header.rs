@@ -740,66 +740,84 @@ impl Header {
 }
 
 impl Header {
-    /// The header with another backing file's name and format, or none, so that it can be written over
-    /// this one without ever being neither: where there is room, the name lies where the old one does
-    /// not, and extensions stay where they are.
+    /// The header with another backing file's name and format, or none, that can take this one's place:
+    /// first what is behind the first sector is written, which changes nothing that this header refers to,
+    /// then that sector. For that the names of features, which are there for people, may be left out. Only
+    /// where it is too narrow even so (clusters of 512 bytes are one sector; a data file has a long name)
+    /// is something written over that this header refers to.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if it does not fit into a cluster.
     pub fn with_backing(&self, backing: Option<(&[u8], &[u8])>) -> Result<Header, Error> {
-        let mut header = self.clone();
-        header.kept[8..20].fill(0);
-        header.backing = None;
-        let Some((name, format)) = backing else { return Ok(header) };
+        let Some((name, format)) = backing else {
+            let mut header = self.clone();
+            header.kept[8..20].fill(0);
+            header.backing = None;
+            return Ok(header);
+        };
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(Error::Invalid(format!(
                 "the backing file's name must be 1 to {NAME_MAX} bytes long"
             )));
         }
-        let behind =
-            |extension: &Extension| extension.data.start + extension.data.len().next_multiple_of(8);
-        let mut end = self.extensions.iter().map(behind).max().unwrap_or(self.fields_len);
-        let last = header.extensions.iter().rposition(|one| one.kind == EXT_BACKING_FORMAT);
-        let old = self.backing.clone().unwrap_or(0..0);
-        let at = last.map_or(end, |last| header.extensions[last].data.start - 8);
-        let room = last.map(|last| header.extensions[last].data.len().next_multiple_of(8));
-        let padded = format.len().next_multiple_of(8);
-        let is_in_the_way = last.is_none() && old.start < end + 8 + padded + 8 && end < old.end;
-        if room.is_some_and(|room| padded > room) || is_in_the_way {
-            header.lay_out(Some(name), &[(EXT_BACKING_FORMAT, Some(format))])?;
-            return Ok(header);
+        let changes = [(EXT_BACKING_FORMAT, Some(format)), (EXT_FEATURE_NAMES, None)];
+        let mut last = Err(Error::Invalid("the header does not fit into one cluster".into()));
+        for count in 1..=changes.len() {
+            let laid_out = self.laid_out_beside(name, &changes[..count]);
+            match laid_out {
+                Ok((header, true)) => return Ok(header),
+                Ok((header, false)) if last.is_err() => last = Ok(header),
+                Err(why) if last.is_err() => last = Err(why),
+                _ => {}
+            }
         }
+        last
+    }
+
+    /// As [`lay_out`](Self::lay_out), with the name where this header refers to nothing, if there is room; is
+    /// nothing written over that this one refers to, behind the first sector?
+    fn laid_out_beside(
+        &self,
+        name: &[u8],
+        changes: &[(u32, Option<&[u8]>)],
+    ) -> Result<(Header, bool), Error> {
+        let mut header = self.clone();
+        header.lay_out(None, changes)?;
+        let end_of = |header: &Header| {
+            let ends = header
+                .extensions
+                .iter()
+                .map(|one| one.data.start + one.data.len().next_multiple_of(8));
+            ends.max().unwrap_or(header.fields_len) + 8
+        };
+        let (new_end, old_end) = (end_of(&header), end_of(self));
+        let old_name = self.backing.clone().unwrap_or(0..0);
         let whole = self.cluster_size() as usize;
-        header.kept.resize(whole.max(header.kept.len()), 0);
-        let data = at + 8..at + 8 + format.len();
-        match last {
-            Some(last) => {
-                let old = &mut header.extensions[last].data;
-                header.kept[old.clone()].fill(0);
-                *old = data.clone();
-            }
-            None => {
-                end = at + 8 + padded;
-                if end + 8 > whole {
-                    return Err(Error::Invalid("the header does not fit into one cluster".into()));
-                }
-                header.kept[at..end + 8].fill(0);
-                header.extensions.push(Extension { kind: EXT_BACKING_FORMAT, data: data.clone() });
-            }
-        }
-        put_u32(&mut header.kept, at, EXT_BACKING_FORMAT);
-        put_u32(&mut header.kept, at + 4, format.len() as u32);
-        header.kept[data].copy_from_slice(format);
-        let start = place_beside(end + 8, whole, name.len(), &old)
+        let start = place_beside(new_end.max(old_end), whole, name.len(), &old_name)
+            .or_else(|| place_beside(new_end, whole, name.len(), &old_name))
             .ok_or_else(|| Error::Invalid("the header does not fit into one cluster".into()))?;
         let range = start..start + name.len();
-        header.kept[range.clone()].copy_from_slice(name);
-        put_u32(&mut header.kept, 16, name.len() as u32);
-        let used = range.end.max(old.end).max(end + 8).next_multiple_of(SECTOR as usize);
-        header.kept.truncate(used);
-        header.backing = Some(range);
-        Ok(header)
+        // All that is not the new one's stays as it was.
+        let mut bytes = self.kept.clone();
+        bytes.resize(whole.max(bytes.len()), 0);
+        header.kept.resize(whole.max(header.kept.len()), 0);
+        bytes[..new_end].copy_from_slice(&header.kept[..new_end]);
+        bytes[range.clone()].copy_from_slice(name);
+        put_u32(&mut bytes, 16, name.len() as u32);
+        let essential = self.extensions.iter().filter(|one| one.kind != EXT_FEATURE_NAMES);
+        let mut used: Vec<Range<usize>> =
+            essential.map(|one| one.data.start - 8..one.data.end).collect();
+        used.extend([old_end - 8..old_end, old_name.clone()]);
+        let is_same = |range: &Range<usize>| {
+            let behind = range.start.max(SECTOR as usize)..range.end.max(SECTOR as usize);
+            behind.clone().all(|at| self.kept.get(at).copied().unwrap_or(0) == bytes[at])
+        };
+        let is_beside = used.iter().all(is_same);
+        let last = range.end.max(old_name.end).max(new_end).max(old_end);
+        bytes.truncate(last.next_multiple_of(SECTOR as usize));
+        (header.backing, header.kept) = (Some(range), bytes);
+        Ok((header, is_beside))
     }
 }
 
