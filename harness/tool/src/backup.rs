@@ -79,6 +79,7 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         backing: args.backing,
         backing_format,
         compress: args.compressed,
+        snapshot: None,
         cache: direct.then(|| "none".into()),
         source_cache: None,
         parallel: args.parallel,

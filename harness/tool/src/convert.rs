@@ -13,6 +13,7 @@ use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::{Chain, DiskHost, Format, LayerMeta, PartialFiles, RunOptions, attach};
 
+use crate::at_snapshot;
 use crate::backup;
 use crate::cache::{Cache, How};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_source};
@@ -47,6 +48,9 @@ pub struct Args {
     /// Compress what becomes smaller: qcow2, and VMDK streams, which always do
     #[arg(short, long)]
     pub(crate) compress: bool,
+    /// The source as it was at this snapshot in it: an id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<OsString>,
     /// The target's cache mode: none, writeback, writethrough, directsync or unsafe
     ///
     /// By default writeback. Whatever it is, all is stable in the end.
@@ -146,7 +150,10 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             name = path.into();
         }
         let image = args.naming.image(&name, args.format.as_deref())?;
-        let chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
+        let mut chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
+        if let Some(snapshot) = &args.snapshot {
+            at_snapshot::take(&mut chain, snapshot)?;
+        }
         images.push((image, chain));
     }
     if args.compress && !matches!(wanted.format, Format::Qcow2 | Format::Vmdk) {
@@ -243,6 +250,7 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
         ),
         (args.target_is_zero && !args.no_create, "--target-is-zero requires use of -n flag"),
         (args.target_image_opts && !args.no_create, "--target-image-opts requires use of -n flag"),
+        (sources > 1 && args.snapshot.is_some(), "No support for concatenating multiple snapshot"),
         (
             sources > 1 && args.backing.is_some(),
             "Having a backing file for the target makes no sense when concatenating multiple input \

@@ -5,6 +5,7 @@
 //! program. This file finds out which program it is, which verb is meant, and says how it ended:
 //! everything else returns a [`Fail`] and prints nothing but results.
 
+mod at_snapshot;
 mod backup;
 mod bench;
 mod beside;

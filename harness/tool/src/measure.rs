@@ -2,14 +2,12 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::measure::{Measure, not_measured, of_size, of_source};
-use cowbell_formats::qcow2::rest::snapshots::{Which, look_at};
-use cowbell_formats::{Chain, DiskHost, Error, Foreign, Format, LayerMeta};
+use cowbell_formats::{DiskHost, Foreign, Format};
 
+use crate::at_snapshot;
 use crate::fail::{Fail, Program};
 use crate::info::Form;
 use crate::json::Json;
@@ -60,7 +58,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             let image = args.naming.image(file, args.format.as_deref())?;
             let mut chain = image.open(&DiskHost::default(), false)?;
             if let Some(snapshot) = &args.snapshot {
-                take_snapshot(&mut chain, snapshot)?;
+                at_snapshot::take(&mut chain, snapshot)?;
             }
             let (format, options) = wanted(args, program)?;
             of_source(format, &chain, &options)
@@ -110,44 +108,6 @@ fn wanted(args: &Args, program: Program) -> Result<(Format, CreateOptions), Fail
         })?;
     }
     Ok((format, options))
-}
-
-/// Makes the disk what it was at a snapshot.
-fn take_snapshot(chain: &mut Chain<DiskFile>, snapshot: &OsStr) -> Result<(), Fail> {
-    let which = which(snapshot)?;
-    let failed = |why: Error| Fail::other(format!("Failed to load snapshot: {why}"));
-    let Some(top) = chain.layers.first_mut() else { return Ok(()) };
-    match &mut top.meta {
-        LayerMeta::Qcow2(image) => look_at(&top.file, image, &which).map_err(failed),
-        _ => Err(failed(Error::Unsupported(format!(
-            "Block format '{}' used by device '' does not support temporarily loading internal \
-             snapshots",
-            top.format
-        )))),
-    }
-}
-
-/// The snapshots that may be meant, the first that is there.
-fn which(text: &OsStr) -> Result<Vec<Which>, Fail> {
-    let bytes = text.as_bytes();
-    if !bytes.starts_with(b"snapshot.") {
-        let id = Which { id: Some(bytes.into()), name: None };
-        return Ok(vec![id, Which { id: None, name: Some(bytes.into()) }]);
-    }
-    let mut which = Which::default();
-    for item in bytes.split(|&byte| byte == b',') {
-        let id = item.strip_prefix(b"snapshot.id=");
-        let name = item.strip_prefix(b"snapshot.name=");
-        match (id, name) {
-            (Some(id), _) => which.id = Some(id.into()),
-            (_, Some(name)) => which.name = Some(name.into()),
-            _ => {
-                let what = "Failed in parsing snapshot param";
-                return Err(Fail::other(format!("{what} '{}'", text.display())));
-            }
-        }
-    }
-    Ok(vec![which])
 }
 
 fn human(measured: &Measure) -> String {

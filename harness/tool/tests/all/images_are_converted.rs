@@ -404,3 +404,35 @@ fn through_pipes() {
     assert!(out.status.success());
     assert_eq!(place.ok("ls tmp"), "", "something is left");
 }
+
+#[test]
+fn as_they_were_at_a_snapshot() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    for options in ["cluster_size=64k", "cluster_size=4k,extended_l2=off", "compat=0.10"] {
+        place.qemu(&format!("rm -f base i && qemu-img create -q -f qcow2 -o {options} base 8M"));
+        place.qemu("qemu-io -c 'write -q -P 9 1M 5M' base");
+        place.qemu(&format!("qemu-img create -q -f qcow2 -o {options} -b base -F qcow2 i"));
+        for (byte, name) in [(1, "one"), (2, "two")] {
+            place.qemu(&format!(
+                "qemu-io -c 'write -q -P {byte} {byte}M 3M' i && qemu-img snapshot -c {name} i"
+            ));
+        }
+        place.qemu("qemu-io -c 'write -q -P 3 0 6M' i");
+        for snapshot in ["one", "two", "2", "snapshot.name=one", "snapshot.id=1,snapshot.name=one"]
+        {
+            let theirs = format!("qemu-img convert -f qcow2 -O raw -l {snapshot} i theirs");
+            place.qemu(&theirs);
+            for to in ["raw", "qcow2 -c", "vdi"] {
+                place.ok(&format!("cowbell convert -f qcow2 -O {to} -l {snapshot} i ours"));
+                let format = to.split(' ').next().unwrap_or_default();
+                place.qemu(&format!("qemu-img compare -q -f raw -F {format} theirs ours"));
+            }
+        }
+        let fails = "qemu-img convert -f qcow2 -l three i o";
+        let (ours, theirs) = (place.ours(fails), place.theirs(fails));
+        assert_eq!((ours.status.code(), ours.stderr), (theirs.status.code(), theirs.stderr));
+    }
+}
