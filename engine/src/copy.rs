@@ -73,9 +73,9 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
     let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
-    // What a mirror holds goes on when it has become the disk.
+    // What a mirror holds goes on when it has become the disk, and that was told.
     let is_held = job_is_held(core, key);
-    if !is_held || is_over {
+    if !is_held {
         core.let_guests_go(key);
     }
     if !is_over {
@@ -91,6 +91,8 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
         record.guards -= 1;
         if job.copy.moment == Moment::End && job.failed.is_none() {
             record.moved_to = Some(job.copy.target);
+            record.moved_untold = Some(job.id);
+            record.wait_for_move = job.guests;
         }
         record.set_open_to();
     }

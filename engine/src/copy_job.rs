@@ -21,9 +21,10 @@ pub enum Moment {
     /// flight at the start counts as done or as not done, as after a power cut.
     Start,
     /// Everything is as it is when the job ends, and from then on the target is the disk: a mirror. What was
-    /// written meanwhile is copied again; for the last of that writes wait. When the job has ended well,
-    /// whatever is submitted to the source's id goes to the target, the writes that have waited first. The
-    /// source is to be [closed](crate::Engine::close) then
+    /// written meanwhile is copied again; for the last of that writes wait. When the job has ended well, and
+    /// [`poll_event`](crate::Engine::poll_event) has said so, whatever is submitted to the source's id goes to
+    /// the target, the writes that have waited first; before that the two hold the same, and it is the time to
+    /// note down which is the disk. (A drain, or closing the source, does not wait for that.) The source is to be [closed](crate::Engine::close) then
     /// ([`close_filter`](crate::Engine::close_filter), if the target is a layer below it: that was a commit).
     End,
 }

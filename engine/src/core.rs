@@ -451,6 +451,18 @@ impl Core {
         self.wake_all(&mut guests);
     }
 
+    /// The embedder has heard that mirrors have taken places, that of this job or all: writes go on there.
+    pub fn tell_moved(&mut self, told: Option<JobId>) {
+        for at in 0..self.nodes.len() {
+            let untold = self.nodes[at].moved_untold;
+            if untold.is_some() && (told.is_none() || untold == told) {
+                self.nodes[at].moved_untold = None;
+                let mut list = std::mem::take(&mut self.nodes[at].wait_for_move);
+                self.wake_all(&mut list);
+            }
+        }
+    }
+
     /// The node that has taken this one's place, if one has.
     pub fn moved(&self, node: NodeId) -> Option<NodeId> {
         let mut last = self.nodes[node.index()].moved_to?;
@@ -458,6 +470,17 @@ impl Core {
             last = next;
         }
         Some(last)
+    }
+
+    /// Where requests to this node go.
+    pub fn moved_and_told(&self, mut node: NodeId) -> NodeId {
+        loop {
+            let record = &self.nodes[node.index()];
+            match record.moved_to {
+                Some(there) if record.moved_untold.is_none() => node = there,
+                _ => return node,
+            }
+        }
     }
 
     /// A write has ended that was looked at: who mirrors its node notes what it was about.
@@ -502,7 +525,9 @@ impl Core {
     /// that has been read.
     pub fn guard(&mut self, request: ReqId) {
         let slot = self.ops.slot(request);
-        if !slot.io.kind.modifies() || self.nodes[slot.node.index()].guards == 0 {
+        let record = &self.nodes[slot.node.index()];
+        let is_looked_at = record.guards > 0 || record.moved_untold.is_some();
+        if !slot.io.kind.modifies() || !is_looked_at {
             return;
         }
         let key = self.guards.insert(Guard::default()) as u32;

@@ -252,7 +252,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if !is_looked_at {
             record.guests += 1;
         } else {
-            node = self.core.moved(node).unwrap_or(node);
+            node = self.core.moved_and_told(node);
             if let Err(why) = self.life.why_not(&mut self.core, node) {
                 return Err(Refused { why, mem });
             }
@@ -329,7 +329,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.send(&mut turn, &mut progress);
         }
         progress.is_over = turn.is_over && !mutant!("end_of_turn_not_said");
+        // What waits for the end of a mirror to be told goes on right after.
+        let is_untold = self.core.nodes.iter().any(|record| record.moved_untold.is_some());
         progress.again = progress.is_over
+            || is_untold
             || !self.core.ready.is_empty()
             || backend::is_to_be_asked(&self.backend, self.core.ops.len());
         if self.core.limits.measure {

@@ -58,6 +58,12 @@ pub(crate) fn step(
     let held = |job: &CopyJob| job.mirrors(node) && job.failed.is_none() && job.mirror.holds;
     let holds = core.copies.iter().find(|(_, job)| held(job)).map(|(at, _)| at);
     let holds = holds.filter(|_| !mutant!("mirror_lets_writes_pass"));
+    if core.nodes[node.index()].moved_untold.is_some() {
+        let mut list = std::mem::take(&mut core.nodes[node.index()].wait_for_move);
+        core.park(me, &mut list, On::Copy);
+        core.nodes[node.index()].wait_for_move = list;
+        return None;
+    }
     let Some(at) = waits_for.or(holds) else {
         let slot = core.ops.slot(me);
         let seg = match io.kind {

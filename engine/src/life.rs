@@ -148,6 +148,7 @@ impl<D: Driver, F> Life<D, F> {
             return;
         }
         (self.drain, self.open_to) = (Drain::Going, 0);
+        core.tell_moved(None);
         for index in 0..core.nodes.len() {
             if !core.nodes[index].is_vacant && !core.nodes[index].is_closing {
                 begin_to_drain(core, index);
@@ -170,6 +171,7 @@ impl<D: Driver, F> Life<D, F> {
         if self.is_read_from(node) || is_copied || is_moved_to {
             return Err(Why::InUse);
         }
+        core.tell_moved(core.nodes[node.index()].moved_untold);
         core.nodes[node.index()].leaves_below = leaves_below;
         begin_to_close(core, node, (node, Ok(())));
         Ok(())
@@ -433,6 +435,9 @@ impl<D: Driver, F> Life<D, F> {
             return None;
         }
         let event = core.events.remove(0);
+        if let NodeEvent::JobEnded { job, .. } = event {
+            core.tell_moved(Some(job));
+        }
         if let NodeEvent::Closed { node, .. } = event {
             let its = self.left.iter_mut().filter(|left| left.whom == node);
             its.for_each(|left| left.is_told = true);

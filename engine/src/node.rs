@@ -2,7 +2,8 @@
 
 use crate::mutant;
 use crate::stats::{Ended, NodeStats};
-use crate::units::{Errno, NodeId, RegionId};
+use crate::units::{Errno, JobId, NodeId, RegionId};
+use crate::wait::WaitList;
 
 /// How far a node is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -32,8 +33,11 @@ pub(crate) struct NodeRecord {
     pub guards: u32,
     /// Writes in flight that were looked at.
     pub guarded: u32,
-    /// A mirror has taken its place.
+    /// A mirror has taken its place: the target of this job, of whose end the embedder has not heard yet.
     pub moved_to: Option<NodeId>,
+    pub moved_untold: Option<JobId>,
+    /// Writes that wait until he has.
+    pub wait_for_move: WaitList,
     /// Guests' requests that ended together, not in the statistics yet.
     pub batch: Ended,
     /// How many requests it may have.
@@ -76,6 +80,8 @@ impl NodeRecord {
             guards: 0,
             guarded: 0,
             moved_to: None,
+            moved_untold: None,
+            wait_for_move: WaitList::new(),
             batch: Ended::default(),
             quota: u32::MAX,
             stage: Stage::Open,
@@ -127,7 +133,7 @@ impl NodeRecord {
         let NodeRecord { stage, is_paused, is_held, owes_paused, is_closing, is_gone, .. } = *self;
         let is_there = (self.is_vacant, self.leaves_below);
         let flags = (is_paused, is_held, owes_paused, is_closing, is_gone, is_there);
-        let moved = (self.guarded, self.moved_to);
+        let moved = (self.guarded, self.moved_to, self.moved_untold.is_some(), self.wait_for_move);
         (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares, moved)
     }
 }

@@ -227,3 +227,29 @@ fn what_others_read_from_is_not_mirrored() {
     assert!(read(&mut engine, third, 512).iter().all(|&byte| byte == 7));
     drain(&mut engine);
 }
+
+/// Until its end is told the two hold the same: so who must remember which is the disk does so in time.
+#[test]
+fn nothing_is_written_there_before_its_end_is_told() {
+    let folder = folder();
+    let mut engine: Engine<Node, _> = Engine::new(Inline::new(), Limits::default());
+    let ([source, target], model) = two(&mut engine, folder.path(), (Format::Qcow2, Format::Raw));
+    let copy = Copy { moment: Moment::End, ..Copy::new(source, target) };
+    let job = engine.start(copy).expect("it starts");
+    while engine.job_progress(job).is_some() {
+        engine.run(clock());
+    }
+    let write = Io::write(0, 512);
+    let bytes = cowbell_engine::mem::Buf::copied(&[7; 512]);
+    engine.submit(source, write, bytes, 0).expect("room");
+    for _ in 0..20 {
+        assert!(engine.run(clock()).again, "there is something to be told");
+        assert!(engine.poll().is_none());
+    }
+    let to = std::fs::read(folder.path().join("to")).expect("a raw image");
+    assert!(to == model, "the target is what the source was");
+    assert_eq!(engine.poll_event(), Some(NodeEvent::JobEnded { job, result: Ok(()) }));
+    assert_eq!(settle(&mut engine).pop().expect("it ended").result, Ok(()));
+    assert!(read(&mut engine, target, 512).iter().all(|&byte| byte == 7));
+    drain(&mut engine);
+}

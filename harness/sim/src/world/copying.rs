@@ -333,6 +333,8 @@ impl<S: Subject> World<S> {
                 others.copy_ends(result.is_ok());
                 let mirrors = self.copying.plan.is_some_and(|plan| plan.mirrors);
                 self.copying.has_moved = mirrors && result.is_ok();
+                // What has waited goes on now that this is known.
+                self.is_behind |= self.copying.has_moved;
                 if result.is_ok() && !mirrors {
                     self.inspect_copy()?;
                 }
