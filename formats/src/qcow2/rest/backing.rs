@@ -44,7 +44,7 @@ pub fn empty<F: Store>(file: &F) -> Result<(), Error> {
         return Err(Error::Unsupported(what.into()));
     }
     if !bitmap::read(file, &header)?.is_empty() {
-        return Err(Error::Invalid("an image with bitmaps cannot be emptied".into()));
+        return Err(Error::Unsupported("an image with bitmaps cannot be emptied".into()));
     }
     for _ in 0..2 {
         change(file, |mut header, room| {

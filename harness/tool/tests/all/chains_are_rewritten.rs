@@ -197,6 +197,25 @@ fn mistakes_are_answered_as_qemu_answers_them() {
     }
 }
 
+/// What cannot be emptied stays as it is, and shows the same.
+#[test]
+fn a_committed_image_with_bitmaps_or_a_data_file_shows_the_same() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    for make in ["-o data_file=d", "&& qemu-img bitmap --add top one"] {
+        let (options, then) = if make.starts_with('-') { (make, "") } else { ("", make) };
+        place.qemu("rm -f base top d want && qemu-img create -q -f qcow2 base 4M");
+        place.qemu(&format!("qemu-img create -q -f qcow2 {options} -b base -F qcow2 top {then}"));
+        place.ok(
+            "cowbell io -c 'write -P 5 1M 1M' top >/dev/null && cowbell convert -O raw top want",
+        );
+        place.ok("cowbell commit -q top && cowbell check -q top");
+        place.ok("cowbell compare -q -f raw -F qcow2 want top && cowbell compare -q -f raw -F qcow2 want base");
+    }
+}
+
 /// Killed at any moment, an image shows what it showed, by the old chain or by the new one.
 #[test]
 fn a_kill_leaves_the_old_chain_or_the_new_one() {
