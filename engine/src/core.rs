@@ -463,13 +463,9 @@ impl Core {
         }
     }
 
-    /// The node that has taken this one's place, if one has.
-    pub fn moved(&self, node: NodeId) -> Option<NodeId> {
-        let mut last = self.nodes[node.index()].moved_to?;
-        while let Some(next) = self.nodes[last.index()].moved_to {
-            last = next;
-        }
-        Some(last)
+    /// Has a mirror taken this node's place?
+    pub fn has_moved(&self, node: NodeId) -> bool {
+        self.nodes[node.index()].moved_to.is_some()
     }
 
     /// Where requests to this node go.

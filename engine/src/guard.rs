@@ -70,11 +70,10 @@ pub(crate) fn step(
             IoKind::Write { .. } => slot.guest(0, io.len),
             _ => Seg::zeros(0),
         };
-        let there = core.moved(node).filter(|_| !mutant!("write_goes_to_what_was_mirrored"));
-        if there.is_none() {
-            core.nodes[node.index()].guarded += 1;
-        }
-        core.issue_request(me, there.unwrap_or(node), io, seg);
+        let stays = mutant!("write_goes_to_what_was_mirrored");
+        let there = if stays { node } else { core.moved_and_told(node) };
+        core.nodes[node.index()].guarded += u32::from(there == node);
+        core.issue_request(me, there, io, seg);
         return None;
     };
     let job = &mut core.copies[at];

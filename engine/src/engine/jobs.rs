@@ -63,7 +63,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let is_below = !self.core.nodes[copy.target.index()].is_top && copy.top_layers.is_none();
         // A mirror takes the source's place, which nobody reads from then.
         let is_read = copy.moment == Moment::End && !self.core.nodes[copy.source.index()].is_top;
-        let has_moved = uses.iter().any(|&node| self.core.moved(node).is_some());
+        let has_moved = uses.iter().any(|&node| self.core.has_moved(node));
         if copy.source == copy.target || is_resized || is_below || is_read || has_moved {
             return Err(Why::InUse);
         }

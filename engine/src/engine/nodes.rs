@@ -84,7 +84,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// May another node be added that reads from this one? It is there, not being closed nor paused, and no
     /// mirror has taken its place.
     pub fn may_be_read_from(&self, node: NodeId) -> bool {
-        let is_there = self.has(node) && self.core.moved(node).is_none();
+        let is_there = self.has(node) && !self.core.has_moved(node);
         let record = &self.core.nodes[node.index()];
         is_there && !record.is_closing && !record.is_paused
     }
