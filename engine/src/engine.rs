@@ -329,8 +329,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.send(&mut turn, &mut progress);
         }
         progress.is_over = turn.is_over && !mutant!("end_of_turn_not_said");
-        // What waits for the end of a mirror to be told goes on right after.
-        let is_untold = self.core.nodes.iter().any(|record| record.moved_untold.is_some());
+        // What waits for the end of a mirror to be told goes on right after: its event is there still.
+        let is_untold = !self.core.events.is_empty()
+            && self.core.nodes.iter().any(|record| record.moved_untold.is_some());
         progress.again = progress.is_over
             || is_untold
             || !self.core.ready.is_empty()
