@@ -311,7 +311,8 @@ fn each_of_many(folder: &Path) {
 
 fn two_beside_others(folder: &Path) {
     // Two that work; one to be paused, one to hang. Another comes and goes.
-    let formats = [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Qed];
+    // (The last has no chores of its own that would hang as well.)
+    let formats = [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vdi];
     let (mut engine, nodes) = warm(folder, &formats, "beside-");
     engine.backend_mut().inner_mut().is_warm = true;
     let mut disks: Vec<Disk> = nodes[..2].iter().map(|&node| Disk::new(node, DEPTH)).collect();
@@ -321,9 +322,10 @@ fn two_beside_others(folder: &Path) {
     let its = files.find(|&file| engine.node(nodes[3]).uses(file)).expect("it has a file");
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        alone.push(round(&mut engine, &mut disks, None));
+        // Looking at each op is the wrapper's, and costs the same in both rounds.
         let hangs = Fault { file: Some(its), ..Fault::late(u64::MAX) };
         engine.backend_mut().plan_mut().push(hangs);
+        alone.push(round(&mut engine, &mut disks, None));
         send(&mut engine, &mut hung, OTHER);
         beside.push(round(&mut engine, &mut disks, Some(&mut unrest)));
         assert_eq!(engine.backend().held_back(), DEPTH, "it hangs");

@@ -137,6 +137,8 @@ pub struct Faulty<B> {
     marked: Vec<(OpId, Fault)>,
     /// Ops that ended, and when that is to be told.
     held: Vec<(Time, Completion)>,
+    /// Ops that ended, which is told when they are let go.
+    hung: Vec<Completion>,
 }
 
 /// When to tell of what is not late.
@@ -145,8 +147,8 @@ const AT_ONCE: Time = Time(0);
 impl<B> Faulty<B> {
     /// `inner`, without faults as yet.
     pub fn new(inner: B) -> Faulty<B> {
-        let (plan, marked, held) = (Vec::new(), Vec::new(), Vec::new());
-        Faulty { inner, plan, injected: 0, judged: 0, in_flight: 0, marked, held }
+        let (plan, marked, held, hung) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Faulty { inner, plan, injected: 0, judged: 0, in_flight: 0, marked, held, hung }
     }
 
     /// The faults. Of several that hit one op, the first counts. What is changed here holds for ops
@@ -162,12 +164,13 @@ impl<B> Faulty<B> {
 
     /// Ops that ended and are held back.
     pub fn held_back(&self) -> usize {
-        self.held.len()
+        self.held.len() + self.hung.len()
     }
 
     /// Whatever is held back comes with the next harvest.
     pub fn let_go(&mut self) {
         self.held.iter_mut().for_each(|held| held.0 = AT_ONCE);
+        self.held.extend(self.hung.drain(..).map(|completion| (AT_ONCE, completion)));
     }
 
     /// The backend that does the ops.
@@ -192,9 +195,35 @@ impl<B> Faulty<B> {
 }
 
 impl<B: Backend> Faulty<B> {
-    /// When to tell of an op that has ended now.
-    fn due(&self, delay: u64) -> Time {
-        if delay == 0 { AT_ONCE } else { self.inner.clock().plus_ns(delay) }
+    /// Judges what is offered and has not been judged: takes what fails before it is done.
+    fn judge_all(&mut self, submission: &mut Submission<'_>) {
+        let mut at = 0;
+        submission.take_if(|id, record| {
+            at += 1;
+            if at <= self.judged {
+                return false;
+            }
+            match self.judge(&record.op) {
+                Some(Fault { errno: Some(errno), done: false, delay, .. }) => {
+                    self.hold(delay, Completion::new(id, Err(errno)));
+                    return true;
+                }
+                Some(fault) => self.marked.push((id, fault)),
+                None => {}
+            }
+            self.judged += 1;
+            at = self.judged;
+            false
+        });
+    }
+
+    /// Holds back the completion of an op that has ended now.
+    fn hold(&mut self, delay: u64, completion: Completion) {
+        match delay {
+            0 => self.held.push((AT_ONCE, completion)),
+            u64::MAX => self.hung.push(completion),
+            _ => self.held.push((self.inner.clock().plus_ns(delay), completion)),
+        }
     }
 }
 
@@ -210,24 +239,12 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn submit(&mut self, submission: &mut Submission<'_>) {
-        let mut at = 0;
-        submission.take_if(|id, record| {
-            at += 1;
-            if at <= self.judged {
-                return false;
-            }
-            match self.judge(&record.op) {
-                Some(Fault { errno: Some(errno), done: false, delay, .. }) => {
-                    self.held.push((self.due(delay), Completion::new(id, Err(errno))));
-                    return true;
-                }
-                Some(fault) => self.marked.push((id, fault)),
-                None => {}
-            }
-            self.judged += 1;
-            at = self.judged;
-            false
-        });
+        if self.plan.is_empty() {
+            self.judged = self.judged.max(submission.len());
+        }
+        if self.judged < submission.len() {
+            self.judge_all(submission);
+        }
         let offered = submission.len();
         if offered > 0 {
             self.inner.submit(submission);
@@ -253,7 +270,7 @@ impl<B: Backend> Backend for Faulty<B> {
                 if let (Ok(_), Some(errno)) = (completion.result(), errno) {
                     completion = Completion::new(op, Err(errno));
                 }
-                self.held.push((self.due(delay), completion));
+                self.hold(delay, completion);
             }
         }
         if self.held.is_empty() {
@@ -278,7 +295,6 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn next_deadline(&self) -> Option<Time> {
-        // What is held back for ever is so until the end of time.
         let late = self.held.iter().map(|held| held.0).filter(|due| *due != AT_ONCE);
         late.chain(self.inner.next_deadline()).min()
     }
@@ -470,7 +486,7 @@ pub(crate) mod tests {
             back.extend(bench.harvest());
         }
         assert!(bench.harvest().is_empty() && !bench.backend.wants_retry());
-        assert_eq!(bench.backend.next_deadline(), Some(Time(u64::MAX)));
+        assert_eq!(bench.backend.next_deadline(), None);
         bench.backend.let_go();
         assert!(bench.backend.wants_retry() && bench.backend.next_deadline().is_none());
         let (id, _, result) = bench.harvest().pop().expect("it comes");
