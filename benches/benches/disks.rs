@@ -30,8 +30,9 @@ const FORMATS: [Format; 5] = [Format::Raw, Format::Qed, Format::Qcow2, Format::V
 const SIZE: u64 = 16 << 20;
 const BLOCK: u64 = 4096;
 const DEPTH: usize = 64;
-const ROUNDS: usize = 7;
-const ROUND_NS: u64 = 1_000_000_000;
+const ROUNDS: usize = 41;
+/// Short, so that both kinds meet the same moods of the machine.
+const ROUND_NS: u64 = 200_000_000;
 /// How often the disk that comes and goes does so, and the one that is paused.
 const EVERY_NS: u64 = 10_000_000;
 
@@ -301,7 +302,7 @@ fn each_of_many(folder: &Path) {
         let (mut engine, nodes) = warm(folder, &formats, &format!("many-{name}-"));
         engine.backend_mut().inner_mut().is_warm = true;
         let mut disks: Vec<Disk> = nodes.into_iter().map(|node| Disk::new(node, DEPTH)).collect();
-        let rounds: Vec<Round> = (0..3).map(|_| round(&mut engine, &mut disks, None)).collect();
+        let rounds: Vec<Round> = (0..9).map(|_| round(&mut engine, &mut disks, None)).collect();
         let rates = medians(&rounds, |round| &round.by_processor);
         let each: Vec<String> = rates.iter().map(|rate| format!("{:.0}", rate / 1e3)).collect();
         let all = rates.iter().sum::<f64>() / 1e3;

@@ -9,6 +9,7 @@ use std::hash::{Hash, Hasher};
 use std::ops::{Deref, DerefMut};
 
 use crate::op::{Base, Seg, Segs};
+use crate::sys::pages::Bytes;
 use crate::sys::ram::{Ram, RamPiece};
 use crate::units::{BufId, RegionId, ReqId};
 
@@ -18,13 +19,13 @@ pub const BUF_ALIGN: usize = 4096;
 /// Owned memory that starts on a page, fit for O_DIRECT.
 pub struct Buf {
     /// A page longer than asked for: the buffer starts on the first page boundary in it.
-    bytes: Box<[u8]>,
+    bytes: Bytes,
 }
 
 impl Buf {
     /// `len` zeros. The memory is reserved at once and touched only when used.
     pub fn zeroed(len: usize) -> Buf {
-        Buf { bytes: vec![0; len + BUF_ALIGN].into() }
+        Buf { bytes: Bytes::zeroed(len + BUF_ALIGN) }
     }
 
     /// A copy of `bytes`.
@@ -40,7 +41,7 @@ impl Buf {
 
     /// A stand-in that owns nothing.
     fn empty() -> Buf {
-        Buf { bytes: Box::default() }
+        Buf { bytes: Vec::new().into() }
     }
 
     #[inline(always)]

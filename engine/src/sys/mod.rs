@@ -20,6 +20,7 @@ mod job;
 mod lane;
 pub mod lock;
 pub mod null;
+pub(crate) mod pages;
 pub mod pool;
 pub mod ram;
 mod regions;
