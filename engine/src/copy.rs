@@ -23,6 +23,10 @@
 //! what he waits for is the next piece, whatever else holds up the job: a pause, the rate, who asks. What was taken so is marked,
 //! and left out when its turn comes. From the moment that a stretch is read, or known to be zeros, it may change.
 //!
+//! *A pull* is of one moment, of a disk into itself: what the layers below have of it. There a stretch may change when it has been
+//! written, so that nothing older comes after what a guest wrote; and nothing begins while a write is in
+//! flight that nobody has looked at, because it is older than the job. What is found to be in the disk's own layers is left.
+//!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
@@ -33,7 +37,7 @@ use crate::events::NodeEvent;
 use crate::mutant;
 use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Io, IoKind, Step};
-use crate::status::Status;
+use crate::status::{Status, StatusKind};
 use crate::units::{Errno, ReqId};
 use crate::wait::On;
 
@@ -154,6 +158,12 @@ impl Machine<'_> {
 
     fn take_piece(&mut self) -> Step<State> {
         let now = self.core.now;
+        if self.job().copy.is_pull()
+            && !mutant!("pull_begins_before_old_writes_end")
+            && let Some(step) = self.await_old_writes()
+        {
+            return step;
+        }
         let job = &mut self.core.copies[self.worker.job as usize];
         let sleeps = job.is_paused && mutant!("paused_copy_holds_guests");
         let wanted = if sleeps { None } else { job.take_wanted() };
@@ -202,19 +212,31 @@ impl Machine<'_> {
         Step::Go(State::Status)
     }
 
+    /// Waits while a write is in flight that began before the job did. `None`: there is none.
+    fn await_old_writes(&mut self) -> Option<Step<State>> {
+        let CopyJob { copy, mirror, .. } = *self.job();
+        if mirror.is_seen {
+            return None;
+        }
+        if self.core.is_changed_unseen(copy.source, mirror.first_seen) {
+            let mut list = std::mem::take(&mut self.core.past_waiters);
+            self.core.park(self.me, &mut list, On::Users);
+            self.core.past_waiters = list;
+            self.job_mut().mirror.parked += 1;
+            return Some(Step::Wait(State::Piece));
+        }
+        self.job_mut().mirror.is_seen = true;
+        None
+    }
+
     /// What a mirror has to do besides going through the source once: `None`, that.
     fn take_of_mirror(&mut self) -> Option<Step<State>> {
-        let CopyJob { copy, mirror, next, total, workers, .. } = *self.job();
-        if !mirror.is_seen && !mutant!("mirror_begins_before_old_writes_end") {
-            if self.core.is_changed_unseen(copy.source, mirror.first_seen) {
-                let mut list = std::mem::take(&mut self.core.past_waiters);
-                self.core.park(self.me, &mut list, On::Users);
-                self.core.past_waiters = list;
-                self.job_mut().mirror.parked += 1;
-                return Some(Step::Wait(State::Piece));
-            }
-            self.job_mut().mirror.is_seen = true;
+        if !mutant!("mirror_begins_before_old_writes_end")
+            && let Some(step) = self.await_old_writes()
+        {
+            return Some(step);
         }
+        let CopyJob { copy, mirror, next, total, workers, .. } = *self.job();
         let job = self.job();
         let must_wait = job.is_paused || job.due > self.core.now && !mirror.holds;
         if next < total {
@@ -324,7 +346,9 @@ impl Machine<'_> {
             return Step::Done(Err(Errno::IO));
         };
         let said = from + status.len;
-        let is_left = copy.top_layers.is_some_and(|layers| status.depth >= layers);
+        // Where no layer says anything, a disk that is cut off shows the same.
+        let says_nothing = copy.is_pull() && status.kind == StatusKind::Unallocated;
+        let is_left = copy.leaves_out(status.depth) || says_nothing;
         let grows = is_left || status.kind.is_zero() && copy.zeros != Zeros::Written;
         if grows && from == at && said > end {
             self.grow_to(said);
@@ -337,7 +361,9 @@ impl Machine<'_> {
                 // What is data before it comes first; then the same is asked again.
                 return self.read();
             }
-            self.has_read(whole);
+            if is_left || !copy.is_pull() {
+                self.has_read(whole);
+            }
             return if is_left { self.written(whole - from) } else { self.zero(whole - from) };
         }
         self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
@@ -422,8 +448,10 @@ impl Machine<'_> {
     /// Writes the first stretch of what has been read and not yet been written.
     fn store(&mut self) -> Step<State> {
         let Worker { at, held, .. } = *self.worker;
-        self.has_read(held.1);
         let copy = self.job().copy;
+        if !copy.is_pull() || mutant!("pull_lets_writes_pass_before_its_own") {
+            self.has_read(held.1);
+        }
         if copy.zeros != Zeros::Found {
             return self.write(held.1 - at);
         }
@@ -479,6 +507,9 @@ impl Machine<'_> {
     fn written(&mut self, len: u64) -> Step<State> {
         self.worker.at += len;
         self.worker.data_end = self.worker.data_end.max(self.worker.at);
+        if self.job().copy.is_pull() {
+            self.has_read(self.worker.at);
+        }
         let counted = mutant!("copy_counted_before_it_is_written");
         // What a mirror copies again counts once.
         let again = self.worker.is_wanted && self.job().copy.moment == Moment::End;

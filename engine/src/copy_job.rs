@@ -61,6 +61,9 @@ pub struct Copy {
     /// stays in the target as it is: for a target that lies over the same disk as the source, or is that
     /// disk, a layer below the source. `None`: all is copied. Default: `None`.
     pub top_layers: Option<u8>,
+    /// What the uppermost so many layers of the source say is left out, as what the layers behind
+    /// [`top_layers`](Copy::top_layers) say is. Not 0 for a [pull](Copy::pull) alone. Default: 0.
+    pub skip_layers: u8,
     /// What is written is compressed, where the target's format can: as
     /// [`IoKind::Write`](crate::step::IoKind::Write) says. For that units are whole clusters. Default: false.
     pub compressed: bool,
@@ -101,6 +104,7 @@ impl Copy {
             len: None,
             target_is_zero: false,
             top_layers: None,
+            skip_layers: 0,
             compressed: false,
             zeros: Zeros::Told,
             unit: UNIT_MIN,
@@ -111,6 +115,43 @@ impl Copy {
             moment: Moment::Any,
             hold_max: Some(Duration::from_secs(10)),
         }
+    }
+
+    /// A *pull*: what the layers below have of the disk that `node` shows, and its uppermost `layers`
+    /// have not, is copied into itself while its guest goes on. When it has ended well the disk needs
+    /// nothing of the layers below those: with 1 for `layers` it may be cut off from all of them when it
+    /// has been closed. (With [`top_layers`](Copy::top_layers) set, of what is between.)
+    ///
+    /// A write, zero write or discard waits until what it is about has been copied, or found to be the
+    /// disk's own; so its [`moment`](Copy::moment) is [`Moment::Start`]. It is the disk itself that a write waits for, so there is
+    /// no [`hold_max`](Copy::hold_max). Units are best whole clusters.
+    pub fn pull(node: NodeId, layers: u8) -> Copy {
+        let skip_layers = layers.max(1);
+        Copy { skip_layers, moment: Moment::Start, hold_max: None, ..Copy::new(node, node) }
+    }
+
+    /// Is it into the disk that it is from?
+    pub(crate) fn is_pull(&self) -> bool {
+        self.source == self.target
+    }
+
+    /// Can it be, as to which layers of which disk it is of and where they go?
+    pub(crate) fn is_between_disks(&self) -> bool {
+        if !self.is_pull() {
+            return self.skip_layers == 0;
+        }
+        self.skip_layers > 0
+            && self.source_offset == self.target_offset
+            && self.moment == Moment::Start
+            && self.hold_max.is_none()
+            && !self.target_is_zero
+    }
+
+    /// Are layers of this depth left out?
+    pub(crate) fn leaves_out(&self, depth: u8) -> bool {
+        let skip =
+            self.skip_layers + u8::from(self.is_pull() && mutant!("pull_leaves_out_a_layer"));
+        depth < skip || self.top_layers.is_some_and(|layers| depth >= layers)
     }
 
     /// Each number brought within its range.
@@ -220,7 +261,7 @@ pub(crate) struct CopyJob {
 pub(crate) struct Mirror {
     /// Requests that began before this one may have changed the source unseen.
     pub first_seen: u32,
-    /// They have ended.
+    /// They have ended. Of a pull as well.
     pub is_seen: bool,
     /// How often all that had changed was gone through.
     pub passes: u8,
@@ -258,9 +299,12 @@ impl CopyJob {
         Some(self.held_since?.plus_ns(nanos(self.copy.hold_max?)))
     }
 
-    /// Is nothing of this node to be changed before the job has read it?
+    /// Is nothing of this node to be changed before the job has read it? (What a pull writes into it
+    /// at the moment, not even when the job has failed.)
     pub fn reads_first(&self, node: NodeId) -> bool {
-        self.copy.moment == Moment::Start && self.copy.source == node && self.failed.is_none()
+        let pulls = self.copy.is_pull() && !mutant!("cancelled_pull_lets_writes_pass");
+        let goes_on = self.failed.is_none() || pulls;
+        self.copy.moment == Moment::Start && self.copy.source == node && goes_on
     }
 
     /// Does it mirror this node?
@@ -329,7 +373,8 @@ impl CopyJob {
     /// The first of these bytes of the source that has not been read.
     pub fn first_unread(&self, workers: &Slab<Worker>, from: u64, to: u64) -> Option<u64> {
         let (from, to) = self.within(from, to);
-        let untaken = self.first_untaken(from, to);
+        // Of a job that has failed nothing more is taken.
+        let untaken = self.first_untaken(from, to).filter(|_| self.failed.is_none());
         let reads = |worker: &Worker| {
             let at = worker.read_to.max(from);
             (at < worker.end.min(to)).then_some(at)
@@ -403,7 +448,7 @@ pub(crate) struct Worker {
     pub end: u64,
     /// What is known to be data ends here; beyond it nothing is known.
     pub data_end: u64,
-    /// Up to here the source has been read, or need not be: others may change it.
+    /// Up to here the source has been read, or need not be: others may change it. A pull has written it too.
     pub read_to: u64,
     /// Somebody waits for the piece: it was taken before its turn.
     pub is_wanted: bool,

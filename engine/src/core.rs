@@ -392,9 +392,13 @@ impl Core {
         let child = self.begin(node, io, Origin::Child(request), 0, bits);
         let slot = self.ops.slot_mut(child);
         (slot.base, slot.base_off) = (seg.base, seg.off);
-        // A part of what has come past is not looked at again.
+        // A part of what has come past is not looked at again; and a pull changes nothing.
         let parent = self.ops.slot(request);
-        if parent.node != node || matches!(parent.work, Work::Copy(_)) {
+        let is_looked_at = match parent.work {
+            Work::Copy(worker) => !self.is_pull(worker),
+            _ => parent.node != node,
+        };
+        if is_looked_at {
             self.guard(child);
         }
         self.expect_result(request);
@@ -504,6 +508,11 @@ impl Core {
             let mut waiters = std::mem::take(&mut self.copies[key].waiters);
             self.wake_all(&mut waiters);
         }
+    }
+
+    /// Is the job of this worker a pull?
+    fn is_pull(&self, worker: u32) -> bool {
+        self.copies[self.workers[worker as usize].job as usize].copy.is_pull()
     }
 
     /// May a request still change this node that began before `first_seen`, when nobody looked?

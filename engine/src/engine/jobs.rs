@@ -29,7 +29,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// # Errors
     ///
     /// And nothing was begun. As a [`submit`](Engine::submit) to each of them;
-    /// [`Why::InUse`]: they are one node, another node reads from the target ([`Copy::top_layers`] says when it may), or one of them is being
+    /// [`Why::InUse`]: they are one node (for that there is [`Copy::pull`]), another node reads from the target ([`Copy::top_layers`] says when it may), or one of them is being
     /// resized; [`Why::TooSmall`]: what is to be copied does not fit into the target, or begins behind
     /// the source's end; [`Why::TooLarge`]: what is read before it is changed is remembered, and that
     /// would take more than 64 MiB (32 TiB in granules of 64 KiB; of larger ones more).
@@ -64,7 +64,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         // A mirror takes the source's place, which nobody reads from then.
         let is_read = copy.moment == Moment::End && !self.core.nodes[copy.source.index()].is_top;
         let has_moved = uses.iter().any(|&node| self.core.has_moved(node));
-        if copy.source == copy.target || is_resized || is_below || is_read || has_moved {
+        let is_one = !copy.is_between_disks();
+        if is_one || is_resized || is_below || is_read || has_moved {
             return Err(Why::InUse);
         }
         let (source_size, total) = self.extent_of(&copy).ok_or(Why::TooSmall)?;

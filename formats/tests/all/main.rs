@@ -31,6 +31,7 @@ mod hostile_vmdk_images_are_refused;
 mod ids_belong_to_their_engine;
 mod images_are_made_as_qemu_makes_them;
 mod impossible_requests_are_answered;
+mod layers_are_pulled_up;
 mod locks_keep_other_writers_out;
 mod map_and_read_agree_with_qemu;
 mod mirrors_become_the_disk;

@@ -15,7 +15,7 @@ use cowbell_formats::{CreateOptions, Format, Node};
 use std::time::Duration;
 
 /// Closes a node, and looks that it went well.
-fn close<B: Backend>(engine: &mut Engine<Node, B>, node: NodeId, leaves_below: bool) {
+pub fn close<B: Backend>(engine: &mut Engine<Node, B>, node: NodeId, leaves_below: bool) {
     let closing = if leaves_below { engine.close_filter(node) } else { engine.close(node) };
     closing.expect("it is closed");
     loop {
@@ -29,7 +29,7 @@ fn close<B: Backend>(engine: &mut Engine<Node, B>, node: NodeId, leaves_below: b
 }
 
 /// Some more requests, to whichever disk it is now.
-fn goes_on<B: Backend>(engine: &mut Engine<Node, B>, guest: &mut Guest) {
+pub fn goes_on<B: Backend>(engine: &mut Engine<Node, B>, guest: &mut Guest) {
     let before = guest.ended;
     while guest.ended < before + 100 {
         guest.submit(engine);

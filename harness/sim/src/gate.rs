@@ -512,6 +512,14 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([warm], budget(mirror, 0), one),
         scopes_on([empty], budget(mirror, 0), few),
     ];
+    if format != Format::Vdi {
+        let pulled = Image { backing: true, ..image };
+        let (up, zeros) = (CopyPlan::new(Way::Up), Image { state: State::Zeros, ..pulled });
+        let warm = Image { state: State::Warm, ..pulled };
+        all.push(scopes_on([pulled, warm, zeros], budget(up, 1), none));
+        all.push(scopes_on([pulled, warm], budget(up, 0), one));
+        all.push(scopes_on([pulled], budget(stops(up), 0), few));
+    }
     if matches!(format, Format::Qed | Format::Qcow2) {
         let overlay = Image { backing: true, ..noise };
         all.push(scopes_on([overlay], budget(copy_in, 0), none));

@@ -161,6 +161,13 @@ pub const MUTANTS: &[Mutant] = &[
     qed("run_ignores_type", "clusters of different kinds are taken for one run"),
     qed("cow_tail_skipped", "what lies behind a write is not copied"),
     qed("cow_from_wrong_cluster", "copy-on-write copies another cluster"),
+    qed(
+        "pull_begins_before_old_writes_end",
+        "a pull overwrites what was being written when it began",
+    ),
+    qed("pull_lets_writes_pass_before_its_own", "a pull overwrites what came after it had read"),
+    qed("cancelled_pull_lets_writes_pass", "a pull that is cancelled overwrites what came after"),
+    qed("pull_leaves_out_a_layer", "a pull leaves out what it is for"),
     qed("zero_cluster_shows_backing", "a write to a zero cluster brings back the backing file"),
     qed("short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
     vdi("vdi_no_claims", "two requests allocate one block of the disk at once"),

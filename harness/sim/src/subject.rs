@@ -88,6 +88,11 @@ pub trait Subject: Clone + Debug {
         None
     }
 
+    /// Is what is below it, in its first file, bytes of the disk and nothing else?
+    fn has_raw_below(&self) -> bool {
+        false
+    }
+
     /// Does it read from the same node that this one reads from?
     fn shares(&self) -> bool {
         false

@@ -117,7 +117,11 @@ impl Trace {
         }
         if let Some(plan) = self.budget.copy {
             let CopyPlan { way, target_is_zero, pauses, cancels, drains, beside, .. } = plan;
-            let way = if way == Way::In { "in" } else { "out" };
+            let way = match way {
+                Way::In => "in",
+                Way::Out => "out",
+                Way::Up => "up",
+            };
             more += &format!(" copy={way}");
             let set = [
                 ("zero", target_is_zero),
@@ -232,6 +236,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             match key {
                 "copy" if value == "in" => copy.way = Way::In,
                 "copy" if value == "out" => copy.way = Way::Out,
+                "copy" if value == "up" => copy.way = Way::Up,
                 "copy-zero" => copy.target_is_zero = value == "true",
                 "copy-cancels" => copy.cancels = value == "true",
                 "copy-drains" => copy.drains = value == "true",

@@ -475,6 +475,11 @@ impl Subject for Image {
         self.backing.into()
     }
 
+    fn has_raw_below(&self) -> bool {
+        // An overlay of VMDK's is over an image of VMDK's.
+        self.backing && self.format != Format::Vmdk
+    }
+
     fn holes(&self, file: &Contents) -> Option<u64> {
         of(self.format).holes(self, file)
     }

@@ -5,13 +5,15 @@ use cowbell_formats::qed::rest::open::{Access, open};
 use cowbell_formats::{CreateOptions, Format};
 
 use super::{
-    CLUSTER, FormatSubject, Image, device_scopes_with_tables, images_with_backing,
+    CLUSTER, FormatSubject, Image, device_scopes_with_tables, images_with_backing, scope_of,
     special_with_tables,
 };
 use crate::backend::IsMetadata;
 use crate::disk::Contents;
 use crate::gate::{Scope, Shape};
 use crate::host::{SimFile, SimHost};
+use crate::workload::Request;
+use crate::world::{Budget, CopyPlan, QUIET, Way};
 
 /// See the module.
 pub struct Qed;
@@ -58,7 +60,26 @@ impl FormatSubject for Qed {
     }
 
     fn special(&self) -> Vec<Scope> {
-        special_with_tables(Format::Qed)
+        // Its guest writes into what is pulled up, before, meanwhile, and when that is called off. In
+        // clusters of two pieces the second is written in place.
+        let image = Image { backing: true, size: Some(3 * CLUSTER), ..Image::new(Format::Qed) };
+        let large = Image { cluster: 2 * CLUSTER, ..image };
+        let pull = |image, plan, requests: &[Request]| {
+            let budget = Budget { copy: Some(plan), ..QUIET };
+            Scope { budget, ..scope_of(image, 0, 0, requests) }
+        };
+        let up = CopyPlan::new(Way::Up);
+        let few = [Request::write(512, 1024), Request::write(CLUSTER, 512)];
+        let mut all = special_with_tables(Format::Qed);
+        all.extend([
+            pull(image, up, &few[..1]),
+            pull(image, up, &few),
+            pull(large, up, &few[..1]),
+            pull(large, up, &few[1..]),
+            pull(large, CopyPlan { cancels: true, ..up }, &few[1..]),
+            pull(large, CopyPlan { cancels: true, ..up }, &few[..1]),
+        ]);
+        all
     }
 }
 

@@ -43,6 +43,8 @@ pub enum Way {
     In,
     /// From the disk to the one beside.
     Out,
+    /// From the layers below the disk into it.
+    Up,
 }
 
 impl CopyPlan {
@@ -109,8 +111,8 @@ impl Copying {
 
     /// Has it begun to write to the disk?
     pub fn has_written_here(&self) -> bool {
-        let is_in = self.plan.is_some_and(|plan| plan.way == Way::In);
-        is_in && self.phase != Phase::ToCome
+        let writes = self.plan.is_some_and(|plan| plan.way != Way::Out);
+        writes && self.phase != Phase::ToCome
     }
 
     /// May the guest of the disk beside use it?
@@ -165,15 +167,17 @@ impl<S: Subject> World<S> {
         match way {
             Way::In => !asked.iter().any(|request| request.modifies()),
             Way::Out => self.beside_next == 0,
+            Way::Up => true,
         }
     }
 
     /// Source and target.
     fn ends_of(&self, way: Way) -> (NodeId, NodeId) {
-        let beside = self.beside.expect("a copy is between two disks");
+        let beside = || self.beside.expect("a copy is between two disks");
         match way {
-            Way::In => (beside, self.node),
-            Way::Out => (self.node, beside),
+            Way::In => (beside(), self.node),
+            Way::Out => (self.node, beside()),
+            Way::Up => (self.node, self.node),
         }
     }
 
@@ -183,7 +187,7 @@ impl<S: Subject> World<S> {
         let (source, target) = self.ends_of(plan.way);
         // What is stopped has several pieces: zeros, which most of these disks are, make one.
         let zeros = if plan.pauses > 0 { Zeros::Written } else { Zeros::Told };
-        let copy = Copy {
+        let between = Copy {
             moment: match plan {
                 CopyPlan { of_start: true, .. } => Moment::Start,
                 CopyPlan { mirrors: true, .. } => Moment::End,
@@ -192,17 +196,19 @@ impl<S: Subject> World<S> {
             hold_max: plan.gives_up.then_some(Duration::from_millis(1)),
             target_is_zero: plan.target_is_zero,
             zeros,
-            in_flight: IN_FLIGHT,
-            piece: PIECE,
             ..Copy::new(source, target)
         };
+        let pull = Copy::pull(self.node, 1);
+        let copy = if plan.way == Way::Up { pull } else { between };
+        let copy = Copy { in_flight: IN_FLIGHT, piece: PIECE, ..copy };
         let job = self.engine.start(copy).map_err(|why| format!("no copy: {why:?}"))?;
         (self.copying.job, self.copying.phase) = (Some(job), Phase::Runs);
         let World { shadow, others, .. } = self;
-        let others = others.as_mut().expect("a copy is between two disks");
-        match plan.way {
-            Way::In => shadow.copy_begins(others),
-            Way::Out => others.copy_begins(shadow),
+        match (plan.way, others) {
+            (Way::In, Some(others)) => shadow.copy_begins(others),
+            (Way::Out, Some(others)) => others.copy_begins(shadow),
+            // The disk shows the same, before and after.
+            _ => {}
         }
         for node in [source, target] {
             if self.engine.close(node) != Err(Why::InUse)
@@ -258,10 +264,10 @@ impl<S: Subject> World<S> {
             return;
         }
         let World { shadow, others, .. } = self;
-        let others = others.as_mut().expect("a copy is between two disks");
-        match self.copying.plan.map(|plan| plan.way) {
-            Some(Way::In) => shadow.copy_sees(others),
-            _ => others.copy_sees(shadow),
+        match (self.copying.plan.map(|plan| plan.way), others) {
+            (Some(Way::In), Some(others)) => shadow.copy_sees(others),
+            (Some(Way::Out), Some(others)) => others.copy_sees(shadow),
+            _ => {}
         }
     }
 
@@ -273,7 +279,7 @@ impl<S: Subject> World<S> {
         let progress = self.copying.job.and_then(|job| self.engine.job_progress(job));
         let progress = progress.ok_or("a copy that runs has no progress")?;
         let CopyPlan { way, of_start, mirrors, .. } = self.copying.plan.expect("it runs");
-        let of_start = of_start || mirrors;
+        let of_start = of_start || mirrors || way == Way::Up;
         // Whatever it waits for itself, it reads what others wait for.
         let is_idle = self.engine.backend().in_flight_count() == 0 && !self.is_behind;
         if of_start && is_idle && self.ended < self.next && !self.engine.backend().is_stalled() {
@@ -316,7 +322,7 @@ impl<S: Subject> World<S> {
         if knows {
             return Err("a copy has ended, and is there still".into());
         }
-        let is_full = way == Way::In && self.plan.subject.may_be_full();
+        let is_full = way != Way::Out && self.plan.subject.may_be_full();
         match result {
             Err(Errno::CANCELED) if was_cancelled => {}
             Err(Errno::TIMED_OUT) if self.copying.plan.is_some_and(|plan| plan.gives_up) => {}
@@ -328,6 +334,11 @@ impl<S: Subject> World<S> {
         }
         match way {
             Way::In => self.shadow.copy_ends(result.is_ok()),
+            Way::Up => {
+                if result.is_ok() {
+                    self.inspect_cut_off()?;
+                }
+            }
             Way::Out => {
                 let others = self.others.as_mut().expect("a copy is between two disks");
                 others.copy_ends(result.is_ok());
@@ -354,6 +365,29 @@ impl<S: Subject> World<S> {
         for left in [sites.iter().map(least).collect(), sites.iter().map(most).collect()] {
             let left: Vec<Contents> = left;
             self.inspect_others(&left)?;
+        }
+        Ok(())
+    }
+
+    /// All has been pulled up, and is stable: whatever a crash leaves, the disk is the same when nothing is below it.
+    fn inspect_cut_off(&self) -> Result<(), String> {
+        if !self.plan.subject.has_raw_below() {
+            return Ok(());
+        }
+        let sites = self.engine.backend().crash_sites();
+        let least: Vec<Contents> = sites.iter().map(|sites| sites.image(|_| 0, 0)).collect();
+        let most = |sites: &Sites| {
+            let last = |site: usize| sites.sites[site].options.len() - 1;
+            sites.image(last, sites.lengths.len() - 1)
+        };
+        for mut left in [least, sites.iter().map(most).collect()] {
+            // Zeros below are as nothing.
+            let mut nothing = Contents::default();
+            nothing.set_len(left[0].len());
+            left[0] = nothing;
+            let cut_off = self.inspect(&left)?;
+            let shows = self.shadow.check_crash(&cut_off.found);
+            shows.map_err(|why| format!("cut off from what was below: {why}"))?;
         }
         Ok(())
     }
