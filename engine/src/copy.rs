@@ -39,7 +39,7 @@ use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Io, IoKind, Step};
 use crate::status::{Status, StatusKind};
 use crate::units::{Errno, ReqId};
-use crate::wait::On;
+use crate::wait::{On, WaitList};
 
 /// Delivers an event; answers when the worker has ended.
 pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Option<()> {
@@ -74,9 +74,14 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     job.workers -= 1;
     // The others are to end as well.
     let mut waiters = std::mem::take(&mut job.waiters);
+    let mut stopped = WaitList::new();
+    if job.failed.is_some() {
+        stopped = std::mem::take(&mut job.stopped);
+    }
     let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
     let is_over = job.workers == 0 || forgets;
     core.wake_all(&mut waiters);
+    core.wake_all(&mut stopped);
     // What a mirror holds goes on when it has become the disk, and that was told.
     let is_held = job_is_held(core, key);
     if !is_held {
@@ -137,6 +142,8 @@ impl Machine<'_> {
             (State::Read, _) => self.store(),
             (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
+            // What has been read is in memory.
+            (State::Again, _) => Step::Go(State::Status),
             (State::Flush, _) => Step::Done(Ok(())),
         }
     }
@@ -407,14 +414,39 @@ impl Machine<'_> {
             State::Status => (copy.source, copy.source_offset + data_end, 0),
             State::Read => (copy.source, copy.source_offset + at, data_end - at),
             State::Write { len } => (copy.target, copy.target_offset + at, len),
-            State::Piece | State::Flush => (copy.target, 0, 0),
+            State::Piece | State::Again | State::Flush => (copy.target, 0, 0),
         };
         let job = self.job().id;
         self.core.tell_job_error(job, node, (start, len), errno);
         match state {
             State::ReadSector { at } => self.read_sectors(at + SECTOR),
-            _ => Step::Done(Err(errno)),
+            State::Flush => Step::Done(Err(errno)),
+            _ if !copy.stops_on_error => Step::Done(Err(errno)),
+            _ => self.stop(state),
         }
+    }
+
+    /// The job stands still until somebody resumes it; then this is tried again.
+    fn stop(&mut self, failed: State) -> Step<State> {
+        let Worker { at, held, .. } = *self.worker;
+        if let State::Write { len } = failed
+            && mutant!("stopped_copy_skips_what_failed")
+        {
+            self.worker.at += len;
+        }
+        if matches!(failed, State::Status | State::Read) {
+            // Nothing of it is in memory; all of it is asked about again.
+            (self.worker.data_end, self.worker.held) = (at, (at, at));
+        } else {
+            debug_assert!(held.0 <= at, "{:?}", self.worker);
+        }
+        self.core.pause_copy(self.worker.job);
+        let mut list = std::mem::take(&mut self.job_mut().stopped);
+        self.core.park(self.me, &mut list, On::Job);
+        self.job_mut().stopped = list;
+        // What others wait for is others' turn.
+        self.wake_next();
+        Step::Wait(State::Again)
     }
 
     /// Reads again, from `at` on, what could not be read together.

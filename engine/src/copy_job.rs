@@ -76,6 +76,12 @@ pub struct Copy {
     /// What cannot be read becomes zeros, sector by sector, and the copy goes on; each time
     /// [`NodeEvent::JobError`](crate::NodeEvent::JobError) tells where. Default: false.
     pub salvage: bool,
+    /// When something fails the job does not end: [`NodeEvent::JobError`](crate::NodeEvent::JobError) tells what, and it is
+    /// [paused](crate::Engine::pause_job) as by the caller, who makes room, say, and
+    /// [resumes](crate::Engine::resume_job) it, or cancels it. What has failed is then tried again. Writes that wait for the job wait on, for
+    /// [`hold_max`](Copy::hold_max) at most: with `None` there the copy comes before the guest. Not of a failure to flush the target:
+    /// what was written before may be lost. Default: false.
+    pub stops_on_error: bool,
     /// Pieces in flight at once: 1 to 64, the nearest is taken. Default: 8.
     pub in_flight: usize,
     /// Bytes in a piece: a multiple of 4096, up to 2 MiB; the nearest is taken. Default: 256 KiB.
@@ -109,6 +115,7 @@ impl Copy {
             zeros: Zeros::Told,
             unit: UNIT_MIN,
             salvage: false,
+            stops_on_error: false,
             in_flight: 8,
             piece: 256 << 10,
             rate: None,
@@ -243,6 +250,8 @@ pub(crate) struct CopyJob {
     pub due: Time,
     /// Workers that wait for that, or to be resumed.
     pub waiters: WaitList,
+    /// Those that have to be resumed because something has failed.
+    pub stopped: WaitList,
     /// What was taken before its turn, because somebody waits for it; of a mirror: what has changed since it
     /// was copied.
     pub ahead: Marks,
@@ -479,6 +488,8 @@ pub(crate) enum State {
     ReadSector { at: u64 },
     /// So many bytes, written to the target or zeroed there.
     Write { len: u64 },
+    /// What has failed: it is tried again when the job is resumed.
+    Again,
     /// All that was written is stable.
     Flush,
 }

@@ -438,9 +438,22 @@ impl Core {
         if mutant!("cancelled_copy_sleeps_on") {
             return;
         }
+        let mut stopped = std::mem::take(&mut copy.stopped);
         let mut waiters = std::mem::take(&mut copy.waiters);
+        self.wake_all(&mut stopped);
         self.wake_all(&mut waiters);
         self.let_guests_go(key as u32);
+    }
+
+    /// It begins nothing more until it is resumed.
+    pub fn pause_copy(&mut self, key: u32) {
+        let copy = &mut self.copies[key as usize];
+        copy.is_paused = true;
+        if copy.mirror.holds && !copy.mirror.is_over {
+            // Nobody waits for what stands still.
+            copy.mirror.holds = false;
+            self.let_guests_go(key);
+        }
     }
 
     /// Something has been read that a copy reads before it is changed, or need not be any more: who

@@ -26,7 +26,7 @@ pub enum NodeEvent {
         result: Result<(), Errno>,
     },
     /// A job could not read or write so much of a node. It ends, unless it is to
-    /// [salvage](crate::Copy::salvage) what it can and this was read.
+    /// [salvage](crate::Copy::salvage) what it can and this was read, or to [stop](crate::Copy::stops_on_error).
     JobError {
         /// The job.
         job: JobId,

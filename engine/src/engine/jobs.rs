@@ -92,6 +92,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             failed: None,
             due: Time(0),
             waiters: WaitList::new(),
+            stopped: WaitList::new(),
             key: core.copies.vacant_key() as u32,
             ahead,
             mirror: Mirror { first_seen: core.serial, ..Mirror::default() },
@@ -141,14 +142,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// The job begins no more pieces; those in flight run to their end. False: there is no such job.
     pub fn pause_job(&mut self, job: JobId) -> bool {
-        let Some(found) = self.job_mut(job) else { return false };
-        found.is_paused = true;
-        if found.mirror.holds && !found.mirror.is_over {
-            // Nobody waits for what stands still.
-            found.mirror.holds = false;
-            let key = found.key;
-            self.core.let_guests_go(key);
-        }
+        let Some(key) = self.job_mut(job).map(|found| found.key) else { return false };
+        self.core.pause_copy(key);
         true
     }
 
@@ -156,7 +151,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn resume_job(&mut self, job: JobId) -> bool {
         let Some(found) = self.job_mut(job) else { return false };
         found.is_paused = mutant!("resumed_copy_sleeps_on");
+        let mut stopped = std::mem::take(&mut found.stopped);
         let mut waiters = std::mem::take(&mut found.waiters);
+        if !mutant!("stopped_copy_sleeps_on") {
+            self.core.wake_all(&mut stopped);
+        }
         self.core.wake_all(&mut waiters);
         true
     }

@@ -459,6 +459,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let of_start = |copy: CopyPlan| CopyPlan { of_start: true, ..copy };
     let gives_up = |copy: CopyPlan| CopyPlan { gives_up: true, ..of_start(copy) };
     let mirror = CopyPlan { mirrors: true, ..copy_out };
+    let resumed = |copy: CopyPlan| CopyPlan { stops: true, ..copy };
     let pair = |_: &Image| {
         let pair = [Request::write(CLUSTER, 1024), Request::write(CLUSTER + 512, 1024)];
         let flushed = [Request::write(0, 1024), Request::flush()];
@@ -495,6 +496,9 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([noise], budget(mirror, 1), few),
             scopes_on([noise], budget(mirror, 0), pair),
             scopes_on([noise], budget(stops(mirror), 0), few),
+            scopes_on([noise], budget(resumed(copy_in), 1), none),
+            scopes_on([noise], budget(resumed(of_start(copy_out)), 1), one),
+            scopes_on([noise], budget(resumed(mirror), 1), few),
         ]
         .concat();
     }
@@ -516,9 +520,15 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         let pulled = Image { backing: true, ..image };
         let (up, zeros) = (CopyPlan::new(Way::Up), Image { state: State::Zeros, ..pulled });
         let warm = Image { state: State::Warm, ..pulled };
-        all.push(scopes_on([pulled, warm, zeros], budget(up, 1), none));
-        all.push(scopes_on([pulled, warm], budget(up, 0), one));
-        all.push(scopes_on([pulled], budget(stops(up), 0), few));
+        all.push(scopes_on([pulled, zeros], budget(up, 1), none));
+        all.push(scopes_on([warm], budget(up, 0), few));
+        all.push(scopes_on([pulled], budget(stops(up), 0), none));
+        if format == Format::Qed {
+            // What a driver does is nothing to the job: the orders of its own are tried here.
+            all.push(scopes_on([pulled, warm], budget(up, 0), one));
+            all.push(scopes_on([pulled], budget(stops(up), 0), few));
+            all.push(scopes_on([pulled], budget(resumed(up), 1), few));
+        }
     }
     if matches!(format, Format::Qed | Format::Qcow2) {
         let overlay = Image { backing: true, ..noise };

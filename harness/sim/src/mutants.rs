@@ -103,6 +103,11 @@ pub const MUTANTS: &[Mutant] = &[
     ),
     raw("paused_copy_holds_guests", "who waits for a copy waits until it is resumed"),
     raw("failed_copy_holds_guests", "who waits for a copy that has failed waits for ever"),
+    raw(
+        "stopped_copy_skips_what_failed",
+        "what a copy could not write is left out when it is resumed",
+    ),
+    raw("stopped_copy_sleeps_on", "a copy that has stopped is not woken when it is resumed"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
     raw(

@@ -131,6 +131,7 @@ impl Trace {
                 ("of-start", plan.of_start),
                 ("gives-up", plan.gives_up),
                 ("mirrors", plan.mirrors),
+                ("stops", plan.stops),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -242,6 +243,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-drains" => copy.drains = value == "true",
                 "copy-of-start" => copy.of_start = value == "true",
                 "copy-mirrors" => copy.mirrors = value == "true",
+                "copy-stops" => copy.stops = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",
                 "copy-pauses" => copy.pauses = small()?,

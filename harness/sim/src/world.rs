@@ -592,7 +592,8 @@ impl<S: Subject> World<S> {
     fn see_events(&mut self) -> Result<(), String> {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                NodeEvent::Corrupt { .. } | NodeEvent::JobError { .. } => {}
+                NodeEvent::Corrupt { .. } => {}
+                NodeEvent::JobError { .. } => self.copying.has_met_error(),
                 NodeEvent::JobEnded { job, result } => self.see_copied(job, result)?,
                 NodeEvent::Paused { node } => {
                     let is_so = self.engine.backend().is_still() && self.ended == self.next;

@@ -89,6 +89,10 @@ impl FormatSubject for Raw {
             let budget = Budget { copy: Some(plan), ticks, ..QUIET };
             Scope { budget, ..scope(image, 0, 0, requests) }
         };
+        let fails = |plan, requests: &[Request]| {
+            let scope = backup(plan, 0, requests);
+            Scope { budget: Budget { faults: 1, ..scope.budget }, ..scope }
+        };
         // The last piece is nobody's yet.
         let (zero_last, last) = (Request::zero(2 * CLUSTER, 1024), head(0, 2));
         vec![
@@ -114,6 +118,8 @@ impl FormatSubject for Raw {
             backup(of_start, 0, &[Request::write(CLUSTER, CLUSTER + 512), zero_last]),
             backup(CopyPlan { pauses: 1, cancels: true, ..of_start }, 0, &[last]),
             backup(CopyPlan { gives_up: true, ..of_start }, 1, &[last]),
+            fails(CopyPlan { stops: true, ..of_start }, &[last]),
+            fails(CopyPlan { stops: true, ..CopyPlan::new(Way::In) }, &[]),
             backup(mirror, 0, &[head(0, 0)]),
             backup(mirror, 0, &[head(0, 0), head(0, 2)]),
             backup(CopyPlan { pauses: 1, cancels: true, ..mirror }, 0, &[head(0, 1)]),

@@ -34,6 +34,8 @@ pub struct CopyPlan {
     pub gives_up: bool,
     /// Is the target the disk when it has ended?
     pub mirrors: bool,
+    /// Does it stop when something fails, until it is resumed?
+    pub stops: bool,
 }
 
 /// From where to where a copy goes.
@@ -60,6 +62,7 @@ impl CopyPlan {
             of_start: false,
             gives_up: false,
             mirrors: false,
+            stops: false,
         }
     }
 }
@@ -85,18 +88,31 @@ pub(super) struct Copying {
     /// Bytes that are said to be done.
     done: u64,
     has_moved: bool,
+    /// Things that failed, where it stops then.
+    errors: u8,
 }
+
+/// A disk that fails so often takes nothing more: the copy is called off.
+const ERRORS_MAX: u8 = 2;
 
 impl std::hash::Hash for Copying {
     fn hash<H: std::hash::Hasher>(&self, h: &mut H) {
         let left = self.plan.map(|plan| (plan.pauses, plan.cancels));
-        (self.phase, left, self.has_moved).hash(h);
+        (self.phase, left, self.has_moved, self.errors).hash(h);
     }
 }
 
 impl Copying {
     pub fn new(plan: Option<CopyPlan>) -> Copying {
         Copying { plan, ..Copying::default() }
+    }
+
+    /// Something of it has failed: one that stops then is to be resumed.
+    pub fn has_met_error(&mut self) {
+        if self.phase == Phase::Runs && self.plan.is_some_and(|plan| plan.stops) {
+            self.phase = Phase::Paused;
+            self.errors += 1;
+        }
     }
 
     /// Is it under way?
@@ -145,11 +161,11 @@ impl<S: Subject> World<S> {
         match self.copying.phase {
             Phase::ToCome if self.may_copy(plan) => out.push(Choice::Copy),
             Phase::Runs if plan.pauses > 0 => out.push(Choice::PauseCopy),
-            Phase::Paused => out.push(Choice::ResumeCopy),
+            Phase::Paused if self.copying.errors < ERRORS_MAX => out.push(Choice::ResumeCopy),
             _ => {}
         }
         let goes_on = matches!(self.copying.phase, Phase::Runs | Phase::Paused);
-        if goes_on && plan.cancels {
+        if goes_on && (plan.cancels || self.copying.errors >= ERRORS_MAX) {
             out.push(Choice::CancelCopy);
         }
     }
@@ -200,7 +216,7 @@ impl<S: Subject> World<S> {
         };
         let pull = Copy::pull(self.node, 1);
         let copy = if plan.way == Way::Up { pull } else { between };
-        let copy = Copy { in_flight: IN_FLIGHT, piece: PIECE, ..copy };
+        let copy = Copy { in_flight: IN_FLIGHT, piece: PIECE, stops_on_error: plan.stops, ..copy };
         let job = self.engine.start(copy).map_err(|why| format!("no copy: {why:?}"))?;
         (self.copying.job, self.copying.phase) = (Some(job), Phase::Runs);
         let World { shadow, others, .. } = self;
@@ -278,10 +294,11 @@ impl<S: Subject> World<S> {
         }
         let progress = self.copying.job.and_then(|job| self.engine.job_progress(job));
         let progress = progress.ok_or("a copy that runs has no progress")?;
-        let CopyPlan { way, of_start, mirrors, .. } = self.copying.plan.expect("it runs");
+        let CopyPlan { way, of_start, mirrors, stops, .. } = self.copying.plan.expect("it runs");
         let of_start = of_start || mirrors || way == Way::Up;
         // Whatever it waits for itself, it reads what others wait for.
         let is_idle = self.engine.backend().in_flight_count() == 0 && !self.is_behind;
+        let is_idle = is_idle && !(stops && self.copying.phase == Phase::Paused);
         if of_start && is_idle && self.ended < self.next && !self.engine.backend().is_stalled() {
             return Err("a copy holds a request up, and does nothing".into());
         }
