@@ -26,6 +26,8 @@
 //! *A pull* is of one moment, of a disk into itself: what the layers below have of it. There a stretch may change when it has been
 //! written, so that nothing older comes after what a guest wrote; and nothing begins while a write is in
 //! flight that nobody has looked at, because it is older than the job. What is found to be in the disk's own layers is left.
+//! *Shown to the embedder* ([`Copy::shown`]): a worker that has read waits until that has been seen. It is shown in order,
+//! and pieces are taken in order: so the worker whose turn it is never waits for another one.
 //!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
@@ -39,7 +41,7 @@ use crate::op::{Base, Op, OpKind, Seg, Segs, Target};
 use crate::request::{Event, Io, IoKind, Step};
 use crate::status::{Status, StatusKind};
 use crate::units::{Errno, ReqId};
-use crate::wait::{On, WaitList};
+use crate::wait::On;
 
 /// Delivers an event; answers when the worker has ended.
 pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Option<()> {
@@ -73,15 +75,16 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     job.failed = job.failed.or(result.err());
     job.workers -= 1;
     // The others are to end as well.
-    let mut waiters = std::mem::take(&mut job.waiters);
-    let mut stopped = WaitList::new();
-    if job.failed.is_some() {
-        stopped = std::mem::take(&mut job.stopped);
-    }
     let forgets = job.failed.is_some() && mutant!("cancelled_copy_forgets_workers");
     let is_over = job.workers == 0 || forgets;
-    core.wake_all(&mut waiters);
-    core.wake_all(&mut stopped);
+    let is_failed = job.failed.is_some();
+    core.wake_workers(key);
+    if is_failed {
+        core.wake_stopped(key);
+    }
+    if is_failed && !mutant!("failed_copy_waits_to_be_seen") {
+        core.wake_unseen(key);
+    }
     // What a mirror holds goes on when it has become the disk, and that was told.
     let is_held = job_is_held(core, key);
     if !is_held {
@@ -139,7 +142,7 @@ impl Machine<'_> {
             (State::Piece, _) => self.take_piece(),
             (State::Status, Event::Start) => self.go_on(),
             (State::Status, _) => self.answered(),
-            (State::Read, _) => self.store(),
+            (State::Read | State::Look, _) => self.show(),
             (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
             // What has been read is in memory.
@@ -414,7 +417,7 @@ impl Machine<'_> {
             State::Status => (copy.source, copy.source_offset + data_end, 0),
             State::Read => (copy.source, copy.source_offset + at, data_end - at),
             State::Write { len } => (copy.target, copy.target_offset + at, len),
-            State::Piece | State::Again | State::Flush => (copy.target, 0, 0),
+            State::Piece | State::Look | State::Again | State::Flush => (copy.target, 0, 0),
         };
         let job = self.job().id;
         self.core.tell_job_error(job, node, (start, len), errno);
@@ -453,7 +456,7 @@ impl Machine<'_> {
     fn read_sectors(&mut self, at: u64) -> Step<State> {
         let held = self.worker.held;
         if at >= held.1 {
-            return self.store();
+            return self.show();
         }
         let copy = self.job().copy;
         let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
@@ -475,6 +478,18 @@ impl Machine<'_> {
     fn asked_from(&self, from: u64) -> u64 {
         let end = if self.worker.is_wanted { self.worker.end } else { self.job().source_size };
         (end - from).min(AT_ONCE)
+    }
+
+    /// What has been read is to be seen, before it is written.
+    fn show(&mut self) -> Step<State> {
+        let is_seen = self.worker.read_to >= self.worker.held.1;
+        if !self.job().copy.shown || is_seen {
+            return self.store();
+        }
+        let mut list = std::mem::take(&mut self.job_mut().unseen);
+        self.core.park(self.me, &mut list, On::Job);
+        self.job_mut().unseen = list;
+        Step::Wait(State::Look)
     }
 
     /// Writes the first stretch of what has been read and not yet been written.

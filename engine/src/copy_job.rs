@@ -82,6 +82,10 @@ pub struct Copy {
     /// [`hold_max`](Copy::hold_max) at most: with `None` there the copy comes before the guest. Not of a failure to flush the target:
     /// what was written before may be lost. Default: false.
     pub stops_on_error: bool,
+    /// What is read is shown to the embedder, in the order of the disk, before any of it is written:
+    /// for a checksum, say. [`Engine::job_read`](crate::Engine::job_read) tells how. Only of
+    /// [`Moment::Any`]. Default: false.
+    pub shown: bool,
     /// Pieces in flight at once: 1 to 64, the nearest is taken. Default: 8.
     pub in_flight: usize,
     /// Bytes in a piece: a multiple of 4096, up to 2 MiB; the nearest is taken. Default: 256 KiB.
@@ -116,6 +120,7 @@ impl Copy {
             unit: UNIT_MIN,
             salvage: false,
             stops_on_error: false,
+            shown: false,
             in_flight: 8,
             piece: 256 << 10,
             rate: None,
@@ -252,6 +257,8 @@ pub(crate) struct CopyJob {
     pub waiters: WaitList,
     /// Those that have to be resumed because something has failed.
     pub stopped: WaitList,
+    /// Workers that wait until the embedder has seen what they have read.
+    pub unseen: WaitList,
     /// What was taken before its turn, because somebody waits for it; of a mirror: what has changed since it
     /// was copied.
     pub ahead: Marks,
@@ -373,6 +380,18 @@ impl CopyJob {
         self.mirror.passes >= PASSES_MAX || self.ahead.count() <= few
     }
 
+    /// The worker whose bytes are to be seen next, if it waits for that: nothing before them is still
+    /// to be read.
+    pub fn to_be_seen(&self, workers: &Slab<Worker>) -> Option<u32> {
+        let its = workers.iter().filter(|(_, worker)| worker.job == self.key);
+        let unread = its.filter(|(_, worker)| worker.read_to < worker.end);
+        let early = mutant!("copy_shows_what_it_has_first");
+        let unread = unread.filter(|(_, worker)| !early || worker.state == State::Look);
+        let (key, first) = unread.min_by_key(|(_, worker)| worker.read_to)?;
+        let is_read = first.state == State::Look && self.failed.is_none();
+        is_read.then_some(key as u32)
+    }
+
     /// What the job has of these bytes of the source: from and to, in the job.
     fn within(&self, from: u64, to: u64) -> (u64, u64) {
         let inside = |at: u64| at.saturating_sub(self.copy.source_offset).min(self.source_size);
@@ -486,6 +505,8 @@ pub(crate) enum State {
     Read,
     /// One sector of that, from this place on: all together could not be read.
     ReadSector { at: u64 },
+    /// The embedder, who looks at what has been read.
+    Look,
     /// So many bytes, written to the target or zeroed there.
     Write { len: u64 },
     /// What has failed: it is tried again when the job is resumed.

@@ -438,10 +438,9 @@ impl Core {
         if mutant!("cancelled_copy_sleeps_on") {
             return;
         }
-        let mut stopped = std::mem::take(&mut copy.stopped);
-        let mut waiters = std::mem::take(&mut copy.waiters);
-        self.wake_all(&mut stopped);
-        self.wake_all(&mut waiters);
+        self.wake_workers(key as u32);
+        self.wake_stopped(key as u32);
+        self.wake_unseen(key as u32);
         self.let_guests_go(key as u32);
     }
 
@@ -454,6 +453,24 @@ impl Core {
             copy.mirror.holds = false;
             self.let_guests_go(key);
         }
+    }
+
+    /// Those that have stopped because something failed try again.
+    pub fn wake_stopped(&mut self, key: u32) {
+        let mut stopped = std::mem::take(&mut self.copies[key as usize].stopped);
+        self.wake_all(&mut stopped);
+    }
+
+    /// The workers of a copy that wait for their turn, or to be resumed, look again.
+    pub fn wake_workers(&mut self, key: u32) {
+        let mut waiters = std::mem::take(&mut self.copies[key as usize].waiters);
+        self.wake_all(&mut waiters);
+    }
+
+    /// Those that wait until somebody has seen what they have read look again.
+    pub fn wake_unseen(&mut self, key: u32) {
+        let mut unseen = std::mem::take(&mut self.copies[key as usize].unseen);
+        self.wake_all(&mut unseen);
     }
 
     /// Something has been read that a copy reads before it is changed, or need not be any more: who
@@ -573,8 +590,7 @@ impl Core {
                 continue;
             }
             if copy.deadline().is_some_and(|due| due <= self.now) {
-                let mut waiters = std::mem::take(&mut copy.waiters);
-                self.wake_all(&mut waiters);
+                self.wake_workers(key as u32);
             }
         }
     }

@@ -52,6 +52,9 @@ pub enum Why {
     TooSmall,
     /// The source of a copy of one moment is larger than can be kept account of. No answer to a request.
     TooLarge,
+    /// A copy is to be shown in order, and is of a moment for which some of it is read earlier. No answer
+    /// to a request.
+    OutOfOrder,
 }
 
 /// How far a drain of all is.

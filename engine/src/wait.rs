@@ -41,7 +41,7 @@ pub enum On {
     Quiet,
     /// The end of all requests that may still use what was given up.
     Users,
-    /// What its job waits for: time, or to be resumed.
+    /// What its job waits for: time, to be resumed, or that what was read is seen.
     Job,
     /// A job that reads what is to be changed, as it was.
     Copy,

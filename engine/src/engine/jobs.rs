@@ -32,7 +32,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [`Why::InUse`]: they are one node (for that there is [`Copy::pull`]), another node reads from the target ([`Copy::top_layers`] says when it may), or one of them is being
     /// resized; [`Why::TooSmall`]: what is to be copied does not fit into the target, or begins behind
     /// the source's end; [`Why::TooLarge`]: what is read before it is changed is remembered, and that
-    /// would take more than 64 MiB (32 TiB in granules of 64 KiB; of larger ones more).
+    /// would take more than 64 MiB (32 TiB in granules of 64 KiB; of larger ones more);
+    /// [`Why::OutOfOrder`]: it is to be [shown](Copy::shown), and not of [`Moment::Any`].
     pub fn start(&mut self, copy: Copy) -> Result<JobId, Why> {
         self.start_copy(copy, None)
     }
@@ -68,6 +69,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if is_one || is_resized || is_below || is_read || has_moved {
             return Err(Why::InUse);
         }
+        if copy.shown && copy.moment != Moment::Any {
+            return Err(Why::OutOfOrder);
+        }
         let (source_size, total) = self.extent_of(&copy).ok_or(Why::TooSmall)?;
         for node in uses {
             self.life.why_not(&mut self.core, node)?;
@@ -93,6 +97,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             due: Time(0),
             waiters: WaitList::new(),
             stopped: WaitList::new(),
+            unseen: WaitList::new(),
             key: core.copies.vacant_key() as u32,
             ahead,
             mirror: Mirror { first_seen: core.serial, ..Mirror::default() },
@@ -140,6 +145,30 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         Some(JobProgress { done: copy.done, total: copy.total - copy.left_out })
     }
 
+    /// What a job that is to be [shown](Copy::shown) has read, where its turn has come: at which byte of
+    /// the copy, and the bytes. They come in order, each once, and are written only when they have
+    /// [been seen](Engine::job_seen). All that lies between them reads as zeros, or is not copied; so does the rest, when the
+    /// job has ended well. `None`: nothing yet; ask after each `run`.
+    pub fn job_read(&self, job: JobId) -> Option<(u64, &[u8])> {
+        let copy = self.core.copies.iter().map(|(_, copy)| copy).find(|copy| copy.id == job)?;
+        let worker = &self.core.workers[copy.to_be_seen(&self.core.workers)? as usize];
+        let (at, end) = worker.held;
+        let bytes = &self.core.mem.region(copy.region)[worker.memory as usize..];
+        Some((at, &bytes[..(end - at) as usize]))
+    }
+
+    /// [`job_read`](Engine::job_read) has been seen: the job goes on with it at the next `run`. False: there was nothing.
+    pub fn job_seen(&mut self, job: JobId) -> bool {
+        let core = &mut self.core;
+        let found = core.copies.iter().find(|(_, copy)| copy.id == job);
+        let seen = found.and_then(|(at, copy)| Some((at, copy.to_be_seen(&core.workers)?)));
+        let Some((copy, key)) = seen else { return false };
+        let worker = &mut core.workers[key as usize];
+        worker.read_to = worker.held.1;
+        core.wake_unseen(copy as u32);
+        true
+    }
+
     /// The job begins no more pieces; those in flight run to their end. False: there is no such job.
     pub fn pause_job(&mut self, job: JobId) -> bool {
         let Some(key) = self.job_mut(job).map(|found| found.key) else { return false };
@@ -151,12 +180,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn resume_job(&mut self, job: JobId) -> bool {
         let Some(found) = self.job_mut(job) else { return false };
         found.is_paused = mutant!("resumed_copy_sleeps_on");
-        let mut stopped = std::mem::take(&mut found.stopped);
-        let mut waiters = std::mem::take(&mut found.waiters);
+        let key = found.key;
         if !mutant!("stopped_copy_sleeps_on") {
-            self.core.wake_all(&mut stopped);
+            self.core.wake_stopped(key);
         }
-        self.core.wake_all(&mut waiters);
+        self.core.wake_workers(key);
         true
     }
 

@@ -15,7 +15,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, JobId, NodeId, Time};
-use cowbell_engine::{Copy, Engine, Limits, NodeEvent, Why, Zeros};
+use cowbell_engine::{Copy, Engine, Limits, Moment, NodeEvent, Why, Zeros};
 use cowbell_formats::{CreateOptions, Format, Node};
 
 pub const FORMATS: [Format; 5] =
@@ -472,6 +472,58 @@ fn the_first_error_ends_it() {
             assert!(read(&mut engine, to, SIZE).iter().all(|&byte| byte == 0x5a));
             drain(&mut engine);
         }
+    }
+}
+
+/// What is shown of a source is all that it has: in order, each byte once, zeros between.
+#[test]
+fn what_is_read_is_shown_in_order() {
+    for (format, zeros, piece, in_flight) in [
+        (Format::Raw, Zeros::Found, 4096, 16),
+        (Format::Qcow2, Zeros::Told, 65_536, 8),
+        (Format::Qed, Zeros::Written, 256 << 10, 3),
+    ] {
+        let folder = folder();
+        let mut engine = aio(Limits::default());
+        let formats = (format, Format::Raw);
+        let (disks, models) = filled(&mut engine, folder.path(), formats, [SIZE, 2 * SIZE]);
+        let forms = Copy { shown: true, zeros, piece, in_flight, ..Copy::new(disks[0], disks[1]) };
+        let copy = Copy { source_offset: 512, target_offset: 1024, ..forms };
+        let job = engine.start(copy).expect("it starts");
+        let mut shown = vec![0; SIZE as usize - 512];
+        let mut last = 0;
+        let result = loop {
+            let again = engine.run(clock()).again;
+            if let Some((at, bytes)) = engine.job_read(job) {
+                let at = at as usize;
+                assert!(at >= last && !bytes.is_empty(), "{at} after {last}");
+                last = at + bytes.len();
+                shown[at..last].copy_from_slice(bytes);
+                assert!(engine.job_seen(job), "it waits for that");
+                continue;
+            }
+            match engine.poll_event() {
+                Some(NodeEvent::JobEnded { result, .. }) => break result,
+                Some(event) => panic!("{event:?}"),
+                None => assert!(again || wait(&mut engine), "nothing wakes the loop: {engine:?}"),
+            }
+        };
+        assert_eq!(result, Ok(()));
+        assert!(shown == models[0][512..], "{copy:?}");
+        assert!(read(&mut engine, disks[1], 2 * SIZE)[1024..][..shown.len()] == shown);
+        // One that nobody looks at can be cancelled.
+        let job = engine.start(copy).expect("it starts");
+        while engine.job_read(job).is_none() {
+            assert!(engine.run(clock()).again || wait(&mut engine), "nothing is read: {engine:?}");
+        }
+        engine.cancel_job(job);
+        assert_eq!(engine.job_read(job), None);
+        assert!(!engine.job_seen(job), "nothing waits for that");
+        assert_eq!(end_of(&mut engine, job), Err(Errno::CANCELED));
+        for moment in [Moment::Start, Moment::End] {
+            assert_eq!(engine.start(Copy { moment, ..copy }), Err(Why::OutOfOrder));
+        }
+        drain(&mut engine);
     }
 }
 

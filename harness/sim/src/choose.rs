@@ -30,6 +30,8 @@ pub enum Choice {
     ResumeCopy,
     /// It is cancelled.
     CancelCopy,
+    /// What it has read next is seen.
+    SeeCopy,
     /// An op in flight ends.
     End(OpName, Outcome),
     /// The loop goes on with what the last turn left.
@@ -75,6 +77,7 @@ impl fmt::Display for Choice {
             Choice::PauseCopy => f.write_str("pause-copy"),
             Choice::ResumeCopy => f.write_str("resume-copy"),
             Choice::CancelCopy => f.write_str("cancel-copy"),
+            Choice::SeeCopy => f.write_str("see-copy"),
             Choice::Turn => f.write_str("turn"),
             Choice::Tick => f.write_str("tick"),
             Choice::Stall => f.write_str("stall"),
@@ -110,6 +113,7 @@ impl FromStr for Choice {
             ["pause-copy"] => Ok(Choice::PauseCopy),
             ["resume-copy"] => Ok(Choice::ResumeCopy),
             ["cancel-copy"] => Ok(Choice::CancelCopy),
+            ["see-copy"] => Ok(Choice::SeeCopy),
             ["turn"] => Ok(Choice::Turn),
             ["tick"] => Ok(Choice::Tick),
             ["stall"] => Ok(Choice::Stall),

@@ -460,6 +460,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let gives_up = |copy: CopyPlan| CopyPlan { gives_up: true, ..of_start(copy) };
     let mirror = CopyPlan { mirrors: true, ..copy_out };
     let resumed = |copy: CopyPlan| CopyPlan { stops: true, ..copy };
+    let shown = |copy: CopyPlan| CopyPlan { shown: true, ..copy };
     let pair = |_: &Image| {
         let pair = [Request::write(CLUSTER, 1024), Request::write(CLUSTER + 512, 1024)];
         let flushed = [Request::write(0, 1024), Request::flush()];
@@ -488,6 +489,8 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([empty], budget(used(copy_in), 0), none),
             scopes_on([noise], budget(copy_out, 1), none),
             scopes_on([noise], budget(used(copy_out), 0), one),
+            scopes_on([noise, short], budget(shown(copy_in), 1), none),
+            scopes_on([noise], budget(stops(shown(copy_in)), 0), few),
             scopes_on([noise], budget(of_start(copy_out), 1), one),
             scopes_on([noise], budget(of_start(copy_out), 0), two),
             scopes_on([noise], budget(stops(of_start(copy_out)), 0), last),

@@ -108,6 +108,8 @@ pub const MUTANTS: &[Mutant] = &[
         "what a copy could not write is left out when it is resumed",
     ),
     raw("stopped_copy_sleeps_on", "a copy that has stopped is not woken when it is resumed"),
+    raw("failed_copy_waits_to_be_seen", "a copy that has failed waits to be looked at"),
+    raw("copy_shows_what_it_has_first", "what a copy has read is shown as it comes, not in order"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
     raw(

@@ -132,6 +132,7 @@ impl Trace {
                 ("gives-up", plan.gives_up),
                 ("mirrors", plan.mirrors),
                 ("stops", plan.stops),
+                ("shown", plan.shown),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -244,6 +245,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-of-start" => copy.of_start = value == "true",
                 "copy-mirrors" => copy.mirrors = value == "true",
                 "copy-stops" => copy.stops = value == "true",
+                "copy-shown" => copy.shown = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",
                 "copy-pauses" => copy.pauses = small()?,

@@ -501,6 +501,7 @@ impl<S: Subject> World<S> {
             Choice::PauseCopy => self.pause_copy()?,
             Choice::ResumeCopy => self.resume_copy()?,
             Choice::CancelCopy => self.cancel_copy()?,
+            Choice::SeeCopy => self.see_copy()?,
             Choice::End(name, outcome) => {
                 let is_broken = self.engine.backend().broken().is_some();
                 if outcome.is_fault() && !(is_broken && self.faults == 0) {

@@ -115,6 +115,15 @@ impl FormatSubject for Raw {
             },
             copy(plan),
             copy(CopyPlan { pauses: 1, ..CopyPlan::new(Way::In) }),
+            copy(CopyPlan { shown: true, ..CopyPlan::new(Way::In) }),
+            Scope {
+                budget: Budget {
+                    copy: Some(CopyPlan { shown: true, ..CopyPlan::new(Way::In) }),
+                    faults: 1,
+                    ..QUIET
+                },
+                ..scope(Image { size: Some(3 * CLUSTER), beside_size: None, ..copied }, 0, 0, &[])
+            },
             backup(of_start, 0, &[Request::write(CLUSTER, CLUSTER + 512), zero_last]),
             backup(CopyPlan { pauses: 1, cancels: true, ..of_start }, 0, &[last]),
             backup(CopyPlan { gives_up: true, ..of_start }, 1, &[last]),

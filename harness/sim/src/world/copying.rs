@@ -36,6 +36,8 @@ pub struct CopyPlan {
     pub mirrors: bool,
     /// Does it stop when something fails, until it is resumed?
     pub stops: bool,
+    /// Is what it reads shown, and seen at any time?
+    pub shown: bool,
 }
 
 /// From where to where a copy goes.
@@ -63,6 +65,7 @@ impl CopyPlan {
             gives_up: false,
             mirrors: false,
             stops: false,
+            shown: false,
         }
     }
 }
@@ -87,6 +90,8 @@ pub(super) struct Copying {
     job: Option<JobId>,
     /// Bytes that are said to be done.
     done: u64,
+    /// Where what was seen ends.
+    seen: u64,
     has_moved: bool,
     /// Things that failed, where it stops then.
     errors: u8,
@@ -98,7 +103,7 @@ const ERRORS_MAX: u8 = 2;
 impl std::hash::Hash for Copying {
     fn hash<H: std::hash::Hasher>(&self, h: &mut H) {
         let left = self.plan.map(|plan| (plan.pauses, plan.cancels));
-        (self.phase, left, self.has_moved, self.errors).hash(h);
+        (self.phase, left, self.seen, self.has_moved, self.errors).hash(h);
     }
 }
 
@@ -165,6 +170,10 @@ impl<S: Subject> World<S> {
             _ => {}
         }
         let goes_on = matches!(self.copying.phase, Phase::Runs | Phase::Paused);
+        let job = self.copying.job.filter(|_| self.copying.runs());
+        if plan.shown && job.is_some_and(|job| self.engine.job_read(job).is_some()) {
+            out.push(Choice::SeeCopy);
+        }
         if goes_on && (plan.cancels || self.copying.errors >= ERRORS_MAX) {
             out.push(Choice::CancelCopy);
         }
@@ -211,6 +220,7 @@ impl<S: Subject> World<S> {
             },
             hold_max: plan.gives_up.then_some(Duration::from_millis(1)),
             target_is_zero: plan.target_is_zero,
+            shown: plan.shown,
             zeros,
             ..Copy::new(source, target)
         };
@@ -259,6 +269,18 @@ impl<S: Subject> World<S> {
     pub(super) fn cancel_copy(&mut self) -> Result<(), String> {
         self.copying.phase = Phase::Cancelled;
         self.is_known(|engine, job| engine.cancel_job(job))
+    }
+
+    /// What is shown comes in order, and each byte once.
+    pub(super) fn see_copy(&mut self) -> Result<(), String> {
+        let job = self.copying.job.expect("chosen because it runs");
+        let read = self.engine.job_read(job);
+        let (at, len) = read.map(|(at, bytes)| (at, bytes.len() as u64)).unwrap_or_default();
+        if len == 0 || at < self.copying.seen {
+            return Err(format!("{len} bytes at {at} are shown after {}", self.copying.seen));
+        }
+        self.copying.seen = at + len;
+        if self.engine.job_seen(job) { Ok(()) } else { Err("what is shown is not there".into()) }
     }
 
     fn is_known(
