@@ -10,6 +10,7 @@ use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::qcow2::rest::bitmap;
 use cowbell_formats::{Chain, Error, LayerMeta};
 
+use crate::checksum;
 use crate::convert;
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
@@ -56,6 +57,9 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD")]
     progress_fd: Option<u32>,
+    /// Print a checksum of the disk, as its guest reads it: that of a raw image of it
+    #[arg(long, value_name = "KIND")]
+    checksum: Option<checksum::Kind>,
     #[command(flatten)]
     naming: Naming,
     /// The disk
@@ -93,6 +97,7 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         progress: args.progress,
         quiet: args.quiet,
         progress_fd: args.progress_fd,
+        checksum: args.checksum,
         incremental: args.incremental,
         naming: args.naming,
         files: vec![args.source, args.target],

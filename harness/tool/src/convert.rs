@@ -16,6 +16,7 @@ use cowbell_formats::{Chain, DiskHost, Format, LayerMeta, PartialFiles, RunOptio
 use crate::at_snapshot;
 use crate::backup;
 use crate::cache::{Cache, How};
+use crate::checksum::{self, Checksum, Sum};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_source};
 use crate::create::help;
 use crate::fail::{Fail, Program};
@@ -104,6 +105,12 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD", help_heading = "Beyond QEMU")]
     pub(crate) progress_fd: Option<u32>,
+    /// Print a checksum of the disk that was copied, as its guest reads it: that of a raw image of it
+    ///
+    /// It is taken of what is read to be copied, holes included, in one pass, and printed at the end; where the target goes to
+    /// standard output, on standard error.
+    #[arg(long, value_name = "KIND", help_heading = "Beyond QEMU")]
+    pub(crate) checksum: Option<checksum::Kind>,
     /// Only what this bitmap of the source says has changed
     #[arg(skip)]
     pub(crate) incremental: Option<String>,
@@ -139,6 +146,11 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         return Err(Fail::other("Must specify image file name"));
     };
     check(args, sources.len())?;
+    if args.checksum.is_some() && has_backing(&wanted) {
+        let what =
+            "--checksum is of the whole disk, and what the target's backing file has is not read";
+        return Err(Fail::other(what));
+    }
     let stop = Stop::on_signals()?;
     let uses_pipes = args.files.iter().any(|name| is_pipe(name));
     let pipes = if uses_pipes { Some(Pipes::new()?) } else { None };
@@ -166,7 +178,8 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         .ok_or_else(|| Fail::other("the images are too large together"))?;
     let to_stdout = pipes.as_ref().filter(|_| is_pipe(to));
     if to_stdout.is_some() && wanted.format == Format::Raw {
-        return Ok(if raw_to_stdout(&images, &stop)? { 0 } else { 130 });
+        let checksum = args.checksum.map(Checksum::new);
+        return Ok(if raw_to_stdout(&images, checksum, &stop)? { 0 } else { 130 });
     }
     let to = &to_stdout.map_or_else(|| to.clone(), |pipes| pipes.target().into());
     let partial = PartialFiles::new(locking::chosen());
@@ -183,7 +196,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let shown = Shown::asked_for(is_asked, program);
     let progress = Progress::new(shown, total, args.progress_fd)?;
     let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
-    let code = finish(copied, partial, Path::new(to))?;
+    let code = finish(copied, partial, Path::new(to), to_stdout.is_some())?;
     if let Some(pipes) = to_stdout.filter(|_| code == 0) {
         pipes.give_output()?;
     }
@@ -299,7 +312,7 @@ impl Work {
         progress: Progress,
         stop: &Stop,
         program: Program,
-    ) -> Result<(), Ended> {
+    ) -> Result<Option<Sum>, Ended> {
         let Work { images, target: Target { image, chain, is_new } } = self;
         let parts = match (&args.incremental, &images[..]) {
             (Some(bitmap), [(image, chain)]) => Some(backup::changed(image, chain, bitmap)?),
@@ -345,7 +358,8 @@ impl Work {
                 at = to;
             }
         }
-        Run { session, progress, stop, program }.all(&copies, parts.as_deref())
+        let checksum = args.checksum.map(Checksum::new);
+        Run { session, progress, stop, program, checksum }.all(&copies, parts.as_deref())
     }
 }
 

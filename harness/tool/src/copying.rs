@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::path::Path;
 
 use cowbell_engine::sys::disk::DiskFile;
-use cowbell_engine::units::Errno;
+use cowbell_engine::units::{Errno, JobId};
 use cowbell_engine::{Copy, JobProgress, NodeEvent};
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::{Chain, DiskHost, Error, Format, Host, PartialFiles};
 
+use crate::checksum::{Checksum, Sum};
 use crate::disk::StoppableHost;
 use crate::fail::{Fail, Program};
 use crate::locking;
@@ -100,14 +101,23 @@ impl From<Fail> for Ended {
     }
 }
 
-/// What the verb answers. A target that is whole gets its name.
-pub fn finish(copied: Result<(), Ended>, partial: PartialFiles, to: &Path) -> Result<u8, Fail> {
-    match copied {
-        Ok(()) => {}
+/// What the verb answers. A target that is whole gets its name; then its checksum is said, not on
+/// standard output if that is an image's.
+pub fn finish(
+    copied: Result<Option<Sum>, Ended>,
+    partial: PartialFiles,
+    to: &Path,
+    is_stdout_taken: bool,
+) -> Result<u8, Fail> {
+    let sum = match copied {
+        Ok(sum) => sum,
         Err(Ended::Stopped) => return Ok(130),
         Err(Ended::Failed(fail)) => return Err(fail),
-    }
+    };
     partial.keep().map_err(|why| Fail::open_io(to, &why))?;
+    if let Some(sum) = sum {
+        sum.say(is_stdout_taken)?;
+    }
     Ok(0)
 }
 
@@ -121,18 +131,56 @@ pub struct Run<'a> {
     pub stop: &'a Stop,
     /// Who warns.
     pub program: Program,
+    /// The checksum of what is copied, if that is asked for.
+    pub checksum: Option<Checksum>,
 }
 
 impl Run<'_> {
-    /// Does all of these copies, of these parts if any are named, and leaves the target clean.
-    pub fn all(mut self, copies: &[Copy], parts: Option<&[Range<u64>]>) -> Result<(), Ended> {
+    /// Does all of these copies, one behind the other, of these parts if any are named, and leaves the target clean.
+    /// Answers the checksum.
+    pub fn all(
+        mut self,
+        copies: &[Copy],
+        parts: Option<&[Range<u64>]>,
+    ) -> Result<Option<Sum>, Ended> {
         let copied = self.progress.show(0).map_err(Ended::from);
         let copied =
             copied.and_then(|()| copies.iter().try_for_each(|copy| self.copy(copy, parts)));
+        let end = |copy: &Copy| copy.target_offset + copy.len.unwrap_or(0);
+        let copied = copied.and_then(|()| self.sum_up_to(copies.last().map_or(0, end)));
         let closed = self.session.drain();
         copied?;
         closed?;
-        Ok(self.progress.end()?)
+        self.progress.end()?;
+        let sum = self.checksum.map(Checksum::end);
+        if let Some(sum) = &sum {
+            self.progress.tell(&sum.json());
+        }
+        Ok(sum)
+    }
+
+    /// What was not shown up to this byte of the target are zeros.
+    fn sum_up_to(&mut self, end: u64) -> Result<(), Ended> {
+        while let Some(sum) = &mut self.checksum
+            && !sum.add_zeros_to(end)
+        {
+            self.progress.reached(sum.at())?;
+            if self.stop.is_asked() {
+                return Err(Ended::Stopped);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the checksum of what the job has read. Was there something, or is there more?
+    fn sum(&mut self, job: JobId, base: u64) -> bool {
+        let Some(sum) = &mut self.checksum else { return false };
+        let Some((at, bytes)) = self.session.engine.job_read(job) else { return false };
+        if sum.add_zeros_to(base + at) {
+            sum.add(bytes);
+            self.session.engine.job_seen(job);
+        }
+        true
     }
 
     /// Does one of the copies.
@@ -140,6 +188,7 @@ impl Run<'_> {
         let base = copy.target_offset;
         let refused = |why| Fail::other(format!("the copy cannot begin: {why:?}"));
         let engine = &mut self.session.engine;
+        let copy = &Copy { shown: self.checksum.is_some(), ..*copy };
         let job = match parts {
             Some(parts) => engine.start_parts(*copy, parts),
             None => engine.start(*copy),
@@ -147,7 +196,7 @@ impl Run<'_> {
         let job = job.map_err(refused)?;
         let (mut is_stopped, mut why) = (false, None);
         loop {
-            let again = self.session.run().again;
+            let again = self.session.run().again | self.sum(job, base);
             while let Some(event) = self.session.engine.poll_event() {
                 match event {
                     NodeEvent::JobError { node, at, len, errno, .. } if node == copy.source => {
@@ -160,7 +209,8 @@ impl Run<'_> {
                     }
                     NodeEvent::JobError { at, .. } => why = why.or(Some(("writing", at))),
                     NodeEvent::JobEnded { result: Ok(()), .. } => {
-                        return Ok(self.progress.reached(base + copy.len.unwrap_or(0))?);
+                        let done = base + copy.len.unwrap_or(0);
+                        return Ok(self.progress.reached(self.is_done(done))?);
                     }
                     NodeEvent::JobEnded { .. } if is_stopped => return Err(Ended::Stopped),
                     NodeEvent::JobEnded { result: Err(errno), .. } => {
@@ -176,13 +226,18 @@ impl Run<'_> {
                 continue;
             }
             if let Some(JobProgress { done, .. }) = self.session.engine.job_progress(job) {
-                self.progress.reached(base + done)?;
+                self.progress.reached(self.is_done(base + done))?;
             }
             if !again {
                 let until = self.progress.next(self.session.now());
                 self.session.wait(until)?;
             }
         }
+    }
+
+    /// What is copied is done when it is in the checksum too.
+    fn is_done(&self, copied: u64) -> u64 {
+        self.checksum.as_ref().map_or(copied, |sum| copied.min(sum.at()))
     }
 
     /// Sector by sector, as QEMU tells it.

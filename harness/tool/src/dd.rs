@@ -9,6 +9,7 @@ use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::error::Shown;
 use cowbell_formats::{DiskHost, Error, PartialFiles, RunOptions, attach};
 
+use crate::checksum::{self, Checksum, Sum};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish};
 use crate::fail::{Fail, Program};
 use crate::locking;
@@ -27,6 +28,9 @@ pub struct Args {
     /// The target's format
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
     output_format: String,
+    /// Print a checksum of what was copied, as a guest reads it
+    #[arg(long, value_name = "KIND", help_heading = "Beyond QEMU")]
+    checksum: Option<checksum::Kind>,
     #[command(flatten)]
     naming: Naming,
     /// if=FILE and of=FILE: the source, and the target to make; bs=N: bytes in a block, 512 if not
@@ -71,8 +75,9 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         beyond.report(program, "dd");
     }
     let progress = Progress::new(progress::Shown::Nothing, len, None)?;
-    let copied = copy(source, target, from, len, progress, &stop, program);
-    finish(copied, partial, Path::new(name))
+    let checksum = args.checksum.map(Checksum::new);
+    let copied = copy(source, target, (from, len), progress, checksum, &stop, program);
+    finish(copied, partial, Path::new(name), false)
 }
 
 impl Operands<'_> {
@@ -130,12 +135,12 @@ const PIECE_MAX: u64 = 2 << 20;
 fn copy(
     source: Source,
     target: Target,
-    from: u64,
-    len: u64,
+    (from, len): (u64, u64),
     progress: Progress,
+    checksum: Option<Checksum>,
     stop: &Stop,
     program: Program,
-) -> Result<(), Ended> {
+) -> Result<Option<Sum>, Ended> {
     let Target { image, chain, is_new } = target;
     let cluster = chain.layers.first().and_then(|top| top.meta.cluster_size());
     // Whatever is written into a new cluster, all of it is.
@@ -155,5 +160,5 @@ fn copy(
         ..whole
     };
     let copies = if len > 0 { vec![copy] } else { Vec::new() };
-    Run { session, progress, stop, program }.all(&copies, None)
+    Run { session, progress, stop, program, checksum }.all(&copies, None)
 }

@@ -11,6 +11,7 @@ mod bench;
 mod beside;
 mod cache;
 mod check;
+mod checksum;
 mod commit;
 mod compare;
 mod convert;

@@ -13,6 +13,7 @@ use cowbell_formats::map::read;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
+use crate::checksum::Checksum;
 use crate::copying::Source;
 use crate::fail::Fail;
 use crate::scratch::Folder;
@@ -104,8 +105,13 @@ fn put(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes disks to standard output, one after the other, front to back. False: somebody has asked to stop.
-pub fn raw_to_stdout(sources: &[Source], stop: &Stop) -> Result<bool, Fail> {
+/// Writes disks to standard output, one after the other, front to back, and says their checksum. False:
+/// somebody has asked to stop.
+pub fn raw_to_stdout(
+    sources: &[Source],
+    mut checksum: Option<Checksum>,
+    stop: &Stop,
+) -> Result<bool, Fail> {
     let mut out = io::stdout().lock();
     let mut buf = vec![0; PIECE];
     for (image, chain) in sources {
@@ -117,10 +123,16 @@ pub fn raw_to_stdout(sources: &[Source], stop: &Stop) -> Result<bool, Fail> {
             read(chain, at, &mut buf[..len]).map_err(|why| {
                 Fail::at(&image.given, format!("error while reading at byte {at}: {why}"))
             })?;
+            if let Some(sum) = &mut checksum {
+                sum.add(&buf[..len]);
+            }
             let written = out.write_all(&buf[..len]);
             written.map_err(|error| Fail::open_io(Path::new("-"), &error))?;
         }
     }
     out.flush().map_err(|error| Fail::open_io(Path::new("-"), &error))?;
+    if let Some(sum) = checksum {
+        sum.end().say(true)?;
+    }
     Ok(true)
 }

@@ -121,13 +121,17 @@ impl Progress {
             }
         }
         out.flush()?;
+        let total = self.total;
+        self.tell(&format!("{{\"done\":{done},\"total\":{total},\"rate\":{rate:.0}}}\n"));
+        Ok(())
+    }
+
+    /// Tells programs this line, if some listen.
+    pub fn tell(&mut self, line: &str) {
         if let Some(fd) = &mut self.fd {
-            let total = self.total;
-            let line = format!("{{\"done\":{done},\"total\":{total},\"rate\":{rate:.0}}}\n");
             // Nobody there, or too slow: the next one tells more.
             let _ = fd.write(line.as_bytes());
         }
-        Ok(())
     }
 
     /// All is done.

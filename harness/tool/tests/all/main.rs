@@ -2,6 +2,7 @@
 
 mod benchmarks_say_how_long_the_loop_is_held;
 mod chains_are_rewritten;
+mod checksums_are_those_of_raw_images;
 #[path = "../common/mod.rs"]
 mod common;
 mod compressed_writes_are_read_by_qemu;
