@@ -76,6 +76,11 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
+    /// Is it a qcow2 image of the old version, which has no extensions that go away by themselves?
+    pub fn is_version_2(&self) -> bool {
+        matches!(self.compat.as_deref(), Some("v2" | "0.10"))
+    }
+
     /// Takes in an option string for an image of this format. May be called again: what is said
     /// later counts.
     ///

@@ -67,7 +67,7 @@ pub fn of_source<F: Store>(
             // How much of the disk the backing file will have is not known: perhaps nothing.
             let all = takes_all(options) || options.backing_file.is_some();
             let data = if all { disk } else { data(source, geometry.cluster_size())? };
-            let bitmaps = if is_version_2(options) { None } else { bitmaps_of(source, geometry)? };
+            let bitmaps = if options.is_version_2() { None } else { bitmaps_of(source, geometry)? };
             Ok(Measure { bitmaps, ..measure(disk, data, geometry) })
         }
         _ => Err(not_measured(format.name())),
@@ -88,10 +88,6 @@ fn too_large() -> Error {
     Error::Limit("The image size is too large (try using a larger cluster size)".into())
 }
 
-fn is_version_2(options: &CreateOptions) -> bool {
-    matches!(options.compat.as_deref(), Some("v2" | "0.10"))
-}
-
 /// Has the image space for all of the disk from the start?
 fn takes_all(options: &CreateOptions) -> bool {
     matches!(options.preallocation, Some(Preallocation::Falloc | Preallocation::Full))
@@ -108,7 +104,7 @@ fn geometry(options: &CreateOptions) -> Result<Geometry, Error> {
     };
     let plan = image.plan()?;
     // Of all that version 2 lacks, QEMU looks at this alone when it measures.
-    if is_version_2(options) && refcount_bits != DEFAULT_REFCOUNT_BITS {
+    if options.is_version_2() && refcount_bits != DEFAULT_REFCOUNT_BITS {
         return Err(Error::Invalid(
             "Different refcount widths than 16 bits require compatibility level 1.1 or above \
              (use compat=1.1 or greater)"

@@ -93,6 +93,8 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         no_create: false,
         target_is_zero: false,
         target_image_opts: false,
+        bitmaps: false,
+        skip_broken_bitmaps: false,
         salvage: false,
         progress: args.progress,
         quiet: args.quiet,

@@ -15,6 +15,7 @@ use cowbell_formats::{Chain, DiskHost, Format, LayerMeta, PartialFiles, RunOptio
 
 use crate::at_snapshot;
 use crate::backup;
+use crate::bitmaps::Bitmaps;
 use crate::cache::{Cache, How};
 use crate::checksum::{self, Checksum, Sum};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_source};
@@ -93,6 +94,12 @@ pub struct Args {
     /// With -n: the target is named by options
     #[arg(long)]
     pub(crate) target_image_opts: bool,
+    /// Copy the source's persistent bitmaps too, from qcow2 to qcow2
+    #[arg(long)]
+    pub(crate) bitmaps: bool,
+    /// With --bitmaps: leave out those that are inconsistent
+    #[arg(long)]
+    pub(crate) skip_broken_bitmaps: bool,
     /// What cannot be read becomes zeros
     #[arg(long)]
     pub(crate) salvage: bool,
@@ -124,9 +131,9 @@ pub struct Args {
 }
 
 /// What the options say, numbers read.
-struct Wanted {
-    format: Format,
-    create: CreateOptions,
+pub(crate) struct Wanted {
+    pub(crate) format: Format,
+    pub(crate) create: CreateOptions,
     cache: Cache,
     source_cache: Cache,
     in_flight: usize,
@@ -171,6 +178,10 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     if args.compress && !matches!(wanted.format, Format::Qcow2 | Format::Vmdk) {
         return Err(Fail::other("Compression not supported for this file format"));
     }
+    let bitmaps = match &images[..] {
+        [source] if args.bitmaps => Some(Bitmaps::of(source, args, &wanted, program)?),
+        _ => None,
+    };
     let total: u64 = images
         .iter()
         .try_fold(0u64, |total, (_, chain)| total.checked_add(chain.size()))
@@ -195,7 +206,15 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let is_asked = args.progress && !args.quiet && to_stdout.is_none();
     let shown = Shown::asked_for(is_asked, program);
     let progress = Progress::new(shown, total, args.progress_fd)?;
+    // It stays open, so that nobody writes it before they are copied.
+    let bitmaps = bitmaps.zip(images.first().map(|(image, _)| image.clone()));
     let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
+    let copied = copied.and_then(|sum| {
+        if let Some((bitmaps, source)) = &bitmaps {
+            bitmaps.copy_to(source, &partial, Path::new(to))?;
+        }
+        Ok(sum)
+    });
     let code = finish(copied, partial, Path::new(to), to_stdout.is_some())?;
     if let Some(pipes) = to_stdout.filter(|_| code == 0) {
         pipes.give_output()?;
@@ -263,6 +282,15 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
         ),
         (args.target_is_zero && !args.no_create, "--target-is-zero requires use of -n flag"),
         (args.target_image_opts && !args.no_create, "--target-image-opts requires use of -n flag"),
+        (
+            args.skip_broken_bitmaps && !args.bitmaps,
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (sources > 1 && args.bitmaps, "Copying bitmaps only possible with single source"),
+        (
+            args.bitmaps && (args.no_create || args.snapshot.is_some()),
+            "--bitmaps are those of the disk as it is, and go into an image that is made",
+        ),
         (sources > 1 && args.snapshot.is_some(), "No support for concatenating multiple snapshot"),
         (
             sources > 1 && args.backing.is_some(),

@@ -9,6 +9,7 @@ mod at_snapshot;
 mod backup;
 mod bench;
 mod beside;
+mod bitmaps;
 mod cache;
 mod check;
 mod checksum;

@@ -641,9 +641,39 @@ impl Header {
 
     /// Moves the bitmap directory, which keeps its length.
     pub fn set_bitmap_directory(&mut self, offset: u64) {
+        let at = self.bitmaps_at();
+        put_u64(&mut self.kept, at + 16, offset);
+    }
+
+    /// Makes room for the extension that locates a bitmap directory, in front of the others: so it is in
+    /// the first sector. Nobody believes what it says.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if version 2 is too old for that, or if there is such an extension;
+    /// [`Error::Invalid`] if it does not fit into a cluster.
+    pub fn make_room_for_bitmaps(&mut self) -> Result<(), Error> {
+        if self.version < 3 || self.extension(EXT_BITMAPS).is_some() {
+            return Err(Error::Unsupported("bitmaps of this image cannot be added to".into()));
+        }
+        let name = self.backing_name().map(<[u8]>::to_vec);
+        self.lay_out(name.as_deref(), &[(EXT_BITMAPS, Some(&[0; BITMAPS_BYTES]))])
+    }
+
+    /// Fills the room that was made, and says that it is to be believed.
+    pub fn set_bitmaps(&mut self, bitmaps: Bitmaps) {
+        let at = self.bitmaps_at();
+        let Bitmaps { count, directory } = bitmaps;
+        put_u32(&mut self.kept, at, count);
+        put_u64(&mut self.kept, at + 8, directory.len);
+        put_u64(&mut self.kept, at + 16, directory.offset);
+        self.autoclear |= AUTOCLEAR_BITMAPS;
+    }
+
+    /// Where the last extension that locates a bitmap directory has its data.
+    fn bitmaps_at(&self) -> usize {
         let last = self.extensions.iter().rev().find(|extension| extension.kind == EXT_BITMAPS);
-        let at = last.expect("it has bitmaps").data.start + 16;
-        put_u64(&mut self.kept, at, offset);
+        last.expect("it has bitmaps").data.start
     }
 
     /// The first cluster: fields, extensions, name, zeros behind.
@@ -908,8 +938,11 @@ fn parse_extensions(first: &[u8], start: usize, end: usize) -> Result<Vec<Extens
     Ok(list)
 }
 
+/// Bytes of the extension that locates a bitmap directory.
+const BITMAPS_BYTES: usize = 24;
+
 fn parse_bitmaps(data: &[u8], cluster_size: u64) -> Result<Bitmaps, Error> {
-    if data.len() != 24 {
+    if data.len() != BITMAPS_BYTES {
         return corrupt("bitmaps_ext: Invalid extension length", 0);
     }
     if u32_at(data, 4) != 0 {

@@ -16,6 +16,9 @@
 //! [`resize`] makes them as long as the disk, with zeros for what it gains, and lets them be believed
 //! again.
 //!
+//! An image that was just made gets [copies](copy) of another one's bitmaps, bit for bit, when all of its
+//! disk is there.
+//!
 //! Section "Bitmaps extension" and "Bitmap directory" of the specification.
 
 use std::ffi::OsStr;
@@ -26,7 +29,7 @@ use std::path::Path;
 use cowbell_engine::store::Store;
 
 use crate::error::{Error, Shown};
-use crate::qcow2::disk::header::{Area, Header, u16_at, u32_at, u64_at};
+use crate::qcow2::disk::header::{Area, Bitmaps, Header, u16_at, u32_at, u64_at};
 use crate::qcow2::disk::snapshot_table::Cursor;
 use crate::qcow2::rest::check::change::{Room, change};
 use crate::qcow2::rest::open::{read_header, read_words};
@@ -301,7 +304,117 @@ pub fn resize<F: Store>(file: &F, bitmaps: &[Bitmap], old: u64) -> Result<(), Er
     })
 }
 
+/// Gives an image that has no bitmaps copies of these of another one, whose disk is as long. Who makes an
+/// image does so last: a crash meanwhile may leave an image that cannot be opened.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] for one that is not to be believed, or if the disks differ in size;
+/// [`Error::Corrupt`] for one that is not as long as the disk, or has a table entry that cannot be;
+/// [`Error::Limit`] for one that would be too large; [`Error::Unsupported`] for an image of version 2, or with
+/// bitmaps; [`Error::Io`].
+pub fn copy<S: Store, F: Store>(
+    bitmaps: &[Bitmap],
+    source: &S,
+    source_header: &Header,
+    file: &F,
+) -> Result<(), Error> {
+    if bitmaps.is_empty() {
+        return Ok(());
+    }
+    let mut header = read_header(file)?;
+    let size = header.disk_size();
+    if size != source_header.disk_size() {
+        return Err(Error::Invalid("bitmaps are of disks of the same size".into()));
+    }
+    check_resize(bitmaps, source_header, size, size)?;
+    header.make_room_for_bitmaps()?;
+    file.write_at(0, &header.encode()).map_err(Error::io("write the header"))?;
+    file.flush().map_err(Error::io("flush the header"))?;
+    change(file, |mut header, room| {
+        let mut directory = Vec::new();
+        for bitmap in bitmaps {
+            let table = bitmap.copied(source, source_header, &header, room)?;
+            let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            directory.extend(room.put(&bytes)?.to_be_bytes());
+            directory.extend((table.len() as u32).to_be_bytes());
+            directory.extend(bitmap.flags.to_be_bytes());
+            directory.extend([1, bitmap.granularity_bits]);
+            directory.extend((bitmap.name.len() as u16).to_be_bytes());
+            directory.extend([0; 4]);
+            directory.extend(&bitmap.name);
+            directory.resize(directory.len().next_multiple_of(8), 0);
+        }
+        let (len, offset) = (directory.len() as u64, room.put(&directory)?);
+        let directory = Area { offset, len };
+        header.set_bitmaps(Bitmaps { count: bitmaps.len() as u32, directory });
+        Ok(header)
+    })
+}
+
 impl Bitmap {
+    /// The table of a copy in another image.
+    fn copied<S: Store, F: Store>(
+        &self,
+        source: &S,
+        source_header: &Header,
+        header: &Header,
+        room: &mut Room<'_, F>,
+    ) -> Result<Vec<u64>, Error> {
+        let bits = self.bits(header.disk_size());
+        let bytes = bits.div_ceil(8);
+        let cluster_size = header.cluster_size();
+        if bytes > BYTES_MAX {
+            return Err(Error::Limit("a bitmap would be too large".into()));
+        }
+        let mut cluster = vec![0; cluster_size as usize];
+        let mut table = Vec::new();
+        for at in (0..bytes).step_by(cluster_size as usize) {
+            let len = cluster_size.min(bytes - at) as usize;
+            cluster.fill(0);
+            self.read_bits(source, source_header, at, &mut cluster[..len])?;
+            if at + len as u64 == bytes && !bits.is_multiple_of(8) {
+                cluster[len - 1] &= (1 << (bits % 8)) - 1;
+            }
+            table.push(match cluster.first() {
+                Some(0) if cluster.iter().all(|&byte| byte == 0) => 0,
+                Some(0xff) if cluster.iter().all(|&byte| byte == 0xff) => ALL_ONES,
+                _ => room.put(&cluster)?,
+            });
+        }
+        Ok(table)
+    }
+
+    /// Fills `buf` with the bitmap's bytes from number `at` on.
+    fn read_bits<F: Store>(
+        &self,
+        file: &F,
+        header: &Header,
+        at: u64,
+        buf: &mut [u8],
+    ) -> Result<(), Error> {
+        let (size, mut done) = (header.cluster_size(), 0);
+        while done < buf.len() {
+            let at = at + done as u64;
+            let len = (size - at % size).min((buf.len() - done) as u64) as usize;
+            let part = &mut buf[done..done + len];
+            let word = self.table.offset + at / size * 8;
+            let entry = read_words(file, word, 1, "read a bitmap table")?[0];
+            let cluster = entry & OFFSET;
+            match entry {
+                0 => part.fill(0),
+                ALL_ONES => part.fill(0xff),
+                _ if entry == cluster && header.can_be_at(cluster, size) => {
+                    let read = file.read_at(cluster + at % size, part);
+                    read.map_err(Error::io("read a bitmap"))?;
+                }
+                _ => return corrupt("A bitmap table entry is invalid", self.table.offset),
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
     /// Bytes of its directory entry, with what pads it.
     pub(crate) fn entry_bytes(&self) -> u64 {
         (ENTRY_BYTES + self.name.len()).next_multiple_of(8) as u64

@@ -1,6 +1,7 @@
 //! One program with all tests of this crate: it is linked once.
 
 mod benchmarks_say_how_long_the_loop_is_held;
+mod bitmaps_go_with_the_disk;
 mod chains_are_rewritten;
 mod checksums_are_those_of_raw_images;
 #[path = "../common/mod.rs"]
