@@ -216,6 +216,8 @@ pub struct JobProgress {
     pub done: u64,
     /// In all.
     pub total: u64,
+    /// All before this byte of the copy is done; of a mirror, which goes over things again: 0.
+    pub up_to: u64,
 }
 
 /// Bytes in a sector: nothing smaller is told apart.
@@ -378,6 +380,17 @@ impl CopyJob {
     pub fn is_near(&self) -> bool {
         let few = self.copy.in_flight as u64;
         self.mirror.passes >= PASSES_MAX || self.ahead.count() <= few
+    }
+
+    /// All before this byte is done.
+    pub fn up_to(&self, workers: &Slab<Worker>) -> u64 {
+        if self.copy.moment == Moment::End {
+            return 0;
+        }
+        let its = workers.iter().filter(|(_, worker)| worker.job == self.key);
+        let open = its.filter(|(_, worker)| worker.at < worker.end).map(|(_, worker)| worker.at);
+        let first = open.min().unwrap_or(self.next).min(self.next);
+        if mutant!("copy_is_done_up_to_the_next_piece") { self.next } else { first }
     }
 
     /// The worker whose bytes are to be seen next, if it waits for that: nothing before them is still

@@ -142,7 +142,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn job_progress(&self, job: JobId) -> Option<JobProgress> {
         let copies = self.core.copies.iter().map(|(_, copy)| copy);
         let copy = copies.into_iter().find(|copy| copy.id == job)?;
-        Some(JobProgress { done: copy.done, total: copy.total - copy.left_out })
+        let (done, total) = (copy.done, copy.total - copy.left_out);
+        Some(JobProgress { done, total, up_to: copy.up_to(&self.core.workers) })
     }
 
     /// What a job that is to be [shown](Copy::shown) has read, where its turn has come: at which byte of

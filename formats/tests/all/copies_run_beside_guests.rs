@@ -505,7 +505,7 @@ fn what_is_read_is_shown_in_order() {
             match engine.poll_event() {
                 Some(NodeEvent::JobEnded { result, .. }) => break result,
                 Some(event) => panic!("{event:?}"),
-                None => assert!(again || wait(&mut engine), "nothing wakes the loop: {engine:?}"),
+                None => assert!(again || wait(&engine), "nothing wakes the loop: {engine:?}"),
             }
         };
         assert_eq!(result, Ok(()));
@@ -514,7 +514,7 @@ fn what_is_read_is_shown_in_order() {
         // One that nobody looks at can be cancelled.
         let job = engine.start(copy).expect("it starts");
         while engine.job_read(job).is_none() {
-            assert!(engine.run(clock()).again || wait(&mut engine), "nothing is read: {engine:?}");
+            assert!(engine.run(clock()).again || wait(&engine), "nothing is read: {engine:?}");
         }
         engine.cancel_job(job);
         assert_eq!(engine.job_read(job), None);

@@ -110,6 +110,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("stopped_copy_sleeps_on", "a copy that has stopped is not woken when it is resumed"),
     raw("failed_copy_waits_to_be_seen", "a copy that has failed waits to be looked at"),
     raw("copy_shows_what_it_has_first", "what a copy has read is shown as it comes, not in order"),
+    raw("copy_is_done_up_to_the_next_piece", "what is begun of a copy counts as done"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
     raw(

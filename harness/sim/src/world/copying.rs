@@ -329,6 +329,9 @@ impl<S: Subject> World<S> {
         if progress.total != total || progress.done > total || progress.done < self.copying.done {
             return Err(format!("a copy of {total} bytes is at {progress:?}"));
         }
+        if progress.up_to > progress.done {
+            return Err(format!("a copy is not done as far as it says: {progress:?}"));
+        }
         self.copying.done = progress.done;
         // What is written there is in its file at once; its bytes were noise.
         if way == Way::In && !self.plan.subject.writes_back() {
