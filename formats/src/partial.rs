@@ -21,7 +21,7 @@ use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 use crate::chain::Host;
 use crate::disk_host::DiskHost;
 
-/// The files that are made for one image. Dropped, it removes them.
+/// The files that are made for one image. Dropped, it removes them, but for one that was taken up.
 #[derive(Debug)]
 pub struct PartialFiles {
     locking: Locking,
@@ -34,6 +34,8 @@ pub struct PartialFiles {
 struct Made {
     name: PathBuf,
     partial: PathBuf,
+    /// Somebody else has begun it.
+    is_taken_up: bool,
 }
 
 /// Where what is asked for by a name is written.
@@ -54,6 +56,29 @@ impl PartialFiles {
         PartialHost { host, files: self }
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        locked(&self.made).len()
+    }
+
+    /// Takes up the file that somebody else has begun of an image of this name, instead of making one.
+    ///
+    /// # Errors
+    ///
+    /// If what has the name is locked. (The file itself is locked by who opens it.)
+    pub fn take_up(&self, name: &Path) -> io::Result<()> {
+        if let Place::Beside(made) = place(name) {
+            self.hold(&made.name)?;
+            locked(&self.made).push(Made { is_taken_up: true, ..made });
+        }
+        Ok(())
+    }
+
+    /// Leaves them there, partial as they are.
+    pub fn leave(self) {
+        locked(&self.made).clear();
+    }
+
     /// Are there none? Then all is written in place.
     pub fn is_empty(&self) -> bool {
         locked(&self.made).is_empty()
@@ -67,7 +92,7 @@ impl PartialFiles {
     /// which is the image's own.
     pub fn keep(self) -> io::Result<()> {
         let mut folders = Vec::new();
-        while let Some(Made { name, partial }) = self.next() {
+        while let Some(Made { name, partial, .. }) = self.next() {
             let result = take_place(&name, &partial);
             if result.is_err() {
                 // The first error is the one to report, not that of the tidying up.
@@ -103,7 +128,7 @@ impl PartialFiles {
 
 impl Drop for PartialFiles {
     fn drop(&mut self) {
-        for made in locked(&self.made).iter() {
+        for made in locked(&self.made).iter().filter(|made| !made.is_taken_up) {
             // Whoever is told of an error is told of the one that led here.
             let _ = fs::remove_file(&made.partial);
         }
@@ -130,11 +155,20 @@ impl<H: Host> Host for PartialHost<'_, H> {
     fn create_new(&self, path: &Path) -> io::Result<H::File> {
         let Place::Beside(made) = place(path) else { return self.host.create_new(path) };
         self.files.hold(&made.name)?;
+        // Notes on another file of that name are no longer of use.
+        let forget = || match self.host.remove(&notes(&made.partial)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        if !fs::exists(&made.partial)? {
+            forget()?;
+        }
         let file = match self.host.create_new(&made.partial) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 // Somebody's who was killed, or is still at it.
                 let mut old = DiskHost::default().open(&made.partial, true)?;
                 lock(&mut old, self.files.locking)?;
+                forget()?;
                 self.host.remove(&made.partial)?;
                 self.host.create_new(&made.partial)
             }
@@ -171,6 +205,21 @@ impl<H: Host> Host for PartialHost<'_, H> {
     }
 }
 
+/// Where an image of this name is made; `None`: in place.
+pub fn beside(name: &Path) -> Option<PathBuf> {
+    match place(name) {
+        Place::Beside(made) => Some(made.partial),
+        Place::InPlace => None,
+    }
+}
+
+/// Where somebody who wants to go on with a partial file keeps notes on it. They go when it is made anew.
+pub fn notes(partial: &Path) -> PathBuf {
+    let mut name = partial.as_os_str().to_owned();
+    name.push(".resume");
+    name.into()
+}
+
 /// A panic elsewhere leaves the list whole.
 fn locked<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
     list.lock().unwrap_or_else(PoisonError::into_inner)
@@ -202,7 +251,7 @@ fn place(path: &Path) -> Place {
     let mut last = OsString::from(last);
     last.push(".partial");
     let partial = name.with_file_name(last);
-    Place::Beside(Made { name, partial })
+    Place::Beside(Made { name, partial, is_taken_up: false })
 }
 
 /// Puts one file in the other's place. Who may use it stays as it was.
@@ -304,6 +353,39 @@ mod tests {
         let meta = fs::metadata(&path).expect("it is there");
         assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (1 << 20, 0o604));
         assert!(fs::read_link(&link).is_ok(), "a link stays one");
+    }
+
+    #[test]
+    fn what_was_begun_can_be_taken_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a");
+        let begun = PartialFiles::new(Locking::Auto);
+        make(&begun, &path, Format::Raw, "");
+        fs::write(notes(&beside(&path).expect("a file")), "").expect("written");
+        begun.leave();
+        let both = ["a.partial", "a.partial.resume"];
+        assert_eq!(names(folder.path()), both);
+        // Who fails leaves it once more.
+        let files = PartialFiles::new(Locking::Auto);
+        files.take_up(&path).expect("it is free");
+        assert_eq!(files.count(), 1);
+        files.host(DiskHost::default()).open(&path, true).expect("it is there");
+        drop(files);
+        assert_eq!(names(folder.path()), both);
+        let files = PartialFiles::new(Locking::Auto);
+        files.take_up(&path).expect("it is free");
+        files.keep().expect("nothing is in its way");
+        assert_eq!(names(folder.path()), ["a", "a.partial.resume"]);
+        // Notes are on what was there, not on what is made.
+        for is_there in [false, true] {
+            fs::write(folder.path().join("a.partial.resume"), "").expect("written");
+            if is_there {
+                fs::write(folder.path().join("a.partial"), "").expect("written");
+            }
+            let files = PartialFiles::new(Locking::Auto);
+            make(&files, &path, Format::Raw, "");
+            assert_eq!(names(folder.path()), ["a", "a.partial"]);
+        }
     }
 
     #[test]

@@ -57,6 +57,9 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD")]
     progress_fd: Option<u32>,
+    /// Go on where the same command was ended before, and leave what there is if this one is, as TARGET.partial
+    #[arg(long)]
+    resume: bool,
     /// Print a checksum of the disk, as its guest reads it: that of a raw image of it
     #[arg(long, value_name = "KIND")]
     checksum: Option<checksum::Kind>,
@@ -99,6 +102,7 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         progress: args.progress,
         quiet: args.quiet,
         progress_fd: args.progress_fd,
+        resume: args.resume,
         checksum: args.checksum,
         incremental: args.incremental,
         naming: args.naming,

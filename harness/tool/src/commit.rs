@@ -100,7 +100,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         ..Copy::new(source, target)
     };
     let progress = Progress::new(shown, bytes, None)?;
-    let mut run = Run { session, progress, stop: &stop, program, checksum: None };
+    let mut run = Run { session, progress, stop: &stop, program, checksum: None, notes: None };
     let copied = run.copy(&copy, None);
     let closed = run.session.drain();
     match copied {

@@ -22,10 +22,11 @@ use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_sourc
 use crate::create::help;
 use crate::fail::{Fail, Program};
 use crate::locking;
-use crate::naming::Naming;
+use crate::naming::{Image, Naming, target};
 use crate::number::{count, size};
 use crate::pipe::{Pipes, is_pipe, raw_to_stdout};
 use crate::progress::{Progress, Shown};
+use crate::resume::{self, Left, Notes};
 use crate::session::{Session, Setup};
 use crate::stop::Stop;
 
@@ -112,6 +113,12 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD", help_heading = "Beyond QEMU")]
     pub(crate) progress_fd: Option<u32>,
+    /// Go on where the same command was ended before, and leave what there is if this one is, as TARGET.partial
+    ///
+    /// Whether by Ctrl-C, an error or a kill. The source must be as it was, and so must the options that say what the target
+    /// shall be. If nothing is there, or no --resume was said then, it begins at the beginning.
+    #[arg(long, help_heading = "Beyond QEMU")]
+    pub(crate) resume: bool,
     /// Print a checksum of the disk that was copied, as its guest reads it: that of a raw image of it
     ///
     /// It is taken of what is read to be copied, holes included, in one pass, and printed at the end; where the target goes to
@@ -128,6 +135,17 @@ pub struct Args {
     /// A raw disk is written to standard output as it is read. What else comes or goes that way is kept in the folder
     /// for temporary files (TMPDIR) meanwhile.
     pub(crate) files: Vec<OsString>,
+}
+
+impl Args {
+    /// The options that say what the target is, and how much of which source: another command that has the same goes on
+    /// with it.
+    fn that_make_it(&self, total: u64) -> String {
+        let backing = (&self.backing, &self.backing_format);
+        let what = (&self.output_format, &self.options, backing, self.compress, total);
+        let which = (&self.snapshot, &self.incremental, &self.sparse, self.salvage);
+        format!("{what:?} {which:?}")
+    }
 }
 
 /// What the options say, numbers read.
@@ -160,6 +178,9 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     }
     let stop = Stop::on_signals()?;
     let uses_pipes = args.files.iter().any(|name| is_pipe(name));
+    if args.resume && uses_pipes {
+        return Err(Fail::other("--resume: a pipe is read and written once"));
+    }
     let pipes = if uses_pipes { Some(Pipes::new()?) } else { None };
     let mut images = Vec::with_capacity(sources.len());
     for name in sources {
@@ -194,7 +215,23 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     }
     let to = &to_stdout.map_or_else(|| to.clone(), |pipes| pipes.target().into());
     let partial = PartialFiles::new(locking::chosen());
-    let target = if args.no_create {
+    let (mut name, mut head, mut left) = (PathBuf::new(), String::new(), Left::Nothing);
+    if args.resume {
+        name = target(to)?;
+        head = resume::head(&images, &args.that_make_it(total))?;
+        left = Notes::read(&name, &head)?;
+    }
+    let name = &name;
+    let copied = if let Left::UpTo(at) = left { at } else { 0 };
+    let target = if let Left::UpTo(_) = left {
+        partial.take_up(name).map_err(|why| Fail::open_io(name, &why))?;
+        let mut image = Image::plain(name, Some(wanted.format));
+        image.given = to.into();
+        let host = partial.host(DiskHost { direct: wanted.cache.direct });
+        resume::repair(&image, &image.open(&host, true)?)?;
+        let chain = image.open(&host, true)?;
+        Target { image, chain, is_new: true }
+    } else if args.no_create {
         open(args, to, &wanted, total, &images)?
     } else {
         let options = CreateOptions { size: Some(total), ..wanted.create.clone() };
@@ -203,19 +240,29 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         let new = NewTarget { name: to, format, options: &options, direct, doing };
         new.make(&images, &partial, &stop)?
     };
+    let notes = match args.resume {
+        true => Some(Notes::new(name, &head, &target.chain, &partial, copied)?),
+        false => None,
+    };
     let is_asked = args.progress && !args.quiet && to_stdout.is_none();
     let shown = Shown::asked_for(is_asked, program);
     let progress = Progress::new(shown, total, args.progress_fd)?;
     // It stays open, so that nobody writes it before they are copied.
     let bitmaps = bitmaps.zip(images.first().map(|(image, _)| image.clone()));
-    let copied = (Work { images, target }).run(args, &wanted, progress, &stop, program);
+    let copied = (Work { images, target, notes }).run(args, &wanted, progress, &stop, program);
     let copied = copied.and_then(|sum| {
         if let Some((bitmaps, source)) = &bitmaps {
+            // A header that is half written cannot be gone on with.
+            Notes::remove(name);
             bitmaps.copy_to(source, &partial, Path::new(to))?;
         }
         Ok(sum)
     });
-    let code = finish(copied, partial, Path::new(to), to_stdout.is_some())?;
+    let is_resumable = args.resume && Notes::are_there(name);
+    let code = finish(copied, partial, Path::new(to), to_stdout.is_some(), is_resumable)?;
+    if args.resume && code == 0 {
+        Notes::remove(name);
+    }
     if let Some(pipes) = to_stdout.filter(|_| code == 0) {
         pipes.give_output()?;
     }
@@ -283,6 +330,10 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
         (args.target_is_zero && !args.no_create, "--target-is-zero requires use of -n flag"),
         (args.target_image_opts && !args.no_create, "--target-image-opts requires use of -n flag"),
         (
+            args.resume && (args.no_create || args.checksum.is_some()),
+            "--resume is for an image that is made, and a checksum is taken of all in one go",
+        ),
+        (
             args.skip_broken_bitmaps && !args.bitmaps,
             "Use of --skip-broken-bitmaps requires --bitmaps",
         ),
@@ -329,6 +380,7 @@ fn open(
 struct Work {
     images: Vec<Source>,
     target: Target,
+    notes: Option<Notes>,
 }
 
 impl Work {
@@ -341,7 +393,7 @@ impl Work {
         stop: &Stop,
         program: Program,
     ) -> Result<Option<Sum>, Ended> {
-        let Work { images, target: Target { image, chain, is_new } } = self;
+        let Work { images, target: Target { image, chain, is_new }, notes } = self;
         let parts = match (&args.incremental, &images[..]) {
             (Some(bitmap), [(image, chain)]) => Some(backup::changed(image, chain, bitmap)?),
             _ => None,
@@ -349,6 +401,12 @@ impl Work {
         // Zeros are not seen where a layer is below.
         let below = chain.layers.get(1).map_or(0, |layer| layer.size());
         let form = form(args, wanted, &chain);
+        if notes.is_some() && form.is_stream {
+            return Err(Fail::other("--resume: a stream is written in one go").into());
+        }
+        // What was copied before, in whole units.
+        let there = notes.as_ref().map_or(0, |notes| notes.copied);
+        let there = there - there % form.unit as u64;
         let direct = wanted.cache.direct || wanted.source_cache.direct;
         let setup = Setup {
             write: true,
@@ -366,6 +424,11 @@ impl Work {
             let source = source.map_err(opened)?;
             while at < end {
                 let to = if at < below { end.min(below) } else { end };
+                if to <= there {
+                    at = to;
+                    continue;
+                }
+                at = at.max(there);
                 copies.push(Copy {
                     source,
                     target,
@@ -387,7 +450,7 @@ impl Work {
             }
         }
         let checksum = args.checksum.map(Checksum::new);
-        Run { session, progress, stop, program, checksum }.all(&copies, parts.as_deref())
+        Run { session, progress, stop, program, checksum, notes }.all(&copies, parts.as_deref())
     }
 }
 
@@ -401,6 +464,7 @@ struct Form {
     unit: usize,
     in_flight: usize,
     piece: usize,
+    is_stream: bool,
 }
 
 fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
@@ -423,5 +487,6 @@ fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
         // A stream is written in order.
         in_flight: if is_stream { 1 } else { wanted.in_flight },
         piece: piece as usize,
+        is_stream,
     }
 }

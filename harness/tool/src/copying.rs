@@ -4,6 +4,9 @@ use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::Path;
 
+use cowbell_engine::backend::Backend;
+use cowbell_engine::mem::Mem;
+use cowbell_engine::step::Io;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::{Errno, JobId};
 use cowbell_engine::{Copy, JobProgress, NodeEvent};
@@ -16,6 +19,7 @@ use crate::fail::{Fail, Program};
 use crate::locking;
 use crate::naming::{Image, target};
 use crate::progress::Progress;
+use crate::resume::Notes;
 use crate::session::{Session, eprint_quietly};
 use crate::stop::Stop;
 
@@ -95,6 +99,16 @@ pub enum Ended {
     Failed(Fail),
 }
 
+impl Ended {
+    /// What the verb answers.
+    fn answer(self) -> Result<u8, Fail> {
+        match self {
+            Ended::Stopped => Ok(130),
+            Ended::Failed(fail) => Err(fail),
+        }
+    }
+}
+
 impl From<Fail> for Ended {
     fn from(fail: Fail) -> Ended {
         Ended::Failed(fail)
@@ -102,17 +116,21 @@ impl From<Fail> for Ended {
 }
 
 /// What the verb answers. A target that is whole gets its name; then its checksum is said, not on
-/// standard output if that is an image's.
+/// standard output if that is an image's. One that is not whole stays if somebody may go on with it.
 pub fn finish(
     copied: Result<Option<Sum>, Ended>,
     partial: PartialFiles,
     to: &Path,
     is_stdout_taken: bool,
+    is_resumable: bool,
 ) -> Result<u8, Fail> {
+    if is_resumable && copied.is_err() {
+        partial.leave();
+        return copied.map_or_else(Ended::answer, |_| Ok(0));
+    }
     let sum = match copied {
         Ok(sum) => sum,
-        Err(Ended::Stopped) => return Ok(130),
-        Err(Ended::Failed(fail)) => return Err(fail),
+        Err(ended) => return ended.answer(),
     };
     partial.keep().map_err(|why| Fail::open_io(to, &why))?;
     if let Some(sum) = sum {
@@ -133,6 +151,8 @@ pub struct Run<'a> {
     pub program: Program,
     /// The checksum of what is copied, if that is asked for.
     pub checksum: Option<Checksum>,
+    /// What a later command goes on from, if it may.
+    pub notes: Option<Notes>,
 }
 
 impl Run<'_> {
@@ -143,12 +163,16 @@ impl Run<'_> {
         copies: &[Copy],
         parts: Option<&[Range<u64>]>,
     ) -> Result<Option<Sum>, Ended> {
-        let copied = self.progress.show(0).map_err(Ended::from);
+        let begins = copies.first().map_or(0, |copy| copy.target_offset);
+        let copied = self.progress.show(begins).map_err(Ended::from);
         let copied =
             copied.and_then(|()| copies.iter().try_for_each(|copy| self.copy(copy, parts)));
         let end = |copy: &Copy| copy.target_offset + copy.len.unwrap_or(0);
         let copied = copied.and_then(|()| self.sum_up_to(copies.last().map_or(0, end)));
         let closed = self.session.drain();
+        if let (Some(notes), Err(_), Ok(())) = (&self.notes, &copied, &closed) {
+            notes.write_all()?;
+        }
         copied?;
         closed?;
         self.progress.end()?;
@@ -225,14 +249,32 @@ impl Run<'_> {
                 is_stopped = self.session.engine.cancel_job(job);
                 continue;
             }
-            if let Some(JobProgress { done, .. }) = self.session.engine.job_progress(job) {
+            if let Some(JobProgress { done, up_to, .. }) = self.session.engine.job_progress(job) {
+                self.note(base + up_to)?;
                 self.progress.reached(self.is_done(base + done))?;
             }
             if !again {
-                let until = self.progress.next(self.session.now());
+                let now = self.session.now();
+                let noted = self.notes.as_ref().map(|notes| notes.next(now));
+                let until = self.progress.next(now).into_iter().chain(noted).min();
                 self.session.wait(until)?;
             }
         }
+    }
+
+    /// All before this byte of the target is copied: from time to time that is made stable, and noted down.
+    fn note(&mut self, copied: u64) -> Result<(), Fail> {
+        let Some(notes) = &mut self.notes else { return Ok(()) };
+        let Session { engine, node, .. } = &mut self.session;
+        while let Some(flushed) = engine.poll() {
+            notes.flushed(flushed.result.is_ok())?;
+        }
+        if notes.wants_flush(copied, engine.backend().clock())
+            && engine.submit(*node, Io::flush(), Mem::None, 0).is_err()
+        {
+            notes.flushed(false)?;
+        }
+        Ok(())
     }
 
     /// What is copied is done when it is in the checksum too.

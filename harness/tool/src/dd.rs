@@ -77,7 +77,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let progress = Progress::new(progress::Shown::Nothing, len, None)?;
     let checksum = args.checksum.map(Checksum::new);
     let copied = copy(source, target, (from, len), progress, checksum, &stop, program);
-    finish(copied, partial, Path::new(name), false)
+    finish(copied, partial, Path::new(name), false, false)
 }
 
 impl Operands<'_> {
@@ -160,5 +160,5 @@ fn copy(
         ..whole
     };
     let copies = if len > 0 { vec![copy] } else { Vec::new() };
-    Run { session, progress, stop, program, checksum }.all(&copies, None)
+    Run { session, progress, stop, program, checksum, notes: None }.all(&copies, None)
 }

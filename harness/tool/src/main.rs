@@ -36,6 +36,7 @@ mod pipe;
 mod progress;
 mod rebase;
 mod resize;
+mod resume;
 mod scratch;
 mod session;
 mod sim;

@@ -7,6 +7,7 @@ mod checksums_are_those_of_raw_images;
 #[path = "../common/mod.rs"]
 mod common;
 mod compressed_writes_are_read_by_qemu;
+mod copies_are_gone_on_with;
 mod defects_of_qemu_do_not_occur;
 mod disks_are_backed_up;
 mod disks_are_resized_as_qemu_resizes_them;
