@@ -61,6 +61,10 @@ pub(crate) fn step(core: &mut Core, me: ReqId, key: u32, mut event: Event) -> Op
             Step::Last { .. } => unreachable!("a worker ends in a state of its own"),
             Step::Done(result) => {
                 core.workers.remove(key as usize);
+                if worker.at < worker.end && !mutant!("what_a_copy_gave_up_is_done") {
+                    let job = &mut core.copies[worker.job as usize];
+                    job.given_up = job.given_up.min(worker.at);
+                }
                 end(core, worker.job, result);
                 return Some(());
             }

@@ -248,6 +248,8 @@ pub(crate) struct CopyJob {
     /// Workers that ask what is where: nobody begins a piece before they know.
     pub asking: u32,
     pub done: u64,
+    /// Where the first begins of the pieces that were given up: `u64::MAX` for none.
+    pub given_up: u64,
     /// Workers that have not ended.
     pub workers: u32,
     pub is_paused: bool,
@@ -389,7 +391,7 @@ impl CopyJob {
         }
         let its = workers.iter().filter(|(_, worker)| worker.job == self.key);
         let open = its.filter(|(_, worker)| worker.at < worker.end).map(|(_, worker)| worker.at);
-        let first = open.min().unwrap_or(self.next).min(self.next);
+        let first = open.min().unwrap_or(self.next).min(self.next).min(self.given_up);
         if mutant!("copy_is_done_up_to_the_next_piece") { self.next } else { first }
     }
 

@@ -91,6 +91,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             next: 0,
             asking: 0,
             done: 0,
+            given_up: u64::MAX,
             workers: copy.in_flight as u32,
             is_paused: false,
             failed: None,

@@ -111,6 +111,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("failed_copy_waits_to_be_seen", "a copy that has failed waits to be looked at"),
     raw("copy_shows_what_it_has_first", "what a copy has read is shown as it comes, not in order"),
     raw("copy_is_done_up_to_the_next_piece", "what is begun of a copy counts as done"),
+    raw("what_a_copy_gave_up_is_done", "what is under way when a copy is cancelled counts as done"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
     raw(
