@@ -1,6 +1,7 @@
 //! Running the command, under its own name and as QEMU's programs; and QEMU's, if they are here.
 
 pub mod lives;
+pub mod stream;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
