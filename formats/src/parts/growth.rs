@@ -153,6 +153,11 @@ impl Space {
         self.growth.by == Grow::Write
     }
 
+    /// What was handed out from `offset` on, the last of it, is nobody's again. It need not be zeros.
+    pub fn take_back(&mut self, offset: u64) {
+        self.end = offset;
+    }
+
     /// The spare end was cut off, or may have been.
     pub fn cut(&mut self) {
         self.ready = self.end;

@@ -1,7 +1,7 @@
 //! Leaving the image as one that was closed: tables written, a stream's end, no spare ends, all stable.
 //!
 //! ```text
-//! Begin ─> Writeback ─> [StreamEnd] ─> [Ends …] ─> Flush
+//! Begin ─> Writeback ─> [StreamEnd …] ─> [Ends …] ─> Flush
 //! ```
 
 use cowbell_engine::op::{Op, OpKind};
@@ -9,6 +9,7 @@ use cowbell_engine::step::{Cx, Event, Step};
 
 use crate::parts::writeback::{Writeback, WritebackState};
 use crate::vmdk::run::changes::TableChanges;
+use crate::vmdk::run::end::WritingEnd;
 use crate::vmdk::run::stream::Stream;
 
 /// What the chore awaits.
@@ -19,7 +20,7 @@ pub enum CloseState {
     /// Tables, written and stable.
     Writeback(WritebackState),
     /// A stream's end, written.
-    StreamEnd,
+    StreamEnd(WritingEnd),
     /// The spare ends of the files before extent `next`, cut off.
     Ends {
         /// See there.
@@ -47,14 +48,15 @@ impl CloseStep<'_> {
                 let step = self.writeback.step(state, event, &mut self.changes, cx);
                 self.written_back(step, cx)
             }
-            (CloseState::StreamEnd, Event::Io(Ok(()))) => {
-                if let Some(stream) = &mut self.stream {
-                    stream.end_written(self.changes.extents, cx);
+            (CloseState::StreamEnd(state), Event::Io(Ok(()))) => {
+                let stream = self.stream.as_mut().expect("it is being ended");
+                match stream.end.go_on_writing(state, self.changes.extents, cx) {
+                    Some(state) => Step::Wait(CloseState::StreamEnd(state)),
+                    None => self.cut_ends(0, cx),
                 }
-                Step::Wait(CloseState::Ends { next: self.changes.extents.len() as u32 })
             }
             (CloseState::Ends { next }, Event::Io(Ok(()))) => self.cut_ends(next, cx),
-            (CloseState::StreamEnd | CloseState::Ends { .. }, Event::Io(error)) => {
+            (CloseState::StreamEnd(_) | CloseState::Ends { .. }, Event::Io(error)) => {
                 Step::Done(error)
             }
             (CloseState::Flush(state), event) => {
@@ -70,11 +72,10 @@ impl CloseStep<'_> {
             return step.map(CloseState::Writeback);
         }
         let TableChanges { extents, tables, .. } = &self.changes;
-        match &self.stream {
-            Some(stream) if stream.write_end(extents, tables, cx) => {
-                Step::Wait(CloseState::StreamEnd)
-            }
-            _ => self.cut_ends(0, cx),
+        let stream = self.stream.as_mut();
+        match stream.and_then(|stream| stream.end.begin_writing(extents, tables, cx)) {
+            Some(state) => Step::Wait(CloseState::StreamEnd(state)),
+            None => self.cut_ends(0, cx),
         }
     }
 

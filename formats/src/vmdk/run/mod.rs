@@ -14,12 +14,13 @@
 //!  └─────── flush: [Fence] ─> Write ─> Flush ─> Write, the redundant ones     (parts/writeback.rs)
 //!
 //! a deflated grain: Read … ─> Inflate ─> Next                                 (compressed.rs)
-//! into a stream: Deflate ─> [Append] ─> [Space] ─> WriteGrain ─> published ─> Next
-//!                WriteTable ─> Next                                           (stream.rs)
+//! into a stream: [EndGone] ─> Deflate ─> [Append] ─> [Space] ─> WriteGrain ─> published ─> Next
+//!                [EndGone] ─> WriteTable ─> Next                              (stream.rs)
 //! chores:  the content id is written                                          (content_id.rs)
+//!          a stream's end is taken away                                       (end.rs)
 //!          a file grows                                                       (parts/growth.rs)
 //!          Writeback: as a flush, without its end
-//!          Close: Writeback ─> [StreamEnd] ─> [Ends …] ─> Flush               (close.rs)
+//!          Close: Writeback ─> [StreamEnd …] ─> [Ends …] ─> Flush             (close.rs)
 //! ```
 //!
 //! A request walks its range piece by piece. An allocating piece is all the grains that it needs
@@ -35,6 +36,7 @@ mod close;
 mod compressed;
 mod content_id;
 mod directories;
+mod end;
 mod extents;
 mod image;
 mod request;
@@ -51,8 +53,10 @@ use crate::parts::pieces::{Pieces, RequestState, may_pass};
 use crate::parts::writeback::WritebackState;
 use crate::vmdk::run::close::CloseState;
 use crate::vmdk::run::content_id::WritingId;
+use crate::vmdk::run::end::TakingEnd;
 use crate::vmdk::run::image::{FLUSH, PIECES};
 use crate::vmdk::run::request::PieceState;
+use crate::vmdk::run::stream::Stream;
 
 pub use crate::vmdk::run::image::{Regions, VmdkOptions};
 pub use crate::vmdk::run::request::Vmdk;
@@ -64,6 +68,8 @@ pub enum State {
     Request(RequestState<PieceState>),
     /// Chore: the content id is written.
     WriteId(WritingId),
+    /// Chore: a stream's end is taken away.
+    TakeEnd(TakingEnd),
     /// Chore: an extent's file is made longer.
     Grow(u32, Growing),
     /// Chore: changed tables go to disk.
@@ -92,6 +98,7 @@ impl Driver for Vmdk {
         "close",
         "deflate",
         "copy",
+        "stream-end",
     ];
 
     #[inline]
@@ -102,6 +109,7 @@ impl Driver for Vmdk {
             State::Writeback(_) => 11,
             State::Grow(..) => 12,
             State::Close(_) => 13,
+            State::TakeEnd(_) => 16,
         }
     }
 
@@ -134,7 +142,10 @@ impl Driver for Vmdk {
             Chore::Asked => {
                 let id = self.id.begin_asked().map(State::WriteId);
                 let grow = |(extent, state)| State::Grow(extent, state);
-                id.or_else(|| self.extents.begin_growth().map(grow))
+                let end = |(_, stream): &mut (_, Stream)| stream.end.begin_asked();
+                let end = || self.deflated.as_mut().and_then(end).map(State::TakeEnd);
+                id.or_else(end)
+                    .or_else(|| self.extents.begin_growth().map(grow))
                     .or_else(|| self.writeback.begin_asked().map(State::Writeback))
             }
             Chore::Deadline => Some(State::Writeback(self.writeback.begin_due())),
@@ -152,6 +163,10 @@ impl Driver for Vmdk {
         match state {
             State::Request(state) => self.step_request(state, event, cx).map(State::Request),
             State::WriteId(state) => self.id.run(state, event, cx).map(State::WriteId),
+            State::TakeEnd(state) => {
+                let (_, stream) = self.deflated.as_mut().expect("it was asked for");
+                stream.end.take(state, event, &self.extents, cx).map(State::TakeEnd)
+            }
             State::Grow(extent, state) => {
                 let step = self.extents.grow(extent, state, event, cx);
                 step.map(|state| State::Grow(extent, state))

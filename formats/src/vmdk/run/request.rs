@@ -25,6 +25,7 @@ use crate::vmdk::run::changes::TableChanges;
 use crate::vmdk::run::close::CloseStep;
 use crate::vmdk::run::compressed::{Compressed, InflateState};
 use crate::vmdk::run::content_id::ContentId;
+use crate::vmdk::run::end::End;
 use crate::vmdk::run::extents::Extents;
 use crate::vmdk::run::image::{Image, PIECES, Regions, VmdkOptions};
 use crate::vmdk::run::stream::{Stream, StreamState, StreamStep};
@@ -80,6 +81,7 @@ impl PieceState {
             },
             PieceState::Stream(state) => match state {
                 StreamState::TableSpace { .. } => 1,
+                StreamState::EndGone { .. } => 16,
                 StreamState::Deflate { .. }
                 | StreamState::Append { .. }
                 | StreamState::Space { .. } => 14,
@@ -108,7 +110,7 @@ impl Vmdk {
         let extents = Extents::new(opened.extents, &files, options.growth);
         let deflated = grains.map(|regions| {
             let compressed = Compressed::new(regions.grains, regions.input, regions.input_size);
-            (compressed, Stream::new(regions.tail))
+            (compressed, Stream::new(End::new(regions.tail)))
         });
         let (size, parent_changed) = (opened.size, opened.parent_changed);
         Vmdk {

@@ -6,55 +6,56 @@
 //! turn. It stays in the cache: who has just written it can read it.
 //!
 //! Grain tables are in the stream too, each behind a marker and in front of its first grain; they
-//! are written again by writebacks. When the image is closed directory, footer and end mark follow. A
-//! stream that is opened again goes on where these were: from its first write until it is closed it
-//! has no end, and a crash leaves it without one. So nothing is appended before the content id is
-//! written.
+//! are written again by writebacks. Nothing is written before the content id is, and before the stream's
+//! [end](super::end) is gone.
+//!
+//! Many grains are deflated at once; *one thing is appended at a time*, a grain or a table. So the next
+//! one follows what is in the file, and what could not be written is taken back: who goes through a
+//! stream from marker to marker finds no gap in it, whatever has failed.
 
 use std::collections::VecDeque;
 
-use cowbell_engine::op::{Base, Op, OpKind, Seg, Segs};
+use cowbell_engine::mutant;
+use cowbell_engine::op::{Base, Op, Seg, Segs};
 use cowbell_engine::step::{Cx, Event, IoKind};
-use cowbell_engine::units::{BufId, Errno, FileId, RegionId};
+use cowbell_engine::units::{BufId, Errno, FileId};
 use cowbell_engine::wait::{On, WaitList};
 
 use crate::parts::cow::Cow;
 use crate::parts::growth::{Lack, Space};
 use crate::parts::pieces;
-use crate::vmdk::disk::layout::end_of_stream;
 use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Marker, SECTOR, SECTOR_BITS};
 use crate::vmdk::run::allocate::AllocateStep;
 use crate::vmdk::run::compressed::Compressed;
-use crate::vmdk::run::extents::{Extents, Place};
-use crate::vmdk::run::tables::{Grown, Tables};
+use crate::vmdk::run::end::End;
+use crate::vmdk::run::extents::Place;
+use crate::vmdk::run::tables::Grown;
 
 /// A stream being written.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Stream {
-    /// Claims of grains that have no place yet, oldest first: whose turn it is.
+    /// Claims of grains that are not in the file yet, oldest first: whose turn it is.
     queue: VecDeque<u32>,
     turn: WaitList,
-    /// A grain table is being put into the stream.
-    making: bool,
-    making_waiters: WaitList,
-    /// Something was written: the stream has no end.
-    open: bool,
-    /// For the end.
-    tail: RegionId,
+    /// A grain or a table is being appended.
+    appending: bool,
+    pub end: End,
 }
 
 /// What a grain, or a table, on its way into a stream awaits. `claim` is the key of its claim, `slot`
 /// where it is in the cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum StreamState {
+    /// The stream's end, taken away by attempt number `attempt`.
+    EndGone { at: u64, attempt: u32 },
     /// The grain, deflated beside its slot.
     Deflate { claim: u32, slot: u32 },
     /// Its turn to be appended.
     Append { claim: u32, slot: u32 },
     /// Space for it, that attempt number `attempt` to grow the file was to give.
     Space { claim: u32, slot: u32, attempt: u32 },
-    /// That grain, written.
-    WriteGrain { claim: u32, slot: u32 },
+    /// That grain, written at `offset`.
+    WriteGrain { claim: u32, slot: u32, offset: u64 },
     /// Space for a table of byte `at` of the disk, as above.
     TableSpace { at: u64, attempt: u32 },
     /// An empty table for byte `at` of the disk, at `sector`, written from `buf`.
@@ -64,51 +65,31 @@ pub enum StreamState {
 type Progress = pieces::Progress<StreamState>;
 
 impl Stream {
-    pub fn new(tail: RegionId) -> Stream {
-        Stream {
-            queue: VecDeque::with_capacity(64),
-            turn: WaitList::new(),
-            making: false,
-            making_waiters: WaitList::new(),
-            open: false,
-            tail,
-        }
+    pub fn new(end: End) -> Stream {
+        let queue = VecDeque::with_capacity(64);
+        Stream { queue, turn: WaitList::new(), appending: false, end }
     }
 
-    /// The claim has its place, or will have none.
+    /// The claim is done, one way or the other: it is the next one's turn.
     fn next_turn(&mut self, claim: u32, cx: &mut Cx<'_>) {
         self.queue.retain(|&waiting| waiting != claim);
         cx.wake_all(&mut self.turn);
     }
 
-    /// Closing: writes the stream's end if it has none, which may be; false: it has.
-    pub fn write_end(&self, extents: &Extents, tables: &Tables, cx: &mut Cx<'_>) -> bool {
-        if !self.open || !extents.grains(0).has_footer {
-            return false;
+    /// What was being appended is in the file, or is not; then its space, from `offset` on, is the next
+    /// one's.
+    fn appended(&mut self, result: Result<(), Errno>, offset: u64, space: &mut Space) {
+        self.appending = false;
+        if result.is_err() && !mutant!("vmdk_stream_gap_stays") {
+            space.take_back(offset);
         }
-        let grains = extents.grains(0);
-        let end = grains.space.end();
-        let bytes = end_of_stream(&grains.header, end >> SECTOR_BITS, tables.directory(0));
-        cx.mem().region_mut(self.tail)[..bytes.len()].copy_from_slice(&bytes);
-        let seg = Seg { base: Base::Region(self.tail), off: 0, len: bytes.len() as u32 };
-        cx.issue(Op::write(extents.get(0).file, end, Segs::one(seg)));
-        true
-    }
-
-    /// The end is written: it is made the file's.
-    pub fn end_written(&mut self, extents: &mut Extents, cx: &mut Cx<'_>) {
-        let file = extents.get(0).file;
-        let bytes = extents.grains(0).header.end_of_stream_bytes() as u64;
-        extents.space(0).cut();
-        self.open = false;
-        let len = extents.grains(0).space.end() + bytes;
-        cx.issue(Op::bare(OpKind::Truncate, file, len, 0));
     }
 
     /// Panics if something is being appended. For tests, at rest.
     pub fn assert_idle(&self) {
         assert!(self.queue.is_empty() && self.turn.is_empty(), "{self:?}");
-        assert!(!self.making && self.making_waiters.is_empty(), "{self:?}");
+        assert!(!self.appending, "{self:?}");
+        self.end.assert_idle();
     }
 }
 
@@ -122,10 +103,12 @@ pub(super) struct StreamStep<'a> {
 impl StreamStep<'_> {
     pub fn run(&mut self, state: StreamState, event: Event, cx: &mut Cx<'_>) -> Progress {
         match (state, event) {
-            (
-                StreamState::Deflate { claim, slot } | StreamState::WriteGrain { claim, slot },
-                Event::Io(Err(errno)),
-            ) => self.fail(claim, slot, errno, cx),
+            (StreamState::EndGone { at, attempt }, Event::Woken) => {
+                Progress::tried(at, self.stream.end.failure_of(attempt))
+            }
+            (StreamState::Deflate { claim, slot }, Event::Io(Err(errno))) => {
+                self.fail(claim, slot, errno, cx)
+            }
             (StreamState::Deflate { claim, slot }, Event::Io(Ok(())))
             | (StreamState::Append { claim, slot }, Event::Woken) => self.append(claim, slot, cx),
             (StreamState::Space { claim, slot, attempt }, Event::Woken) => {
@@ -138,9 +121,8 @@ impl StreamStep<'_> {
                 let extents = &mut *self.allocate.extents;
                 Progress::tried(at, extents.space(extents.index_at(at)).failure_of(attempt))
             }
-            (StreamState::WriteGrain { claim, slot }, Event::Io(Ok(()))) => {
-                self.compressed.written(slot, true, cx);
-                Progress::To(self.allocate.publish_and_end(claim, cx))
+            (StreamState::WriteGrain { claim, slot, offset }, Event::Io(result)) => {
+                self.grain_written(claim, slot, offset, result, cx)
             }
             (StreamState::WriteTable { at, buf, sector }, Event::Io(result)) => {
                 self.table_written(at, buf, sector, result, cx)
@@ -163,14 +145,23 @@ impl StreamStep<'_> {
         if at != place.grain_start(grain) || io.end() < end {
             return Progress::Failed(Errno::INVALID);
         }
+        if let Some(state) = self.lacks_end(at, place, cx) {
+            return Progress::Wait(state);
+        }
         let Some(slot) = self.compressed.deflate(at, end, place, cx) else {
             return Progress::LookAgain(at);
         };
         let grown = Grown { grain, count: 1, slot: table, entry: Entry::Unallocated };
         let claim = self.allocate.claim(grown, (at, end), Cow::NONE, place);
         self.stream.queue.push_back(claim);
-        self.stream.open = true;
         Progress::Wait(StreamState::Deflate { claim, slot: slot as u32 })
+    }
+
+    /// The stream has its end still, or may have it: what the request waits for.
+    fn lacks_end(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Option<StreamState> {
+        let has_end = self.allocate.extents.grains(place.extent).has_footer;
+        let waits = has_end && !self.stream.end.is_gone();
+        waits.then(|| StreamState::EndGone { at, attempt: self.stream.end.park(cx) })
     }
 
     fn place_of(&self, claim: u32) -> Place {
@@ -186,9 +177,9 @@ impl StreamStep<'_> {
         self.allocate.extents.get(place.extent).file
     }
 
-    /// The grain is deflated: if it is its turn, takes space and writes it.
+    /// The grain is deflated: if it is its turn, and nothing is being appended, takes space and writes it.
     fn append(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress {
-        if self.stream.queue.front() != Some(&claim) {
+        if self.stream.queue.front() != Some(&claim) || self.stream.appending {
             cx.park(&mut self.stream.turn, On::Turn);
             return Progress::Wait(StreamState::Append { claim, slot });
         }
@@ -208,10 +199,32 @@ impl StreamStep<'_> {
             Err(Lack::Never(errno)) => return self.fail(claim, slot, errno, cx),
         };
         self.allocate.set_entry(claim, Entry::Data(offset));
-        self.stream.next_turn(claim, cx);
+        self.stream.appending = true;
+        if mutant!("vmdk_stream_two_in_one_place") {
+            self.space(place).take_back(offset);
+        }
         let seg = self.compressed.beside(slot as usize, 0, len);
         cx.issue(Op::write(self.file(place), offset, Segs::one(seg)));
-        Progress::Wait(StreamState::WriteGrain { claim, slot })
+        Progress::Wait(StreamState::WriteGrain { claim, slot, offset })
+    }
+
+    fn grain_written(
+        &mut self,
+        claim: u32,
+        slot: u32,
+        offset: u64,
+        result: Result<(), Errno>,
+        cx: &mut Cx<'_>,
+    ) -> Progress {
+        let place = self.place_of(claim);
+        let result = if mutant!("vmdk_stream_error_ignored") { Ok(()) } else { result };
+        self.stream.appended(result, offset, self.allocate.extents.space(place.extent));
+        if let Err(errno) = result {
+            return self.fail(claim, slot, errno, cx);
+        }
+        self.stream.next_turn(claim, cx);
+        self.compressed.written(slot, true, cx);
+        Progress::To(self.allocate.publish_and_end(claim, cx))
     }
 
     fn fail(&mut self, claim: u32, slot: u32, errno: Errno, cx: &mut Cx<'_>) -> Progress {
@@ -223,8 +236,11 @@ impl StreamStep<'_> {
 
     /// Puts an empty grain table for `at` into the stream.
     pub fn make_table(&mut self, at: u64, place: Place, cx: &mut Cx<'_>) -> Progress {
-        if self.stream.making {
-            cx.park(&mut self.stream.making_waiters, On::Table);
+        if let Some(state) = self.lacks_end(at, place, cx) {
+            return Progress::Wait(state);
+        }
+        if self.stream.appending {
+            cx.park(&mut self.stream.turn, On::Turn);
             return Progress::LookAgain(at);
         }
         let bytes = self.allocate.extents.grains(place.extent).header.table_bytes();
@@ -239,7 +255,7 @@ impl StreamStep<'_> {
                 return Progress::lacks(lack, |attempt| StreamState::TableSpace { at, attempt });
             }
         };
-        (self.stream.making, self.stream.open) = (true, true);
+        self.stream.appending = true;
         let len = (SECTOR + bytes) as usize;
         let memory = &mut cx.mem().pool_mut(buf)[..len];
         memory.fill(0);
@@ -259,13 +275,14 @@ impl StreamStep<'_> {
         cx: &mut Cx<'_>,
     ) -> Progress {
         cx.give_buf(buf);
-        self.stream.making = false;
-        cx.wake_all(&mut self.stream.making_waiters);
+        let extents = &mut self.allocate.extents;
+        let place = extents.place(extents.index_at(at));
+        let offset = u64::from(sector - 1) << SECTOR_BITS;
+        self.stream.appended(result, offset, extents.space(place.extent));
+        cx.wake_all(&mut self.stream.turn);
         if let Err(errno) = result {
             return Progress::Failed(errno);
         }
-        let extents = &self.allocate.extents;
-        let place = extents.place(extents.index_at(at));
         self.allocate.tables.link_in_stream(place, at, sector);
         Progress::To(at)
     }
