@@ -348,6 +348,7 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
     let more = [
         turns,
         subjects::of(format).device_scopes(),
+        subjects::of(format).own_scopes(),
         lasting_scopes(format),
         scopes_beside(format),
     ];

@@ -313,6 +313,13 @@ impl Piece {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Found(Vec<Writers>);
 
+impl Found {
+    /// Of files that are no image.
+    pub fn nothing() -> Found {
+        Found(Vec::new())
+    }
+}
+
 /// What may be in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Cell {

@@ -46,6 +46,12 @@ pub trait Subject: Clone + Debug {
         None
     }
 
+    /// Are these files no image because somebody has begun to write it and has not closed it? A format
+    /// whose images are whole only when they are closed says so; what a crash leaves of it need not open.
+    fn is_unfinished(&self, _files: &[Contents]) -> bool {
+        false
+    }
+
     /// May a write find no room although nothing is wrong?
     fn may_be_full(&self) -> bool {
         false

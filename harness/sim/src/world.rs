@@ -51,6 +51,8 @@ pub struct Inspection {
     pub checked: Checked,
     /// The disk's size in bytes.
     pub size: u64,
+    /// It is none: see [`Subject::is_unfinished`]. Then the rest says nothing.
+    pub is_unfinished: bool,
 }
 
 /// How much may go wrong or happen besides requests.
@@ -877,6 +879,9 @@ impl<S: Subject> World<S> {
         }
         let files = if self.copying.has_moved() { beside } else { files };
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
+        if image.is_unfinished {
+            return self.judge_crash(&image).map_err(|why| format!("closed: {why}"));
+        }
         self.read_again(&files, &image)?;
         // What was not flushed and could not be written back is lost with the memory it was in.
         let is_lost = self.life.is_lost || self.engine.drained() != Some(Ok(()));
@@ -932,7 +937,16 @@ impl<S: Subject> World<S> {
     /// A hash of what a crash would be judged by.
     pub fn judge_hash(&self) -> u64 {
         let moved = u64::from(self.copying.has_moved()) << 2;
-        self.shadow.crash_hash() ^ u64::from(self.faulted) ^ u64::from(self.crashed) << 1 ^ moved
+        let unfinished = u64::from(self.may_be_unfinished()) << 3;
+        let faulted = u64::from(self.faulted) ^ u64::from(self.crashed) << 1;
+        self.shadow.crash_hash() ^ faulted ^ moved ^ unfinished
+    }
+
+    /// Was something to be written since the image was last closed, if it ever was?
+    fn may_be_unfinished(&self) -> bool {
+        let asked = &self.plan.workload.requests[self.room.from as usize..self.next as usize];
+        let is_closed = self.stage == Stage::Over && self.engine.drained() == Some(Ok(()));
+        asked.iter().any(Request::modifies) && !is_closed
     }
 
     /// May a crash leave this now?
@@ -941,6 +955,10 @@ impl<S: Subject> World<S> {
     ///
     /// When it may not.
     pub fn judge_crash(&self, image: &Inspection) -> Result<(), String> {
+        if image.is_unfinished {
+            let told = "it is no image, and nobody has begun to write it".to_string();
+            return if self.may_be_unfinished() { Ok(()) } else { Err(told) };
+        }
         let Checked { marked, leaks, untold, .. } = image.checked;
         let marks_leaks = self.disk_now().marks_leaks();
         let unmarked = leaks > 0 && !marked;
@@ -968,6 +986,10 @@ impl<S: Subject> World<S> {
 
     fn inspect(&self, files: &[Contents]) -> Result<Inspection, String> {
         let subject = self.disk_now();
+        if subject.is_unfinished(files) {
+            let (found, checked) = (Found::nothing(), Checked::default());
+            return Ok(Inspection { found, checked, size: 0, is_unfinished: true });
+        }
         let verdicts = match self.copying.has_moved() {
             true => &self.plan.verdicts_beside,
             false => &self.plan.verdicts,
@@ -980,7 +1002,8 @@ impl<S: Subject> World<S> {
         } else {
             self.plan.cut.found(&verdict, files)
         };
-        Ok(Inspection { found, checked: verdict.checked, size: verdict.size() })
+        let (checked, size) = (verdict.checked, verdict.size());
+        Ok(Inspection { found, checked, size, is_unfinished: false })
     }
 
     /// Steps taken so far.

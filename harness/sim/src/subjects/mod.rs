@@ -69,6 +69,8 @@ pub enum Layout {
     Lazy,
     /// A VDI image as QEMU makes it: its map in the header's block, its data right behind.
     Tight,
+    /// A VMDK stream: whole clusters, each written once.
+    Stream,
 }
 
 /// What the simulator knows of a format, and tries of it besides what it tries of all: a file each.
@@ -125,6 +127,21 @@ pub(crate) trait FormatSubject: Sync {
 
     /// A few workloads that are known to be telling.
     fn special(&self) -> Vec<Scope>;
+
+    /// More scopes for the gate: images that do not take what others take.
+    fn own_scopes(&self) -> Vec<Scope> {
+        Vec::new()
+    }
+
+    /// See [`Subject::is_unfinished`].
+    fn is_unfinished(&self, _image: &Image, _files: &[Contents]) -> bool {
+        false
+    }
+
+    /// What is wrong with an image that a check of the tables does not see.
+    fn look_through(&self, _image: &Image, _host: &SimHost) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// What is known of a format.
@@ -267,8 +284,9 @@ impl Image {
         let growth = Growth { by: self.grow, step_min, step_max };
         let qed = QedOptions { cache_slices: self.cache, growth, ..QedOptions::default() };
         let entropy = Some(0x00c0_ffee);
-        let vmdk =
-            VmdkOptions { cache_tables: self.cache, growth, entropy, ..VmdkOptions::default() };
+        let writeback_after_ms = VmdkOptions::default().writeback_after_ms;
+        let (cache_tables, cache_grains) = (self.cache, self.cache);
+        let vmdk = VmdkOptions { cache_tables, cache_grains, growth, writeback_after_ms, entropy };
         let qcow2 = Qcow2Options {
             cache_slices: self.cache,
             cache_inflated: 1,
@@ -484,6 +502,10 @@ impl Subject for Image {
         of(self.format).holes(self, file)
     }
 
+    fn is_unfinished(&self, files: &[Contents]) -> bool {
+        of(self.format).is_unfinished(self, files)
+    }
+
     fn may_be_full(&self) -> bool {
         match (self.medium, self.format) {
             (Medium::Device(_), Format::Qed | Format::Vmdk) => true,
@@ -567,6 +589,7 @@ impl Subject for Image {
         let top = &chain.layers[0];
         let report = check_layer(top, Repair::None, &mut Unwatched);
         let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
+        of(self.format).look_through(self, host)?;
         let marked = match &top.meta {
             LayerMeta::Qed(opened) => opened.header.needs_check(),
             LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),

@@ -36,6 +36,7 @@ impl fmt::Display for Image {
             Layout::Split => "layout=split ",
             Layout::Lazy => "layout=lazy ",
             Layout::Tight => "layout=tight ",
+            Layout::Stream => "layout=stream ",
         };
         let Image { format, backing, cache, buffers, align, depth, ahead, can_zero, .. } = self;
         write!(f, "format={format} state={state} backing={backing} {layout}cache={cache} ")?;
@@ -110,6 +111,7 @@ impl FromStr for Image {
                         "split" => Layout::Split,
                         "lazy" => Layout::Lazy,
                         "tight" => Layout::Tight,
+                        "stream" => Layout::Stream,
                         _ => return Err(wrong()),
                     };
                 }

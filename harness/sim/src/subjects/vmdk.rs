@@ -2,7 +2,7 @@
 
 use cowbell_engine::store::Store;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
-use cowbell_formats::vmdk::disk::layout::{Header, SECTOR};
+use cowbell_formats::vmdk::disk::layout::{Header, MAGIC, SECTOR};
 use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Format, Host, LayerMeta};
 use std::path::Path;
@@ -11,9 +11,11 @@ use super::{BACKING, CLUSTER, FormatSubject, Image, Layout, SEED, State, TOP};
 use super::{device_scopes_with_tables, special_with_tables};
 use crate::backend::IsMetadata;
 use crate::disk::Contents;
-use crate::gate::{Scope, Shape};
+use crate::gate::{Scope, Shape, scopes_on};
 use crate::host::{SimFile, SimHost};
 use crate::subject::Subject;
+use crate::workload::{Request, Workload};
+use crate::world::{Budget, QUIET};
 
 /// The files of a split image, as they are named after [`TOP`].
 pub const EXTENTS: [&str; 2] = ["top-s001.img", "top-s002.img"];
@@ -70,7 +72,107 @@ impl FormatSubject for Vmdk {
     }
 
     fn special(&self) -> Vec<Scope> {
-        special_with_tables(Format::Vmdk)
+        [special_with_tables(Format::Vmdk), stream_scopes()].concat()
+    }
+
+    fn own_scopes(&self) -> Vec<Scope> {
+        stream_scopes()
+    }
+
+    fn is_unfinished(&self, image: &Image, files: &[Contents]) -> bool {
+        let file = files.last().expect("an image has a file");
+        image.layout == Layout::Stream && !has_footer(file)
+    }
+
+    fn look_through(&self, image: &Image, host: &SimHost) -> Result<(), String> {
+        if image.layout == Layout::Stream { walk(image, host) } else { Ok(()) }
+    }
+}
+
+/// Streams: each grain is written once and whole, so their workloads are their own. New ones, and some
+/// that go on; with room for one grain, which the next waits for.
+fn stream_scopes() -> Vec<Scope> {
+    let plain = Image { layout: Layout::Stream, ahead: 2, ..Image::new(Format::Vmdk) };
+    let warm = Image { state: State::Warm, ..plain };
+    let tight = Image { cache: 1, ..warm };
+    let fault = Budget { faults: 1, ..QUIET };
+    let whole = |image: &Image, table, grain| Request::write(image.place(table, grain), CLUSTER);
+    let single = move |image: &Image| {
+        let fua = Request::write_fua(image.place(0, 2), CLUSTER);
+        let last = Request::write(image.place(2, 2), 1536);
+        [whole(image, 0, 2), fua, last].map(|request| Workload::new([request])).to_vec()
+    };
+    let pairs = move |image: &Image| {
+        let (here, two) = (whole(image, 0, 2), Request::write(image.place(0, 2), 2 * CLUSTER));
+        let read = Request::read(image.place(0, 1), 2 * CLUSTER);
+        let others = [whole(image, 0, 3), whole(image, 1, 1), Request::flush(), read];
+        let mut all: Vec<_> = others.map(|other| Workload::new([here, other])).to_vec();
+        all.push(Workload::new([two]));
+        all
+    };
+    let triples = move |image: &Image| {
+        let (one, next) = (whole(image, 0, 2), whole(image, 0, 3));
+        let flushed = Workload::new([one, Request::flush(), next]);
+        vec![flushed, Workload::new([one, next, whole(image, 1, 1)])]
+    };
+    let drains = Budget { drains: 1, ..fault };
+    let sessions = Budget { drains: 1, reopens: true, ..QUIET };
+    let breaks = Budget { breaks: true, ..fault };
+    [
+        scopes_on([plain, warm], Budget { ticks: 1, ..fault }, single),
+        scopes_on([plain, warm], breaks, single),
+        scopes_on([plain, warm, tight], fault, pairs),
+        scopes_on([plain], QUIET, triples),
+        scopes_on([warm], drains, pairs),
+        scopes_on([plain], sessions, pairs),
+    ]
+    .concat()
+}
+
+/// Is there a sector behind the header that looks like one?
+fn has_footer(file: &Contents) -> bool {
+    let mut sector = [0; SECTOR as usize];
+    (1..file.len() / SECTOR).any(|at| {
+        file.read(at * SECTOR, &mut sector);
+        sector.starts_with(&MAGIC)
+    })
+}
+
+/// Goes through a stream as one who cannot go back, from marker to marker: each grain comes once,
+/// directory, footer and end mark follow, and then nothing.
+fn walk(image: &Image, host: &SimHost) -> Result<(), String> {
+    let io = |why: std::io::Error| why.to_string();
+    let file = host.open(Path::new(TOP), false).map_err(io)?;
+    let len = file.len().map_err(io)?;
+    let mut sector = [0; SECTOR as usize];
+    file.read_at(0, &mut sector).map_err(io)?;
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte));
+    let (mut at, end) = (number(&sector[64..72]), len / SECTOR);
+    let (mut grains, mut last) = (Vec::new(), 0);
+    while at < end {
+        file.read_at(at * SECTOR, &mut sector).map_err(io)?;
+        let [value, size, kind] = [0..8, 8..12, 12..16].map(|place| number(&sector[place]));
+        match (size, kind) {
+            (1.., _) if grains.contains(&value) || value % (image.cluster / SECTOR) > 0 => {
+                return Err(format!("front to back: at sector {at} a grain of sector {value}"));
+            }
+            (1.., _) => {
+                grains.push(value);
+                at += (size + 12).div_ceil(SECTOR);
+            }
+            (0, 0) => break,
+            (0, 1..=3) => {
+                at += 1 + value;
+                last = kind;
+            }
+            _ => return Err(format!("front to back: at sector {at} there is no marker")),
+        }
+    }
+    let mut rest = vec![0; ((end.saturating_sub(at)) * SECTOR) as usize];
+    file.read_at(at * SECTOR, &mut rest).map_err(io)?;
+    match last {
+        3 if !rest.is_empty() && rest.iter().all(|&byte| byte == 0) => Ok(()),
+        _ => Err(format!("front to back: it ends at sector {at} of {end}")),
     }
 }
 
@@ -103,7 +205,11 @@ fn put_id_back(image: &Image, host: &SimHost) -> Result<(), String> {
 /// Makes the files of `image`.
 fn make(image: &Image, host: &SimHost) -> Result<(), String> {
     let split = image.layout == Layout::Split;
-    let kind = if split { Kind::TwoGbMaxExtentSparse } else { Kind::MonolithicSparse };
+    let kind = match image.layout {
+        Layout::Split => Kind::TwoGbMaxExtentSparse,
+        Layout::Stream => Kind::StreamOptimized,
+        _ => Kind::MonolithicSparse,
+    };
     if image.backing {
         make_parent(image, host)?;
     }
