@@ -145,7 +145,12 @@ impl AllocateStep<'_> {
         self.claims.insert(place.grain_start(grain)..grains_end, claim)
     }
 
-    /// The first byte that a claim's piece writes.
+    /// What a claim's piece writes, from and to.
+    pub fn range_of(&self, claim: u32) -> (u64, u64) {
+        (self.claims[claim].at, self.claims[claim].end)
+    }
+
+    /// The first byte of that.
     pub fn start_of(&self, claim: u32) -> u64 {
         self.claims[claim].at
     }

@@ -154,11 +154,15 @@ impl Compressed {
     }
 
     /// Copies the guest's bytes `at..end`, a grain, into a slot, and deflates them beside it. Answers the
-    /// slot; `None`: there is none, the request is parked.
-    pub fn deflate(&mut self, at: u64, end: u64, place: Place, cx: &mut Cx<'_>) -> Option<usize> {
-        // In order of arrival: whoever comes later waits behind those who wait.
-        let first = self.grains.full.is_empty();
-        let Some(slot) = first.then(|| self.grains.reserve(at)).flatten() else {
+    /// slot; `None`: there is none, or it is not the next to get one, and the request is parked.
+    pub fn deflate(
+        &mut self,
+        (at, end): (u64, u64),
+        is_next: bool,
+        place: Place,
+        cx: &mut Cx<'_>,
+    ) -> Option<usize> {
+        let Some(slot) = is_next.then(|| self.grains.reserve(at)).flatten() else {
             cx.park(&mut self.grains.full, On::CacheSlot);
             return None;
         };

@@ -14,7 +14,7 @@
 //!  └─────── flush: [Fence] ─> Write ─> Flush ─> Write, the redundant ones     (parts/writeback.rs)
 //!
 //! a deflated grain: Read … ─> Inflate ─> Next                                 (compressed.rs)
-//! into a stream: [EndGone] ─> Deflate ─> [Append] ─> [Space] ─> WriteGrain ─> published ─> Next
+//! into a stream: [EndGone] ─> [Slot] ─> Deflate ─> [Append] ─> [Space] ─> WriteGrain ─> published ─> Next
 //!                [EndGone] ─> WriteTable ─> Next                              (stream.rs)
 //! chores:  the content id is written                                          (content_id.rs)
 //!          a stream's end is taken away                                       (end.rs)

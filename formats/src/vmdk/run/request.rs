@@ -82,6 +82,7 @@ impl PieceState {
             PieceState::Stream(state) => match state {
                 StreamState::TableSpace { .. } => 1,
                 StreamState::EndGone { .. } => 16,
+                StreamState::Slot { .. } => 2,
                 StreamState::Deflate { .. }
                 | StreamState::Append { .. }
                 | StreamState::Space { .. } => 14,

@@ -1,19 +1,18 @@
-//! Writing a stream: whole grains, each once, appended in the order in which they were asked for.
+//! Writing a stream: whole grains, each once, appended up the disk as far as that is known.
 //!
 //! A write must cover whole grains (the disk's end counts as the end of the last one); one that
 //! does not is refused, as is a second write of a grain: a stream cannot take anything back. Each
-//! grain is copied into the cache, deflated by an op, and appended behind its marker when it is its
-//! turn. It stays in the cache: who has just written it can read it.
+//! grain is claimed, copied into the cache when there is a slot, deflated by an op, and appended behind its
+//! marker when it is its turn. It stays in the cache: who has just written it can read it.
 //!
 //! Grain tables are in the stream too, each behind a marker and in front of its first grain; they
 //! are written again by writebacks. Nothing is written before the content id is, and before the stream's
 //! [end](super::end) is gone.
 //!
-//! Many grains are deflated at once; *one thing is appended at a time*, a grain or a table. So the next
+//! Of those that wait the lowest gets the next slot; of those that have one the lowest is the next to be
+//! appended. Many grains are deflated at once; *one thing is appended at a time*, a grain or a table. So the next
 //! one follows what is in the file, and what could not be written is taken back: who goes through a
 //! stream from marker to marker finds no gap in it, whatever has failed.
-
-use std::collections::VecDeque;
 
 use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Op, Seg, Segs};
@@ -34,12 +33,21 @@ use crate::vmdk::run::tables::Grown;
 /// A stream being written.
 #[derive(Clone, Hash, Debug)]
 pub(super) struct Stream {
-    /// Claims of grains that are not in the file yet, oldest first: whose turn it is.
-    queue: VecDeque<u32>,
+    /// Grains that are not in the file yet, up the disk.
+    queue: Vec<Waiting>,
     turn: WaitList,
     /// A grain or a table is being appended.
     appending: bool,
     pub end: End,
+}
+
+/// A grain that is not in the file yet.
+#[derive(Clone, Copy, Hash, Debug)]
+struct Waiting {
+    /// Its first byte on the disk.
+    at: u64,
+    claim: u32,
+    has_slot: bool,
 }
 
 /// What a grain, or a table, on its way into a stream awaits. `claim` is the key of its claim, `slot`
@@ -48,6 +56,8 @@ pub(super) struct Stream {
 pub enum StreamState {
     /// The stream's end, taken away by attempt number `attempt`.
     EndGone { at: u64, attempt: u32 },
+    /// A slot of the cache.
+    Slot { claim: u32 },
     /// The grain, deflated beside its slot.
     Deflate { claim: u32, slot: u32 },
     /// Its turn to be appended.
@@ -66,13 +76,29 @@ type Progress = pieces::Progress<StreamState>;
 
 impl Stream {
     pub fn new(end: End) -> Stream {
-        let queue = VecDeque::with_capacity(64);
+        let queue = Vec::with_capacity(64);
         Stream { queue, turn: WaitList::new(), appending: false, end }
+    }
+
+    fn enqueue(&mut self, at: u64, claim: u32) {
+        let place = self.queue.partition_point(|waiting| waiting.at < at);
+        self.queue.insert(place, Waiting { at, claim, has_slot: false });
+    }
+
+    /// Of the grains that have a slot, or of those that have none: is this the lowest?
+    fn is_next(&mut self, claim: u32, has_slot: bool) -> bool {
+        let next = self.queue.iter().find(|waiting| waiting.has_slot == has_slot);
+        next.is_some_and(|next| next.claim == claim)
+    }
+
+    fn got_slot(&mut self, claim: u32) {
+        let mine = self.queue.iter_mut().filter(|waiting| waiting.claim == claim);
+        mine.for_each(|waiting| waiting.has_slot = true);
     }
 
     /// The claim is done, one way or the other: it is the next one's turn.
     fn next_turn(&mut self, claim: u32, cx: &mut Cx<'_>) {
-        self.queue.retain(|&waiting| waiting != claim);
+        self.queue.retain(|waiting| waiting.claim != claim);
         cx.wake_all(&mut self.turn);
     }
 
@@ -106,6 +132,7 @@ impl StreamStep<'_> {
             (StreamState::EndGone { at, attempt }, Event::Woken) => {
                 Progress::tried(at, self.stream.end.failure_of(attempt))
             }
+            (StreamState::Slot { claim }, Event::Woken) => self.deflate(claim, cx),
             (StreamState::Deflate { claim, slot }, Event::Io(Err(errno))) => {
                 self.fail(claim, slot, errno, cx)
             }
@@ -148,13 +175,23 @@ impl StreamStep<'_> {
         if let Some(state) = self.lacks_end(at, place, cx) {
             return Progress::Wait(state);
         }
-        let Some(slot) = self.compressed.deflate(at, end, place, cx) else {
-            return Progress::LookAgain(at);
-        };
         let grown = Grown { grain, count: 1, slot: table, entry: Entry::Unallocated };
         let claim = self.allocate.claim(grown, (at, end), Cow::NONE, place);
-        self.stream.queue.push_back(claim);
-        Progress::Wait(StreamState::Deflate { claim, slot: slot as u32 })
+        self.stream.enqueue(at, claim);
+        self.deflate(claim, cx)
+    }
+
+    /// Deflates the grain, if it is the next to get a slot, and there is one.
+    fn deflate(&mut self, claim: u32, cx: &mut Cx<'_>) -> Progress {
+        let (place, range) = (self.place_of(claim), self.allocate.range_of(claim));
+        let is_next = self.stream.is_next(claim, false);
+        match self.compressed.deflate(range, is_next, place, cx) {
+            Some(slot) => {
+                self.stream.got_slot(claim);
+                Progress::Wait(StreamState::Deflate { claim, slot: slot as u32 })
+            }
+            None => Progress::Wait(StreamState::Slot { claim }),
+        }
     }
 
     /// The stream has its end still, or may have it: what the request waits for.
@@ -179,7 +216,7 @@ impl StreamStep<'_> {
 
     /// The grain is deflated: if it is its turn, and nothing is being appended, takes space and writes it.
     fn append(&mut self, claim: u32, slot: u32, cx: &mut Cx<'_>) -> Progress {
-        if self.stream.queue.front() != Some(&claim) || self.stream.appending {
+        if !self.stream.is_next(claim, true) || self.stream.appending {
             cx.park(&mut self.stream.turn, On::Turn);
             return Progress::Wait(StreamState::Append { claim, slot });
         }
