@@ -180,7 +180,7 @@ fn inflate(file: &[u8], from: usize, size: usize, grain: usize) -> Option<Vec<u8
 /// Reads a stream. `Err`: why it cannot be read any further.
 pub fn read(file: &[u8]) -> Result<Stream, String> {
     let mut found = Stream::default();
-    found.rule("whole sectors", file.len() % SECTOR == 0);
+    found.rule("whole sectors", file.len().is_multiple_of(SECTOR));
     let first = sectors(file, 0, 1).ok_or("no header")?;
     let Some(header) = header(first, &mut found) else {
         return Err(format!("the header cannot be: {:?}", found.broken));
