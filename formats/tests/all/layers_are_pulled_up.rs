@@ -168,7 +168,7 @@ fn one_that_fails_or_is_called_off_leaves_the_disk_as_it_is() {
                 engine.run(clock());
                 guest.poll(&mut engine);
                 match engine.job_progress(job) {
-                    Some(JobProgress { done, total }) if done < total / 4 => {}
+                    Some(JobProgress { done, total, .. }) if done < total / 4 => {}
                     _ => break,
                 }
             }
