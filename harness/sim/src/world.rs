@@ -202,8 +202,9 @@ fn open<S: Subject>(
     requests: usize,
 ) -> Result<(SimEngine<S::Driver>, NodeId), String> {
     let backend = SimBackend::new(subject.device(), Mode::Chosen);
-    // What an engine has room for is copied with it. One more is the disk's beside, or for a copy to begin.
-    let limits = Limits { requests: requests.max(1) + 1, ..subject.limits() };
+    // What an engine has room for is copied with it.
+    let beside = usize::from(subject.beside().is_some());
+    let limits = Limits { requests: requests.max(1) + beside, ..subject.limits() };
     let mut engine = SimEngine::new(backend, limits);
     if let Some(is_metadata) = subject.metadata() {
         engine.backend_mut().watch_metadata(is_metadata);

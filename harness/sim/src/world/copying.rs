@@ -181,7 +181,8 @@ impl<S: Subject> World<S> {
 
     /// Is there room for it, and is its target as it is said to be?
     fn may_copy(&self, plan: CopyPlan) -> bool {
-        let room = self.plan.workload.requests.len().max(1) + 1;
+        let beside = usize::from(self.beside.is_some());
+        let room = self.plan.workload.requests.len().max(1) + beside;
         let is_known = !plan.target_is_zero || self.is_unwritten(plan.way);
         self.engine.in_flight() < room && is_known
     }
