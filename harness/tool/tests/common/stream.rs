@@ -135,7 +135,8 @@ fn descriptor(bytes: &[u8], capacity: u64, found: &mut Stream) {
     let number = |key: &str| value(key).parse::<u64>().ok();
     found.rule("version of the descriptor", value("version") == "1");
     let id = value("CID");
-    let id = (id.len() == 8).then(|| u32::from_str_radix(id, 16).ok()).flatten();
+    // Some leave out zeros in front.
+    let id = (1..=8).contains(&id.len()).then(|| u32::from_str_radix(id, 16).ok()).flatten();
     // These two stand for no parent, and for an empty disk.
     found.rule("content id", id.is_some_and(|id| id < u32::MAX - 1));
     found.rule("no parent", value("parentCID") == "ffffffff");
