@@ -7,9 +7,10 @@ fn dirty(place: &Place, image: &str, bitmap: &str) -> String {
     let name = format!("qemu:dirty-bitmap:{bitmap}");
     let server = "driver=nbd,server.type=unix,server.path=sock";
     place.qemu(&format!(
-        "rm -f sock; qemu-nbd --fork --pid-file pid -r -t -k $PWD/sock -f qcow2 -B {bitmap} {image} && \
+        "rm -f sock; qemu-nbd -r -t -k $PWD/sock -f qcow2 -B {bitmap} {image} & pid=$!; \
+         while [ ! -S sock ]; do kill -0 $pid || exit; sleep 0.01; done; \
          qemu-img map --output json --image-opts {server},x-dirty-bitmap={name}; rc=$?; \
-         kill $(cat pid); while kill -0 $(cat pid) 2>/dev/null; do sleep 0.01; done; exit $rc"
+         kill $pid; wait $pid; exit $rc"
     ))
 }
 
