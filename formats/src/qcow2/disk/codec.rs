@@ -30,6 +30,10 @@ pub fn inflate(compression: Compression, input: &[u8], output: &mut [u8]) -> Res
 
 /// [Compressed Clusters Descriptor]: a raw deflate stream, without header or checksum.
 fn inflate_raw(input: &[u8], output: &mut [u8]) -> Result<(), Invalid> {
+    if libdeflater::Decompressor::new().deflate_decompress(input, output) == Ok(output.len()) {
+        return Ok(());
+    }
+    // It wants a stream to end where its bytes do; others do not.
     let mut stream = Decompress::new(false);
     // A full output is all that is wanted, whether or not the stream says that it ends there.
     let _ = stream.decompress(input, output, FlushDecompress::Finish).map_err(|_| Invalid)?;

@@ -4,7 +4,7 @@
 //! follows) and a zlib stream that inflates to exactly a grain; a last grain may be short.
 
 use cowbell_engine::units::Errno;
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use flate2::{Compress, Compression, FlushCompress, Status};
 
 use crate::vmdk::disk::layout::{GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
 
@@ -56,11 +56,8 @@ fn inflate_some(input: &[u8], output: &mut [u8]) -> Result<usize, Errno> {
     };
     let end = GRAIN_MARKER_BYTES + size as usize;
     let Some(stream) = input.get(GRAIN_MARKER_BYTES..end) else { return Err(Errno::INVALID) };
-    let mut inflater = Decompress::new(true);
-    match inflater.decompress(stream, output, FlushDecompress::Finish) {
-        Ok(Status::StreamEnd) => Ok(inflater.total_out() as usize),
-        _ => Err(Errno::INVALID),
-    }
+    let inflated = libdeflater::Decompressor::new().zlib_decompress(stream, output);
+    inflated.map_err(|_| Errno::INVALID)
 }
 
 /// Is the grain at sector `lba` the last of the extent?
