@@ -26,6 +26,7 @@
 //! *A pull* is of one moment, of a disk into itself: what the layers below have of it. There a stretch may change when it has been
 //! written, so that nothing older comes after what a guest wrote; and nothing begins while a write is in
 //! flight that nobody has looked at, because it is older than the job. What is found to be in the disk's own layers is left.
+//!
 //! *Shown to the embedder* ([`Copy::shown`]): a worker that has read waits until that has been seen. It is shown in order,
 //! and pieces are taken in order: so the worker whose turn it is never waits for another one.
 //!
