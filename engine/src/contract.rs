@@ -76,6 +76,7 @@ pub fn run_all<R: Rig>(rig: &mut R) {
         a_flush_answers_zero
         zeroing_inside_the_file
         zeroing_past_the_end
+        copying_from_file_to_file
         a_discard_harms_nobody_else
         truncating_up_and_down
         allocating_keeps_bytes_and_grows
@@ -433,6 +434,25 @@ fn zeroing_past_the_end<R: Rig>(rig: &mut R) {
             }
         }
     }
+}
+
+fn copying_from_file_to_file<R: Rig>(rig: &mut R) {
+    for (from, to, len) in [(0, 16, 8), (24, 4, 1), (0, 28, 12)] {
+        let mut file = pattern(32, 22);
+        let mut bench = Bench::new(rig, &file);
+        let copy = OpKind::Copy { from: FILE, at: from * BLOCK };
+        if bench.complete_if_supported(bare(copy, to, len)) {
+            let source = file[range(from, len)].to_vec();
+            file.resize(file.len().max((to + len) as usize * BLOCK as usize), 0);
+            file[range(to, len)].copy_from_slice(&source);
+            bench.assert_contents(&file);
+        }
+    }
+    // What lies behind the end of a file cannot be copied.
+    let file = pattern(4, 23);
+    let mut bench = Bench::new(rig, &file);
+    let copy = OpKind::Copy { from: FILE, at: 3 * BLOCK };
+    bench.complete(bare(copy, 0, 2)).expect_err("half of it is not there");
 }
 
 fn a_discard_harms_nobody_else<R: Rig>(rig: &mut R) {

@@ -30,6 +30,10 @@
 //! *Shown to the embedder* ([`Copy::shown`]): a worker that has read waits until that has been seen. It is shown in order,
 //! and pieces are taken in order: so the worker whose turn it is never waits for another one.
 //!
+//! *Offloaded* ([`Copy::offload`]): where both disks are files, byte for byte, `Offload` takes the place of `Read` and
+//! `Write`: one op of the target's file has the kernel copy. The first that fails is the last; it, and the rest of
+//! the job, is read and written.
+//!
 //! Pieces end in any order. A worker that waits for its turn or to be resumed holds nothing that
 //! others wait for. The memory is given up when the last worker has ended, so when nothing of the job
 //! is in flight.
@@ -143,6 +147,7 @@ impl Machine<'_> {
             self.job_mut().asking -= u32::from(!self.worker.is_wanted);
         }
         match (self.worker.state, event) {
+            (State::Offload { len }, Event::Io(result)) => self.offloaded(len, result),
             (state, Event::Io(Err(errno))) => self.failed(state, errno),
             (State::Piece, _) => self.take_piece(),
             (State::Status, Event::Start) => self.go_on(),
@@ -151,7 +156,7 @@ impl Machine<'_> {
             (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
             // What has been read is in memory.
-            (State::Again, _) => Step::Go(State::Status),
+            (State::Again | State::Offload { .. }, _) => Step::Go(State::Status),
             (State::Flush, _) => Step::Done(Ok(())),
         }
     }
@@ -387,16 +392,59 @@ impl Machine<'_> {
 
     fn read(&mut self) -> Step<State> {
         let Worker { at, data_end, .. } = *self.worker;
-        let copy = self.job().copy;
-        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
-        let segs = Segs::one(self.memory(0, data_end - at));
-        self.worker.held = (at, data_end);
-        let (now, len) = (self.core.now, data_end - at);
+        self.count_for_rate(data_end - at);
+        if let Some(op) = self.offload(at, data_end - at) {
+            self.core.issue(self.me, op);
+            if mutant!("offloaded_copy_counts_as_read_at_once") {
+                self.has_read(data_end);
+            }
+            self.wake_next();
+            return Step::Wait(State::Offload { len: data_end - at });
+        }
+        self.read_into_memory()
+    }
+
+    /// What is read makes the next piece due later, if there is a limit.
+    fn count_for_rate(&mut self, len: u64) {
+        let now = self.core.now;
         let job = &mut self.core.copies[self.worker.job as usize];
         if let Some(rate) = job.copy.rate {
             let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
             job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
         }
+    }
+
+    /// The op that has the kernel copy these bytes. `None`: they are to be read and written.
+    fn offload(&self, at: u64, len: u64) -> Option<Op> {
+        let CopyJob { copy, between, .. } = self.job();
+        let (from, to) = (*between)?;
+        let (from_offset, to_offset) = (copy.source_offset + at, copy.target_offset + at);
+        // What was given up there and is not yet given back may change meanwhile.
+        let file = &self.core.files[from.index()];
+        let is_settled = !file.given_up.overlaps(from_offset, from_offset + len);
+        let kind = OpKind::Copy { from, at: from_offset };
+        // A file may end before its disk does.
+        let is_there = from_offset + len <= file.len;
+        (is_settled && is_there).then(|| Op::bare(kind, to, to_offset, len))
+    }
+
+    /// The kernel has copied so many bytes, or it could not.
+    fn offloaded(&mut self, len: u64, result: Result<(), Errno>) -> Step<State> {
+        if result.is_err() && !mutant!("failed_offload_counts_as_copied") {
+            // Whatever it was: it comes again where it can be told, if it is a disk's error.
+            self.job_mut().between = None;
+            return self.read_into_memory();
+        }
+        self.has_read(self.worker.at + len);
+        self.written(len)
+    }
+
+    fn read_into_memory(&mut self) -> Step<State> {
+        let Worker { at, data_end, .. } = *self.worker;
+        let copy = self.job().copy;
+        let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
+        let segs = Segs::one(self.memory(0, data_end - at));
+        self.worker.held = (at, data_end);
         self.core.issue(self.me, Op::read(source, offset, segs));
         self.wake_next();
         Step::Wait(State::Read)
@@ -422,7 +470,9 @@ impl Machine<'_> {
             State::Status => (copy.source, copy.source_offset + data_end, 0),
             State::Read => (copy.source, copy.source_offset + at, data_end - at),
             State::Write { len } => (copy.target, copy.target_offset + at, len),
-            State::Piece | State::Look | State::Again | State::Flush => (copy.target, 0, 0),
+            State::Piece | State::Look | State::Again | State::Offload { .. } | State::Flush => {
+                (copy.target, 0, 0)
+            }
         };
         let job = self.job().id;
         self.core.tell_job_error(job, node, (start, len), errno);

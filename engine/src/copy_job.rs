@@ -8,7 +8,7 @@ use slab::Slab;
 
 use crate::marks::Marks;
 use crate::mutant;
-use crate::units::{Errno, JobId, NodeId, RegionId, Time};
+use crate::units::{Errno, FileId, JobId, NodeId, RegionId, Time};
 use crate::wait::WaitList;
 
 /// Of which moment a copy is.
@@ -73,6 +73,13 @@ pub struct Copy {
     /// target is written, zeroed and skipped in whole units, counted from its first byte, but for the
     /// ends of what is copied. A unit is zeros if all of it is. Default: 512.
     pub unit: usize,
+    /// The kernel is asked to copy from file to file (`copy_file_range(2)`), where both disks are such
+    /// files ([`Driver::file_of_disk`](crate::step::Driver::file_of_disk)): raw images. Nothing comes into memory then, and file
+    /// systems that can let the two share their space. What it cannot copy is read and written. Not
+    /// with [`Zeros::Found`], [`shown`](Copy::shown) or [`compressed`](Copy::compressed), which look at the bytes.
+    /// No other job may have the target as its source or target meanwhile
+    /// ([`Why::InUse`](crate::Why::InUse)). Default: false.
+    pub offload: bool,
     /// What cannot be read becomes zeros, sector by sector, and the copy goes on; each time
     /// [`NodeEvent::JobError`](crate::NodeEvent::JobError) tells where. Default: false.
     pub salvage: bool,
@@ -118,6 +125,7 @@ impl Copy {
             compressed: false,
             zeros: Zeros::Told,
             unit: UNIT_MIN,
+            offload: false,
             salvage: false,
             stops_on_error: false,
             shown: false,
@@ -174,6 +182,16 @@ impl Copy {
         let piece = piece & !(unit - 1);
         let rate = self.rate.map(|rate| rate.max(1));
         Copy { in_flight: self.in_flight.clamp(1, 64), piece, unit, rate, ..self }
+    }
+
+    /// May the kernel copy without showing the bytes to anybody?
+    pub(crate) fn may_offload(&self) -> bool {
+        self.offload && self.zeros != Zeros::Found && !self.shown && !self.compressed
+    }
+
+    /// Does it write to a disk of the other one past that disk's requests?
+    pub(crate) fn passes_by(&self, other: &Copy) -> bool {
+        self.may_offload() && [other.source, other.target].contains(&self.target)
     }
 
     /// Where the unit ends that byte `at` of the copy lies in.
@@ -235,6 +253,8 @@ pub(crate) struct CopyJob {
     /// Its key.
     pub key: u32,
     pub copy: Copy,
+    /// The files of source and target, between which the kernel is asked to copy.
+    pub between: Option<(FileId, FileId)>,
     /// Memory of all pieces.
     pub region: RegionId,
     /// Bytes to copy, and how many of these the source has. Places in the job are counted from its
@@ -524,6 +544,8 @@ pub(crate) enum State {
     Look,
     /// So many bytes, written to the target or zeroed there.
     Write { len: u64 },
+    /// So many bytes, which the kernel copies from file to file.
+    Offload { len: u64 },
     /// What has failed: it is tried again when the job is resumed.
     Again,
     /// All that was written is stable.

@@ -17,7 +17,7 @@ use crate::units::{Errno, FileId, OpId, Time};
 pub enum What {
     /// [`OpKind::Read`].
     Read,
-    /// [`OpKind::Write`].
+    /// [`OpKind::Write`] and [`OpKind::Copy`].
     Write,
     /// [`OpKind::Flush`].
     Flush,
@@ -47,7 +47,7 @@ impl What {
     fn of(kind: OpKind) -> Option<What> {
         Some(match kind {
             OpKind::Read => What::Read,
-            OpKind::Write { .. } => What::Write,
+            OpKind::Write { .. } | OpKind::Copy { .. } => What::Write,
             OpKind::Flush => What::Flush,
             OpKind::Zero { .. } => What::Zero,
             OpKind::Discard => What::Discard,

@@ -150,7 +150,7 @@ impl FileState {
         self.changed = true;
         self.note_used(op);
         match op.kind {
-            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => {
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate | OpKind::Copy { .. } => {
                 self.len = self.len.max(end);
             }
             // It may fail: what it cuts off is counted until it has not.

@@ -32,6 +32,15 @@ pub enum OpKind {
     Allocate,
     /// Work for a processor: from the first segment into the second.
     Compute(Compute),
+    /// Copy `len` bytes at `at` of the file `from` to `offset`, without bringing them here: the two may come to share
+    /// their space. They do not overlap. What `from` holds there may be taken at any moment until the op
+    /// comes back. Whoever cannot answers an error, and may have copied a part.
+    Copy {
+        /// Where they come from.
+        from: FileId,
+        /// Byte offset in it; all `len` bytes lie within the file.
+        at: u64,
+    },
     /// Say whether the byte at `offset` is in a hole of the file, and for how many of the `len` bytes from
     /// there. Only of files that [know](crate::backend::FileInfo::knows_holes).
     Hole,
@@ -71,7 +80,12 @@ impl OpKind {
     /// for what is in flight? (The inode's rwsem, and `inode_dio_wait`, in Linux.)
     #[inline]
     pub fn locks_file(self) -> bool {
-        matches!(self, OpKind::Zero { .. } | OpKind::Discard | OpKind::Truncate | OpKind::Allocate)
+        match self {
+            OpKind::Read | OpKind::Write { .. } | OpKind::Flush => false,
+            OpKind::Compute(_) | OpKind::Hole => false,
+            OpKind::Zero { .. } | OpKind::Discard | OpKind::Truncate | OpKind::Allocate => true,
+            OpKind::Copy { .. } => true,
+        }
     }
 
     /// Does it move bytes between memory and a file?

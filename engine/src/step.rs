@@ -44,6 +44,15 @@ pub trait Driver {
     /// Does the node use this file?
     fn uses(&self, file: FileId) -> bool;
 
+    /// The file whose bytes are the disk's, one for one, whatever else goes on, if there is such a file; `written`: which
+    /// takes all that is written to the disk as it is. Then a copy may leave the moving of bytes to the
+    /// kernel ([`Copy::offload`](crate::Copy::offload)).
+    #[inline]
+    fn file_of_disk(&self, written: bool) -> Option<FileId> {
+        let _ = written;
+        None
+    }
+
     /// The nodes below it, to which it issues requests of any kind but truncations
     /// ([`Target::Node`](crate::op::Target::Node)): an overlay reads where it has nothing itself, a
     /// filter passes on what comes, or writes it twice. Always the same ones, which were added before

@@ -63,6 +63,8 @@ pub enum Kind {
     Compute,
     /// [`OpKind::Hole`]
     Hole,
+    /// [`OpKind::Copy`]
+    Copy,
 }
 
 impl Kind {
@@ -80,6 +82,7 @@ impl Kind {
             OpKind::Allocate => Kind::Allocate,
             OpKind::Compute(_) => Kind::Compute,
             OpKind::Hole => Kind::Hole,
+            OpKind::Copy { .. } => Kind::Copy,
         }
     }
 
@@ -96,6 +99,7 @@ impl Kind {
             Kind::Allocate => "allocate",
             Kind::Compute => "compute",
             Kind::Hole => "hole",
+            Kind::Copy => "copy",
         }
     }
 }

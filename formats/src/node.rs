@@ -305,6 +305,13 @@ impl Driver for Node {
         }
     }
 
+    fn file_of_disk(&self, written: bool) -> Option<FileId> {
+        match self {
+            Node::Raw(raw) => raw.file_of_disk(written),
+            Node::Qed(_) | Node::Qcow2(_) | Node::Vmdk(_) | Node::Vdi(_) => None,
+        }
+    }
+
     fn below(&self) -> &[NodeId] {
         match self {
             Node::Raw(raw) => raw.below(),

@@ -240,6 +240,10 @@ impl Driver for Raw {
         file == self.file
     }
 
+    fn file_of_disk(&self, written: bool) -> Option<FileId> {
+        (!written || self.writes == Writes::Pass).then_some(self.file)
+    }
+
     #[inline(always)]
     fn pass_on(&mut self, io: &Io, _: &Memory) -> Option<Pass> {
         let passes = io.kind == IoKind::Read

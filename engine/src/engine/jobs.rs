@@ -12,7 +12,7 @@ use crate::mutant;
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Origin, Work};
 use crate::step::Driver;
-use crate::units::{JobId, Time};
+use crate::units::{FileId, JobId, NodeId, Time};
 use crate::wait::WaitList;
 
 impl<D: Driver, B: Backend> Engine<D, B> {
@@ -69,6 +69,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         if is_one || is_resized || is_below || is_read || has_moved {
             return Err(Why::InUse);
         }
+        let passes_by = |job: &CopyJob| copy.passes_by(&job.copy) || job.copy.passes_by(&copy);
+        if self.core.copies.iter().any(|(_, job)| passes_by(job)) {
+            return Err(Why::InUse);
+        }
         if copy.shown && copy.moment != Moment::Any {
             return Err(Why::OutOfOrder);
         }
@@ -77,6 +81,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             self.life.why_not(&mut self.core, node)?;
         }
         let ahead = copy.marks(source_size, parts).ok_or(Why::TooLarge)?;
+        let files = self.file_of(copy.source, false).zip(self.file_of(copy.target, true));
+        let between = files.filter(|(from, to)| copy.may_offload() && from != to);
         let core = &mut self.core;
         let id = JobId { engine: self.tag, serial: core.next_job };
         core.next_job = core.next_job.wrapping_add(1);
@@ -84,6 +90,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let job = CopyJob {
             id,
             copy,
+            between,
             region: core.mem.add_region(lane * copy.in_flight),
             source_size,
             total,
@@ -122,6 +129,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             (slot.work, slot.cause) = (Work::Copy(key), Cause::Start);
         }
         Ok(id)
+    }
+
+    fn file_of(&self, node: NodeId, written: bool) -> Option<FileId> {
+        self.node(node).file_of_disk(written)
     }
 
     /// How many bytes there are to copy from the source, and to write to the target. `None`: they do

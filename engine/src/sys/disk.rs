@@ -231,7 +231,7 @@ impl DiskFile {
     }
 
     pub(crate) fn handle(&self) -> Handle {
-        Handle { fd: self.fd(), is_block: self.is_block }
+        Handle { fd: self.fd(), is_block: self.is_block, from: -1 }
     }
 
     pub(crate) fn fd(&self) -> RawFd {

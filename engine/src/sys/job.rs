@@ -23,17 +23,22 @@ pub(crate) type Pieces = SmallVec<[RamPiece; 4]>;
 pub(crate) struct Handle {
     pub(crate) fd: RawFd,
     pub(crate) is_block: bool,
+    /// The file that is copied from; -1 where none is.
+    pub(crate) from: RawFd,
 }
 
 impl Handle {
-    const NONE: Handle = Handle { fd: -1, is_block: false };
+    const NONE: Handle = Handle { fd: -1, is_block: false, from: -1 };
 
     /// What `record` is done on, as `file` knows it. `None`: a file that is not attached.
-    pub(crate) fn of(
-        record: &OpRecord,
-        file: impl FnOnce(FileId) -> Option<Handle>,
-    ) -> Option<Handle> {
-        if record.op.target == Target::Cpu { Some(Handle::NONE) } else { file(record.file()) }
+    pub(crate) fn of(record: &OpRecord, file: impl Fn(FileId) -> Option<Handle>) -> Option<Handle> {
+        match (record.op.target, record.op.kind) {
+            (Target::Cpu, _) => Some(Handle::NONE),
+            (_, OpKind::Copy { from, .. }) => {
+                Some(Handle { from: file(from)?.fd, ..file(record.file())? })
+            }
+            _ => file(record.file()),
+        }
     }
 }
 
@@ -74,7 +79,7 @@ impl Job {
     /// The memory that `pieces` name is valid until this returns. If it is computed with, nobody
     /// else changes it meanwhile, or looks at what is written.
     pub(crate) unsafe fn perform(&self) -> Result<u64, Errno> {
-        let Job { file: Handle { fd, is_block }, offset, len, .. } = *self;
+        let Job { file: Handle { fd, is_block, .. }, offset, len, .. } = *self;
         match self.kind {
             // SAFETY: the caller's promise.
             OpKind::Read => unsafe { sys::preadv(fd, &self.pieces, offset) },
@@ -94,6 +99,7 @@ impl Job {
             OpKind::Discard => discard(self.file, offset, len),
             OpKind::Allocate if is_block => within_device(fd, offset, len),
             OpKind::Allocate => allocate_file(fd, offset, len),
+            OpKind::Copy { at, .. } => copy(self.file, at, offset, len),
         }
     }
 }
@@ -111,6 +117,18 @@ unsafe fn compute(work: Compute, pieces: &[RamPiece]) -> Result<u64, Errno> {
         )
     };
     (work.run)(input, output).map(|()| 0)
+}
+
+fn copy(file: Handle, mut from: u64, mut to: u64, len: u64) -> Result<u64, Errno> {
+    let end = end_of(to, len)?;
+    while to < end {
+        match sys::copy_file_range(file.from, from, file.fd, to, end - to)? {
+            // It ends before.
+            0 => return Err(Errno::INVALID),
+            moved => (from, to) = (from + moved, to + moved),
+        }
+    }
+    Ok(0)
 }
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -64,6 +64,8 @@ pub struct PoolStats {
     pub computes: u64,
     /// Questions where a file has holes.
     pub holes: u64,
+    /// Copies from file to file.
+    pub copies: u64,
 }
 
 impl PoolStats {
@@ -78,6 +80,7 @@ impl PoolStats {
             OpKind::Truncate => &mut self.truncates,
             OpKind::Compute(_) => &mut self.computes,
             OpKind::Hole => &mut self.holes,
+            OpKind::Copy { .. } => &mut self.copies,
         };
         *counter += 1;
     }
@@ -278,7 +281,7 @@ impl Workers {
     pub(crate) fn take_front(
         &mut self,
         submission: &mut Submission<'_>,
-        handle: impl FnOnce(FileId) -> Option<Handle>,
+        handle: impl Fn(FileId) -> Option<Handle>,
     ) -> Option<bool> {
         if !self.has_room() {
             return None;
@@ -443,7 +446,7 @@ mod tests {
     use crate::sys::syscalls::wait_readable;
     use crate::units::ReqId;
 
-    const NO_FILE: Handle = Handle { fd: -1, is_block: false };
+    const NO_FILE: Handle = Handle { fd: -1, is_block: false, from: -1 };
 
     /// Jobs for which `offset` says on what occasion they end.
     const AT_ONCE: u64 = 0;

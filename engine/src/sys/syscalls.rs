@@ -178,6 +178,22 @@ pub(crate) fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> Result<(
     }
 }
 
+/// Copies up to `len` bytes from file to file, in the kernel: how many. 0: the first file ends there.
+pub(crate) fn copy_file_range(
+    from: RawFd,
+    from_offset: u64,
+    to: RawFd,
+    to_offset: u64,
+    len: u64,
+) -> Result<u64, Errno> {
+    // More is left to the next call.
+    let len = len.min(1 << 30) as usize;
+    let (mut from_offset, mut to_offset) = (signed(from_offset)?, signed(to_offset)?);
+    let (read_at, write_at) = (&raw mut from_offset, &raw mut to_offset);
+    // SAFETY: the two offsets are valid for as long as the call takes; no other memory is involved.
+    retry(|| unsafe { libc::copy_file_range(from, read_at, to, write_at, len, 0) as i64 })
+}
+
 /// What an ioctl on a range of a block device does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum BlockRange {

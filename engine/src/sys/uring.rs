@@ -128,6 +128,7 @@ fn bit(kind: OpKind) -> u8 {
         OpKind::Discard => 16,
         OpKind::Zero { unmap: false } => 32,
         OpKind::Zero { unmap: true } | OpKind::Compute(_) | OpKind::Hole => NEVER,
+        OpKind::Copy { .. } => NEVER,
     }
 }
 
@@ -135,7 +136,7 @@ const NEVER: u8 = 128;
 
 impl UringFile {
     fn new(file: DiskFile) -> UringFile {
-        let Handle { fd, is_block } = file.handle();
+        let Handle { fd, is_block, .. } = file.handle();
         let sizes =
             [OpKind::Truncate, OpKind::Allocate, OpKind::Discard, OpKind::Zero { unmap: false }];
         // On devices these are no calls that the ring knows.
@@ -210,7 +211,8 @@ impl UringFile {
             OpKind::Allocate => 0,
             OpKind::Discard => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             OpKind::Zero { .. } => libc::FALLOC_FL_ZERO_RANGE,
-            OpKind::Read | OpKind::Write { .. } | OpKind::Compute(_) | OpKind::Hole => return None,
+            OpKind::Read | OpKind::Write { .. } | OpKind::Compute(_) => return None,
+            OpKind::Hole | OpKind::Copy { .. } => return None,
         };
         // No length is no error; for the call it is one.
         (len > 0).then(|| opcode::Fallocate::new(self.fd, len).offset(offset).mode(mode).build())

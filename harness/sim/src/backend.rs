@@ -153,7 +153,9 @@ impl Breakage {
     fn concerns(self, kind: OpKind) -> bool {
         match kind {
             OpKind::Read => self == Breakage::Reads,
-            OpKind::Write { .. } | OpKind::Zero { .. } => self == Breakage::Writes,
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Copy { .. } => {
+                self == Breakage::Writes
+            }
             OpKind::Flush => self == Breakage::Flushes,
             OpKind::Truncate | OpKind::Allocate => self == Breakage::Lengths,
             OpKind::Discard | OpKind::Compute(_) | OpKind::Hole => false,
@@ -488,6 +490,12 @@ impl SimBackend {
             OpKind::Discard => {
                 out.extend([Outcome::Fail, Outcome::FailAll, Outcome::Unsupported]);
             }
+            OpKind::Copy { .. } => {
+                out.extend([Outcome::Unsupported, Outcome::FailAll]);
+                if sectors > 1 {
+                    out.push(Outcome::FailPart);
+                }
+            }
             OpKind::Compute(_) => out.push(Outcome::Fail),
             OpKind::Hole => {}
         }
@@ -545,7 +553,8 @@ impl SimBackend {
             assert!(new.len > 0, "an empty op: {new:?}");
         }
         let grows = match new.kind {
-            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Allocate => new.end() > len,
+            OpKind::Write { .. } | OpKind::Zero { .. } => new.end() > len,
+            OpKind::Allocate | OpKind::Copy { .. } => new.end() > len,
             // Of a device nobody can cut off anything either.
             OpKind::Truncate => new.offset > len || !self.device.can_grow,
             _ => false,
@@ -624,9 +633,13 @@ impl SimBackend {
     /// Ends an op, and says so to the engine.
     fn end(&mut self, name: OpName, outcome: Outcome, ops: &Ops, mem: &mut Memory) -> Completion {
         let at = self.flying.iter().position(|flying| flying.name == name);
-        let flying = self.flying.remove(at.expect("chosen while in flight"));
+        let mut flying = self.flying.remove(at.expect("chosen while in flight"));
         let op = flying.op;
         let record = &ops[op];
+        if matches!(flying.kind, OpKind::Copy { .. }) {
+            // It is taken as late as may be; a crash may find it as it was at first.
+            flying.change = self.change_of(record, ops, mem);
+        }
         let result = match flying.kind {
             OpKind::Read => self.end_read(&flying, outcome, record, mem),
             OpKind::Flush => self.end_flush(&flying, outcome),
@@ -742,6 +755,11 @@ impl SimBackend {
                 let zeroes = segs.iter().all(|seg| seg.base == Base::Zeros);
                 let own = !zeroes && !segs.iter().any(is_guests);
                 (Patch::cut(offset, &bytes), self.extended(record), own)
+            }
+            OpKind::Copy { from, at } => {
+                let mut bytes = vec![0; len as usize];
+                self.files[from.index()].now().read(at, &mut bytes);
+                (Patch::cut(offset, &bytes), self.extended(record), false)
             }
             OpKind::Zero { .. } => (Patch::zeros(offset, len), self.extended(record), false),
             // A device may take a discard for the hint that it is.

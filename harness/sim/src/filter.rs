@@ -123,6 +123,13 @@ impl<D: Driver> Driver for Over<D> {
         }
     }
 
+    fn file_of_disk(&self, written: bool) -> Option<FileId> {
+        match self {
+            Over::Below(driver) => driver.file_of_disk(written),
+            Over::Filter(_) => None,
+        }
+    }
+
     fn uses(&self, file: FileId) -> bool {
         match self {
             Over::Below(driver) => driver.uses(file),

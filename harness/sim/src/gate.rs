@@ -462,6 +462,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let mirror = CopyPlan { mirrors: true, ..copy_out };
     let resumed = |copy: CopyPlan| CopyPlan { stops: true, ..copy };
     let shown = |copy: CopyPlan| CopyPlan { shown: true, ..copy };
+    let offloaded = |copy: CopyPlan| CopyPlan { offload: true, ..copy };
     let pair = |_: &Image| {
         let pair = [Request::write(CLUSTER, 1024), Request::write(CLUSTER + 512, 1024)];
         let flushed = [Request::write(0, 1024), Request::flush()];
@@ -492,6 +493,11 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([noise], budget(used(copy_out), 0), one),
             scopes_on([noise, short], budget(shown(copy_in), 1), none),
             scopes_on([noise], budget(stops(shown(copy_in)), 0), few),
+            scopes_on([noise, short], budget(offloaded(copy_in), 1), none),
+            scopes_on([noise], budget(stops(offloaded(copy_in)), 0), few),
+            scopes_on([noise], budget(used(offloaded(copy_out)), 0), one),
+            scopes_on([noise], budget(offloaded(of_start(copy_out)), 0), one),
+            scopes_on([noise], budget(offloaded(mirror), 0), few),
             scopes_on([noise], budget(of_start(copy_out), 1), one),
             scopes_on([noise], budget(of_start(copy_out), 0), two),
             scopes_on([noise], budget(stops(of_start(copy_out)), 0), last),

@@ -108,6 +108,11 @@ pub const MUTANTS: &[Mutant] = &[
         "what a copy could not write is left out when it is resumed",
     ),
     raw("stopped_copy_sleeps_on", "a copy that has stopped is not woken when it is resumed"),
+    raw(
+        "offloaded_copy_counts_as_read_at_once",
+        "a write goes on while the kernel copies what was there",
+    ),
+    raw("failed_offload_counts_as_copied", "what the kernel could not copy is left out"),
     raw("failed_copy_waits_to_be_seen", "a copy that has failed waits to be looked at"),
     raw("copy_shows_what_it_has_first", "what a copy has read is shown as it comes, not in order"),
     raw("copy_is_done_up_to_the_next_piece", "what is begun of a copy counts as done"),

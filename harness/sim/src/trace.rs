@@ -132,6 +132,7 @@ impl Trace {
                 ("gives-up", plan.gives_up),
                 ("mirrors", plan.mirrors),
                 ("stops", plan.stops),
+                ("offload", plan.offload),
                 ("shown", plan.shown),
             ];
             for (key, set) in set {
@@ -245,6 +246,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-of-start" => copy.of_start = value == "true",
                 "copy-mirrors" => copy.mirrors = value == "true",
                 "copy-stops" => copy.stops = value == "true",
+                "copy-offload" => copy.offload = value == "true",
                 "copy-shown" => copy.shown = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",

@@ -77,15 +77,15 @@ pub struct Args {
     /// At most so many bytes a second
     #[arg(short, long, value_name = "BYTES")]
     pub(crate) rate_limit: Option<String>,
-    /// So many zeros in the data are left out; 0: everything is written
-    #[arg(
-        short = 'S',
-        long,
-        value_name = "SIZE",
-        default_value = "4k",
-        allow_hyphen_values = true
-    )]
-    pub(crate) sparse: String,
+    /// So many zeros in the data are left out, by default 4k; 0: everything is written
+    #[arg(short = 'S', long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(crate) sparse: Option<String>,
+    /// From raw to raw, have the kernel copy: file systems that can let both files share their space
+    ///
+    /// Zeros in the data are not looked for then, only the files' holes stay holes. What the kernel cannot copy is read and
+    /// written, and so is everything with --checksum.
+    #[arg(short = 'C')]
+    pub(crate) copy_range: bool,
     /// The target is there already, and is written in place
     #[arg(short = 'n', long)]
     pub(crate) no_create: bool,
@@ -274,11 +274,12 @@ fn wanted(args: &Args) -> Result<Wanted, Fail> {
     let in_flight = count("number of coroutines", &args.parallel, 1, 16)? as usize;
     let rate = args.rate_limit.as_deref();
     let rate = rate.map(|text| size("rate limit", text, 0, i64::MAX as u64)).transpose()?;
-    let sparse = match create::parse_size(&args.sparse) {
+    let asked = args.sparse.as_deref().unwrap_or(SPARSE);
+    let sparse = match create::parse_size(asked) {
         Ok(bytes) if bytes.is_multiple_of(512) && bytes <= SPARSE_MAX => bytes,
         Err(create::BadSize::NotANumber) => {
             let what = "Invalid buffer size for sparse output specified";
-            return Err(Fail::other(format!("{what}: '{}'.", args.sparse)));
+            return Err(Fail::other(format!("{what}: '{asked}'.")));
         }
         _ => {
             return Err(Fail::other(format!(
@@ -322,6 +323,8 @@ fn wanted(args: &Args) -> Result<Wanted, Fail> {
 /// Options that do not go together.
 fn check(args: &Args, sources: usize) -> Result<(), Fail> {
     let refused = [
+        (args.copy_range && args.sparse.is_some(), "Cannot enable copy offloading when -S is used"),
+        (args.copy_range && args.compress, "Cannot enable copy offloading when -c is used"),
         (sources == 0, "Must specify image file name"),
         (
             args.no_create && !args.options.is_empty(),
@@ -439,6 +442,7 @@ impl Work {
                     top_layers: (has_backing(wanted) && parts.is_none()).then_some(1),
                     compressed: args.compress,
                     salvage: args.salvage,
+                    offload: args.copy_range,
                     zeros: form.zeros,
                     unit: form.unit,
                     in_flight: form.in_flight,
@@ -467,6 +471,9 @@ struct Form {
     is_stream: bool,
 }
 
+/// So many zeros are left out if nothing is said.
+const SPARSE: &str = "4k";
+
 fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
     /// More memory for each piece is no faster.
     const PIECE: u64 = 256 << 10;
@@ -482,7 +489,11 @@ fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
     let unit = wanted.sparse.max(cluster).clamp(512, PIECE_MAX);
     let piece = if is_stream { PIECE_MAX } else { PIECE.max(unit) };
     Form {
-        zeros: if wanted.sparse == 0 { Zeros::Written } else { Zeros::Found },
+        zeros: match wanted.sparse {
+            0 => Zeros::Written,
+            _ if args.copy_range => Zeros::Told,
+            _ => Zeros::Found,
+        },
         unit: unit as usize,
         // A stream is written in order.
         in_flight: if is_stream { 1 } else { wanted.in_flight },

@@ -127,6 +127,8 @@ impl FormatSubject for Raw {
             backup(of_start, 0, &[Request::write(CLUSTER, CLUSTER + 512), zero_last]),
             backup(CopyPlan { pauses: 1, cancels: true, ..of_start }, 0, &[last]),
             backup(CopyPlan { gives_up: true, ..of_start }, 1, &[last]),
+            backup(CopyPlan { offload: true, ..of_start }, 0, &[last]),
+            fails(CopyPlan { offload: true, ..CopyPlan::new(Way::In) }, &[]),
             fails(CopyPlan { stops: true, ..of_start }, &[last]),
             fails(CopyPlan { stops: true, ..CopyPlan::new(Way::In) }, &[]),
             backup(mirror, 0, &[head(0, 0)]),

@@ -38,6 +38,8 @@ pub struct CopyPlan {
     pub stops: bool,
     /// Is what it reads shown, and seen at any time?
     pub shown: bool,
+    /// Is the copying left to the kernel?
+    pub offload: bool,
 }
 
 /// From where to where a copy goes.
@@ -66,6 +68,7 @@ impl CopyPlan {
             mirrors: false,
             stops: false,
             shown: false,
+            offload: false,
         }
     }
 }
@@ -222,6 +225,7 @@ impl<S: Subject> World<S> {
             hold_max: plan.gives_up.then_some(Duration::from_millis(1)),
             target_is_zero: plan.target_is_zero,
             shown: plan.shown,
+            offload: plan.offload,
             zeros,
             ..Copy::new(source, target)
         };

@@ -111,6 +111,41 @@ fn with_any_number_in_flight_and_past_the_page_cache() {
     assert!(taken(&place, "sparse-again") <= (6 << 20) && taken(&place, "again") <= 6 << 20);
 }
 
+/// `-C`: the kernel copies, where both are raw; where it cannot, and between other formats, what it says is the same.
+#[test]
+fn with_the_kernel_s_help() {
+    let place = Place::new();
+    sources(&place);
+    place.ok("cowbell convert -O qcow2 sparse q");
+    for (options, source, is_offered) in [
+        ("-C", "sparse", true),
+        ("-C -t none -T none", "sparse", true),
+        ("-C -m 1", "holes", true),
+        ("-C -f qcow2", "q", false),
+        ("-C --checksum sha256", "sparse", false),
+        ("", "sparse", false),
+    ] {
+        place.ok(&format!(
+            "strace -f -o calls -e trace=copy_file_range cowbell convert {options} {source} b && \
+             qemu-img compare -q -F raw {source} b"
+        ));
+        let calls = String::from_utf8(read(&place.path("calls"))).expect("strace writes text");
+        let is_copied =
+            calls.lines().any(|line| line.contains("copy_file_range") && !line.contains("= -1"));
+        assert_eq!(is_copied, is_offered, "{options}: {calls}");
+        if source == "holes" {
+            assert!(taken(&place, "b") <= 6 << 20, "holes are none");
+        }
+    }
+    // Several, one behind the other.
+    place.ok("cowbell convert -C sparse holes b && cat sparse holes > c && cmp b c");
+    // Another file system: it is read and written, or copied, just as that can.
+    place.ok(
+        "cp sparse /dev/shm/cowbell-sparse.$$; cowbell convert -C /dev/shm/cowbell-sparse.$$ b; \
+              rm /dev/shm/cowbell-sparse.$$; cmp b sparse",
+    );
+}
+
 /// What is where on a qcow2 image's disk; where in the file is everybody's own affair.
 fn map(place: &Place, name: &str) -> Vec<(u64, String)> {
     let mut map: Vec<(u64, String)> = Vec::new();
@@ -225,6 +260,9 @@ fn mistakes_are_told_as_qemu_tells_them() {
         "convert -S 100 a.raw x",
         "convert -S 1x a.raw x",
         "convert -S 4G a.raw x",
+        "convert -C -S 4k a.raw x",
+        "convert -C -c -O qcow2 a.raw x",
+        "convert -C -S 4k a.raw nothere/x",
         "convert -m 0 a.raw x",
         "convert -m 17 a.raw x",
         "convert -m x a.raw x",
