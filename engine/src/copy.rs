@@ -213,7 +213,7 @@ impl Machine<'_> {
         if job.is_paused || job.asking > 0 || job.due > now {
             return self.park();
         }
-        let mut end = job.next.saturating_add(job.copy.piece as u64).min(job.total);
+        let mut end = job.next.saturating_add(job.piece()).min(job.total);
         if end < job.total {
             end = job.copy.unit_floor(end);
         }
@@ -327,6 +327,10 @@ impl Machine<'_> {
             }
             return self.zero(end - from);
         }
+        // A file system may look through all of it to tell where data ends: it is asked once.
+        if (job.data.0..job.data.1).contains(&from) && !self.worker.is_wanted {
+            return self.is_data_to(job.data.1.min(job.source_size));
+        }
         let asked = self.asked_from(from);
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
         self.job_mut().asking += u32::from(!self.worker.is_wanted);
@@ -386,6 +390,18 @@ impl Machine<'_> {
             }
             return if is_left { self.written(whole - from) } else { self.zero(whole - from) };
         }
+        if !copy.is_pull() && !is_left && !status.kind.is_zero() {
+            self.job_mut().data = (from, said);
+        }
+        self.is_data_to(said)
+    }
+
+    /// What follows is data, or counts as data, up to `said`: with what is in one unit with it.
+    fn is_data_to(&mut self, said: u64) -> Step<State> {
+        let end = self.worker.end;
+        let copy = self.job().copy;
+        let to = said.min(end);
+        let whole = if to == end { end } else { copy.unit_floor(to) };
         self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
         if self.worker.data_end == end { self.read() } else { self.ask_status() }
     }
@@ -442,9 +458,12 @@ impl Machine<'_> {
     fn read_into_memory(&mut self) -> Step<State> {
         let Worker { at, data_end, .. } = *self.worker;
         let copy = self.job().copy;
+        // More than the memory holds may have been to offload.
+        let most = copy.unit_floor(at.saturating_add(copy.piece as u64)).max(at + 1);
+        let data_end = if data_end - at > copy.piece as u64 { most } else { data_end };
         let (source, offset) = (Target::Node(copy.source), copy.source_offset + at);
         let segs = Segs::one(self.memory(0, data_end - at));
-        self.worker.held = (at, data_end);
+        (self.worker.held, self.worker.data_end) = ((at, data_end), data_end);
         self.core.issue(self.me, Op::read(source, offset, segs));
         self.wake_next();
         Step::Wait(State::Read)

@@ -205,6 +205,9 @@ impl Copy {
     }
 }
 
+/// A piece is so many times as long where the kernel copies it: 16 MiB by default.
+const OFFLOADED: u64 = 64;
+
 /// Bytes that are read before one of them is written: the least, if the unit is not more.
 const GRANULE: usize = 64 << 10;
 
@@ -265,6 +268,8 @@ pub(crate) struct CopyJob {
     pub left_out: u64,
     /// Where the next piece begins.
     pub next: u64,
+    /// What the source was last told to have data in, from and to. To read it is right whatever it becomes.
+    pub data: (u64, u64),
     /// Workers that ask what is where: nobody begins a piece before they know.
     pub asking: u32,
     pub done: u64,
@@ -345,6 +350,14 @@ impl CopyJob {
         let pulls = self.copy.is_pull() && !mutant!("cancelled_pull_lets_writes_pass");
         let goes_on = self.failed.is_none() || pulls;
         self.copy.moment == Moment::Start && self.copy.source == node && goes_on
+    }
+
+    /// Bytes of a piece.
+    pub fn piece(&self) -> u64 {
+        let piece = self.copy.piece as u64;
+        // What the kernel does takes no memory; but somebody may wait for it.
+        let is_offloaded = self.between.is_some() && self.copy.moment == Moment::Any;
+        if is_offloaded { piece * OFFLOADED } else { piece }
     }
 
     /// Does it mirror this node?

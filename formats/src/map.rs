@@ -62,6 +62,17 @@ impl Extent {
         }
     }
 
+    /// The part of it that begins at this byte of the disk, if it has that.
+    fn rest_from(&self, at: u64) -> Option<Extent> {
+        let skip = at.checked_sub(self.start).filter(|&skip| skip < self.len)?;
+        let kind = match self.kind {
+            Kind::Data(host) => Kind::Data(HostOffset(host.0 + skip)),
+            Kind::Zero(Some(host)) => Kind::Zero(Some(HostOffset(host.0 + skip))),
+            kind => kind,
+        };
+        Some(Extent { start: at, len: self.len - skip, kind, ..*self })
+    }
+
     /// Does `next` go on where this ends, on the disk and in the file?
     pub fn goes_on_in(&self, next: &Extent) -> bool {
         let host_goes_on = match (self.kind, next.kind) {
@@ -104,6 +115,33 @@ pub fn status<F: Store>(chain: &Chain<F>, offset: u64, len: u64) -> Result<Exten
         }
     }
     Ok(extent)
+}
+
+/// What was last told of a disk that nobody changes: who goes through it in small steps asks the file system, which may
+/// look through a whole extent to find its end, once for each extent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known(Option<Extent>);
+
+impl Known {
+    /// As [`status`], of the same disk each time.
+    ///
+    /// # Errors
+    ///
+    /// As [`status`].
+    pub fn status<F: Store>(
+        &mut self,
+        chain: &Chain<F>,
+        offset: u64,
+        len: u64,
+    ) -> Result<Extent, Error> {
+        let rest = self.0.and_then(|extent| extent.rest_from(offset));
+        let extent = match rest {
+            Some(extent) => extent,
+            None => status(chain, offset, u64::MAX)?,
+        };
+        self.0 = Some(extent);
+        Ok(Extent { len: extent.len.min(len), ..extent })
+    }
 }
 
 /// The whole disk, stretch after stretch, as `qemu-img map` shows it. Ends after an error.

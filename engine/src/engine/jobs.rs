@@ -96,6 +96,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             total,
             left_out: parts.map_or(0, |_| ahead.marked(source_size)),
             next: 0,
+            data: (0, 0),
             asking: 0,
             done: 0,
             given_up: u64::MAX,

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write;
 
 use cowbell_engine::sys::disk::DiskFile;
-use cowbell_formats::map::{Extent, read, status};
+use cowbell_formats::map::{Extent, Known, read};
 use cowbell_formats::{Chain, DiskHost, Error};
 
 use crate::cache::check_source_cache;
@@ -56,6 +56,7 @@ const SECTOR: usize = 512;
 struct Side {
     image: Image,
     chain: Chain<DiskFile>,
+    known: Known,
     buf: Vec<u8>,
 }
 
@@ -63,11 +64,11 @@ impl Side {
     fn open(naming: &Naming, name: &OsStr, format: Option<&str>) -> Result<Side, Fail> {
         let image = naming.image(name, format)?;
         let chain = image.open(&DiskHost::default(), false)?;
-        Ok(Side { image, chain, buf: Vec::new() })
+        Ok(Side { image, chain, known: Known::default(), buf: Vec::new() })
     }
 
-    fn extent(&self, at: u64, len: u64) -> Result<Extent, Fail> {
-        status(&self.chain, at, len).map_err(|why| {
+    fn extent(&mut self, at: u64, len: u64) -> Result<Extent, Fail> {
+        self.known.status(&self.chain, at, len).map_err(|why| {
             let what = format!("Sector allocation test failed: {why}");
             Fail::at(&self.image.given, what).with_code(NO_STATUS)
         })

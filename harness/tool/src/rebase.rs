@@ -11,7 +11,7 @@ use cowbell_engine::mem::Buf;
 use cowbell_engine::step::Io;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::chain::{backing_name, driver_named, open_named, open_whole_layer};
-use cowbell_formats::map::{Kind, read, status};
+use cowbell_formats::map::{Kind, Known, read};
 use cowbell_formats::{Chain, DiskHost, Error, Format, Name, rebase};
 
 use crate::cache::{Cache, How, check_source_cache};
@@ -150,6 +150,8 @@ struct Work {
     /// The image with all that is below it, as it was.
     old: Chain<DiskFile>,
     new: Option<Chain<DiskFile>>,
+    /// What is known of the two.
+    known: [Known; 2],
     /// Bytes that are written together, at the least.
     unit: u64,
 }
@@ -167,7 +169,7 @@ impl Work {
         let old = image.open_unlocked(&DiskHost::default())?;
         let meta = old.layers.first().map(|top| &top.meta);
         let unit = meta.and_then(|meta| meta.cluster_size()).unwrap_or(4096);
-        Ok(Work { session, old, new, unit })
+        Ok(Work { session, old, new, known: [Known::default(); 2], unit })
     }
 
     /// Does it; answers the locks that are still held. `None`: somebody has asked to stop.
@@ -184,7 +186,7 @@ impl Work {
         let mut flying = Flying::default();
         while at < size && !is_stopped {
             let failed = |why: Error| Fail::at(&self.session.image.given, why);
-            let extent = status(&self.old, at, size - at).map_err(failed)?;
+            let extent = self.known[0].status(&self.old, at, size - at).map_err(failed)?;
             let is_its = extent.depth == 0 && extent.kind != Kind::Unallocated;
             let zeros = if extent.is_zero() { self.zeros_from(at, extent.len)? } else { 0 };
             if is_its {
@@ -212,11 +214,11 @@ impl Work {
     }
 
     /// For how many of `len` bytes the new backing file says that they are zeros.
-    fn zeros_from(&self, at: u64, len: u64) -> Result<u64, Fail> {
+    fn zeros_from(&mut self, at: u64, len: u64) -> Result<u64, Fail> {
         let Some(chain) = self.new.as_ref().filter(|chain| at < chain.size()) else {
             return Ok(len);
         };
-        let found = status(chain, at, len.min(chain.size() - at));
+        let found = self.known[1].status(chain, at, len.min(chain.size() - at));
         let found = found.map_err(|why| Fail::at(&self.session.image.given, why))?;
         Ok(if found.is_zero() { found.len } else { 0 })
     }

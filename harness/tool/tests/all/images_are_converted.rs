@@ -474,3 +474,29 @@ fn as_they_were_at_a_snapshot() {
         assert_eq!((ours.status.code(), ours.stderr), (theirs.status.code(), theirs.stderr));
     }
 }
+
+/// A file system may look through a whole extent to find where it ends, so it is asked once for each, not once for
+/// each piece.
+#[test]
+fn where_data_ends_is_asked_once() {
+    let place = Place::new();
+    place.ok("dd if=/dev/urandom of=a bs=1M count=32 status=none && truncate -s 64M a && cp a b");
+    place
+        .ok("cowbell create -q -f qcow2 -b a -F raw o && cowbell create -q -f qcow2 -b a -F raw p");
+    for line in [
+        "convert a c",
+        "convert -O qcow2 a c",
+        "backup a c",
+        "compare a b",
+        "dd if=a of=c bs=1M",
+        "measure -O qcow2 a",
+        "map a",
+        "rebase -b b -F raw o",
+        "commit p",
+    ] {
+        place.ok(&format!("strace -f -o calls -e trace=lseek cowbell {line} > out"));
+        let calls = String::from_utf8(read(&place.path("calls"))).expect("strace writes text");
+        let asked = calls.lines().filter(|line| line.contains("SEEK_HOLE")).count();
+        assert!(asked <= 16, "{line}: asked {asked} times\n{calls}");
+    }
+}
