@@ -34,12 +34,16 @@ pub fn live(
         .expect("it starts");
     let mut stdin = child.stdin.take().expect("piped");
     let stdout = BufReader::new(child.stdout.take().expect("piped"));
+    let can_compress = format == "qcow2";
     let writer = std::thread::spawn(move || {
         for round in 0..PLACES / 4 {
             let mut text = String::new();
             for i in 0..4 {
                 let at = piece(life, round * 4 + i) * LEN;
-                text += &format!("aio_write -q -P {} {at} {LEN}\n", byte(life));
+                // Some of them compressed, beside the others, where the format can.
+                let is_compressed = can_compress && (life + round + i) % 3 == 0;
+                let write = if is_compressed { "write -c" } else { "aio_write" };
+                text += &format!("{write} -q -P {} {at} {LEN}\n", byte(life));
             }
             // `help` of no command prints one line: the flush before it is over.
             text += "aio_flush\nflush\nhelp acknowledged\n";
