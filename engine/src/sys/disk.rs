@@ -231,7 +231,8 @@ impl DiskFile {
     }
 
     pub(crate) fn handle(&self) -> Handle {
-        Handle { fd: self.fd(), is_block: self.is_block, from: -1 }
+        let one_writer = !self.is_block && !self.direct;
+        Handle { fd: self.fd(), is_block: self.is_block, one_writer, from: -1 }
     }
 
     pub(crate) fn fd(&self) -> RawFd {

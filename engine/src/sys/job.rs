@@ -23,12 +23,15 @@ pub(crate) type Pieces = SmallVec<[RamPiece; 4]>;
 pub(crate) struct Handle {
     pub(crate) fd: RawFd,
     pub(crate) is_block: bool,
+    /// The kernel lets one write go on at a time, as on every file of a file system that is written through
+    /// the page cache: others would wait for its lock, or spin.
+    pub(crate) one_writer: bool,
     /// The file that is copied from; -1 where none is.
     pub(crate) from: RawFd,
 }
 
 impl Handle {
-    const NONE: Handle = Handle { fd: -1, is_block: false, from: -1 };
+    const NONE: Handle = Handle { fd: -1, is_block: false, one_writer: false, from: -1 };
 
     /// What `record` is done on, as `file` knows it. `None`: a file that is not attached.
     pub(crate) fn of(record: &OpRecord, file: impl Fn(FileId) -> Option<Handle>) -> Option<Handle> {
@@ -71,6 +74,12 @@ impl Job {
         });
         let (kind, offset, len) = (record.op.kind, record.offset(), record.remaining());
         Job { op, file, kind, offset, len, pieces }
+    }
+
+    /// The file that nobody else is to write while this runs.
+    pub(crate) fn writes_alone(&self) -> Option<RawFd> {
+        let locks = self.kind.locks_file() || matches!(self.kind, OpKind::Write { .. });
+        (locks && self.file.one_writer).then_some(self.file.fd)
     }
 
     /// Does it; waits as long as it takes.

@@ -7,16 +7,21 @@
 //! slow call holds up nobody while a thread can be had. Threads end when the pool is dropped,
 //! which waits for the calls they are in.
 //!
+//! Of the writes to one buffered file one goes on at a time: the kernel would have the others wait for the file's lock, or
+//! spin for it, each on a thread that could read meanwhile.
+//!
 //! The invariant: under the lock, the eventfd is signalled if and only if the list of what is done
 //! is not empty.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+
+use smallvec::SmallVec;
 
 use crate::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use crate::mem::Memory;
@@ -181,6 +186,8 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     queue: VecDeque<Job>,
+    /// Files with a write that others would wait for.
+    writing: Vec<RawFd>,
     done: Vec<Done>,
     idle: usize,
     closing: bool,
@@ -195,6 +202,32 @@ struct Done {
     pieces: Pieces,
     /// It is not one of the pool's jobs.
     outside: bool,
+}
+
+impl State {
+    /// The first job that need not wait for another one's write.
+    fn take(&mut self) -> Option<Job> {
+        let State { queue, writing, .. } = self;
+        let waits = |job: &Job| job.writes_alone().is_some_and(|fd| writing.contains(&fd));
+        let at = queue.iter().position(|job| !waits(job))?;
+        let job = queue.remove(at)?;
+        writing.extend(job.writes_alone());
+        Some(job)
+    }
+
+    /// How many threads have something to do.
+    fn startable(&self) -> usize {
+        let mut writing: SmallVec<[RawFd; 8]> = SmallVec::from_slice(&self.writing);
+        let starts = |job: &&Job| match job.writes_alone() {
+            Some(fd) if writing.contains(&fd) => false,
+            Some(fd) => {
+                writing.push(fd);
+                true
+            }
+            None => true,
+        };
+        self.queue.iter().filter(starts).count()
+    }
 }
 
 /// Completes ops that are not the pool's as if they were.
@@ -215,6 +248,7 @@ impl Workers {
         let room = depth + extra;
         let state = State {
             queue: VecDeque::with_capacity(room),
+            writing: Vec::with_capacity(options.threads.max(1)),
             done: Vec::with_capacity(room),
             idle: 0,
             closing: false,
@@ -325,7 +359,7 @@ impl Workers {
     fn start_staged(&mut self) {
         let mut state = self.shared.lock();
         state.queue.extend(self.staged.drain(..));
-        let (jobs, idle) = (state.queue.len(), state.idle);
+        let (jobs, idle) = (state.startable(), state.idle);
         drop(state);
         for _ in 0..jobs.min(idle) {
             self.shared.work.notify_one();
@@ -415,16 +449,24 @@ impl Shared {
             if state.closing {
                 return;
             }
-            let Some(job) = state.queue.pop_front() else {
+            let Some(job) = state.take() else {
                 state.idle += 1;
                 state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
                 state.idle -= 1;
                 continue;
             };
+            let writes = job.writes_alone();
             drop(state);
             // A panic is for the loop, which would wait for ever for a thread that is no more.
             let result = catch_unwind(AssertUnwindSafe(|| (self.perform)(&job)));
             state = self.lock();
+            if let Some(fd) = writes {
+                state.writing.retain(|&other| other != fd);
+                // This thread takes one.
+                if state.idle > 0 && state.startable() > 1 {
+                    self.work.notify_one();
+                }
+            }
             state.panicked |= result.is_err();
             let result = result.unwrap_or(Err(Errno::IO));
             self.finish(
@@ -446,7 +488,8 @@ mod tests {
     use crate::sys::syscalls::wait_readable;
     use crate::units::ReqId;
 
-    const NO_FILE: Handle = Handle { fd: -1, is_block: false, from: -1 };
+    const NO_FILE: Handle = Handle { fd: -1, is_block: false, one_writer: false, from: -1 };
+    const BUFFERED: Handle = Handle { fd: 1, one_writer: true, ..NO_FILE };
 
     /// Jobs for which `offset` says on what occasion they end.
     const AT_ONCE: u64 = 0;
@@ -471,10 +514,14 @@ mod tests {
     }
 
     fn stage(workers: &mut Workers, op: u32, occasion: u64) {
+        stage_on(workers, NO_FILE, op, occasion);
+    }
+
+    fn stage_on(workers: &mut Workers, file: Handle, op: u32, occasion: u64) {
         let owner = OpOwner { request: ReqId(0), ordinal: op };
         let op_itself = Op::bare(OpKind::Discard, FileId(0), occasion, 1);
         let record = OpRecord { op: op_itself, moved: 0, owner, busy: true };
-        workers.stage(OpId(op), &record, NO_FILE, &mut Memory::default());
+        workers.stage(OpId(op), &record, file, &mut Memory::default());
     }
 
     fn workers(threads: usize) -> Workers {
@@ -513,6 +560,26 @@ mod tests {
         tell(2);
         assert_eq!(collect(&mut workers, 2), [0, 1]);
         assert!(workers.threads.len() <= 3);
+    }
+
+    #[test]
+    fn one_write_at_a_time_goes_to_a_buffered_file_and_holds_up_nobody_else() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let mut workers = workers(4);
+        for op in 0..3 {
+            stage_on(&mut workers, BUFFERED, op, WHEN_TOLD);
+        }
+        workers.start();
+        stage_on(&mut workers, Handle { fd: 2, ..BUFFERED }, 3, AT_ONCE);
+        stage(&mut workers, 4, AT_ONCE);
+        workers.start();
+        assert_eq!(collect(&mut workers, 2), [3, 4]);
+        assert_eq!(workers.shared.lock().queue.len(), 2);
+        for op in 0..3 {
+            tell(1);
+            assert_eq!(collect(&mut workers, 1), [op]);
+        }
+        assert!(workers.shared.lock().writing.is_empty());
     }
 
     #[test]
