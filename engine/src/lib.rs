@@ -186,5 +186,5 @@ pub use copy_job::{Copy, JobProgress, Moment, Zeros};
 pub use engine::{Engine, Finished, Progress, Refused};
 pub use events::NodeEvent;
 pub use life::Why;
-pub use limits::Limits;
+pub use limits::{Limits, NodeLimits};
 pub use request::REQUEST_MAX;

@@ -37,6 +37,25 @@ pub struct Limits {
     pub measure: bool,
 }
 
+/// What a disk takes, and takes best: for a device's configuration, or an export's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NodeLimits {
+    /// The virtual size in bytes.
+    pub size: u64,
+    /// It can be written. If not, what would change it fails with EROFS.
+    pub is_writable: bool,
+    /// The longest read or write, in bytes. Zeros and discards may be as long as the disk.
+    pub request_max: u64,
+    /// Offsets and lengths in multiples of this many bytes, a power of two, need no detour through
+    /// other memory and no reading before writing; the same of the layers below. Others are taken too.
+    pub request_align: u32,
+    /// So do addresses of memory.
+    pub memory_align: u32,
+    /// Writes of whole units of this many bytes, a power of two, at multiples of it are the best: no
+    /// bytes around them are copied. Whole units that are discarded give space back.
+    pub unit: u64,
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits {

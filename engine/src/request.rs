@@ -79,6 +79,32 @@ impl Io {
         Io { kind: IoKind::Write { fua: false, compressed: true }, offset, len }
     }
 
+    /// Make `len` bytes at `offset` zeros; `unmap`: space may be given back.
+    pub fn zero(offset: u64, len: u64, unmap: bool) -> Io {
+        Io { kind: IoKind::Zero { unmap, fua: false }, offset, len }
+    }
+
+    /// What `len` bytes at `offset` hold is no longer needed.
+    pub fn discard(offset: u64, len: u64) -> Io {
+        Io { kind: IoKind::Discard, offset, len }
+    }
+
+    /// Make the disk `size` bytes long.
+    pub fn truncate(size: u64) -> Io {
+        Io { kind: IoKind::Truncate, offset: size, len: 0 }
+    }
+
+    /// The same, but finished only when it is stable: of a write or a zero write.
+    #[must_use]
+    pub fn stable(self) -> Io {
+        let kind = match self.kind {
+            IoKind::Write { compressed, .. } => IoKind::Write { fua: true, compressed },
+            IoKind::Zero { unmap, .. } => IoKind::Zero { unmap, fua: true },
+            kind => kind,
+        };
+        Io { kind, ..self }
+    }
+
     /// Flush.
     pub fn flush() -> Io {
         Io { kind: IoKind::Flush, offset: 0, len: 0 }

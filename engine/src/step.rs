@@ -41,6 +41,20 @@ pub trait Driver {
         None
     }
 
+    /// Bytes in a cluster, grain or block, a power of two: what is written, zeroed or discarded in whole ones, at
+    /// multiples of it, changes no other. 1: any.
+    #[inline]
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    /// Can the disk be written? If not, what would change it is answered with
+    /// [`Errno::READ_ONLY`](crate::units::Errno::READ_ONLY).
+    #[inline]
+    fn is_writable(&self) -> bool {
+        true
+    }
+
     /// Does the node use this file?
     fn uses(&self, file: FileId) -> bool;
 

@@ -49,19 +49,28 @@ impl Host for DiskHost {
     }
 
     fn lock(&self, file: &mut DiskFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
-        let begun = clock();
-        loop {
-            let taken = file.lock(lock, locking);
-            let is_ownerless =
-                matches!(&taken, Err(LockError::Conflict { holders, .. }) if holders.is_empty());
-            if !is_ownerless || clock().since(begun) >= LINGER.as_nanos() as u64 {
-                return taken;
-            }
-            std::thread::sleep(PAUSE);
-        }
+        lock_patiently(file, lock, locking)
     }
 
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {
         file.identity()
+    }
+}
+
+/// Locks a file; waits a moment for what seems to be the lock of a process that has ended.
+pub(crate) fn lock_patiently(
+    file: &mut DiskFile,
+    lock: Lock,
+    locking: Locking,
+) -> Result<(), LockError> {
+    let begun = clock();
+    loop {
+        let taken = file.lock(lock, locking);
+        let is_ownerless =
+            matches!(&taken, Err(LockError::Conflict { holders, .. }) if holders.is_empty());
+        if !is_ownerless || clock().since(begun) >= LINGER.as_nanos() as u64 {
+            return taken;
+        }
+        std::thread::sleep(PAUSE);
     }
 }

@@ -295,6 +295,26 @@ impl Driver for Node {
         }
     }
 
+    fn unit(&self) -> u64 {
+        match self {
+            Node::Raw(raw) => raw.unit(),
+            Node::Qed(qed) => qed.unit(),
+            Node::Qcow2(qcow2) => qcow2.unit(),
+            Node::Vmdk(vmdk) => vmdk.unit(),
+            Node::Vdi(vdi) => vdi.unit(),
+        }
+    }
+
+    fn is_writable(&self) -> bool {
+        match self {
+            Node::Raw(raw) => raw.is_writable(),
+            Node::Qed(qed) => qed.is_writable(),
+            Node::Qcow2(qcow2) => qcow2.is_writable(),
+            Node::Vmdk(vmdk) => vmdk.is_writable(),
+            Node::Vdi(vdi) => vdi.is_writable(),
+        }
+    }
+
     fn uses(&self, file: FileId) -> bool {
         match self {
             Node::Raw(raw) => raw.uses(file),

@@ -236,6 +236,14 @@ impl Driver for Raw {
         self.size
     }
 
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writes != Writes::Refused
+    }
+
     fn uses(&self, file: FileId) -> bool {
         file == self.file
     }

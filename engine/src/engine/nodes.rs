@@ -5,6 +5,8 @@ use super::Engine;
 use crate::backend::Backend;
 use crate::events::NodeEvent;
 use crate::life::Why;
+use crate::limits::NodeLimits;
+use crate::request::REQUEST_MAX;
 use crate::stats::NodeStats;
 use crate::step::Driver;
 use crate::units::NodeId;
@@ -14,6 +16,38 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[inline]
     pub fn has(&self, node: NodeId) -> bool {
         self.core.has_node(node)
+    }
+
+    /// What a disk takes, and takes best. `None`: there is no such node. A truncation changes the size.
+    pub fn limits(&self, node: NodeId) -> Option<NodeLimits> {
+        if !self.has(node) {
+            return None;
+        }
+        let driver = self.node(node);
+        let (mut request_align, mut memory_align, mut hole_align) = (1, 1, 1);
+        let mut layers = vec![node];
+        // Each layer is one of the engine's, and looked at once.
+        let mut at = 0;
+        while let Some(&layer) = layers.get(at) {
+            at += 1;
+            let layer = self.node(layer);
+            for file in self.core.files.iter().filter(|file| layer.uses(file.id)) {
+                request_align = file.info.request_align.max(request_align);
+                memory_align = file.info.memory_align.max(memory_align);
+                hole_align = file.info.hole_align.max(hole_align);
+            }
+            let new = layer.below().iter().filter(|below| !layers.contains(below));
+            let new: Vec<NodeId> = new.copied().collect();
+            layers.extend(new);
+        }
+        Some(NodeLimits {
+            size: driver.size(),
+            is_writable: driver.is_writable(),
+            request_max: REQUEST_MAX,
+            request_align,
+            memory_align,
+            unit: driver.unit().max(u64::from(request_align)).max(u64::from(hole_align)),
+        })
     }
 
     /// At most so many of the engine's requests may be this node's, those apart that have ended and

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -100,6 +100,36 @@ impl DiskFile {
             let _ = fs::remove_file(path);
         }
         opened
+    }
+
+    /// Takes a file that is open already: one that a sandboxed program was given. Of `options` `create`
+    /// and `no_follow` mean nothing.
+    ///
+    /// Flags of an open file belong to all who have it: `direct` sets O_DIRECT for them too, and
+    /// O_NONBLOCK is taken away. Nothing is locked: see [`lock`](DiskFile::lock).
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidInput`]: it is neither a regular file nor a block device, is not open for
+    /// reading, or is to be written and open for appending, where the kernel
+    /// takes no offsets; [`io::ErrorKind::PermissionDenied`]: it is to be written, and not open for
+    /// that; [`io::ErrorKind::Unsupported`] as for [`open`](DiskFile::open).
+    pub fn from_fd(fd: OwnedFd, options: &DiskOptions) -> io::Result<DiskFile> {
+        let flags = sys::status_flags(fd.as_raw_fd())?;
+        let (access, appends) = (flags & libc::O_ACCMODE, flags & libc::O_APPEND != 0);
+        let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        if access == libc::O_WRONLY || flags & libc::O_PATH != 0 {
+            return invalid("the descriptor cannot be read from");
+        }
+        if options.write && access != libc::O_RDWR {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        if options.write && appends {
+            return invalid("the descriptor appends whatever is written");
+        }
+        let direct = options.direct || flags & libc::O_DIRECT != 0;
+        let options = DiskOptions { direct, create: Create::No, ..*options };
+        DiskFile::from_file(File::from(fd), &options)
     }
 
     fn from_file(file: File, options: &DiskOptions) -> io::Result<DiskFile> {

@@ -307,11 +307,16 @@ fn byte_lock(fd: RawFd, command: i32, kind: i32, byte: u64) -> Result<libc::floc
     Ok(lock)
 }
 
+/// The flags of an open file: O_DIRECT and the like, and what it is open for.
+pub(crate) fn status_flags(fd: RawFd) -> Result<i32, Errno> {
+    // SAFETY: no memory involved.
+    retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) }).map(|flags| flags as i32)
+}
+
 /// Sets the file status flags that can be set on an open file: O_DIRECT, O_NOATIME,
 /// O_NONBLOCK.
 pub(crate) fn set_status_flags(fd: RawFd, on: i32, off: i32) -> Result<(), Errno> {
-    // SAFETY: no memory involved.
-    let flags = retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) })? as i32;
+    let flags = status_flags(fd)?;
     // SAFETY: no memory involved.
     retry(|| unsafe { libc::fcntl(fd, libc::F_SETFL, (flags | on) & !off) }).map(drop)
 }

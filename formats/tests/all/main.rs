@@ -19,6 +19,7 @@ mod completions_never_nest;
 mod copies_run_beside_guests;
 mod copies_under_hostile_conditions;
 mod disks_come_and_go;
+mod disks_say_what_they_take;
 mod draining_ends_what_was_begun;
 mod entries_past_the_end_lead_nowhere;
 mod every_request_ends_whatever_fails;

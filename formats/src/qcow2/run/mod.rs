@@ -133,6 +133,14 @@ impl Driver for Qcow2 {
         self.disk.size()
     }
 
+    fn unit(&self) -> u64 {
+        self.image.geometry.cluster_size()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.image.writable
+    }
+
     fn uses(&self, file: FileId) -> bool {
         file == self.image.file || file == self.image.data
     }

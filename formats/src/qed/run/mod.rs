@@ -112,6 +112,14 @@ impl Driver for Qed {
         self.disk.size()
     }
 
+    fn unit(&self) -> u64 {
+        self.image.geometry.cluster_size()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.image.writable
+    }
+
     fn uses(&self, file: FileId) -> bool {
         file == self.image.file
     }

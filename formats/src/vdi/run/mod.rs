@@ -70,6 +70,14 @@ impl Driver for Vdi {
         self.map.image().header.size
     }
 
+    fn unit(&self) -> u64 {
+        self.block_size()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     fn uses(&self, file: FileId) -> bool {
         file == self.map.file()
     }

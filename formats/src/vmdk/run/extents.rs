@@ -33,6 +33,14 @@ pub(super) enum Kind {
     Sparse(Box<Grains>),
 }
 
+impl Extents {
+    /// Bytes in the largest grain; 1 if there are none.
+    pub fn unit(&self) -> u64 {
+        let sparse = self.all.iter().filter_map(Extent::sparse);
+        sparse.map(|grains| grains.header.grain_size()).max().unwrap_or(1)
+    }
+}
+
 impl Extent {
     /// Its tables and grains, if it is sparse.
     #[inline]

@@ -118,6 +118,14 @@ impl Driver for Vmdk {
         self.image.size
     }
 
+    fn unit(&self) -> u64 {
+        self.extents.unit()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.image.writable
+    }
+
     fn uses(&self, file: FileId) -> bool {
         self.image.files.contains(&file)
     }

@@ -41,7 +41,7 @@ pub fn live(
             for i in 0..4 {
                 let at = piece(life, round * 4 + i) * LEN;
                 // Some of them compressed, beside the others, where the format can.
-                let is_compressed = can_compress && (life + round + i) % 3 == 0;
+                let is_compressed = can_compress && (life + round + i).is_multiple_of(3);
                 let write = if is_compressed { "write -c" } else { "aio_write" };
                 text += &format!("{write} -q -P {} {at} {LEN}\n", byte(life));
             }
