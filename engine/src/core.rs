@@ -69,6 +69,11 @@ pub(crate) struct Core {
     /// Chores that wait until nobody uses what was given up any more: they look again after each
     /// harvest.
     pub past_waiters: WaitList,
+    /// Requests that are held, of all nodes.
+    pub held: usize,
+    /// Requests in flight that were abandoned, and those that have ended since the engine last looked.
+    pub abandoned: usize,
+    pub abandoned_ended: usize,
     /// Gates that are closed.
     pub closed: u32,
     /// For `Engine::poll_event`.
@@ -139,6 +144,9 @@ impl Core {
             bounce_waiters: WaitList::new(),
             write_waiters: WaitList::new(),
             past_waiters: WaitList::new(),
+            held: 0,
+            abandoned: 0,
+            abandoned_ended: 0,
             closed: 0,
             events: Vec::new(),
             corrupt: Vec::new(),
@@ -939,6 +947,7 @@ impl Core {
                 }
                 self.finished.push(request);
             }
+            Origin::Abandoned => self.end_abandoned(request),
             Origin::Child(parent) => {
                 let slot = self.ops.free_slot(request);
                 self.nodes[slot.node.index()].inner -= 1;
@@ -956,6 +965,74 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Nobody waits for it; what waits behind it may go on.
+    #[cold]
+    fn end_abandoned(&mut self, request: ReqId) {
+        let node = self.ops.free_slot(request).node;
+        drop(self.mem.take_guest(request));
+        self.abandoned -= 1;
+        self.abandoned_ended += 1;
+        let record = &mut self.nodes[node.index()];
+        record.guests -= 1;
+        record.hold.abandoned.retain(|&(other, ..)| other != request);
+        record.set_open_to();
+    }
+
+    /// One that is held, and off the list of those, is given up: it never begins.
+    pub fn end_held(&mut self, request: ReqId) {
+        let slot = self.ops.slot_mut(request);
+        slot.waits = Waits::Nothing;
+        if let Work::Guard(key) = std::mem::replace(&mut slot.work, Work::Node) {
+            self.guards.remove(key as usize);
+        }
+        self.end_abandoned(request);
+    }
+
+    /// A new request may have to wait before it begins: then each `run` looks at it.
+    pub fn hold(&mut self, request: ReqId) {
+        let slot = self.ops.slot_mut(request);
+        let record = &mut self.nodes[slot.node.index()];
+        if !record.hold.is_needed() {
+            return;
+        }
+        slot.waits = Waits::List(On::Held);
+        record.hold.held.push(request);
+        self.held += 1;
+        let unqueued = self.ready.pop_back();
+        assert_eq!(unqueued, Some(request), "it was queued just now");
+    }
+
+    /// Lets those begin that may, of all nodes. Is there one?
+    #[cold]
+    pub fn let_held_go(&mut self) -> bool {
+        let mut some = false;
+        for record in &mut self.nodes {
+            if record.hold.held.is_empty() {
+                continue;
+            }
+            let is_over = record.stage != Stage::Open || record.is_closing;
+            let ops = &self.ops;
+            let gone = record.hold.let_go(self.now, is_over, |request| ops.slot(request).io);
+            self.held -= gone.len();
+            some |= !gone.is_empty();
+            for request in gone {
+                self.ops.slot_mut(request).waits = Waits::Nothing;
+                self.ready.push(request);
+            }
+            record.set_open_to();
+        }
+        some
+    }
+
+    /// When time alone lets one begin.
+    pub fn held_due(&self) -> Option<Time> {
+        if self.held == 0 {
+            return None;
+        }
+        let io_of = |request| self.ops.slot(request).io;
+        self.nodes.iter().filter_map(|record| record.hold.deadline(io_of)).min()
     }
 
     /// As [`Core::op_done`]; apart, because layers nest.
@@ -1242,6 +1319,9 @@ impl Core {
             bounce_waiters: self.bounce_waiters,
             write_waiters: self.write_waiters,
             past_waiters: self.past_waiters,
+            held: self.held,
+            abandoned: self.abandoned,
+            abandoned_ended: self.abandoned_ended,
             closed: self.closed,
             events: self.events.clone(),
             corrupt: self.corrupt.clone(),

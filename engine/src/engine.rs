@@ -265,6 +265,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.record(node, io, mem, tag);
         if is_looked_at {
             self.core.guard(id);
+            self.core.hold(id);
         }
         Ok(())
     }
@@ -393,6 +394,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 }
             }
             let moves = self.core.moving > 0 || self.life.drain == Drain::Going;
+            let moves = moves || self.core.held > 0 || self.core.abandoned_ended > 0;
             if !moves || !self.go_on_living() {
                 return;
             }
@@ -403,7 +405,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[cold]
     #[inline(never)]
     fn go_on_living(&mut self) -> bool {
-        let mut goes_on = false;
+        self.life.guests -= std::mem::take(&mut self.core.abandoned_ended);
+        let mut goes_on = self.core.held > 0 && self.core.let_held_go();
         for index in 0..self.life.nodes.len() {
             while self.core.nodes[index].is_moving() {
                 match self.life.move_on(&mut self.core, &mut self.backend, index) {
@@ -726,7 +729,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn next_deadline(&self) -> Option<Time> {
         let nodes = (0..self.life.nodes.len()).filter_map(|index| self.deadline_of(index));
         let copies = self.core.copies.iter().filter_map(|(_, copy)| copy.deadline());
-        let own = nodes.chain(self.core.give_back_due()).chain(copies);
+        let own = nodes.chain(self.core.give_back_due()).chain(copies).chain(self.core.held_due());
         own.chain(self.backend.next_deadline()).min()
     }
 
@@ -740,7 +743,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Guest requests that have not ended: those submitted, less those that `poll` has given or
     /// will give. Nodes' own work is not counted: see [`Engine::is_idle`].
     pub fn in_flight(&self) -> usize {
-        self.life.guests - self.core.finished.len()
+        self.life.guests
+            - self.core.finished.len()
+            - self.core.abandoned
+            - self.core.abandoned_ended
     }
 
     /// Is nothing at all in flight, chores included? There may be finished requests to poll.

@@ -231,6 +231,22 @@ impl Mem {
         }
     }
 
+    /// Does it stay for as long as this is there, whatever its lender does?
+    pub(crate) fn is_kept(&self) -> bool {
+        match self {
+            Mem::Ram(ram) => ram.has_owner(),
+            Mem::None | Mem::Owned(_) => true,
+        }
+    }
+
+    /// The list of what was lent, if it is one: to be filled again for the next request.
+    pub fn into_ram(self) -> Option<Ram> {
+        match self {
+            Mem::Ram(ram) => Some(ram),
+            _ => None,
+        }
+    }
+
     /// The owned buffer, if it is one.
     pub fn into_buf(self) -> Option<Buf> {
         match self {

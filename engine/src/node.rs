@@ -1,5 +1,6 @@
 //! What the engine keeps of a node beside its driver: how far it is in its life, what is in flight.
 
+use crate::held::Hold;
 use crate::mutant;
 use crate::stats::{Ended, NodeStats};
 use crate::units::{Errno, JobId, NodeId, RegionId};
@@ -66,6 +67,8 @@ pub(crate) struct NodeRecord {
     pub shares: [usize; 2],
     /// Memory of its own.
     pub regions: Vec<RegionId>,
+    /// Requests that may not begin yet.
+    pub hold: Hold,
     pub stats: NodeStats,
 }
 
@@ -97,6 +100,7 @@ impl NodeRecord {
             is_top: true,
             shares: [0; 2],
             regions: Vec::new(),
+            hold: Hold::default(),
             stats: NodeStats::default(),
         }
     }
@@ -121,7 +125,7 @@ impl NodeRecord {
     pub fn set_open_to(&mut self) {
         let takes = self.stage == Stage::Open && !self.is_paused && !self.is_gone;
         // Who writes while it is copied is looked at.
-        let takes = takes && self.guards == 0 && self.moved_to.is_none();
+        let takes = takes && self.guards == 0 && self.moved_to.is_none() && !self.hold.is_needed();
         self.open_to = if takes && !self.is_closing { self.quota } else { 0 };
         if mutant!("closed_node_takes_requests") && self.is_closing {
             self.open_to = self.quota;
@@ -129,11 +133,12 @@ impl NodeRecord {
     }
 
     /// Everything that decides what can happen next and does not follow from its requests.
-    pub fn decisive(&self) -> impl std::hash::Hash {
+    pub fn decisive(&self) -> impl std::hash::Hash + '_ {
         let NodeRecord { stage, is_paused, is_held, owes_paused, is_closing, is_gone, .. } = *self;
         let is_there = (self.is_vacant, self.leaves_below);
         let flags = (is_paused, is_held, owes_paused, is_closing, is_gone, is_there);
         let moved = (self.guarded, self.moved_to, self.moved_untold.is_some(), self.wait_for_move);
-        (stage, flags, self.closing_for, self.chore_failed, self.quota, self.shares, moved)
+        let held = (&self.hold, self.quota, self.shares);
+        (stage, flags, self.closing_for, self.chore_failed, held, moved)
     }
 }

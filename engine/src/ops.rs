@@ -186,7 +186,7 @@ impl Ops {
             match slot.origin {
                 _ if slot.base == memory => return true,
                 Origin::Child(parent) => request = parent,
-                Origin::Guest | Origin::Chore => return false,
+                Origin::Guest | Origin::Abandoned | Origin::Chore => return false,
             }
         }
     }

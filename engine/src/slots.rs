@@ -32,6 +32,8 @@ pub(crate) enum Waits {
 pub(crate) enum Origin {
     /// `Engine::submit`.
     Guest,
+    /// The same, but nobody waits for it any more: its memory goes when it ends.
+    Abandoned,
     /// Nobody: a node's own work.
     Chore,
     /// An op of another request.

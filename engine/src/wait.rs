@@ -45,11 +45,13 @@ pub enum On {
     Job,
     /// A job that reads what is to be changed, as it was.
     Copy,
+    /// To be let begin: for the disk's limit, or for an abandoned write.
+    Held,
 }
 
 impl On {
     /// Each once, in the order of [`Stats::lists`](crate::stats::Stats::lists).
-    pub const ALL: [On; 18] = [
+    pub const ALL: [On; 19] = [
         On::Table,
         On::CacheSlot,
         On::Cluster,
@@ -68,6 +70,7 @@ impl On {
         On::Users,
         On::Job,
         On::Copy,
+        On::Held,
     ];
 }
 

@@ -4,12 +4,14 @@
 use super::Engine;
 use crate::backend::Backend;
 use crate::events::NodeEvent;
+use crate::held::Rate;
 use crate::life::Why;
 use crate::limits::NodeLimits;
-use crate::request::REQUEST_MAX;
+use crate::request::{Io, IoKind, REQUEST_MAX};
+use crate::slots::{Origin, Slot, Waits};
 use crate::stats::NodeStats;
 use crate::step::Driver;
-use crate::units::NodeId;
+use crate::units::{NodeId, ReqId};
 
 impl<D: Driver, B: Backend> Engine<D, B> {
     /// Does the engine have this node? Not one that was closed, nor another engine's.
@@ -65,6 +67,67 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         record.quota = requests_max.map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX));
         record.set_open_to();
         true
+    }
+
+    /// How much this disk may do: see [`Rate`]. What is over waits in the engine, in its order, and begins when
+    /// [`next_deadline`](Engine::next_deadline) has come; when the disk is closed or the engine drained,
+    /// at once. `None`, which is what a disk begins with: as much as it can. May be changed at any
+    /// time. For layers below a disk it means nothing: what reads from them is not limited. False:
+    /// there is no such node.
+    pub fn set_rate(&mut self, node: NodeId, rate: Option<Rate>) -> bool {
+        if !self.has(node) {
+            return false;
+        }
+        let record = &mut self.core.nodes[node.index()];
+        record.hold.set_rate(rate, self.core.now);
+        record.set_open_to();
+        true
+    }
+
+    /// Gives up requests of a node whose tags `which` picks: a guest has reset its device, and does not
+    /// wait for storage that hangs. Answers their tags; nothing of them will come from
+    /// [`poll`](Engine::poll). What has not begun never will. What is in flight runs to its end, whenever
+    /// that is: the engine keeps its memory, and its place among [`Limits::requests`](crate::Limits::requests), until then; a read fills memory
+    /// that nobody looks at, a write may happen or not. Whatever is submitted later and changes the same
+    /// bytes begins only when that write has ended, so that what is old never comes after what is
+    /// new.
+    ///
+    /// Only requests without memory, with a [`Buf`](crate::mem::Buf), or with memory
+    /// [that has an owner](crate::sys::ram::Ram::has_owner), which the engine can keep, and no truncations. Others, whose lender has only promised to
+    /// leave it there, are not given up, and come from `poll` as ever; and so do those that have ended.
+    pub fn abandon(&mut self, node: NodeId, mut which: impl FnMut(u64) -> bool) -> Vec<u64> {
+        if !self.has(node) {
+            return Vec::new();
+        }
+        let core = &mut self.core;
+        let is_its = |slot: &Slot| slot.node == node && slot.origin == Origin::Guest;
+        // The size of a disk is of one mind.
+        let is_kind = |slot: &Slot| slot.io.kind != IoKind::Truncate;
+        let goes_on =
+            |slot: &Slot| !matches!(slot.waits, Waits::Poll | Waits::Free) && is_kind(slot);
+        let slots = core.ops.slots().filter(|(_, slot)| is_its(slot) && goes_on(slot));
+        let kept = slots.filter(|&(id, _)| core.mem.guest(id).is_kept());
+        let picked = kept.filter(|(_, slot)| which(slot.tag));
+        let picked: Vec<(ReqId, Io, u64)> =
+            picked.map(|(id, slot)| (id, slot.io, slot.tag)).collect();
+        let mut tags = Vec::with_capacity(picked.len());
+        for (id, io, tag) in picked {
+            tags.push(tag);
+            let record = &mut core.nodes[node.index()];
+            core.abandoned += 1;
+            if record.hold.held.contains(&id) {
+                record.hold.held.retain(|&held| held != id);
+                core.held -= 1;
+                core.end_held(id);
+                continue;
+            }
+            if io.kind.modifies() {
+                record.hold.abandoned.push((id, io.offset, io.end()));
+            }
+            record.set_open_to();
+            core.ops.slot_mut(id).origin = Origin::Abandoned;
+        }
+        tags
     }
 
     /// What was counted of a node's requests; kept if [`Limits::measure`](crate::Limits::measure)

@@ -69,6 +69,27 @@ impl Ram {
         self.measure();
     }
 
+    /// Lends `pieces` of what `owner` owns: it is kept for as long as this list, or a clone, is there. So
+    /// a request may be [given up](crate::Engine::abandon), and the engine dropped, at any time.
+    ///
+    /// # Safety
+    /// As long as `owner` is there, and this list, or a clone, every piece must stay valid for reads and writes, and no
+    /// Rust reference to it may be held. Others may change the bytes, as for [`Ram::new`].
+    pub unsafe fn owned(
+        pieces: impl IntoIterator<Item = RamPiece>,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Ram {
+        // SAFETY: the caller's promise is about a longer time, since the list keeps the owner.
+        let mut ram = unsafe { Ram::new(pieces) };
+        ram.0.owner = Some(owner);
+        ram
+    }
+
+    /// Is what it leads into kept by it?
+    pub fn has_owner(&self) -> bool {
+        self.0.owner.is_some()
+    }
+
     fn measure(&mut self) {
         self.0.len = self.0.pieces.iter().map(|p| p.len).sum();
         self.0.bits = self.0.pieces.iter().fold(0, |bits, p| bits | (p.base.addr() | p.len) as u32);

@@ -45,7 +45,10 @@ fn its_size_and_its_units() {
             assert_eq!((limits.size, limits.is_writable), (SIZE, true), "{format}");
             let align = limits.request_align;
             assert_eq!(align > 1, direct, "{format}: {limits:?}");
-            assert!(limits.unit >= unit && limits.unit.is_multiple_of(u64::from(align)), "{limits:?}");
+            assert!(
+                limits.unit >= unit && limits.unit.is_multiple_of(u64::from(align)),
+                "{limits:?}"
+            );
             assert!(limits.memory_align <= 4096 && limits.request_max >= 1 << 30, "{limits:?}");
             // So it is.
             for io in

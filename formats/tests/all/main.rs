@@ -54,6 +54,7 @@ mod qcow2_random_requests_match_a_shadow;
 mod qcow2_repair_opens_what_nothing_else_does;
 mod qcow2_snapshots_are_qemus;
 mod random_requests_match_a_shadow;
+mod requests_wait_to_begin;
 mod rooms_keep_to_their_directions;
 mod running_without_need_is_harmless;
 mod sizes_change_at_work;

@@ -22,6 +22,8 @@ pub enum Choice {
     Pause,
     /// It is resumed.
     Unpause,
+    /// Its guest gives up all that it has in flight.
+    Abandon,
     /// A copy between the disk and the one beside it is started.
     Copy,
     /// It is paused.
@@ -73,6 +75,7 @@ impl fmt::Display for Choice {
             Choice::Close => f.write_str("close"),
             Choice::Pause => f.write_str("pause"),
             Choice::Unpause => f.write_str("unpause"),
+            Choice::Abandon => f.write_str("abandon"),
             Choice::Copy => f.write_str("copy"),
             Choice::PauseCopy => f.write_str("pause-copy"),
             Choice::ResumeCopy => f.write_str("resume-copy"),
@@ -109,6 +112,7 @@ impl FromStr for Choice {
             ["close"] => Ok(Choice::Close),
             ["pause"] => Ok(Choice::Pause),
             ["unpause"] => Ok(Choice::Unpause),
+            ["abandon"] => Ok(Choice::Abandon),
             ["copy"] => Ok(Choice::Copy),
             ["pause-copy"] => Ok(Choice::PauseCopy),
             ["resume-copy"] => Ok(Choice::ResumeCopy),

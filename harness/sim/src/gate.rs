@@ -420,6 +420,19 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
             Workload::new([head, Request::flush()]),
         ]
     };
+    // What is given up, and what comes after it in the same place.
+    let again = |image: &Image| {
+        let at = |table, cluster| image.place(table, cluster);
+        let head = Request::write(at(0, 0), 1024);
+        let part = Request::write(at(0, 0) + 512, 1024);
+        vec![
+            Workload::new([head, part]),
+            Workload::new([head, Request::discard(at(0, 0), image.cluster())]),
+            Workload::new([Request::zero(at(0, 0), image.cluster()), part]),
+            Workload::new([head, Request::read(at(0, 0), image.cluster())]),
+            Workload::new([head, Request::flush()]),
+        ]
+    };
     let shared = match format {
         Format::Qed | Format::Qcow2 => vec![Image { backing: true, shares: true, ..image }],
         _ => Vec::new(),
@@ -436,6 +449,7 @@ fn scopes_beside(format: Format) -> Vec<Scope> {
         scopes_on([image], pauses, few),
         scopes_on([simple], closes_twice, pairs),
         scopes_on([simple], Budget { pauses: 1, quota: true, ..QUIET }, pairs),
+        scopes_on(lives.iter().copied(), Budget { abandons: 1, ..QUIET }, again),
         scopes_on(lives, Budget { pauses: 1, ..closes }, pairs),
         scopes_on(shared, Budget { closes: 1, ..QUIET }, few),
     ]
@@ -761,7 +775,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
         let Budget { faults, ticks, crashes, drains, breaks, mends, reopens, .. } = scope.budget;
         let drains = if drains > 0 { format!(", {drains} drains") } else { String::new() };
-        let Budget { closes, pauses, quota, .. } = scope.budget;
+        let Budget { closes, pauses, quota, abandons, .. } = scope.budget;
         let words = [
             (", opened again", reopens),
             (", breaks", breaks),
@@ -769,6 +783,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
             (", closed", closes > 0),
             (", paused", pauses > 0),
             (", one at a time", quota),
+            (", given up", abandons > 0),
             (", copied", scope.budget.copy.is_some()),
         ];
         let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();

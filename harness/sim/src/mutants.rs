@@ -85,6 +85,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("closed_node_takes_requests", "a disk that is being closed takes requests"),
     raw("id_used_again", "the id of a closed disk is the next one's"),
     raw("resumed_node_takes_nothing", "a disk that was paused takes no requests again"),
+    raw("write_overtakes_abandoned_one", "what was given up is written after what came later"),
     raw("quota_ignored", "a disk has more requests than are its share"),
     raw("copy_ends_before_its_flush", "a copy has ended, and what it wrote is not stable"),
     raw("copy_counted_before_it_is_written", "a piece counts as copied when it is begun"),

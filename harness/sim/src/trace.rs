@@ -106,9 +106,10 @@ impl Trace {
     fn head(&self) -> Vec<String> {
         let Budget { faults, ticks, crashes, drains, stalls, reopens, breaks, mends, .. } =
             self.budget;
-        let Budget { closes, pauses, quota, .. } = self.budget;
+        let Budget { closes, pauses, quota, abandons, .. } = self.budget;
         let mut more = String::new();
-        for (key, count) in [("drains", drains), ("closes", closes), ("pauses", pauses)] {
+        let counts = [("drains", drains), ("closes", closes), ("pauses", pauses)];
+        for (key, count) in counts.into_iter().chain([("abandons", abandons)]) {
             more += &if count > 0 { format!(" {key}={count}") } else { String::new() };
         }
         let set = [("reopens", reopens), ("breaks", breaks), ("mends", mends), ("quota", quota)];
@@ -263,6 +264,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             "drains" => budget.drains = small()?,
             "closes" => budget.closes = small()?,
             "pauses" => budget.pauses = small()?,
+            "abandons" => budget.abandons = small()?,
             "quota" => budget.quota = value == "true",
             "breaks" => budget.breaks = value == "true",
             "mends" => budget.mends = value == "true",

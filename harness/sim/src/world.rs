@@ -81,6 +81,8 @@ pub struct Budget {
     pub pauses: u8,
     /// May it have one request at a time?
     pub quota: bool,
+    /// Times that its guest gives up all that it has in flight.
+    pub abandons: u8,
     /// A copy between it and the disk beside.
     pub copy: Option<CopyPlan>,
 }
@@ -98,6 +100,7 @@ pub const QUIET: Budget = Budget {
     closes: 0,
     pauses: 0,
     quota: false,
+    abandons: 0,
     copy: None,
 };
 
@@ -155,7 +158,7 @@ impl<S: Subject> Base<S> {
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
         let (verdicts, verdicts_beside) = (verdicts.clone(), self.verdicts_beside.clone());
         let plan = Plan { subject, workload, cut, verdicts, verdicts_beside };
-        let Budget { closes, pauses, quota, .. } = budget;
+        let Budget { closes, pauses, quota, abandons, .. } = budget;
         let mut engine = engine.clone();
         if quota {
             engine.set_quota(*node, Some(1));
@@ -163,7 +166,7 @@ impl<S: Subject> Base<S> {
         World {
             plan: Shared::new(plan),
             engine,
-            life: Life { closes, pauses, quota, ..Life::default() },
+            life: Life { closes, pauses, quota, abandons, ..Life::default() },
             node: *node,
             beside: *beside,
             beside_next: 0,
@@ -283,6 +286,8 @@ struct Life {
     closes: u8,
     pauses: u8,
     quota: bool,
+    /// How often its guest may still give up what it has in flight.
+    abandons: u8,
     is_paused: bool,
     /// It is paused, and the engine has said that nothing is in flight.
     lies_still: bool,
@@ -430,6 +435,9 @@ impl<S: Subject> World<S> {
         self.copy_choices(out);
         // Before the first request there is nothing to be kept or lost.
         if running && self.next > 0 && !self.copying.runs() {
+            if self.life.abandons > 0 && self.ended < self.next {
+                out.push(Choice::Abandon);
+            }
             if self.life.closes > 0 {
                 out.push(Choice::Close);
             }
@@ -545,6 +553,7 @@ impl<S: Subject> World<S> {
                 self.engine.close(self.node).map_err(|why| format!("not closed: {why:?}"))?;
                 self.is_refused(self.node, Why::Closing)?;
             }
+            Choice::Abandon => self.abandon()?,
             Choice::Pause => {
                 self.life.pauses -= 1;
                 self.life.is_paused = true;
@@ -684,6 +693,23 @@ impl<S: Subject> World<S> {
             self.is_refused(self.node, Why::Full)?;
         }
         Ok(())
+    }
+
+    /// The guest gives up all that it has in flight: it may happen or not, but not after anything newer.
+    fn abandon(&mut self) -> Result<(), String> {
+        self.life.abandons -= 1;
+        for tag in self.engine.abandon(self.node, |tag| tag != BESIDE_TAG) {
+            self.ended += 1;
+            let which = tag as usize;
+            if self.beyond >> which & 1 == 0 {
+                self.shadow.end(which, false, None)?;
+            }
+        }
+        if self.engine.abandon(self.node, |_| true).is_empty() {
+            Ok(())
+        } else {
+            Err("a request is given up twice".into())
+        }
     }
 
     fn submit_beside(&mut self) {

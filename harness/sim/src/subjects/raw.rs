@@ -110,6 +110,10 @@ impl FormatSubject for Raw {
                 ..scope(image, 0, 0, &[head(0, 0), flush])
             },
             Scope {
+                budget: Budget { abandons: 1, ..QUIET },
+                ..scope(image, 0, 0, &[head(0, 0), head(0, 0), flush])
+            },
+            Scope {
                 budget: Budget { quota: true, ..QUIET },
                 ..scope(image, 0, 0, &[head(0, 0), flush])
             },
