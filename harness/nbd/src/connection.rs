@@ -241,6 +241,11 @@ impl Connection {
         self.slots.len()
     }
 
+    /// Bytes of memory given and not given back.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
     /// Has the client sent the beginning of a message whose end is not there yet?
     pub fn is_mid_message(&self) -> bool {
         let is_begun = match self.state {

@@ -109,7 +109,11 @@ impl Connection {
         let exports = self.exports.clone();
         let Export { name, description, size, preferred, .. } = &exports[number];
         let mut tell = |what: u16, data: &[&[u8]]| {
-            self.answer(option, reply::INFO, &[&what.to_be_bytes(), data.concat().as_slice()].concat());
+            self.answer(
+                option,
+                reply::INFO,
+                &[&what.to_be_bytes(), data.concat().as_slice()].concat(),
+            );
         };
         tell(info::EXPORT, &[&size.to_be_bytes(), &flags.to_be_bytes()]);
         if asked.contains(&info::NAME) {
@@ -141,7 +145,8 @@ impl Connection {
         };
         // To be told what there is one may ask for all, or for a namespace; what is set is named.
         let is_all = !is_set && queries.is_empty();
-        let is_asked = |query: &&[u8]| *query == BASE_ALLOCATION.as_bytes() || !is_set && *query == BASE;
+        let is_asked =
+            |query: &&[u8]| *query == BASE_ALLOCATION.as_bytes() || !is_set && *query == BASE;
         if is_all || queries.iter().any(is_asked) {
             let id = if is_set { wire::ALLOCATION_ID } else { 0 };
             let data = [&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat();

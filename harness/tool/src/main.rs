@@ -38,6 +38,7 @@ mod rebase;
 mod resize;
 mod resume;
 mod scratch;
+mod serve;
 mod session;
 mod sim;
 mod snapshot;
@@ -100,6 +101,8 @@ enum Verb {
     Demo(demo::Args),
     /// Read, write and look at an image by commands
     Io(io::Args),
+    /// Serve images over NBD until told to stop
+    Serve(Box<serve::Args>),
     /// Simulate: every order, every fault, every crash
     Sim(sim::Args),
 }
@@ -123,6 +126,7 @@ impl Verb {
             Verb::Bench(_) => "bench",
             Verb::Demo(_) => "demo",
             Verb::Io(_) => "io",
+            Verb::Serve(_) => "serve",
             Verb::Sim(_) => "sim",
         }
     }
@@ -145,6 +149,7 @@ impl Verb {
             Verb::Bench(args) => bench::run(&args),
             Verb::Demo(args) => demo::run(&args),
             Verb::Io(args) => io::run(&args, program),
+            Verb::Serve(args) => serve::run(&args),
             Verb::Sim(args) => sim::run(&args),
         }
     }

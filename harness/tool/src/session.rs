@@ -83,16 +83,7 @@ impl Session {
                        specified.";
             return Err(image.failed(Error::Invalid(why.into())));
         }
-        let host = DiskHost { direct: setup.cache.direct };
-        let chain = image.open(&host, setup.write)?;
-        let probed =
-            chain.layers.first().is_some_and(|top| top.probed && top.format == Format::Raw);
-        if setup.write && probed {
-            warn_of_probing(image);
-        }
-        if setup.write {
-            locking::warn(&chain.unlockable());
-        }
+        let chain = open_chain(image, setup.write, setup.cache.direct)?;
         Session::over(image, chain, setup)
     }
 
@@ -188,6 +179,19 @@ impl Session {
             }
         }
     }
+}
+
+/// Opens `image` and the files it is backed by, and warns of what is wrong with writing it.
+pub fn open_chain(image: &Image, write: bool, direct: bool) -> Result<Chain<DiskFile>, Fail> {
+    let chain = image.open(&DiskHost { direct }, write)?;
+    let probed = chain.layers.first().is_some_and(|top| top.probed && top.format == Format::Raw);
+    if write && probed {
+        warn_of_probing(image);
+    }
+    if write {
+        locking::warn(&chain.unlockable());
+    }
+    Ok(chain)
 }
 
 /// A probed raw image stays raw: QEMU's warning.

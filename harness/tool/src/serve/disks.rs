@@ -1,0 +1,170 @@
+//! The disks that are served: one engine with all of them, whatever the front ends are.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::Path;
+
+use cowbell_engine::backend::Backend;
+use cowbell_engine::mem::Mem;
+use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::units::{NodeId, Time};
+use cowbell_engine::{Engine, Finished, Limits};
+use cowbell_formats::{Format, Locks, Node, RunOptions, attach};
+
+use crate::cache::{Cache, How};
+use crate::disk::Disk;
+use crate::fail::Fail;
+use crate::naming::Naming;
+use crate::serve::memory::Pool;
+use crate::session::open_chain;
+
+/// Requests of all clients at a time; one more waits for one of them.
+const REQUESTS: usize = 512;
+
+/// How disks are opened.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    pub naming: &'a Naming,
+    pub format: Option<&'a str>,
+    pub read_only: bool,
+    /// What is written goes to a temporary image.
+    pub snapshot: bool,
+    pub cache: Cache,
+    pub how: How,
+}
+
+/// One disk.
+#[derive(Debug)]
+pub struct Served {
+    /// What clients call it.
+    pub name: String,
+    /// As it was named.
+    pub path: OsString,
+    /// Of its top layer.
+    pub format: Format,
+    /// Bytes.
+    pub size: u64,
+    pub read_only: bool,
+    node: NodeId,
+    #[expect(dead_code, reason = "held until the image is closed")]
+    locks: Locks,
+    #[expect(dead_code, reason = "it is only held open")]
+    temporary: Option<fs::File>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Disks {
+    /// The engine.
+    pub engine: Engine<Node, Disk>,
+    /// The disks, in the order in which they were named.
+    pub served: Vec<Served>,
+    /// The memory of requests.
+    pub memory: Pool,
+    cache: Cache,
+    /// Requests submitted and not polled.
+    in_flight: usize,
+}
+
+impl Disks {
+    /// Opens `images`, each `PATH` or `NAME=PATH`.
+    pub fn open(images: &[OsString], opening: &Opening<'_>) -> Result<Disks, Fail> {
+        let limits = Limits { requests: REQUESTS, ops: REQUESTS * 4, ..Limits::default() };
+        let backend = Disk::new(opening.how, REQUESTS * 2, false)?;
+        let engine = Engine::new(backend, limits);
+        let cache = opening.cache;
+        let mut disks =
+            Disks { engine, served: Vec::new(), memory: Pool::default(), cache, in_flight: 0 };
+        for given in images {
+            disks.add(given, opening)?;
+        }
+        Ok(disks)
+    }
+
+    fn add(&mut self, given: &OsStr, opening: &Opening<'_>) -> Result<(), Fail> {
+        let (name, path) = named(given);
+        let mut image = opening.naming.image(path, opening.format)?;
+        let name = match name {
+            Some(name) => name.to_string(),
+            None => image.path().file_name().unwrap_or(path).to_string_lossy().into_owned(),
+        };
+        if name.len() > cowbell_nbd::wire::STRING_MAX {
+            return Err(Fail::other("a disk's name is too long"));
+        }
+        if self.served.iter().any(|other| other.name == name) {
+            return Err(Fail::other(format!("two disks are called '{name}': say NAME=PATH")));
+        }
+        let mut temporary = None;
+        if opening.snapshot && !opening.read_only {
+            let (overlay, file) = image.overlay()?;
+            (image, temporary) = (overlay, Some(file));
+        }
+        let write = !opening.read_only;
+        if write {
+            image.check_writable()?;
+        }
+        let chain = open_chain(&image, write, opening.cache.direct)?;
+        let at = |error| Fail::open_io(Path::new(path), &error);
+        let format = chain.layers[0].format;
+        let locks = chain.locks().map_err(at)?;
+        let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
+        let (size, path) = (self.engine.node(node).size(), path.into());
+        let read_only = !write;
+        self.served.push(Served { name, path, format, size, read_only, node, locks, temporary });
+        Ok(())
+    }
+
+    /// Is there room for one more request?
+    pub fn has_room(&self) -> bool {
+        self.in_flight < REQUESTS
+    }
+
+    /// Submits a request for the disk of this number. There is [room](Disks::has_room). Flushes do
+    /// what the cache mode says of them, and so do writes.
+    pub fn submit(&mut self, disk: usize, io: Io, mem: impl Into<Mem>, tag: u64) {
+        let io = match io.kind {
+            IoKind::Write { compressed, .. } if self.cache.fua => {
+                Io { kind: IoKind::Write { fua: true, compressed }, ..io }
+            }
+            IoKind::Zero { unmap, .. } if self.cache.fua => {
+                Io { kind: IoKind::Zero { unmap, fua: true }, ..io }
+            }
+            // Nothing to do: as a request that ends well at once.
+            IoKind::Flush if self.cache.no_flush => Io::read(0, 0),
+            _ => io,
+        };
+        let taken = self.engine.submit(self.served[disk].node, io, mem, tag);
+        assert!(taken.is_ok(), "there is room, and nobody has closed it: {:?}", taken.err());
+        self.in_flight += 1;
+    }
+
+    /// The next request that has finished.
+    pub fn poll(&mut self) -> Option<Finished> {
+        let finished = self.engine.poll()?;
+        self.in_flight -= 1;
+        Some(finished)
+    }
+
+    /// Is what is read kept in the page cache?
+    pub fn are_cached(&self) -> bool {
+        !self.cache.direct
+    }
+
+    /// The time now.
+    pub fn now(&self) -> Time {
+        self.engine.backend().clock()
+    }
+}
+
+/// `NAME=PATH`, or a path. What is there under the whole of it is a path.
+fn named(given: &OsStr) -> (Option<&str>, &OsStr) {
+    let split = given.to_str().and_then(|text| text.split_once('='));
+    match split {
+        Some((name, path))
+            if !name.contains(['/', ':', ',', '{']) && !Path::new(given).exists() =>
+        {
+            (Some(name), path.as_ref())
+        }
+        _ => (None, given),
+    }
+}
