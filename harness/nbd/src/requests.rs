@@ -18,7 +18,7 @@ pub struct Request {
     pub what: What,
     /// First byte.
     pub offset: u64,
-    /// Bytes. Not 0, unless it is a flush.
+    /// Bytes: not 0, but of a flush, which has no range.
     pub len: u64,
     /// The memory of a read or write, of `len` bytes.
     pub mem: Option<Buf>,
@@ -141,7 +141,6 @@ impl Connection {
             return Err(if flags & flag::DF != 0 { error::OVERFLOW } else { error::INVAL });
         }
         if what == What::Flush {
-            // Says nothing about a range, whatever is in these fields; a payload was refused above.
             return Ok(what);
         }
         if offset.checked_add(len).is_none_or(|end| end > export.size) {
@@ -159,6 +158,8 @@ impl Connection {
         let Wanted { what, command, cookie, offset, len } = wanted;
         let slot = self.slots.add(Slot { command, cookie, offset, len });
         let export = self.export.expect("requests come after it was chosen");
+        // A flush is of the whole disk, whatever was said.
+        let (offset, len) = if what == What::Flush { (0, 0) } else { (offset, len) };
         Request { slot, export, what, offset, len, mem }
     }
 
