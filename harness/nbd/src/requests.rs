@@ -176,7 +176,7 @@ impl Connection {
         match (result, mem) {
             (Ok(()), Some(mem)) if command == command::READ => {
                 self.data(cookie, offset, mem);
-                return None;
+                None
             }
             (Ok(()), mem) => {
                 assert_ne!(command, command::BLOCK_STATUS, "nothing was said about it");

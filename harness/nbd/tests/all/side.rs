@@ -289,7 +289,8 @@ impl Random {
 /// A client that does some of everything: `steps` messages, most of which make sense.
 pub fn any_script(random: &mut Random, steps: u64) -> Script {
     use wire::{command, flag, option};
-    let mut script = Script::with_flags([3, 3, 3, 3, 1, 0, 2, 7][random.below(8) as usize]);
+    let mut script =
+        Script::with_flags(if random.below(30) > 0 { 3 } else { random.below(8) as u32 });
     let names = ["", "a", "b", "c", "a", "b"];
     let mut extended = false;
     for _ in 0..random.below(6) {
@@ -305,12 +306,14 @@ pub fn any_script(random: &mut Random, steps: u64) -> Script {
                 extended = true;
                 script.option(option::EXTENDED_HEADERS, &[])
             }
+            8 if random.below(4) > 0 => script.option(12, &[1, 2, 3]),
             _ => script.option(random.below(14) as u32, &vec![0; random.below(9) as usize]),
         };
     }
     script = match random.below(4) {
         0 => script.option(option::EXPORT_NAME, b"a"),
-        _ => script.go(names[random.below(6) as usize]),
+        1 => script.go(names[random.below(6) as usize]),
+        _ => script.go("a"),
     };
     let data: Vec<u8> = (0..16 << 10).map(|at| (at % 251) as u8 + 1).collect();
     for cookie in 0..steps {

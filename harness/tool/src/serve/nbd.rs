@@ -467,7 +467,7 @@ impl Nbd {
                 Want::Memory(len) => {
                     let always = len <= ALWAYS && client.connection.held() == 0;
                     let is_turn = is_first || self.starved.is_empty();
-                    if !always && !(is_turn && disks.memory.has(len)) {
+                    if !(always || is_turn && disks.memory.has(len)) {
                         return self.starve(key);
                     }
                     client.is_large = len >= LARGE;
