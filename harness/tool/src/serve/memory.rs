@@ -19,8 +19,8 @@ pub struct Pool {
 const OUT_MAX: usize = 256 << 20;
 /// Bytes kept for later.
 const KEPT_MAX: usize = 64 << 20;
-/// So much a client that has nothing always gets: it can go on whatever others hold.
-pub const ALWAYS: usize = 1 << 20;
+/// So much a client may always have: it goes on whatever others hold.
+pub const ALWAYS: usize = 2 << 20;
 
 impl Pool {
     /// Is there memory of `len` bytes to be had?

@@ -4,8 +4,9 @@
 //!
 //! - `active`: has bytes to be read or a request to be submitted. It is served for a share of a turn,
 //!   then it is the others' turn.
-//! - `starved`: its next request waits for memory, or for room in the engine, which others have. First
-//!   come, first served, so a large request is not passed by small ones for ever.
+//! - `roomless`: its next request waits for room in the engine. It comes first when there is some.
+//! - `starved`: its next request waits for memory, which others have. First come, first served, so a
+//!   large request is not passed by small ones for ever.
 //! - `unsent`: has replies that were made in this turn.
 //!
 //! Who is in none is put in one by: an event of its socket, the end of one of its requests, replies
@@ -173,6 +174,7 @@ pub struct Nbd {
     clients: Slab<Client>,
     jobs: Slab<Job>,
     active: VecDeque<usize>,
+    roomless: Vec<usize>,
     starved: VecDeque<usize>,
     unsent: Vec<usize>,
     patience: Patience,
@@ -212,6 +214,7 @@ impl Nbd {
             clients: Slab::new(),
             jobs: Slab::new(),
             active: VecDeque::new(),
+            roomless: Vec::new(),
             starved: VecDeque::new(),
             unsent: Vec::new(),
             patience,
@@ -270,6 +273,9 @@ impl Nbd {
             all.into_iter().for_each(|key| self.drop_client(key, disks));
         }
         self.accept(now);
+        if disks.has_room() {
+            self.roomless.drain(..).rev().for_each(|key| self.active.push_front(key));
+        }
         // Those who have waited come first, in their order, for as long as there is something.
         while let Some(&key) = self.starved.front() {
             self.starved.pop_front();
@@ -332,11 +338,8 @@ impl Nbd {
                 mem.into_iter().for_each(|buf| disks.memory.give(buf));
             }
         }
-        let goes_on = client.wants_to_go_on();
         self.mark_unsent(job.client);
-        if goes_on {
-            self.activate(job.client);
-        }
+        self.go_on(job.client);
         false
     }
 
@@ -353,16 +356,16 @@ impl Nbd {
             }
             // There may be room for what could not be taken before.
             let is_waiting = client.writing.since.is_some();
-            if client.wants_to_go_on() {
-                self.activate(key);
-            }
+            self.go_on(key);
             if is_waiting {
                 self.look.get_or_insert(now.plus_ms(LOOK_MS));
             }
         }
         self.unsent = unsent;
         // Whoever waits for memory or room: some may have become free in this turn.
-        !self.active.is_empty() || self.first_starved_can_go_on(disks) || self.can_let_in(now)
+        let has_room = !self.roomless.is_empty() && disks.has_room();
+        let has_memory = self.first_starved_can_go_on(disks);
+        !self.active.is_empty() || has_room || has_memory || self.can_let_in(now)
     }
 
     fn can_let_in(&self, now: Time) -> bool {
@@ -374,7 +377,6 @@ impl Nbd {
         let first = self.starved.front().and_then(|&key| self.clients.get(key));
         first.is_some_and(|client| match client.connection.want() {
             Want::Memory(len) => disks.memory.has(len),
-            Want::Submit => disks.has_room(),
             _ => true,
         })
     }
@@ -448,15 +450,18 @@ impl Nbd {
         self.look.get_or_insert(now.plus_ms(LOOK_MS));
     }
 
-    /// The client's share of a turn. `is_first`: of those who wait for memory or room.
+    /// The client's share of a turn. `is_first`: of those who wait for memory.
     fn serve(&mut self, key: usize, now: Time, disks: &mut Disks, is_first: bool) {
         let (mut requests, mut bytes) = (SHARE, SHARE_BYTES);
         loop {
             let client = &mut self.clients[key];
             match client.connection.want() {
                 Want::Submit => {
-                    if !disks.has_room() || !is_first && !self.starved.is_empty() {
-                        return self.starve(key);
+                    if !disks.has_room() {
+                        // As if it were active: so it is not queued twice.
+                        client.is_active = true;
+                        self.roomless.push(key);
+                        break;
                     }
                     let request = client.connection.next().expect("there is one");
                     // The bytes of a write were counted when they were read.
@@ -465,9 +470,8 @@ impl Nbd {
                     self.submit(key, request, disks);
                 }
                 Want::Memory(len) => {
-                    let always = len <= ALWAYS && client.connection.held() == 0;
                     let is_turn = is_first || self.starved.is_empty();
-                    if !(always || is_turn && disks.memory.has(len)) {
+                    if !(client.may_always(len) || is_turn && disks.memory.has(len)) {
                         return self.starve(key);
                     }
                     client.is_large = len >= LARGE;
@@ -559,6 +563,20 @@ impl Nbd {
         }
     }
 
+    /// It has finished or sent something, and may have room for more.
+    fn go_on(&mut self, key: usize) {
+        let client = &mut self.clients[key];
+        if client.is_starved
+            && matches!(client.connection.want(), Want::Memory(len) if client.may_always(len))
+        {
+            client.is_starved = false;
+            self.starved.retain(|&other| other != key);
+        }
+        if self.clients[key].wants_to_go_on() {
+            self.activate(key);
+        }
+    }
+
     fn starve(&mut self, key: usize) {
         self.clients[key].is_starved = true;
         self.starved.push_back(key);
@@ -581,6 +599,7 @@ impl Nbd {
         self.counts.broken += u64::from(client.connection.complaint().is_some());
         client.connection.abandon(|buf| disks.memory.give(buf));
         self.active.retain(|&other| other != key);
+        self.roomless.retain(|&other| other != key);
         self.starved.retain(|&other| other != key);
         self.unsent.retain(|&other| other != key);
         if self.is_done() && self.listeners.is_empty() {
@@ -713,6 +732,11 @@ impl Client {
         }
         self.writing.moved(moved, self.connection.has_output(), now);
         Ok(())
+    }
+
+    /// May it have so much more memory whatever others hold?
+    fn may_always(&self, len: usize) -> bool {
+        self.connection.held() + len <= ALWAYS
     }
 
     /// Is there something that it can be served with?

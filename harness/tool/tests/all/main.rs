@@ -13,6 +13,7 @@ mod disks_are_backed_up;
 mod disks_are_resized_as_qemu_resizes_them;
 mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
+mod images_are_served_over_nbd;
 mod images_interoperate_with_qemu;
 mod it_ends_well;
 mod new_images_are_measured;

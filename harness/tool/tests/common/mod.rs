@@ -101,4 +101,10 @@ impl Random {
     pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
+
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.chunks_mut(8).for_each(|some| {
+            some.copy_from_slice(&self.next().to_le_bytes()[..some.len()]);
+        });
+    }
 }
