@@ -40,8 +40,8 @@ pub struct Served {
     pub name: String,
     /// As it was named.
     pub path: OsString,
-    /// Of its top layer.
-    pub format: Format,
+    /// Of its layers, the top one first.
+    pub formats: Vec<Format>,
     /// Bytes.
     pub size: u64,
     pub read_only: bool,
@@ -105,12 +105,12 @@ impl Disks {
         }
         let chain = open_chain(&image, write, opening.cache.direct)?;
         let at = |error| Fail::open_io(Path::new(path), &error);
-        let format = chain.layers[0].format;
+        let formats = chain.layers.iter().map(|layer| layer.format).collect();
         let locks = chain.locks().map_err(at)?;
         let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
         let (size, path) = (self.engine.node(node).size(), path.into());
         let read_only = !write;
-        self.served.push(Served { name, path, format, size, read_only, node, locks, temporary });
+        self.served.push(Served { name, path, formats, size, read_only, node, locks, temporary });
         Ok(())
     }
 

@@ -180,7 +180,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let drained = server.drain();
     served?;
     drained?;
-    server.say_status()?;
+    let _ = server.say_status();
     Ok(0)
 }
 
@@ -236,7 +236,8 @@ impl Server {
             }
         }
         if self.status_asked.swap(false, Ordering::Relaxed) {
-            self.say_status()?;
+            // Nobody may be listening any more; clients are served all the same.
+            let _ = self.say_status();
         }
         if let Some((rates, due)) = &mut self.rates
             && now >= *due
@@ -300,7 +301,7 @@ impl Server {
                 Json::Object(vec![
                     ("name", Json::text(&disk.name)),
                     ("image", Json::name(&disk.path)),
-                    ("format", Json::text(disk.format.name())),
+                    ("format", Json::text(disk.formats[0].name())),
                     ("virtual-size", Json::Int(disk.size)),
                     ("read-only", Json::Bool(disk.read_only)),
                     ("uris", Json::List(uris)),

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cowbell_engine::Finished;
-use cowbell_engine::mem::{Buf, Mem};
+use cowbell_engine::mem::Mem;
 use cowbell_engine::status::{Status, StatusKind};
 use cowbell_engine::step::{Io, IoKind};
 use cowbell_engine::units::{Errno, Time};
@@ -171,6 +171,8 @@ pub struct Nbd {
     exports: Arc<[Export]>,
     /// By export: it can say that a range is zeros, whatever there is.
     is_fast: Vec<bool>,
+    /// By export and layer: it is a raw image.
+    is_raw: Vec<Vec<bool>>,
     clients: Slab<Client>,
     jobs: Slab<Job>,
     active: VecDeque<usize>,
@@ -198,11 +200,12 @@ impl Nbd {
             listener.register(&registry, Token(tokens + at))?;
         }
         let exports = disks.iter().map(|disk| Export {
-            description: format!("{} image", disk.format.name()),
+            description: format!("{} image", disk.formats[0].name()),
             read_only: disk.read_only,
             ..Export::new(&disk.name, disk.size)
         });
-        let is_fast = |disk: &Served| matches!(disk.format, Format::Qcow2 | Format::Qed);
+        let is_fast = |disk: &Served| matches!(disk.formats[0], Format::Qcow2 | Format::Qed);
+        let is_raw = |disk: &Served| disk.formats.iter().map(|&f| f == Format::Raw).collect();
         Ok(Nbd {
             registry,
             tokens,
@@ -211,6 +214,7 @@ impl Nbd {
             accept_again: None,
             exports: exports.collect(),
             is_fast: disks.iter().map(is_fast).collect(),
+            is_raw: disks.iter().map(is_raw).collect(),
             clients: Slab::new(),
             jobs: Slab::new(),
             active: VecDeque::new(),
@@ -317,7 +321,7 @@ impl Nbd {
         let result = result.map_err(error_of);
         let mut mem = mem.into_buf();
         if result.is_ok()
-            && let Some(io) = job.go_on(&mut mem)
+            && let Some(io) = job.go_on(mem.as_deref(), &self.is_raw)
         {
             disks.submit(job.export, io, mem.map_or(Mem::None, Mem::Owned), tag);
             return true;
@@ -632,7 +636,7 @@ impl Nbd {
 
 impl Job {
     /// A part has ended well: the next one, if there is one. `mem` is that of the part.
-    fn go_on(&mut self, mem: &mut Option<Buf>) -> Option<Io> {
+    fn go_on(&mut self, mem: Option<&[u8]>, is_raw: &[Vec<bool>]) -> Option<Io> {
         match &mut self.next {
             Next::Nothing => None,
             Next::Flush => {
@@ -641,7 +645,7 @@ impl Job {
             }
             Next::Ahead { left: 0, .. } => None,
             Next::Ahead { offset, left } => {
-                let buf = mem.as_ref().map_or(0, |buf| buf.len() as u64);
+                let buf = mem.map_or(0, |mem| mem.len() as u64);
                 // The last piece is read again with some of the one before: the memory has its size.
                 let at = (*offset + *left).min(*offset + buf) - buf;
                 let now = (at + buf).saturating_sub(*offset);
@@ -649,9 +653,9 @@ impl Job {
                 Some(Io::read(at, buf))
             }
             Next::Ask { offset, left, one, extents, asked } => {
-                let status = mem.as_deref().and_then(Status::from_bytes)?;
+                let status = mem.and_then(Status::from_bytes)?;
                 let len = status.len.clamp(1, *left);
-                let flags = flags_of(&status);
+                let flags = flags_of(&status, &is_raw[self.export]);
                 (*offset, *left, *asked) = (*offset + len, *left - len, *asked + 1);
                 let count = extents.len();
                 match extents.last_mut() {
@@ -755,11 +759,13 @@ fn give(mem: Mem, disks: &mut Disks) {
     }
 }
 
-/// What is said of zeros that a layer keeps a place for: no hole.
-fn flags_of(status: &Status) -> u32 {
+/// Zeros that a layer keeps a place for are no hole; but a raw image knows of zeros only where its file
+/// has a hole.
+fn flags_of(status: &Status, is_raw: &[bool]) -> u32 {
+    let is_raw = is_raw.get(usize::from(status.depth)).copied().unwrap_or_default();
     match status.kind {
         StatusKind::Data | StatusKind::Compressed => 0,
-        StatusKind::Zero if status.host.is_some() => state::ZERO,
+        StatusKind::Zero if status.host.is_some() && !is_raw => state::ZERO,
         StatusKind::Zero | StatusKind::Unallocated => state::HOLE | state::ZERO,
     }
 }

@@ -346,6 +346,28 @@ fn to_libnbd() {
 }
 
 #[test]
+fn what_is_where_is_told_as_qemu_tells_it() {
+    if !have_qemu() || !have("nbdinfo") || !have("qemu-nbd") {
+        return;
+    }
+    for format in FORMATS {
+        let place = Place::new();
+        let named = make(&place, format);
+        if format != "chain" {
+            place.ok(&format!("cowbell io -f {named} -c 'write 5000000 3M' -c 'write 14M 1' a"));
+        }
+        let serving = Serving::start(&place, &format!("-r -f {named} a"));
+        let ours = place.qemu(&format!("nbdinfo --map {URI}"));
+        serving.stop();
+        let line = format!(
+            "qemu-nbd -r -f {named} -k $PWD/q a & until [ -S q ]; do sleep 0.05; done; \
+             nbdinfo --map \"nbd+unix:///?socket=$PWD/q\"; wait"
+        );
+        assert_eq!(ours, place.qemu(&line), "{format}");
+    }
+}
+
+#[test]
 fn to_fio_which_verifies() {
     if !have_qemu() || !have("fio") {
         return;
