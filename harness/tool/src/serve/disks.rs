@@ -9,7 +9,7 @@ use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits};
-use cowbell_formats::{Format, Locks, Node, RunOptions, attach};
+use cowbell_formats::{Format, LayerMeta, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
 use crate::disk::Disk;
@@ -45,6 +45,8 @@ pub struct Served {
     /// Bytes.
     pub size: u64,
     pub read_only: bool,
+    /// It marks whole clusters as zeros, whatever there is: that takes no longer for more of them.
+    pub marks_zeros: bool,
     node: NodeId,
     #[expect(dead_code, reason = "held until the image is closed")]
     locks: Locks,
@@ -106,11 +108,18 @@ impl Disks {
         let chain = open_chain(&image, write, opening.cache.direct)?;
         let at = |error| Fail::open_io(Path::new(path), &error);
         let formats = chain.layers.iter().map(|layer| layer.format).collect();
+        let marks_zeros = match &chain.layers[0].meta {
+            LayerMeta::Qed(_) => true,
+            LayerMeta::Qcow2(image) => image.header.version >= 3 && chain.layers[0].more.is_empty(),
+            _ => false,
+        };
         let locks = chain.locks().map_err(at)?;
         let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
         let (size, path) = (self.engine.node(node).size(), path.into());
         let read_only = !write;
-        self.served.push(Served { name, path, formats, size, read_only, node, locks, temporary });
+        let served =
+            Served { name, path, formats, size, read_only, marks_zeros, node, locks, temporary };
+        self.served.push(served);
         Ok(())
     }
 

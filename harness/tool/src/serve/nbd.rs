@@ -204,7 +204,6 @@ impl Nbd {
             read_only: disk.read_only,
             ..Export::new(&disk.name, disk.size)
         });
-        let is_fast = |disk: &Served| matches!(disk.formats[0], Format::Qcow2 | Format::Qed);
         let is_raw = |disk: &Served| disk.formats.iter().map(|&f| f == Format::Raw).collect();
         Ok(Nbd {
             registry,
@@ -213,7 +212,7 @@ impl Nbd {
             listeners,
             accept_again: None,
             exports: exports.collect(),
-            is_fast: disks.iter().map(is_fast).collect(),
+            is_fast: disks.iter().map(|disk| disk.marks_zeros).collect(),
             is_raw: disks.iter().map(is_raw).collect(),
             clients: Slab::new(),
             jobs: Slab::new(),
@@ -319,7 +318,7 @@ impl Nbd {
             return false;
         };
         let result = result.map_err(error_of);
-        let mut mem = mem.into_buf();
+        let mem = mem.into_buf();
         if result.is_ok()
             && let Some(io) = job.go_on(mem.as_deref(), &self.is_raw)
         {
