@@ -12,6 +12,7 @@
 //! | after that: write | `send` |
 //! | its moment has come: `deadline` | `work` |
 //! | the end: take nothing more, answer what is in flight; `is_done` | `stop` |
+//! | the loop has ended, whatever the reason | `abandon` |
 //!
 //! Nothing in a turn waits, and each front end has a bounded share of it: `work` answers that there
 //! is more to do, and the loop comes round again without waiting.
@@ -278,6 +279,7 @@ impl Server {
 
     /// Ends what is in flight, of clients that have gone too, and leaves the images clean.
     fn drain(&mut self) -> Result<(), Fail> {
+        self.nbd.abandon(&mut self.disks);
         self.disks.engine.drain();
         let mut events = Events::with_capacity(4);
         loop {

@@ -86,6 +86,8 @@ struct Client {
     /// There may be something to read, or room to write.
     readable: bool,
     writable: bool,
+    /// The client has closed its end. That is told once, maybe before what it sent last was read.
+    is_closed: bool,
     is_active: bool,
     is_starved: bool,
     is_unsent: bool,
@@ -247,7 +249,8 @@ impl Nbd {
         // The listeners may have gone; their number has not.
         let Some(client) = self.clients.get_mut(at - self.is_pending.len()) else { return };
         // What has gone wrong is found out by reading.
-        client.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+        client.is_closed |= event.is_read_closed() || event.is_error();
+        client.readable |= event.is_readable() || client.is_closed;
         client.writable |= event.is_writable() || event.is_write_closed();
         let (readable, has_output) = (client.readable, client.connection.has_output());
         let key = at - self.is_pending.len();
@@ -271,9 +274,9 @@ impl Nbd {
             self.look_for_stalls(now, disks);
         }
         if self.until.is_some_and(|until| now >= until) {
-            self.until = None;
-            let all: Vec<usize> = self.clients.iter().map(|(key, _)| key).collect();
-            all.into_iter().for_each(|key| self.drop_client(key, disks));
+            self.until = Some(now.plus_ms(LAST_MS));
+            // It is for the client to take what there is. Others wait for a disk, as long as that takes.
+            self.drop_clients(disks, |client| client.connection.in_flight() == 0);
         }
         self.accept(now);
         if disks.has_room() {
@@ -396,6 +399,18 @@ impl Nbd {
         }
     }
 
+    /// The loop has ended: nobody is answered any more.
+    pub fn abandon(&mut self, disks: &mut Disks) {
+        self.listeners.clear();
+        self.drop_clients(disks, |_| true);
+    }
+
+    fn drop_clients(&mut self, disks: &mut Disks, which: impl Fn(&Client) -> bool) {
+        let those = self.clients.iter().filter(|(_, client)| which(client));
+        let those: Vec<usize> = those.map(|(key, _)| key).collect();
+        those.into_iter().for_each(|key| self.drop_client(key, disks));
+    }
+
     /// Since it was to stop: has everybody gone?
     pub fn is_done(&self) -> bool {
         self.clients.is_empty()
@@ -440,6 +455,7 @@ impl Nbd {
             inbox: Inbox { bytes: vec![0; INBOX].into(), start: 0, end: 0 },
             readable: true,
             writable: true,
+            is_closed: false,
             is_active: false,
             is_starved: false,
             is_unsent: false,
@@ -709,7 +725,7 @@ impl Client {
             }
         };
         // Less than there was room for: more is an event.
-        self.readable = count == in_place + room;
+        self.readable = self.is_closed || count == in_place + room;
         (*start, *end) = (0, count.saturating_sub(in_place));
         if in_place > 0 {
             self.connection.payload_filled(count.min(in_place));

@@ -929,3 +929,135 @@ fn what_was_served_is_said() {
     let last = serving.stop();
     assert!(last.contains("\"clients-ever\": 1"), "{last}");
 }
+
+/// The last status that was said: the number behind `key`.
+fn number(status: &str, key: &str) -> u64 {
+    let line = status.lines().find(|line| line.contains(&format!("\"{key}\":"))).expect("a line");
+    let digits = line.rsplit(' ').next().expect("a word").trim_end_matches(',');
+    digits.parse().unwrap_or_else(|_| panic!("{line}"))
+}
+
+#[test]
+fn who_has_gone_is_gone() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 1M");
+    let mut serving = Serving::start(&place, "--json -f raw a");
+    while serving.first.lines().last() != Some("}") {
+        let line = &mut serving.first;
+        serving.said.read_line(line).expect("a line");
+    }
+    // What was sent last and the end come together.
+    for round in 0..300 {
+        let mut stream = serving.connect();
+        let bytes = match round % 4 {
+            0 => Script::new().0,
+            1 => Script::new().option(option::LIST, &[]).0,
+            2 => Script::new().go("a").0,
+            _ => Script::new().go("a").request((command::WRITE, 0), 1, (0, 9), &[1]).0,
+        };
+        stream.write_all(&bytes).expect("it listens");
+        if round % 5 == 0 {
+            std::thread::sleep(Duration::from_millis(3));
+        }
+    }
+    let began = clock();
+    loop {
+        serving.signal("USR1");
+        let mut status = String::new();
+        while !status.ends_with("\n}\n") {
+            serving.said.read_line(&mut status).expect("a line");
+        }
+        assert!(number(&status, "clients-stalled") == 0, "{status}");
+        if number(&status, "clients") == 0 && number(&status, "clients-ever") == 300 {
+            break;
+        }
+        assert!(clock().since(began) < 5_000_000_000, "{status}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    serving.stop();
+}
+
+#[test]
+fn requests_of_every_kind_do_what_they_say() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw raw 4M && cowbell create -q -f qcow2 new 4M");
+    place.ok("cowbell create -q -f qcow2 -o compat=0.10 old 4M");
+    for cache in ["writeback", "writethrough", "none", "unsafe"] {
+        let serving = Serving::start(&place, &format!("-t {cache} raw new old"));
+        for name in ["raw", "new", "old"] {
+            let mut client = serving.client_of(name, Style::Extended);
+            let mut ask = |what: (u16, u16), range: (u64, u64), payload: &[u8]| {
+                client.send(what, 9, range, payload);
+                client.reply(0).1
+            };
+            let write = (command::WRITE, flag::PAYLOAD_LEN | flag::FUA);
+            assert_eq!(ask(write, (0, 2 << 20), &vec![7; 2 << 20]), Ok(Vec::new()));
+            // Fast where a mark is enough, and where there is little to be written.
+            let fast = (command::WRITE_ZEROES, flag::FAST_ZERO);
+            let expected = if name == "new" { Ok(Vec::new()) } else { Err(error::NOTSUP) };
+            assert_eq!(ask(fast, (0, 1 << 20), &[]), expected, "{name}");
+            assert_eq!(ask(fast, (2 << 20, 64 << 10), &[]), Ok(Vec::new()));
+            let first = if name == "new" { 0 } else { 7 };
+            let data = ask((command::READ, 0), ((1 << 20) - 1, 2), &[]);
+            assert_eq!(data, Ok(vec![first, 7]), "{name}: a refusal changes nothing");
+            let keep = (command::WRITE_ZEROES, flag::NO_HOLE | flag::FUA);
+            assert_eq!(ask(keep, (0, 1 << 20), &[]), Ok(Vec::new()));
+            assert_eq!(ask((command::READ, 0), (500, 5), &[]), Ok(vec![0; 5]));
+            for len in [1, 4095, 256 << 10, (256 << 10) + 1, (3 << 20) + 77, 4 << 20] {
+                assert_eq!(ask((command::CACHE, 0), (0, len), &[]), Ok(Vec::new()));
+            }
+            assert_eq!(ask((command::TRIM, flag::FUA), (1 << 20, 1 << 20), &[]), Ok(Vec::new()));
+            assert_eq!(ask((command::FLUSH, 0), (0, 0), &[]), Ok(Vec::new()));
+            let data = ask((command::READ, 0), (3 << 20, 1 << 20), &[]);
+            assert_eq!(data, Ok(vec![0; 1 << 20]));
+        }
+        serving.stop();
+    }
+}
+
+#[test]
+fn what_was_flushed_on_another_connection_survives_a_kill() {
+    if !have_qemu() {
+        return;
+    }
+    for format in ["qcow2", "qed", "vmdk", "vdi"] {
+        let place = Place::new();
+        let named = make(&place, format);
+        let serving = Serving::start(&place, &format!("-f {named} a"));
+        let mut one = serving.client(Style::Simple);
+        let mut other = serving.client(Style::Simple);
+        for at in 0..64 {
+            one.send((command::WRITE, 0), at, (at * 200_000, 100_000), &[1 + at as u8; 100_000]);
+            assert_eq!(one.reply(0), (at, Ok(Vec::new())));
+        }
+        other.send((command::FLUSH, 0), 1, (0, 0), &[]);
+        assert_eq!(other.reply(0), (1, Ok(Vec::new())));
+        other.send((command::WRITE, flag::FUA), 2, (15 << 20, 5000), &[99; 5000]);
+        assert_eq!(other.reply(0), (2, Ok(Vec::new())));
+        // And some that are on their way.
+        for at in 0..20 {
+            one.send((command::WRITE, 0), at, (at * 200_000 + 100_000, 100_000), &[0; 100_000]);
+        }
+        drop(serving);
+        place.ok(&format!("cowbell check -q -r all -f {named} a || true"));
+        check(&place, named);
+        place.ok(&format!("cowbell convert -f {named} -O raw a out"));
+        let disk = read(&place.path("out"));
+        for at in 0..64 {
+            let bytes = &disk[at * 200_000..][..100_000];
+            assert!(bytes.iter().all(|&byte| byte == 1 + at as u8), "{format}: {at}");
+        }
+        assert!(disk[15 << 20..][..5000].iter().all(|&byte| byte == 99), "{format}");
+    }
+}
+
+#[test]
+fn rates_are_shown_on_a_terminal() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 1M");
+    let line = format!("timeout -s TERM 1.5 {COWBELL} serve --nbd unix:s -f raw a");
+    let shown = place.theirs(&format!("script -qec '{line}' /dev/null"));
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("0 clients  0 requests/s"), "{shown:?}");
+    assert!(shown.contains("0 clients in "), "{shown:?}");
+}
