@@ -36,7 +36,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { requests: 128, bytes: 64 << 20 }
+        Limits { requests: 128, bytes: 8 << 20 }
     }
 }
 

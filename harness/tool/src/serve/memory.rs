@@ -44,10 +44,17 @@ impl Pool {
     pub fn give(&mut self, buf: Buf) {
         let len = buf.len();
         self.out -= len;
-        if self.kept + cost(len) > KEPT_MAX {
-            // Most is of sizes that are not asked for any more.
-            self.free.clear();
-            self.kept = 0;
+        while self.kept + cost(len) > KEPT_MAX {
+            // Others, which may not be asked for any more, go first.
+            let Some((&other, bufs)) = self.free.iter_mut().find(|(other, _)| **other != len)
+            else {
+                return;
+            };
+            if bufs.pop().is_some() {
+                self.kept -= cost(other);
+            } else {
+                self.free.remove(&other);
+            }
         }
         self.kept += cost(len);
         self.free.entry(len).or_default().push(buf);
