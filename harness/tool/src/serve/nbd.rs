@@ -331,11 +331,15 @@ impl Nbd {
         let job = self.jobs.remove(key);
         self.counts.failed += u64::from(result.is_err());
         match (job.next, result) {
-            (Next::Ask { extents, .. }, Ok(())) => {
+            (Next::Ask { extents, .. }, Ok(())) if !extents.is_empty() => {
                 client.connection.finish_status(job.slot, &extents);
                 mem.into_iter().for_each(|buf| disks.memory.give(buf));
             }
-            (Next::Ask { .. } | Next::Ahead { .. }, result) => {
+            (Next::Ask { .. }, result) => {
+                mem.into_iter().for_each(|buf| disks.memory.give(buf));
+                client.connection.finish(job.slot, result.and(Err(error::IO)), None);
+            }
+            (Next::Ahead { .. }, result) => {
                 mem.into_iter().for_each(|buf| disks.memory.give(buf));
                 client.connection.finish(job.slot, result, None);
             }

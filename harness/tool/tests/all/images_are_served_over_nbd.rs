@@ -1068,3 +1068,26 @@ fn rates_are_shown_on_a_terminal() {
     assert!(shown.contains("0 clients  0 requests/s"), "{shown:?}");
     assert!(shown.contains("0 clients in "), "{shown:?}");
 }
+
+#[test]
+fn what_the_disk_cannot_do_the_client_is_told() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 a 16M");
+    // Files may not grow to more than 1 MiB.
+    let line = format!("trap '' XFSZ; ulimit -f 2048; exec {COWBELL} serve --json --nbd unix:s a");
+    let serving = Serving::of(&place, Command::new("sh").args(["-c", &line]));
+    for style in [Style::Simple, Style::Structured, Style::Extended] {
+        let mut client = serving.client(style);
+        for at in 0..64 {
+            client.send((command::WRITE, flag::FUA), at, (at << 16, 64 << 10), &[3; 64 << 10]);
+        }
+        let mut replies: Vec<_> = (0..64).map(|_| client.reply(0)).collect();
+        replies.sort_unstable_by_key(|&(cookie, _)| cookie);
+        assert!(replies.iter().map(|&(cookie, _)| cookie).eq(0..64), "each has one");
+        let failed: Vec<_> = replies.into_iter().filter_map(|(_, said)| said.err()).collect();
+        assert!(failed.len() > 40 && failed.iter().all(|&why| why == error::NOSPC), "{failed:?}");
+        // What is there is served all the same.
+        client.send((command::READ, 0), 99, (15 << 20, 512), &[]);
+        assert_eq!(client.reply(512), (99, Ok(vec![0; 512])));
+    }
+}
