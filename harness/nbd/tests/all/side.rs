@@ -105,6 +105,8 @@ pub struct Server {
     pub requests: usize,
     /// The most memory that was out at once.
     pub held_max: usize,
+    /// Payloads are put into their place by the socket's side.
+    pub in_place: bool,
 }
 
 impl Server {
@@ -115,7 +117,7 @@ impl Server {
     pub fn with(limits: Limits) -> Server {
         let connection = Connection::new(exports(), limits);
         let disks = vec![vec![0; SIZE as usize]; 2];
-        Server { connection, disks, sent: Vec::new(), requests: 0, held_max: 0 }
+        Server { connection, disks, sent: Vec::new(), requests: 0, held_max: 0, in_place: false }
     }
 
     /// Takes `bytes`, each request done at once, and sends all there is. Answers how many bytes were
@@ -124,6 +126,13 @@ impl Server {
         loop {
             match self.connection.want() {
                 Want::Bytes if bytes.is_empty() => break,
+                Want::Bytes if self.in_place && self.connection.payload().is_some() => {
+                    let payload = self.connection.payload().expect("there is one");
+                    let count = payload.len().min(bytes.len());
+                    payload[..count].copy_from_slice(&bytes[..count]);
+                    self.connection.payload_filled(count);
+                    bytes = &bytes[count..];
+                }
                 Want::Bytes => {
                     let taken = self.connection.take(bytes);
                     assert!(taken > 0, "it wanted some");

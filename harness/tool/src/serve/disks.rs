@@ -84,7 +84,9 @@ impl Disks {
     }
 
     fn add(&mut self, given: &OsStr, opening: &Opening<'_>) -> Result<(), Fail> {
-        let (name, path) = named(given);
+        // Options have a `=` of their own.
+        let is_by_options = opening.naming.is_by_options();
+        let (name, path) = if is_by_options { (None, given) } else { named(given) };
         let mut image = opening.naming.image(path, opening.format)?;
         let name = match name {
             Some(name) => name.to_string(),

@@ -92,8 +92,8 @@ pub struct Args {
     json: bool,
     #[command(flatten)]
     naming: Naming,
-    /// The images: PATH, or NAME=PATH; without a name, that of the file. Who asks for no name gets the
-    /// first
+    /// The images: PATH, or NAME=PATH (not with --image-opts); by default the name is the file's. Who
+    /// asks for no name gets the first
     #[arg(required = true)]
     images: Vec<OsString>,
 }

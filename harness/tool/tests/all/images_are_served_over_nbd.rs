@@ -518,7 +518,7 @@ fn a_random_mix_of_several_clients_is_what_it_has_to_be() {
 fn requests_go_to_the_disk_that_was_asked_for() {
     let place = Place::new();
     place.ok("cowbell create -q -f raw a 1M && cowbell create -q -f qcow2 b 2M");
-    let serving = Serving::start(&place, "a two=b");
+    let serving = Serving::start(&place, "-t writethrough a two=b");
     for (name, size) in [("", 1 << 20), ("a", 1 << 20), ("two", 2 << 20)] {
         let mut client = serving.client_of(name, Style::Simple);
         assert_eq!(client.size, size);
@@ -535,6 +535,9 @@ fn requests_go_to_the_disk_that_was_asked_for() {
         client.send((command::READ, 0), 2, (4096, 3), &[]);
         assert_eq!(client.reply(3), (2, Ok(expected.to_vec())), "{name}");
     }
+    serving.stop();
+    let serving = Serving::start(&place, "--image-opts driver=qcow2,file.filename=b");
+    assert_eq!(serving.client_of("b", Style::Simple).size, 2 << 20);
     serving.stop();
     let out = place.ours("cowbell serve --nbd unix:s a a");
     assert!(String::from_utf8_lossy(&out.stderr).contains("two disks are called 'a'"));
