@@ -28,6 +28,11 @@ impl Buf {
         Buf { bytes: Bytes::zeroed(len + BUF_ALIGN) }
     }
 
+    /// The same, of which nothing is touched before it is used, however short.
+    pub(crate) fn untouched(len: usize) -> Buf {
+        Buf { bytes: Bytes::mapped(len + BUF_ALIGN) }
+    }
+
     /// A copy of `bytes`.
     pub fn copied(bytes: &[u8]) -> Buf {
         // Not zeroed first: the simulator copies millions of these.
@@ -119,6 +124,10 @@ struct Held {
 impl Held {
     fn zeroed(len: usize) -> Held {
         Held { bytes: Buf::zeroed(len), hash: Cell::new(0) }
+    }
+
+    fn untouched(len: usize) -> Held {
+        Held { bytes: Buf::untouched(len), hash: Cell::new(0) }
     }
 
     /// A stand-in that owns nothing.
@@ -314,7 +323,7 @@ impl Memory {
     pub(crate) fn new(requests: usize, buffers: usize, size: usize) -> Memory {
         Memory {
             guest: Vec::with_capacity(requests),
-            pool: (0..buffers).map(|_| Held::zeroed(size)).collect(),
+            pool: (0..buffers).map(|_| Held::untouched(size)).collect(),
             regions: Vec::new(),
             regions_free: Vec::new(),
             is_copy: false,

@@ -94,6 +94,8 @@ pub struct Aio {
     workers: Workers,
     files: Files<AioFile>,
     nowait: bool,
+    /// Files may have lanes, each with a thread.
+    has_lanes: bool,
     /// Ops that the kernel has.
     in_flight: usize,
     /// The most that it may have, with the files that there are.
@@ -170,6 +172,7 @@ impl Aio {
             is_staged: false,
             files: Files::new(),
             nowait: options.nowait,
+            has_lanes: !options.pool.up_front,
             in_flight: 0,
             depth: depth as usize,
             depth_max: depth as usize,
@@ -351,8 +354,8 @@ impl Aio {
 
     /// Is there a lane for `file`? It is made when it is first wanted.
     fn lane(&mut self, file: FileId) -> bool {
-        if self.lanes.get(file).is_some() {
-            return true;
+        if !self.has_lanes || self.lanes.get(file).is_some() {
+            return self.has_lanes;
         }
         let (calls, id, event) = (self.context.calls, self.context.id, self.workers.event().fd());
         // SAFETY: lanes are dropped before the context, and memory stays until ops have come back.
@@ -373,6 +376,12 @@ impl Aio {
         submission.peek().is_some_and(|(_, record)| {
             self.files.of(record).is_some_and(|file| file.command(record.op.kind).is_some())
         })
+    }
+}
+
+impl Drop for Aio {
+    fn drop(&mut self) {
+        self.context.is_idle = self.in_flight == 0;
     }
 }
 
@@ -608,6 +617,8 @@ struct Context {
     /// Null: of a make we do not know, read by system call.
     ring: *const Ring,
     calls: Calls,
+    /// Nothing is in flight, nor will be.
+    is_idle: bool,
 }
 
 // SAFETY: the ring belongs to the process and is used by one thread at a time: ours.
@@ -636,7 +647,7 @@ impl Context {
                 && (*ring).header_length as usize == size_of::<Ring>()
         };
         let ring = if known && calls.use_ring { ring } else { ptr::null() };
-        Ok(Context { id, ring, calls })
+        Ok(Context { id, ring, calls, is_idle: false })
     }
 
     /// Hands the control blocks from `from` on to the kernel.
@@ -700,10 +711,16 @@ impl Context {
 }
 
 impl Drop for Context {
-    /// Waits for all that is in flight: the kernel writes into memory that may be freed next.
+    /// Waits for all that is in flight: the kernel writes into memory that may be freed next. If nothing is, a
+    /// thread waits for the kernel, which takes some 30 ms to be sure of it; where none can be started, this
+    /// one does.
     fn drop(&mut self) {
+        let (id, destroy) = (self.id, self.calls.destroy);
         // SAFETY: the id is ours, and not used again.
-        unsafe { (self.calls.destroy)(self.id) };
+        let end = move || unsafe { destroy(id) };
+        if !(self.is_idle && sys::start_thread("cowbell-end", end).is_ok()) {
+            end();
+        }
     }
 }
 

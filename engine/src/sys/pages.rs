@@ -25,9 +25,11 @@ unsafe impl Sync for Bytes {}
 impl Bytes {
     /// `len` zeros. Many are in pages of their own if there are any to be had.
     pub(crate) fn zeroed(len: usize) -> Bytes {
-        if len < MAPPED_MIN {
-            return Bytes::from(vec![0; len]);
-        }
+        if len < MAPPED_MIN { Bytes::from(vec![0; len]) } else { Bytes::mapped(len) }
+    }
+
+    /// The same, in pages of their own however few they are: for what lives long, and may never be used.
+    pub(crate) fn mapped(len: usize) -> Bytes {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping, at an address that the kernel chooses, of no file.

@@ -40,11 +40,14 @@ pub struct PoolOptions {
     pub threads: usize,
     /// The most ops at a time; more stay with the engine.
     pub depth: usize,
+    /// All threads are started when the backend is made, and none after that: for a program that forbids itself
+    /// to start any. Default: false, one at first and others as they are needed.
+    pub up_front: bool,
 }
 
 impl Default for PoolOptions {
     fn default() -> PoolOptions {
-        PoolOptions { threads: 16, depth: 256 }
+        PoolOptions { threads: 16, depth: 256, up_front: false }
     }
 }
 
@@ -273,7 +276,10 @@ impl Workers {
             stats: PoolStats::default(),
         };
         // With one thread running, failing to start another costs speed, not progress.
-        workers.start_thread()?;
+        let count = if options.up_front { workers.limit } else { 1 };
+        for _ in 0..count {
+            workers.start_thread()?;
+        }
         Ok(workers)
     }
 
@@ -525,7 +531,7 @@ mod tests {
     }
 
     fn workers(threads: usize) -> Workers {
-        let options = PoolOptions { threads, depth: 8 };
+        let options = PoolOptions { threads, depth: 8, up_front: false };
         Workers::new(options, 0, by_occasion).expect("a thread starts")
     }
 
@@ -580,6 +586,20 @@ mod tests {
             assert_eq!(collect(&mut workers, 1), [op]);
         }
         assert!(workers.shared.lock().writing.is_empty());
+    }
+
+    #[test]
+    fn all_threads_are_there_at_once_if_none_may_be_started_later() {
+        let _turn = TURN.lock().expect("not poisoned");
+        let options = PoolOptions { threads: 3, depth: 8, up_front: true };
+        let mut workers = Workers::new(options, 0, by_occasion).expect("threads start");
+        assert_eq!(workers.threads.len(), 3);
+        for op in 0..8 {
+            stage(&mut workers, op, AT_ONCE);
+        }
+        workers.start();
+        assert_eq!(collect(&mut workers, 8).len(), 8);
+        assert_eq!(workers.threads.len(), 3);
     }
 
     #[test]

@@ -86,7 +86,7 @@ fn aio(depth: u32, nowait: bool) -> impl FnMut() -> io::Result<Aio> {
 }
 
 fn pool(threads: usize, depth: usize) -> impl FnMut() -> io::Result<Pool> {
-    move || Pool::new(PoolOptions { threads, depth })
+    move || Pool::new(PoolOptions { threads, depth, ..PoolOptions::default() })
 }
 
 /// `None`: there is no io_uring here, as is said.

@@ -54,6 +54,6 @@ fn over_io_uring() {
 
 #[test]
 fn over_threads() {
-    let options = PoolOptions { threads: 3, depth: 20 };
+    let options = PoolOptions { threads: 3, depth: 20, ..PoolOptions::default() };
     drop_at_work(|| Pool::new(options).expect("a pool"), false);
 }

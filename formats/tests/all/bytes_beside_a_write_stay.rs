@@ -270,7 +270,7 @@ fn over_native_aio_one_op_at_a_time() {
 
 #[test]
 fn over_one_thread() {
-    let options = PoolOptions { threads: 1, depth: 1 };
+    let options = PoolOptions { threads: 1, depth: 1, ..PoolOptions::default() };
     run(|| Pool::new(options).expect("a pool"), true, 3);
 }
 

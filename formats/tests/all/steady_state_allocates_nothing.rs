@@ -70,7 +70,7 @@ impl<B: Backend<File = DiskFile>> Load<B> {
 }
 
 /// One thread, so that no second one is started late.
-const ONE_THREAD: PoolOptions = PoolOptions { threads: 1, depth: 256 };
+const ONE_THREAD: PoolOptions = PoolOptions { threads: 1, depth: 256, up_front: false };
 
 #[test]
 fn a_million_mixed_requests_allocate_nothing() {
