@@ -11,7 +11,7 @@ use cowbell_engine::units::{Errno, NodeId};
 use cowbell_formats::RunOptions;
 
 use crate::about::name_of;
-use crate::handle::{Engine, caught, code, is_place, with};
+use crate::handle::{Engine, STRUCT_MAX, caught, code, is_place, with};
 use crate::image::{Image, taken};
 use crate::request::refused;
 
@@ -105,7 +105,7 @@ pub unsafe extern "C" fn cowbell_attach(
     answer
 }
 
-/// Says what a disk is. `size` is sizeof(cowbell_disk_info): so many bytes are written, 0 in what a
+/// Says what a disk is. `size` is sizeof(struct cowbell_disk_info): so many bytes are written, 0 in what a
 /// later version may have added.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cowbell_disk_info(
@@ -116,6 +116,9 @@ pub unsafe extern "C" fn cowbell_disk_info(
 ) -> c_int {
     let work = |engine: &mut Engine| {
         is_place(info)?;
+        if size > STRUCT_MAX {
+            return Err(Errno::INVALID);
+        }
         let found = engine.info(disk)?;
         let known = size.min(size_of::<DiskInfo>());
         // SAFETY: the caller lends `size` bytes. No byte of the struct is padding (see below).

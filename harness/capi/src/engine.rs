@@ -14,7 +14,7 @@ use crate::handle::{Engine, answered, code, copied, is_place, is_usable, with};
 /// Linux native AIO for files opened with COWBELL_OPEN_DIRECT, threads for all others.
 pub const COWBELL_BACKEND_NATIVE: u32 = 0;
 /// Linux io_uring for all files. Such an engine is used only by the thread that made it; others are
-/// answered -EPERM.
+/// answered -EACCES.
 pub const COWBELL_BACKEND_IO_URING: u32 = 1;
 /// Threads for all files.
 pub const COWBELL_BACKEND_THREADS: u32 = 2;
@@ -23,7 +23,7 @@ pub const COWBELL_BACKEND_THREADS: u32 = 2;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineOptions {
-    /// sizeof(cowbell_engine_options).
+    /// sizeof(struct cowbell_engine_options).
     pub size: usize,
     /// COWBELL_BACKEND_*.
     pub backend: u32,
@@ -101,7 +101,7 @@ fn make(asked: &EngineOptions) -> Result<Engine, Errno> {
 /// ended are left as a crash would leave them, and their completions are lost. So drain it before,
 /// with cowbell_drain(). NULL is no mistake.
 ///
-/// Answers 0; -EPERM: it is another thread's, and still there; -ENOTRECOVERABLE: something panicked
+/// Answers 0; -EACCES: it is another thread's, and still there; -ENOTRECOVERABLE: something panicked
 /// in the end, and the memory that was lent is not to be used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cowbell_engine_destroy(engine: *mut Engine) -> c_int {

@@ -98,7 +98,7 @@ pub(crate) unsafe fn is_usable(engine: *const Engine) -> Result<(), Errno> {
     }
     // SAFETY: it is a live engine, whose thread never changes: no other is written to meanwhile.
     match unsafe { (*engine).thread } {
-        Some(owner) if owner != thread::current().id() => Err(Errno::NOT_PERMITTED),
+        Some(owner) if owner != thread::current().id() => Err(Errno(libc::EACCES)),
         _ => Ok(()),
     }
 }
@@ -158,4 +158,4 @@ pub(crate) unsafe fn copied<T: Default>(from: *const T, size: usize) -> Result<T
 }
 
 /// No struct will grow beyond this many bytes: a size above it is a mistake.
-const STRUCT_MAX: usize = 4096;
+pub(crate) const STRUCT_MAX: usize = 4096;

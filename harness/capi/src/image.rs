@@ -51,7 +51,7 @@ pub const COWBELL_LOCKING_OFF: u32 = 2;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ImageOptions {
-    /// sizeof(cowbell_image_options).
+    /// sizeof(struct cowbell_image_options).
     pub size: usize,
     /// The image's format, one of cowbell_format(). NULL: only with COWBELL_OPEN_PROBE.
     pub format: *const c_char,

@@ -75,8 +75,8 @@ pub unsafe extern "C" fn cowbell_read(
 }
 
 /// Writes `count` pieces of memory, one after the other, at `offset`. `flags` are bits of
-/// COWBELL_WRITE_*. The memory is not written to; what it holds is taken at any time until the
-/// request has come back.
+/// COWBELL_WRITE_*. What the memory holds is taken at any time until
+/// the request has come back.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cowbell_write(
     engine: *mut Engine,
