@@ -7,7 +7,7 @@
  * every byte; then it makes the third quarter zeros, discards the last, and closes the disk. What was
  * on it is lost.
  *
- *   cargo build --release -p cowbell-capi
+ *   cargo rustc --release -p cowbell-capi --crate-type staticlib
  *   cc -I harness/capi/include harness/capi/examples/epoll.c target/release/libcowbell_capi.a \
  *       -lpthread -lm -ldl -o epoll
  */

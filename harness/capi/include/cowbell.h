@@ -16,7 +16,8 @@
  * examples/epoll.c is a whole program.
  *
  * WHAT WAITS. cowbell_image_open(), cowbell_image_close() and cowbell_engine_destroy() may wait for a
- * disk. Nothing else does, and nothing calls back.
+ * disk, and cowbell_attach() where it fails, since it closes the files. Nothing else does, and nothing
+ * calls back.
  *
  * ERRORS are negative error numbers of <errno.h>. A request answers twice. When it is submitted: 0, or
  * why it was not taken, and then nothing more is heard of it; -EAGAIN: as many are in flight as may

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::thread::{self, ThreadId};
+use std::thread::ThreadId;
 
 use cowbell_engine::backend::{Backend, FileInfo, Harvest, Submission};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
@@ -41,7 +41,7 @@ impl Chosen {
                     options.depth = depth as u32;
                 }
                 let uring = Uring::new(options).map_err(failed)?;
-                let thread = Some(thread::current().id());
+                let thread = Some(std::thread::current().id());
                 Ok(Chosen { backend: Box::new(uring), thread })
             }
             #[cfg(not(feature = "io_uring"))]

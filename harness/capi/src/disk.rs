@@ -270,15 +270,8 @@ impl Engine {
 
     fn event(&mut self) -> Option<Event> {
         loop {
-            let blank = Event {
-                kind: 0,
-                result: 0,
-                disk: 0,
-                at: 0,
-                layer: 0,
-                reserved: 0,
-                what: [0; 96],
-            };
+            let blank =
+                Event { kind: 0, result: 0, disk: 0, at: 0, layer: 0, reserved: 0, what: [0; 96] };
             match self.engine.poll_event()? {
                 NodeEvent::Corrupt { node, what, at } => {
                     let (disk, layer) = self.disk_of(node).unwrap_or_default();

@@ -141,10 +141,7 @@ type Failure = (Errno, String);
 /// # Safety
 ///
 /// `path` is NULL or a string, `options` NULL or options, their format NULL or a string.
-unsafe fn open_image(
-    path: *const c_char,
-    options: *const ImageOptions,
-) -> Result<Image, Failure> {
+unsafe fn open_image(path: *const c_char, options: *const ImageOptions) -> Result<Image, Failure> {
     let invalid = |why: &str| (Errno::INVALID, why.to_owned());
     if path.is_null() {
         return Err(invalid("no path"));
@@ -174,7 +171,8 @@ unsafe fn open_image(
             Some(known.ok_or_else(|| (Errno::INVALID, unknown()))?)
         }
     };
-    let (host, options) = open_options(&options, format).ok_or_else(|| invalid("unknown options"))?;
+    let (host, options) =
+        open_options(&options, format).ok_or_else(|| invalid("unknown options"))?;
     let path = Path::new(OsStr::from_bytes(path.to_bytes()));
     let chain = open(&host, path, &options).map_err(|why: Error| (why.errno(), why.to_string()))?;
     Ok(Image { chain })
