@@ -217,7 +217,7 @@ fn steady_requests_allocate_nothing() {
         let mut engine = null_mut();
         assert_eq!(cowbell_engine_create(null(), &raw mut engine), 0);
         let disk = attached(engine, opened(&path, c"raw").expect("it opens")).expect("attached");
-        let mut round = || {
+        let round = || {
             let (mut begun, mut ended) = (0, 0);
             while ended < 32 {
                 while begun < 32 {
