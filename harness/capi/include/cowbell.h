@@ -19,6 +19,9 @@
  * disk, and cowbell_attach() where it fails, since it closes the files. Nothing else does, and nothing
  * calls back.
  *
+ * REQUESTS are cowbell_read() to cowbell_status(). Offsets and lengths are bytes, any will do. `user` is
+ * nothing to the library and comes back in the completion: a number, or a pointer as (uintptr_t).
+ *
  * ERRORS are negative error numbers of <errno.h>. A request answers twice. When it is submitted: 0, or
  * why it was not taken, and then nothing more is heard of it; -EAGAIN: as many are in flight as may
  * be, try again after cowbell_poll(); -EBADF: there is no such disk; -ESHUTDOWN: the disk is being
