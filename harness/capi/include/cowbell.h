@@ -319,7 +319,8 @@ struct cowbell_image_options {
 typedef uint64_t cowbell_disk;
 
 /**
- * What a disk is.
+ * What a disk is. (Whether its image takes zeros, discards and other sizes is not told beforehand:
+ * such requests end with -EOPNOTSUPP if it does not.)
  */
 struct cowbell_disk_info {
     /**
@@ -558,8 +559,8 @@ int cowbell_image_close(struct cowbell_image *image);
 int cowbell_attach(struct cowbell_engine *engine, struct cowbell_image *image, cowbell_disk *disk);
 
 /**
- * Says what a disk is. `size` is sizeof(struct cowbell_disk_info): so many bytes are written, 0 in what a
- * later version may have added.
+ * Says what a disk is. `size` is sizeof(struct cowbell_disk_info): so many bytes are written, 0 in
+ * what this version of the library does not know.
  */
 int cowbell_disk_info(struct cowbell_engine *engine,
                       cowbell_disk disk,
@@ -569,8 +570,8 @@ int cowbell_disk_info(struct cowbell_engine *engine,
 /**
  * Begins to close a disk while others go on. It takes no more requests (-ESHUTDOWN), those in flight
  * run to their end, the image is left clean and stable. Go on as ever until cowbell_poll_event()
- * says COWBELL_EVENT_CLOSED; call cowbell_run() before you wait. The files are closed, and not
- * locked any more, when that event has been given; nothing waits for it.
+ * says COWBELL_EVENT_CLOSED; call cowbell_run() before you wait. From then on the files are not locked
+ * any more; a thread of the library's closes them, so that your loop does not wait for that.
  *
  * -EBADF: there is no such disk; -EALREADY: it is being closed.
  */

@@ -27,7 +27,8 @@ pub const COWBELL_DISK_PROBED: u32 = 2;
 /// program writes it.
 pub const COWBELL_DISK_UNLOCKED: u32 = 4;
 
-/// What a disk is.
+/// What a disk is. (Whether its image takes zeros, discards and other sizes is not told beforehand:
+/// such requests end with -EOPNOTSUPP if it does not.)
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct DiskInfo {
@@ -90,10 +91,12 @@ pub unsafe extern "C" fn cowbell_attach(
 ) -> c_int {
     // SAFETY: an image as this function's contract has it, or NULL.
     let mut image = unsafe { taken(image) };
-    let work = |engine: &mut Engine| {
-        is_place(disk)?;
+    if is_place(disk).is_ok() {
         // SAFETY: the caller lends the place.
         unsafe { disk.write(0) };
+    }
+    let work = |engine: &mut Engine| {
+        is_place(disk)?;
         let id = engine.attach(*image.take().ok_or(Errno::INVALID)?)?;
         // SAFETY: the place was looked at.
         unsafe { disk.write(id) };
@@ -105,8 +108,8 @@ pub unsafe extern "C" fn cowbell_attach(
     answer
 }
 
-/// Says what a disk is. `size` is sizeof(struct cowbell_disk_info): so many bytes are written, 0 in what a
-/// later version may have added.
+/// Says what a disk is. `size` is sizeof(struct cowbell_disk_info): so many bytes are written, 0 in
+/// what this version of the library does not know.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cowbell_disk_info(
     engine: *mut Engine,
@@ -121,7 +124,7 @@ pub unsafe extern "C" fn cowbell_disk_info(
         }
         let found = engine.info(disk)?;
         let known = size.min(size_of::<DiskInfo>());
-        // SAFETY: the caller lends `size` bytes. No byte of the struct is padding (see below).
+        // SAFETY: the caller lends `size` bytes.
         unsafe {
             let place = info.cast::<u8>();
             (&raw const found).cast::<u8>().copy_to_nonoverlapping(place, known);
@@ -133,12 +136,10 @@ pub unsafe extern "C" fn cowbell_disk_info(
     unsafe { with(engine, work) }
 }
 
-const _: () = assert!(size_of::<DiskInfo>() == 2 * 8 + 4 * 4 + size_of::<usize>());
-
 /// Begins to close a disk while others go on. It takes no more requests (-ESHUTDOWN), those in flight
 /// run to their end, the image is left clean and stable. Go on as ever until cowbell_poll_event()
-/// says COWBELL_EVENT_CLOSED; call cowbell_run() before you wait. The files are closed, and not
-/// locked any more, when that event has been given; nothing waits for it.
+/// says COWBELL_EVENT_CLOSED; call cowbell_run() before you wait. From then on the files are not locked
+/// any more; a thread of the library's closes them, so that your loop does not wait for that.
 ///
 /// -EBADF: there is no such disk; -EALREADY: it is being closed.
 #[unsafe(no_mangle)]

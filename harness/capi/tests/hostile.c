@@ -33,7 +33,8 @@ static char error[256];
 
 static struct cowbell_image *opened(const char *format, const char *path, uint32_t flags)
 {
-    struct cowbell_image_options options = {.size = sizeof options, .format = format, .flags = flags};
+    struct cowbell_image_options options = {
+        .size = sizeof options, .format = format, .flags = flags};
     struct cowbell_image *image = NULL;
     int answer = cowbell_image_open(path, &options, &image, error, sizeof error);
     if (answer != 0) {
@@ -126,6 +127,7 @@ static void null_everywhere(void)
     IS(cowbell_drain(NULL), -EINVAL);
     IS(cowbell_drained(NULL), -EINVAL);
     IS(cowbell_attach(NULL, NULL, &disk), -EINVAL);
+    IS(disk, 0);
     IS(cowbell_disk_info(NULL, 1, &info, sizeof info), -EINVAL);
     IS(cowbell_close(NULL, 1), -EINVAL);
     IS(cowbell_read(NULL, 1, 0, &piece, 1, 0), -EINVAL);
@@ -286,7 +288,8 @@ static void requests(void)
     cowbell_disk disk = attached(engine, opened("qcow2", "image.qcow2", COWBELL_OPEN_WRITE));
     struct cowbell_status status;
     struct iovec piece = {memory, 512};
-    const uint64_t size = 16 << 20, ends[] = {size, size - 511, UINT64_MAX, UINT64_MAX - 511, 1ull << 63};
+    const uint64_t size = 16 << 20;
+    const uint64_t ends[] = {size, size - 511, UINT64_MAX, UINT64_MAX - 511, 1ull << 63};
 
     /* Beyond the end: said when the request ends. */
     for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
@@ -370,6 +373,8 @@ static void requests(void)
     IS(cowbell_disk_info(engine, disk, &info, sizeof info), 0);
     IS(info.size, size + 4096);
     IS(cowbell_drain(engine), 0);
+    IS(cowbell_drained(engine), 0);
+    IS(cowbell_flush(engine, disk, 15), -ESHUTDOWN);
     while (cowbell_drained(engine) == 0)
         turn(engine);
     IS(cowbell_drained(engine), 1);
