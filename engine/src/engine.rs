@@ -25,6 +25,9 @@ use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
 mod jobs;
 mod nodes;
+mod queues;
+
+pub use queues::{QUEUED, Queues, Submitter};
 
 /// A finished request.
 #[derive(Debug)]
@@ -287,7 +290,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.record(node, io, mem, tag);
         let unqueued = self.core.ready.pop_back();
         assert_eq!(unqueued, Some(id), "it was queued just now");
-        self.core.end(id, if fits { Ok(()) } else { Err(Errno::INVALID) });
+        let is_filled = matches!(io.kind, IoKind::Read | IoKind::Status { .. });
+        let refused = is_filled && self.core.mem.guest(id).is_read_only();
+        let errno = if refused { Errno::BAD_MEMORY } else { Errno::INVALID };
+        self.core.end(id, if fits { Ok(()) } else { Err(errno) });
     }
 
     /// Is there something to do, and can it be done?
@@ -821,8 +827,9 @@ fn no_driver(node: NodeId) -> ! {
 #[inline(always)]
 fn mem_fits(io: &Io, mem: &Mem) -> bool {
     match io.kind {
+        IoKind::Read if mem.is_read_only() => false,
         IoKind::Read | IoKind::Write { .. } => io.len == mem.len() as u64 && io.len <= REQUEST_MAX,
-        IoKind::Status { .. } => mem.len() == Status::BYTES,
+        IoKind::Status { .. } => mem.len() == Status::BYTES && !mem.is_read_only(),
         _ => true,
     }
 }

@@ -184,7 +184,7 @@ pub mod units;
 pub mod wait;
 
 pub use copy_job::{Copy, JobProgress, Moment, Zeros};
-pub use engine::{Engine, Finished, Progress, Refused};
+pub use engine::{Engine, Finished, Progress, QUEUED, Queues, Refused, Submitter};
 pub use events::NodeEvent;
 pub use held::Rate;
 pub use life::Why;

@@ -240,6 +240,12 @@ impl Mem {
         }
     }
 
+    /// Can it only be written from?
+    #[inline(always)]
+    pub(crate) fn is_read_only(&self) -> bool {
+        matches!(self, Mem::Ram(ram) if ram.is_read_only())
+    }
+
     /// Does it stay for as long as this is there, whatever its lender does?
     pub(crate) fn is_kept(&self) -> bool {
         match self {

@@ -217,6 +217,10 @@ impl Errno {
     pub const READ_ONLY: Errno = Errno(libc::EROFS);
     /// File too large.
     pub const TOO_BIG: Errno = Errno(libc::EFBIG);
+    /// The disk is gone, or going (ESHUTDOWN).
+    pub const SHUT_DOWN: Errno = Errno(libc::ESHUTDOWN);
+    /// Memory that cannot be written (EFAULT).
+    pub const BAD_MEMORY: Errno = Errno(libc::EFAULT);
 
     /// From an I/O error; one without an error number counts as [`Errno::IO`].
     pub fn from_io(error: &std::io::Error) -> Errno {

@@ -1,4 +1,4 @@
-//! What touches the operating system, and all unsafe code of the workspace.
+//! What touches the operating system, and all unsafe code of the workspace but the C ABI's.
 //!
 //! [`disk`] opens files. The backends over them: [`aio`] for files opened with O_DIRECT, `uring` (a
 //! feature, `io_uring`) for all, [`pool`] for everything that may block, [`inline`] for programs that
@@ -8,6 +8,20 @@
 //! makes that sound is the contract of [`crate::backend`]: that memory stays until the op has come
 //! back. Whoever owns a backend and the memory together drops the backend first; dropping it waits
 //! for what is in flight.
+//!
+//! # System calls
+//!
+//! For a program that filters its own (seccomp(2)). What the standard library and the C library call for
+//! threads, memory and locks is included; what an embedder's own loop does is not.
+//!
+//! | when | calls |
+//! |---|---|
+//! | a file is opened, locked, looked at | `openat` `statx` `fstat` `newfstatat` `fcntl` `lseek` `fstatfs` `ioctl` `readlink` `pread64` `pwrite64` `fdatasync` `ftruncate` `fallocate` `close` `getrandom` |
+//! | a backend is made | `eventfd2` `mmap` `munmap` `io_setup` (native AIO) `io_uring_setup` `io_uring_register` (io_uring) `epoll_create1` `epoll_ctl` ([two backends as one](crate::both), [a loop](crate::event_loop)) |
+//! | a thread is started: then, or later ([`PoolOptions::up_front`](pool::PoolOptions::up_front)) | `clone3` `clone` `mmap` `munmap` `mprotect` `rt_sigprocmask` `set_robust_list` `rseq` `sigaltstack` `getpriority` `setpriority` `prctl` `gettid` `sched_getaffinity` `madvise` `exit` |
+//! | the loop's thread, running | `io_submit` `io_getevents` `io_uring_enter` `read` `write` (event descriptors) `futex` `clock_gettime` (mostly without a call), and of the heap `brk` `mmap` `munmap` `mremap` |
+//! | the pool's threads, running | `pread64` `preadv` `preadv2` `pwrite64` `pwritev` `pwritev2` `fdatasync` `ftruncate` `fallocate` `lseek` `copy_file_range` `ioctl` `write` `futex`; `io_submit` (lanes) |
+//! | a backend is dropped | `io_destroy` `close` `munmap` `futex`, and a thread for `io_destroy` if one can be started |
 
 #![allow(unsafe_code)]
 

@@ -38,6 +38,8 @@ struct Pieces {
     len: usize,
     /// The bits set in any address or length.
     bits: u32,
+    /// It can only be written from.
+    is_read_only: bool,
     /// What keeps the memory there, unless the embedder has promised to.
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -46,6 +48,9 @@ impl Ram {
     /// Lends `pieces` to the engine.
     ///
     /// # Safety
+    /// Memory of a file that others may make shorter is not valid any more where the file has ended: touching it is a SIGBUS. Who
+    /// lends such memory has the file sealed (F_SEAL_SHRINK), as monitors seal a guest's memfd.
+    ///
     /// Until the request that this value (or a clone of it) was submitted with has come back from
     /// `Engine::poll`, every piece must stay valid for reads and writes, and no Rust reference to
     /// it may be held. Others, such as a running guest, may change the bytes: the engine treats
@@ -63,7 +68,7 @@ impl Ram {
     /// # Safety
     /// As for [`Ram::new`].
     pub unsafe fn refill(&mut self, pieces: impl IntoIterator<Item = RamPiece>) {
-        self.0.owner = None;
+        (self.0.owner, self.0.is_read_only) = (None, false);
         self.0.pieces.clear();
         self.0.pieces.extend(pieces.into_iter().filter(|p| p.len > 0));
         self.measure();
@@ -83,6 +88,21 @@ impl Ram {
         let mut ram = unsafe { Ram::new(pieces) };
         ram.0.owner = Some(owner);
         ram
+    }
+
+    /// The same, of memory that cannot be written (mapped without PROT_WRITE: a guest's ROM). A request that
+    /// would fill it fails with [`Errno::BAD_MEMORY`](crate::units::Errno::BAD_MEMORY); without this the engine's own copies into it would be
+    /// a SIGSEGV. [`Ram::of_guest`] finds out by itself.
+    #[must_use]
+    pub fn read_only(mut self) -> Ram {
+        self.0.is_read_only = true;
+        self
+    }
+
+    /// Can it only be written from?
+    #[inline(always)]
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.0.is_read_only
     }
 
     /// Is what it leads into kept by it?
@@ -189,6 +209,8 @@ mod guest {
         /// Lends ranges of a guest's memory, each an address as the guest counts and a number of
         /// bytes: the scatter list of a virtqueue. A range may go on from one region to the next.
         ///
+        /// A list with a region that is mapped for reading only is [read-only](Ram::read_only).
+        ///
         /// The memory stays mapped for as long as the list is there, also if the guest loses it.
         /// What a request has read into it is not noted in a bitmap of dirty pages: the embedder
         /// does that.
@@ -215,6 +237,7 @@ mod guest {
             ranges: impl IntoIterator<Item = (GuestAddress, usize)>,
         ) -> Result<(), GuestMemoryError> {
             self.0.pieces.clear();
+            self.0.is_read_only = false;
             let mut ranges = ranges.into_iter();
             let added = ranges.try_for_each(|(at, len)| self.add_of_guest(memory, at, len));
             if added.is_err() {
@@ -239,6 +262,7 @@ mod guest {
                 if region.as_ptr().is_null() {
                     return Err(GuestMemoryError::HostAddressNotAvailable);
                 }
+                self.0.is_read_only |= region.prot() & libc::PROT_WRITE == 0;
                 let left = region.len() - within.raw_value();
                 let take = len.min(usize::try_from(left).unwrap_or(usize::MAX));
                 self.0.pieces.push(RamPiece { base: region.get_host_address(within)?, len: take });
@@ -465,9 +489,10 @@ mod tests {
     mod of_a_guest {
         use std::sync::{Arc, Weak};
 
-        use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+        use vm_memory::mmap::MmapRegionBuilder;
+        use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap};
 
-        use super::{Io, Mem, Ram, Rig, pattern};
+        use super::{Errno, Io, Mem, Ram, Rig, pattern};
 
         /// Two regions side by side, and one apart.
         fn memory() -> Arc<GuestMemoryMmap<()>> {
@@ -519,6 +544,31 @@ mod tests {
             }
             let empty = Ram::of_guest(&memory, [(GuestAddress(0), 0)]).expect("no bytes of it");
             assert!(empty.is_empty());
+        }
+
+        #[test]
+        fn memory_that_cannot_be_written_is_written_from_only() {
+            let mut rig = Rig::new();
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let rom = MmapRegionBuilder::new(0x1000).with_mmap_prot(libc::PROT_READ);
+            let rom = rom.with_mmap_flags(flags).build().expect("it is mapped");
+            let rom = GuestRegionMmap::new(rom, GuestAddress(0x4000)).expect("it fits");
+            let ram = GuestRegionMmap::from_range(GuestAddress(0x3000), 0x1000, None);
+            let regions = vec![ram.expect("it is mapped"), rom];
+            let memory = GuestMemoryMmap::<()>::from_regions(regions);
+            let memory = Arc::new(memory.expect("they are apart"));
+            for (at, len) in [(0x4000, 512), (0x3f00, 512), (0x4000, 511)] {
+                let range = [(GuestAddress(at), len)];
+                let list = || Ram::of_guest(&memory, range).expect("it is there");
+                rig.run(Io::write(0, len as u64), list());
+                rig.engine.submit(rig.node, Io::read(0, len as u64), list(), 0).expect("room");
+                let ended = rig.engine.poll().expect("at once");
+                assert_eq!(ended.result, Err(Errno::BAD_MEMORY), "{at:#x}");
+                // The same list, elsewhere.
+                let mut list = ended.mem.into_ram().expect("it comes back");
+                list.refill_of_guest(&memory, [(GuestAddress(0x3000), len)]).expect("it is there");
+                rig.run(Io::read(0, len as u64), list);
+            }
         }
 
         #[test]

@@ -54,6 +54,7 @@ mod qcow2_outlives_what_fails;
 mod qcow2_random_requests_match_a_shadow;
 mod qcow2_repair_opens_what_nothing_else_does;
 mod qcow2_snapshots_are_qemus;
+mod queues_lead_to_one_engine;
 mod random_requests_match_a_shadow;
 mod requests_wait_to_begin;
 mod rooms_keep_to_their_directions;

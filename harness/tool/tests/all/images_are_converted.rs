@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::common::{COWBELL, Place, Random, have_qemu, read};
+use crate::common::{COWBELL, Place, Random, have_qemu, have_strace, read};
 
 const FORMATS: [(&str, &str); 7] = [
     ("qcow2", ""),
@@ -114,6 +114,9 @@ fn with_any_number_in_flight_and_past_the_page_cache() {
 /// `-C`: the kernel copies, where both are raw; where it cannot, and between other formats, what it says is the same.
 #[test]
 fn with_the_kernel_s_help() {
+    if !have_strace() {
+        return;
+    }
     let place = Place::new();
     sources(&place);
     place.ok("cowbell convert -O qcow2 sparse q");
@@ -479,6 +482,9 @@ fn as_they_were_at_a_snapshot() {
 /// each piece.
 #[test]
 fn where_data_ends_is_asked_once() {
+    if !have_strace() {
+        return;
+    }
     let place = Place::new();
     place.ok("dd if=/dev/urandom of=a bs=1M count=32 status=none && truncate -s 64M a && cp a b");
     place

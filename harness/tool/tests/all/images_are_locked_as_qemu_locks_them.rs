@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{Place, have_qemu, read};
+use crate::common::{Place, have_qemu, have_strace, read};
 
 const FORMATS: [&str; 5] = ["raw", "qed", "qcow2", "vmdk", "vdi"];
 
@@ -247,8 +247,7 @@ fn the_process_that_holds_the_lock_is_named() {
 
 #[test]
 fn files_that_cannot_be_locked_are_said() {
-    if Command::new("strace").arg("-V").output().is_err() {
-        eprintln!("SKIPPED: strace is not installed, no system call can be made to fail");
+    if !have_strace() {
         return;
     }
     let place = Place::new();

@@ -82,6 +82,16 @@ pub fn have_qemu() -> bool {
     false
 }
 
+/// Can system calls be looked at? Says so loudly if not: some containers forbid it, in CI too.
+pub fn have_strace() -> bool {
+    let works = Command::new("strace").args(["-f", "-qq", "-o", "/dev/null", "true"]).output();
+    let works = works.is_ok_and(|out| out.status.success());
+    if !works {
+        eprintln!("SKIPPED: strace is not installed or not allowed, no system call is looked at");
+    }
+    works
+}
+
 pub fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).expect("it is there")
 }
