@@ -92,7 +92,7 @@ impl Ram {
 
     /// The same, of memory that cannot be written (mapped without PROT_WRITE: a guest's ROM). A request that
     /// would fill it fails with [`Errno::BAD_MEMORY`](crate::units::Errno::BAD_MEMORY); without this the engine's own copies into it would be
-    /// a SIGSEGV. [`Ram::of_guest`] finds out by itself.
+    /// a SIGSEGV. `Ram::of_guest` (with the feature `vm-memory`) finds out by itself.
     #[must_use]
     pub fn read_only(mut self) -> Ram {
         self.0.is_read_only = true;
