@@ -9,6 +9,8 @@ use cowbell_formats::{DiskHost, OpenOptions, map, open};
 
 #[path = "../../examples/epoll.rs"]
 mod epoll;
+#[path = "../../examples/executor.rs"]
+mod executor;
 #[path = "../../examples/mio.rs"]
 mod mio;
 #[path = "../../examples/vm.rs"]
@@ -48,6 +50,21 @@ fn a_loop_around_mio() {
     let mut bytes = vec![0; 32 << 20];
     map::read(&chain, 0, &mut bytes).expect("it reads");
     assert!(bytes == mio::contents(), "the copy differs");
+}
+
+#[test]
+fn an_executor_of_futures() {
+    let folder = folder();
+    let served = executor::serve(folder.path()).expect("it serves");
+    assert_eq!(served.copied, (16 << 20) / (16 << 10));
+    assert!(served.given_up > 0, "nothing was dropped while it was under way: {served:?}");
+    assert!(served.held_back > 0, "the engine was never full: {served:?}");
+    let copy = folder.path().join("to.qed");
+    assert_clean(&copy);
+    let chain = open(&DiskHost::default(), &copy, &OpenOptions::default()).expect("it opens");
+    let mut bytes = vec![0; 16 << 20];
+    map::read(&chain, 0, &mut bytes).expect("it reads");
+    assert!(bytes == executor::contents(), "the copy differs");
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod disks_come_and_go;
 mod disks_say_what_they_take;
 mod draining_ends_what_was_begun;
 mod engines_cost_little;
+mod engines_live_long;
 mod entries_past_the_end_lead_nowhere;
 mod every_request_ends_whatever_fails;
 mod examples_serve_their_loops;
