@@ -410,7 +410,7 @@ impl Connection {
 
 /// The next `N` bytes, if they are there; what is there of them is kept.
 #[inline]
-fn header<const N: usize>(
+pub(crate) fn header<const N: usize>(
     part: &mut ([u8; wire::EXTENDED_REQUEST_LEN], usize),
     rest: &mut &[u8],
 ) -> Option<[u8; N]> {
@@ -427,6 +427,8 @@ fn header<const N: usize>(
     if *have < N {
         return None;
     }
-    *have = 0;
-    bytes.first_chunk::<N>().copied()
+    let whole = bytes.first_chunk::<N>().copied();
+    // Nothing stays behind: what is in the same state is the same.
+    (*bytes, *have) = ([0; wire::EXTENDED_REQUEST_LEN], 0);
+    whole
 }

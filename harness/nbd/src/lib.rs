@@ -1,4 +1,6 @@
-//! The NBD protocol, a server's side of it, without a socket.
+//! The NBD protocol: both sides of it without a socket, and a server's disk as a file of the engine.
+//!
+//! # A server's side
 //!
 //! A [`Connection`] is one client. Bytes from it go in, [`Request`]s come out; their results go in,
 //! bytes for it come out. There is no socket in here, no clock and no thread: whoever has those
@@ -40,15 +42,33 @@
 //!
 //! Done: fixed newstyle handshake, simple and structured replies, extended headers,
 //! `base:allocation`. Not done: TLS, resizing, the payload of a status request.
+//!
+//! # A client's side
+//!
+//! A [`Client`] is a connection to a server, made the same way: the server's bytes go in, [`Event`]s come
+//! out. Fixed newstyle handshake with GO, simple and structured replies, `base:allocation`; neither TLS nor
+//! extended headers.
+//!
+//! What has sockets is built over it: [`RemoteFile`], a server's disk at rest, and [`Remote`], the backend
+//! that has it in an engine. [`Address`] says where it is.
 
+mod address;
+mod client;
 mod connection;
 mod exports;
+mod link;
 mod options;
 mod outbox;
+mod remote;
+mod remote_file;
 mod requests;
 mod slots;
 pub mod wire;
 
+pub use address::{Address, Place};
+pub use client::{Client, Complaint, Event, ExportInfo};
 pub use connection::{Connection, Limits, Want};
 pub use exports::Export;
+pub use remote::Remote;
+pub use remote_file::{RemoteFile, RemoteOptions};
 pub use requests::{Extent, Request, What};

@@ -68,11 +68,14 @@ pub mod reply {
     pub const INFO: u32 = 3;
     /// A context.
     pub const META_CONTEXT: u32 = 4;
-    const ERROR: u32 = 1 << 31;
+    /// Of all answers that mean no.
+    pub const ERROR: u32 = 1 << 31;
     /// The option is not known.
     pub const ERR_UNSUP: u32 = ERROR | 1;
     /// What the option says makes no sense.
     pub const ERR_INVALID: u32 = ERROR | 3;
+    /// Only on an encrypted connection.
+    pub const ERR_TLS_REQD: u32 = ERROR | 5;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = ERROR | 6;
     /// The option is too long.
@@ -167,10 +170,12 @@ pub mod chunk {
     pub const BLOCK_STATUS: u16 = 5;
     /// The same with 64 bits.
     pub const BLOCK_STATUS_EXT: u16 = 6;
+    /// Of all kinds that mean that it failed.
+    pub const FAILED: u16 = 1 << 15;
     /// It failed.
-    pub const ERROR: u16 = 1 << 15 | 1;
+    pub const ERROR: u16 = FAILED | 1;
     /// It failed at an offset.
-    pub const ERROR_OFFSET: u16 = 1 << 15 | 2;
+    pub const ERROR_OFFSET: u16 = FAILED | 2;
 }
 
 /// What `base:allocation` says of an extent.
@@ -293,6 +298,19 @@ pub const OPTION_REPLY_LEN: usize = 20;
 pub fn option_reply(option: u32, kind: u32, len: u32) -> [u8; OPTION_REPLY_LEN] {
     let fields = Fields::new().put(OPTION_REPLY_MAGIC.to_be_bytes()).put(option.to_be_bytes());
     fields.put(kind.to_be_bytes()).put(len.to_be_bytes()).0
+}
+
+/// What option is answered, how, and how much data there is behind it; `None`: that is no answer.
+pub fn option_reply_of(bytes: &[u8; OPTION_REPLY_LEN]) -> Option<(u32, u32, u32)> {
+    let mut fields = Reader(bytes);
+    let magic = fields.u64()?;
+    let reply = (fields.u32()?, fields.u32()?, fields.u32()?);
+    Some(reply).filter(|_| magic == OPTION_REPLY_MAGIC)
+}
+
+/// A string after its length in 32 bits.
+pub fn string(text: &str) -> Vec<u8> {
+    [&(text.len() as u32).to_be_bytes(), text.as_bytes()].concat()
 }
 
 /// A request.

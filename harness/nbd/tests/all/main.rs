@@ -1,5 +1,9 @@
-//! The server's side of the protocol, driven without a socket.
+//! Both sides of the protocol, driven without a socket; and the backend of remote disks, over real ones.
 
 mod clients_are_answered;
+mod connections_are_made_again;
 mod hostile_clients_do_no_harm;
+mod hostile_servers_do_no_harm;
+mod remote_files_keep_the_contract;
+mod serving;
 mod side;
