@@ -21,7 +21,7 @@ pub struct RemoteOptions {
     /// It is not to be written, even if the server lets it be.
     pub read_only: bool,
     /// A connection that is lost is made again for so long; requests wait meanwhile. What that costs is said at
-    /// [`Remote`](crate::Remote). Default: 0, what is lost is lost.
+    /// [`Remote`](crate::Remote). The host's name is not asked for again. Default: 0, what is lost is lost.
     pub reconnect: Duration,
 }
 

@@ -105,12 +105,13 @@ impl Host {
     }
 }
 
+/// Bytes of a request.
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 64;
 
-/// Reads, writes, zeros and flushes, no two in flight at one place, while `disturb` does what it likes;
+/// Reads, writes, zeros and flushes of one to eight blocks, no two in flight at one place, while `disturb` does what it likes;
 /// all of them end well. Answers what the disk is then.
-fn work(host: &mut Host, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
+fn work(host: &mut Host, block: u64, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
     let mut model = vec![0; (BLOCK * BLOCKS) as usize];
     let mut random = Random(11);
     let mut busy: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
@@ -125,7 +126,7 @@ fn work(host: &mut Host, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
             }
             tag += 1;
             disturb(tag);
-            let (offset, bytes) = (start * BLOCK, len * BLOCK);
+            let (offset, bytes) = (start * block, len * block);
             let range = offset as usize..(offset + bytes) as usize;
             let mut mem = Buf::zeroed(bytes as usize);
             let io = match random.below(8) {
@@ -154,7 +155,7 @@ fn work(host: &mut Host, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
             assert_eq!(result, Ok(()), "{:?}", host.engine.backend().second().trouble(host.file));
             if let Some(mem) = mem.into_buf() {
                 // What was read or written: the disk has it at this moment.
-                let range = (start * BLOCK) as usize..(end * BLOCK) as usize;
+                let range = (start * block) as usize..(end * block) as usize;
                 assert!(*mem == model[range], "request {tag}");
             }
         }
@@ -164,23 +165,58 @@ fn work(host: &mut Host, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
 
 #[test]
 fn connections_cut_at_any_byte() {
-    for life in [300, 3000, 70_000, 200_000] {
+    for (life, block, cuts) in
+        [(700, 16, 20), (3000, 200, 20), (70_000, BLOCK, 20), (200_000, BLOCK, 4)]
+    {
         let server = Server::new(&vec![0; (BLOCK * BLOCKS) as usize]);
         server.shared.short_lived.store(life, Ordering::SeqCst);
         let mut host = Host::new(server.address(), Duration::from_secs(60));
-        let rounds = if life < 10_000 { 40 } else { 400 };
-        let model = work(&mut host, rounds, |_| {});
+        let model = work(&mut host, block, 400, |_| {});
         assert!(server.contents() == model, "with {life} bytes a connection");
         let connections = server.shared.connections.load(Ordering::SeqCst);
-        assert!(connections > 3, "{connections} connections of {life} bytes");
+        assert!(connections > cuts, "{connections} connections of {life} bytes");
     }
+}
+
+/// More than one harvest receives, and more than a socket has room for.
+#[test]
+fn a_lot_at_once() {
+    const LEN: u64 = 1 << 20;
+    let contents: Vec<u8> = (0..64 * LEN).map(|at| (at / 4096 % 251) as u8).collect();
+    let server = Server::new(&contents);
+    let mut host = Host::new(server.address(), Duration::ZERO);
+    let mut done = Vec::new();
+    for is_write in [false, true] {
+        for tag in 0..64 {
+            let offset = tag * LEN;
+            let range = offset as usize..(offset + LEN) as usize;
+            let (io, mem) = match is_write {
+                true => (Io::write(offset, LEN), {
+                    let inverted: Vec<u8> = contents[range].iter().map(|byte| !byte).collect();
+                    Buf::copied(&inverted)
+                }),
+                false => (Io::read(offset, LEN), Buf::zeroed(LEN as usize)),
+            };
+            assert!(host.engine.submit(host.node, io, mem, tag).is_ok());
+        }
+        while done.len() < 64 {
+            host.turn(&mut done);
+        }
+        for (tag, result, mem) in done.drain(..) {
+            assert_eq!(result, Ok(()));
+            let range = (tag * LEN) as usize..((tag + 1) * LEN) as usize;
+            let mem = mem.into_buf().expect("it is ours");
+            assert!(is_write || *mem == contents[range], "request {tag}");
+        }
+    }
+    assert!(server.contents().iter().zip(&contents).all(|(now, before)| *now == !before));
 }
 
 #[test]
 fn a_server_of_qemu_that_is_killed_and_started_again() {
     let Some(mut qemu) = Qemu::new(&vec![0; (BLOCK * BLOCKS) as usize], &[]) else { return };
     let mut host = Host::new(qemu.address(), Duration::from_secs(60));
-    let model = work(&mut host, 600, |tag| {
+    let model = work(&mut host, BLOCK, 600, |tag| {
         if tag % 100 == 50 {
             qemu.restart();
         }
@@ -204,6 +240,7 @@ fn a_deadline_that_is_over() {
     };
     assert_eq!(ask(&mut host, 1), Ok(()));
     server.shared.is_closed.store(true, Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(100));
     // What comes while it is away waits so long, and no longer; what comes later does not wait.
     let before = clock();
     assert_eq!(ask(&mut host, 2), Err(Errno::IO));

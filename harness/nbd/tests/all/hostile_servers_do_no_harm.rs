@@ -151,6 +151,8 @@ struct Hearer {
     client: Client,
     asked: Vec<(What, u64, u64)>,
     mems: Vec<Vec<u8>>,
+    /// Bytes of them that were filled in.
+    filled: Vec<Vec<bool>>,
     done: Vec<(u64, Result<Option<Extent>, u32>)>,
     sent: Vec<u8>,
 }
@@ -160,7 +162,8 @@ impl Hearer {
         let (client, mems) =
             (Client::new("x"), asked.iter().map(|&(.., len)| vec![UNTOUCHED; len as usize]));
         let (mems, asked) = (mems.collect(), asked.to_vec());
-        Hearer { client, asked, mems, done: Vec::new(), sent: Vec::new() }
+        let filled = asked.iter().map(|&(.., len)| vec![false; len as usize]).collect();
+        Hearer { client, asked, mems, filled, done: Vec::new(), sent: Vec::new() }
     }
 
     fn send(&mut self) {
@@ -191,9 +194,11 @@ impl Hearer {
                     assert!(len > 0 && len <= taken);
                     let to = &mut self.mems[cookie as usize - 1][at as usize..at as usize + len];
                     to.copy_from_slice(&now[taken - len..]);
+                    self.fill(cookie, at, len);
                 }
                 Event::Zeros { cookie, at, len } => {
                     self.mems[cookie as usize - 1][at as usize..(at + len) as usize].fill(0);
+                    self.fill(cookie, at, len as usize);
                 }
                 Event::Done { cookie, result } => {
                     let (what, _, len) = self.asked[cookie as usize - 1];
@@ -208,12 +213,18 @@ impl Hearer {
         }
     }
 
-    /// Of reads that ended well, all memory was filled, by what never looks like memory at first.
+    fn fill(&mut self, cookie: u64, at: u64, len: usize) {
+        let filled = &mut self.filled[cookie as usize - 1][at as usize..at as usize + len];
+        assert!(!filled.contains(&true), "the same bytes twice");
+        filled.fill(true);
+    }
+
+    /// Of reads that ended well, all memory was filled in.
     fn check_filled(&self) {
         for &(cookie, result) in &self.done {
             let n = cookie as usize - 1;
             if self.asked[n].0 == What::Read && result.is_ok() {
-                assert!(!self.mems[n].contains(&UNTOUCHED), "bytes that nobody filled in");
+                assert!(!self.filled[n].contains(&false), "bytes that nobody filled in");
             }
         }
     }

@@ -1,13 +1,16 @@
 //! Remote disks as files of an engine: the contract of backends, and what is read and written at rest.
 
 use std::io;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 
 use cowbell_engine::backend::{Backend, FileInfo};
 use cowbell_engine::both::{Both, Either};
 use cowbell_engine::contract::{FILE, Rig, run_all};
 use cowbell_engine::store::Store;
 use cowbell_engine::sys::pool::{Pool, PoolOptions};
-use cowbell_nbd::{Export, Remote, RemoteFile, RemoteOptions};
+use cowbell_nbd::{Export, Place, Remote, RemoteFile, RemoteOptions};
 
 use crate::serving::{Qemu, Server};
 
@@ -161,4 +164,37 @@ fn what_the_server_has_against_it_is_said() {
     let gone = server.address();
     drop(server);
     RemoteFile::open(gone, RemoteOptions::default()).expect_err("nobody is there");
+}
+
+#[test]
+fn a_disk_over_tcp() {
+    let contents: Vec<u8> = (0..200 << 10).map(|at| (at % 251) as u8).collect();
+    let server = Server::new(&contents);
+    let Place::Unix(socket) = server.address().place else { panic!("it is one") };
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("it has one").port();
+    // Passes on what either says.
+    let passing = std::thread::spawn(move || {
+        let (tcp, _) = listener.accept().expect("a client");
+        let unix = UnixStream::connect(socket).expect("the server");
+        let (mut from_tcp, mut to_unix) =
+            (tcp.try_clone().expect("a copy"), unix.try_clone().expect("a copy"));
+        let back = std::thread::spawn(move || io::copy(&mut { unix }, &mut { tcp }));
+        let _ = io::copy(&mut from_tcp, &mut to_unix);
+        let _ = to_unix.shutdown(std::net::Shutdown::Both);
+        let _ = back.join();
+    });
+    let address = format!("nbd://localhost:{port}/disk").parse().expect("an address");
+    let file = RemoteFile::open(address, RemoteOptions::default()).expect("it opens");
+    let expected = at_rest(&file, &contents);
+    assert!(server.contents() == expected);
+    // The same connection goes into an engine and comes back.
+    let (mut backend, _) = attached(file);
+    let Some(Either::Second(file)) = backend.detach(FILE) else { panic!("it was there") };
+    let mut first = [0; 100];
+    file.read_at(0, &mut first).expect("it is connected");
+    assert_eq!(first, expected[..100]);
+    drop(file);
+    passing.join().expect("no panic");
+    assert_eq!(server.shared.connections.load(Ordering::SeqCst), 1);
 }
