@@ -21,7 +21,7 @@ use crate::serving::{Qemu, Server};
 use crate::side::Random;
 
 /// The file is the disk.
-struct Through {
+pub struct Through {
     file: FileId,
     size: u64,
 }
@@ -69,15 +69,15 @@ impl Driver for Through {
 }
 
 /// An engine with one remote disk, and a loop.
-struct Host {
-    engine: Engine<Through, Beside>,
+pub struct Host {
+    pub engine: Engine<Through, Beside>,
     file: FileId,
-    node: NodeId,
+    pub node: NodeId,
     events: EventLoop,
 }
 
 impl Host {
-    fn new(address: Address, reconnect: Duration) -> Host {
+    pub fn new(address: Address, reconnect: Duration) -> Host {
         let options = RemoteOptions { reconnect, ..RemoteOptions::default() };
         let file = RemoteFile::open(address, options).expect("it opens");
         let size = file.info().len;
@@ -90,7 +90,7 @@ impl Host {
     }
 
     /// Once around the loop; what has ended, by tag.
-    fn turn(&mut self, done: &mut Vec<(u64, Result<(), Errno>, Mem)>) {
+    pub fn turn(&mut self, done: &mut Vec<(u64, Result<(), Errno>, Mem)>) {
         let before = done.len();
         let more = self.engine.run(clock()).again;
         while let Some(one) = self.engine.poll() {

@@ -5,5 +5,6 @@ mod connections_are_made_again;
 mod hostile_clients_do_no_harm;
 mod hostile_servers_do_no_harm;
 mod remote_files_keep_the_contract;
+mod servers_of_few_words;
 mod serving;
 mod side;
