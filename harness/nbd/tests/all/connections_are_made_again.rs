@@ -69,9 +69,9 @@ impl Driver for Through {
 }
 
 /// An engine with one remote disk, and a loop.
-pub struct Host {
-    pub engine: Engine<Through, Beside>,
-    file: FileId,
+pub struct Host<D: Driver = Through> {
+    pub engine: Engine<D, Beside>,
+    file: Option<FileId>,
     pub node: NodeId,
     events: EventLoop,
 }
@@ -85,8 +85,18 @@ impl Host {
         let mut engine = Engine::new(beside(), limits);
         let (file, _) = engine.attach(Either::Second(file)).expect("it attaches");
         let node = engine.add(Through { file, size });
+        Host { file: Some(file), ..Host::of(engine, node) }
+    }
+}
+
+impl<D: Driver> Host<D> {
+    pub fn of(engine: Engine<D, Beside>, node: NodeId) -> Host<D> {
         let events = EventLoop::new(engine.fd()).expect("a loop");
-        Host { engine, file, node, events }
+        Host { engine, file: None, node, events }
+    }
+
+    fn trouble(&self) -> Option<&str> {
+        self.file.and_then(|file| self.engine.backend().second().trouble(file))
     }
 
     /// Once around the loop; what has ended, by tag.
@@ -96,7 +106,7 @@ impl Host {
         while let Some(one) = self.engine.poll() {
             done.push((one.tag, one.result, one.mem));
         }
-        if !more && done.len() == before {
+        if !more && done.len() == before && self.engine.drained().is_none() {
             let limit = clock().plus_ms(20_000);
             let until = self.engine.next_deadline().map_or(limit, |due| due.min(limit));
             self.events.wait(Some(until), clock()).expect("it waits");
@@ -106,12 +116,17 @@ impl Host {
 }
 
 /// Bytes of a request.
-const BLOCK: u64 = 4096;
-const BLOCKS: u64 = 64;
+pub const BLOCK: u64 = 4096;
+pub const BLOCKS: u64 = 64;
 
 /// Reads, writes, zeros and flushes of one to eight blocks, no two in flight at one place, while `disturb` does what it likes;
 /// all of them end well. Answers what the disk is then.
-fn work(host: &mut Host, block: u64, rounds: u64, mut disturb: impl FnMut(u64)) -> Vec<u8> {
+pub fn work<D: Driver>(
+    host: &mut Host<D>,
+    block: u64,
+    rounds: u64,
+    mut disturb: impl FnMut(u64),
+) -> Vec<u8> {
     let mut model = vec![0; (BLOCK * BLOCKS) as usize];
     let mut random = Random(11);
     let mut busy: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
@@ -152,7 +167,7 @@ fn work(host: &mut Host, block: u64, rounds: u64, mut disturb: impl FnMut(u64)) 
         host.turn(&mut done);
         for (tag, result, mem) in done.drain(..) {
             let (start, end) = busy.remove(&tag).expect("it ends once");
-            assert_eq!(result, Ok(()), "{:?}", host.engine.backend().second().trouble(host.file));
+            assert_eq!(result, Ok(()), "{:?}", host.trouble());
             if let Some(mem) = mem.into_buf() {
                 // What was read or written: the disk has it at this moment.
                 let range = (start * block) as usize..(end * block) as usize;
@@ -251,7 +266,7 @@ fn a_deadline_that_is_over() {
         assert_eq!(ask(&mut host, tag), Err(Errno::IO));
     }
     assert!(clock().since(before) / 1_000_000 < 1000);
-    assert!(host.engine.backend().second().trouble(host.file).is_some());
+    assert!(host.trouble().is_some());
     // It is back.
     server.shared.is_closed.store(false, Ordering::SeqCst);
     let limit = clock().plus_ms(20_000);

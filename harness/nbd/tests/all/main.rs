@@ -4,6 +4,7 @@ mod clients_are_answered;
 mod connections_are_made_again;
 mod hostile_clients_do_no_harm;
 mod hostile_servers_do_no_harm;
+mod images_lie_on_remote_disks;
 mod remote_files_keep_the_contract;
 mod servers_of_few_words;
 mod serving;

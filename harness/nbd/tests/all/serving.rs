@@ -103,7 +103,7 @@ fn one_client(mut socket: UnixStream, exports: Arc<[Export]>, shared: &Shared) {
     socket.set_read_timeout(Some(Duration::from_millis(5))).expect("a socket");
     let mut client = Connection::new(exports, Limits::default());
     let life = shared.short_lived.load(Ordering::SeqCst);
-    let is_abrupt = shared.connections.load(Ordering::SeqCst) % 3 == 0;
+    let is_abrupt = shared.connections.load(Ordering::SeqCst).is_multiple_of(3);
     let (mut sent, mut buf) = (0, vec![0; 64 << 10]);
     loop {
         while client.has_output() {
