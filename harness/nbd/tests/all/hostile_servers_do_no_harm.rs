@@ -277,7 +277,9 @@ fn what_makes_sense_is_understood_in_any_pieces() {
             let (now, later) = rest.split_at((1 + random.below(longest) as usize).min(rest.len()));
             rest = later;
             // A copy goes on where it was.
-            pieces = pieces.clone();
+            if random.below(40) == 0 {
+                pieces = pieces.clone();
+            }
             pieces.hear(now);
         }
         assert_eq!(pieces.hash_of(), whole.hash_of(), "round {round}");
