@@ -755,6 +755,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             - self.core.abandoned_ended
     }
 
+    /// Requests that were [given up](Engine::abandon) and have not ended: they have their places among
+    /// [`Limits::requests`](crate::Limits::requests) still. Changes in `run`.
+    pub fn abandoned(&self) -> usize {
+        self.core.abandoned + self.core.abandoned_ended
+    }
+
     /// Is nothing at all in flight, chores included? There may be finished requests to poll.
     pub fn is_idle(&self) -> bool {
         self.core.ops.live() == self.core.finished.len()

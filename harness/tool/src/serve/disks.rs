@@ -8,7 +8,7 @@ use cowbell_engine::backend::Backend;
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{NodeId, Time};
-use cowbell_engine::{Engine, Finished, Limits};
+use cowbell_engine::{Engine, Finished, Limits, NodeLimits};
 use cowbell_formats::{Format, LayerMeta, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
@@ -127,7 +127,20 @@ impl Disks {
 
     /// Is there room for one more request?
     pub fn has_room(&self) -> bool {
-        self.in_flight < REQUESTS
+        self.in_flight + self.engine.abandoned() < REQUESTS
+    }
+
+    /// What the disk of this number takes, and takes best.
+    pub fn limits(&self, disk: usize) -> NodeLimits {
+        self.engine.limits(self.served[disk].node).expect("it is there until the end")
+    }
+
+    /// Gives up requests of the disk of this number, and answers the tags of those that will not come
+    /// from [`poll`](Disks::poll): see [`Engine::abandon`].
+    pub fn abandon(&mut self, disk: usize, which: impl FnMut(u64) -> bool) -> Vec<u64> {
+        let tags = self.engine.abandon(self.served[disk].node, which);
+        self.in_flight -= tags.len();
+        tags
     }
 
     /// Submits a request for the disk of this number. There is [room](Disks::has_room). Flushes do

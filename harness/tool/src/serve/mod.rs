@@ -2,7 +2,7 @@
 //!
 //! One thread, one engine with all disks, one loop. A *front end* is what speaks a protocol with
 //! clients; it turns what they want into requests, and what has finished into answers. Today there
-//! is one, [`nbd`]. All that one needs of the loop is here, so that another can be put beside it:
+//! are two, [`nbd`] and [`vhost`]. All that one needs of the loop is here:
 //!
 //! | in a turn | the loop calls |
 //! |---|---|
@@ -22,10 +22,12 @@ mod listen;
 mod memory;
 mod nbd;
 mod status;
+mod vhost;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,7 +50,8 @@ use crate::out::Out;
 use crate::serve::disks::{Disks, Opening};
 use crate::serve::listen::{Address, Listener};
 use crate::serve::nbd::{Nbd, Patience};
-use crate::serve::status::Rates;
+use crate::serve::status::{Counts, Rates};
+use crate::serve::vhost::{Place, QUEUES_MAX, Vhost};
 use crate::session::eprint_quietly;
 use crate::stop::Stop;
 
@@ -59,8 +62,16 @@ pub struct Args {
     ///
     /// May be given again. There is no encryption and nobody is asked who he is: a TCP port is for
     /// networks where everybody may read and write the images.
-    #[arg(long, value_name = "WHERE", required = true, action = clap::ArgAction::Append)]
+    #[arg(long, value_name = "WHERE", required_unless_present = "vhost_user", action = clap::ArgAction::Append)]
     nbd: Vec<OsString>,
+    /// Be a vhost-user-blk device on this Unix socket, for QEMU and other machines: [NAME=]SOCKET
+    ///
+    /// It is the disk called NAME, or else the first one, for one machine at a time. May be given again.
+    #[arg(long, value_name = "SOCKET", action = clap::ArgAction::Append)]
+    vhost_user: Vec<OsString>,
+    /// How many queues such a device has
+    #[arg(long, value_name = "N", default_value = "4", allow_hyphen_values = true)]
+    queues: String,
     /// The images' format; probed if not said
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -104,6 +115,9 @@ const DISKS: Token = Token(0);
 const SIGNALS: Token = Token(1);
 /// Front ends have tokens of their own from here on.
 const NBD: usize = 1 << 16;
+const VHOST: usize = 1 << 24;
+/// And tags: NBD's have none of these bits.
+const VHOST_TAGS: u64 = 1 << 63;
 /// How long a turn may wait although nothing is due, where rates are shown.
 const SHOWN_MS: u64 = 1000;
 
@@ -112,6 +126,9 @@ struct Server {
     poll: Poll,
     disks: Disks,
     nbd: Nbd,
+    vhost: Vhost,
+    /// Who comes first in this turn: what there is room for goes to one as often as to the other.
+    is_nbd_first: bool,
     stop: Stop,
     /// Readable after a signal.
     signals: UnixStream,
@@ -144,6 +161,9 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     let addresses = args.nbd.iter().map(|text| Address::parse(text));
     let addresses = addresses.collect::<Result<Vec<_>, Fail>>()?;
+    let devices = args.vhost_user.iter().map(|text| place_of(text));
+    let devices = devices.collect::<Result<Vec<_>, Fail>>()?;
+    let queues = count("number of queues", &args.queues, 1, QUEUES_MAX)?;
     // Before anything is made that has to be removed.
     let stop = Stop::on_signals()?;
     let (signals, status_asked) = on_signals()?;
@@ -168,13 +188,27 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     }
     let registry = poll.registry().try_clone()?;
     let nbd = Nbd::new(registry, NBD, listeners, &disks.served, patience)?;
+    let registry = poll.registry().try_clone()?;
+    let vhost = Vhost::new(registry, (VHOST, VHOST_TAGS), &devices, queues as u16, &disks)?;
     let began = disks.now();
     let is_shown = !args.quiet && !args.json && io::stderr().is_terminal();
     let rates = is_shown.then(|| (Rates::new(began), began));
     let out = Out::new(args.quiet);
     let json = args.json;
-    let mut server =
-        Server { poll, disks, nbd, stop, signals, status_asked, began, rates, out, json };
+    let mut server = Server {
+        poll,
+        disks,
+        nbd,
+        vhost,
+        is_nbd_first: true,
+        stop,
+        signals,
+        status_asked,
+        began,
+        rates,
+        out,
+        json,
+    };
     server.say_where()?;
     let served = server.serve();
     // Whatever has happened, the images are left clean.
@@ -183,6 +217,20 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     drained?;
     let _ = server.say_status();
     Ok(0)
+}
+
+/// `NAME=SOCKET`, or a socket of the first disk.
+fn place_of(text: &OsStr) -> Result<Place, Fail> {
+    let bytes = text.as_bytes();
+    // What is behind a slash is a path's.
+    let name = bytes.iter().position(|&byte| matches!(byte, b'=' | b'/'));
+    let name = name.filter(|&at| bytes[at] == b'=');
+    let disk = name.map(|at| String::from_utf8_lossy(&bytes[..at]).into_owned());
+    let path = &bytes[name.map_or(0, |at| at + 1)..];
+    if path.is_empty() {
+        return Err(Fail::other("a socket's path is missing"));
+    }
+    Ok(Place { disk, path: OsStr::from_bytes(path).into() })
 }
 
 /// Readable when there was a signal; and set when somebody wants to know the status.
@@ -209,15 +257,17 @@ impl Server {
                 match event.token() {
                     DISKS => {}
                     SIGNALS => self.take_signals()?,
+                    Token(token) if token >= VHOST => self.vhost.event(token, event),
                     Token(token) => self.nbd.event(token, event),
                 }
             }
             if self.stop.is_asked() && !stopping {
                 stopping = true;
                 self.nbd.stop(now, &mut self.disks);
+                self.vhost.stop();
             }
             more = self.turn(now)?;
-            if stopping && self.nbd.is_done() {
+            if stopping && self.nbd.is_done() && self.vhost.is_done() {
                 return Ok(());
             }
         }
@@ -225,12 +275,18 @@ impl Server {
 
     /// Reads, submits, runs, writes. Is there more to do?
     fn turn(&mut self, now: Time) -> Result<bool, Fail> {
-        let mut more = self.nbd.work(now, &mut self.disks);
-        more |= self.disks.engine.run(clock()).again;
-        while let Some(finished) = self.disks.poll() {
-            more |= self.nbd.finished(finished, &mut self.disks);
+        let mut more = false;
+        for is_nbd in [self.is_nbd_first, !self.is_nbd_first] {
+            more |= match is_nbd {
+                true => self.nbd.work(now, &mut self.disks),
+                false => self.vhost.work(now, &mut self.disks),
+            };
         }
+        self.is_nbd_first = !self.is_nbd_first;
+        more |= self.disks.engine.run(clock()).again;
+        more |= self.take_finished();
         more |= self.nbd.send(now, &mut self.disks);
+        more |= self.vhost.send(now, &mut self.disks);
         while let Some(event) = self.disks.engine.poll_event() {
             if let NodeEvent::Corrupt { what, at, .. } = event {
                 eprint_quietly(&format!("cowbell serve: an image is corrupt: {what}, at {at}\n"));
@@ -240,19 +296,41 @@ impl Server {
             // Nobody may be listening any more; clients are served all the same.
             let _ = self.say_status();
         }
+        let (counts, clients) = (self.counts(), self.clients());
         if let Some((rates, due)) = &mut self.rates
             && now >= *due
         {
             *due = now.plus_ms(SHOWN_MS);
-            let line = rates.line(now, &self.nbd.counts, self.nbd.clients());
+            let line = rates.line(now, &counts, clients);
             eprint_quietly(&format!("\r{line}\x1b[K"));
         }
         Ok(more)
     }
 
+    /// Gives what has finished to who has asked for it. Was something submitted?
+    fn take_finished(&mut self) -> bool {
+        let mut more = false;
+        while let Some(finished) = self.disks.poll() {
+            more |= match finished.tag & VHOST_TAGS {
+                0 => self.nbd.finished(finished, &mut self.disks),
+                _ => self.vhost.finished(finished, &mut self.disks),
+            };
+        }
+        more
+    }
+
+    fn counts(&self) -> Counts {
+        self.nbd.counts.plus(&self.vhost.counts)
+    }
+
+    fn clients(&self) -> usize {
+        self.nbd.clients() + self.vhost.clients()
+    }
+
     fn wait(&mut self, events: &mut Events, more: bool) -> Result<(), Fail> {
         let shown = self.rates.as_ref().map(|&(_, due)| due);
-        let due = [self.disks.engine.next_deadline(), self.nbd.deadline(), shown];
+        let due =
+            [self.disks.engine.next_deadline(), self.nbd.deadline(), self.vhost.deadline(), shown];
         // A millisecond is what the system counts in: what is due within one is waited for whole.
         let timeout = match due.into_iter().flatten().min() {
             _ if more => Some(Duration::ZERO),
@@ -280,13 +358,12 @@ impl Server {
     /// Ends what is in flight, of clients that have gone too, and leaves the images clean.
     fn drain(&mut self) -> Result<(), Fail> {
         self.nbd.abandon(&mut self.disks);
+        self.vhost.abandon(&mut self.disks);
         self.disks.engine.drain();
         let mut events = Events::with_capacity(4);
         loop {
             let again = self.disks.engine.run(clock()).again;
-            while let Some(finished) = self.disks.poll() {
-                self.nbd.finished(finished, &mut self.disks);
-            }
+            self.take_finished();
             match self.disks.engine.drained() {
                 Some(Ok(())) => return Ok(()),
                 Some(Err(errno)) => return Err(Fail::other(format!("closing: {errno}"))),
@@ -298,8 +375,9 @@ impl Server {
     /// Says what is served and where.
     fn say_where(&mut self) -> Result<(), Fail> {
         if self.json {
-            let exports = self.disks.served.iter().map(|disk| {
-                let uris = self.nbd.uris(&disk.name).map(Json::Text).collect();
+            let exports = self.disks.served.iter().enumerate().map(|(at, disk)| {
+                let uris = self.nbd.uris(&disk.name).chain(self.vhost.places(at));
+                let uris = uris.map(Json::Text).collect();
                 Json::Object(vec![
                     ("name", Json::text(&disk.name)),
                     ("image", Json::name(&disk.path)),
@@ -312,8 +390,8 @@ impl Server {
             let exports = Json::List(exports.collect());
             writeln!(self.out, "{}", Json::Object(vec![("exports", exports)]).pretty())?;
         } else {
-            for disk in &self.disks.served {
-                for uri in self.nbd.uris(&disk.name) {
+            for (at, disk) in self.disks.served.iter().enumerate() {
+                for uri in self.nbd.uris(&disk.name).chain(self.vhost.places(at)) {
                     writeln!(self.out, "{uri}")?;
                 }
             }
@@ -328,9 +406,9 @@ impl Server {
             eprint_quietly("\r\x1b[K");
         }
         let seconds = clock().since(self.began) as f64 / 1e9;
-        let counts = self.nbd.counts;
+        let counts = self.counts();
         if self.json {
-            writeln!(self.out, "{}", counts.to_json(seconds, self.nbd.clients()).pretty())?;
+            writeln!(self.out, "{}", counts.to_json(seconds, self.clients()).pretty())?;
         } else {
             writeln!(self.out, "{}", counts.to_line(seconds))?;
         }

@@ -33,7 +33,7 @@ use crate::fail::Fail;
 use crate::serve::disks::{Disks, Served};
 use crate::serve::listen::{Listener, Stream};
 use crate::serve::memory::ALWAYS;
-use crate::serve::status::Counts;
+use crate::serve::status::{Counts, Kind};
 
 /// How long clients are waited for.
 #[derive(Clone, Copy, Debug)]
@@ -533,7 +533,7 @@ impl Nbd {
 
     fn submit(&mut self, key: usize, request: Request, disks: &mut Disks) {
         let Request { slot, export, what, offset, len, mem } = request;
-        self.counts.begun(what, len);
+        self.counts.begun(kind_of(what), len);
         let client = &mut self.clients[key];
         let refused = match what {
             What::Zero { fast: true, .. } if len > ZEROS_WRITTEN && !self.is_fast[export] => {
@@ -775,6 +775,19 @@ impl Client {
 fn give(mem: Mem, disks: &mut Disks) {
     if let Some(buf) = mem.into_buf() {
         disks.memory.give(buf);
+    }
+}
+
+/// What it is counted as.
+fn kind_of(what: What) -> Kind {
+    match what {
+        What::Read => Kind::Read,
+        What::Write { .. } => Kind::Write,
+        What::Flush => Kind::Flush,
+        What::Trim { .. } => Kind::Trim,
+        What::Zero { .. } => Kind::Zero,
+        What::Cache => Kind::Cache,
+        What::Status { .. } => Kind::Status,
     }
 }
 

@@ -1,7 +1,6 @@
 //! What was served: counted, and said to people and programs.
 
 use cowbell_engine::units::Time;
-use cowbell_nbd::What;
 
 use crate::json::Json;
 use crate::number::human;
@@ -25,28 +24,43 @@ pub struct Counts {
     pub failed: u64,
 }
 
+/// What a request is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Read,
+    Write,
+    Flush,
+    Trim,
+    Zero,
+    Cache,
+    Status,
+}
+
 /// Kinds of requests.
 const KINDS: [&str; 7] = ["read", "write", "flush", "trim", "zero", "cache", "status"];
 
 impl Counts {
     /// A request of `len` bytes has begun.
     #[inline]
-    pub fn begun(&mut self, what: What, len: u64) {
-        let kind = match what {
-            What::Read => 0,
-            What::Write { .. } => 1,
-            What::Flush => 2,
-            What::Trim { .. } => 3,
-            What::Zero { .. } => 4,
-            What::Cache => 5,
-            What::Status { .. } => 6,
-        };
-        self.requests[kind] += 1;
-        match what {
-            What::Read => self.read += len,
-            What::Write { .. } => self.written += len,
+    pub fn begun(&mut self, kind: Kind, len: u64) {
+        self.requests[kind as usize] += 1;
+        match kind {
+            Kind::Read => self.read += len,
+            Kind::Write => self.written += len,
             _ => {}
         }
+    }
+
+    /// Of two front ends together.
+    pub fn plus(mut self, other: &Counts) -> Counts {
+        self.clients += other.clients;
+        self.broken += other.broken;
+        self.stalled += other.stalled;
+        self.requests.iter_mut().zip(other.requests).for_each(|(all, more)| *all += more);
+        self.read += other.read;
+        self.written += other.written;
+        self.failed += other.failed;
+        self
     }
 
     /// For programs.
