@@ -23,9 +23,7 @@ use virtio_bindings::bindings::virtio_blk::*;
 use virtio_bindings::bindings::virtio_ring::*;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::common::{COWBELL, Place, Random, have_qemu, read};
@@ -323,7 +321,7 @@ impl Guest {
         self.ask(0, what, 1, false);
         self.kick(0);
         let mut done = self.wait(0);
-        assert_eq!(dlen, 1);
+        assert_eq!(done.len(), 1);
         let (_, status, data) = done.remove(0);
         (status, data)
     }
@@ -578,7 +576,10 @@ fn hostile_rings_end_their_queue_alone() {
     }
     serving.is_well();
     serving.stop();
-    assert_eq!(place.ok("cowbell check d").lines().next(), Some("No errors were found on the image."));
+    assert_eq!(
+        place.ok("cowbell check d").lines().next(),
+        Some("No errors were found on the image.")
+    );
 }
 
 #[test]
@@ -666,7 +667,10 @@ fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
     serving.stop();
     let done = guest.done(2);
     assert!(done.iter().all(|one| one.1 == 0));
-    assert_eq!(place.ok("cowbell check d").lines().next(), Some("No errors were found on the image."));
+    assert_eq!(
+        place.ok("cowbell check d").lines().next(),
+        Some("No errors were found on the image.")
+    );
     for (slot, ..) in &done {
         let sector = u64::from(SLOTS - 1 - slot) * 256;
         place.ok(&format!("cowbell io -c 'read -P 0x5a {} 128k' d", sector * 512));

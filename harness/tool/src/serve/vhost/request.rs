@@ -287,3 +287,179 @@ pub fn status_of(result: Result<(), Errno>) -> u8 {
     };
     status as u8
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use rustix::event::{EventfdFlags, eventfd};
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::desc::split::Descriptor;
+
+    use super::*;
+    use crate::serve::vhost::queue::{Places, Queue};
+
+    const SIZE: u16 = 16;
+    const SECTORS: u64 = 2048;
+    const TABLE: u64 = 0;
+    const AVAILABLE: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+    const MEMORY: u64 = 1 << 20;
+
+    fn facts() -> Facts {
+        let limits = NodeLimits {
+            size: SECTORS * SECTOR,
+            is_writable: true,
+            request_max: 1 << 31,
+            request_align: 4096,
+            memory_align: 512,
+            unit: 65536,
+        };
+        Facts::new("a disk", &limits, false, 4)
+    }
+
+    /// A guest whose memory is of two regions, with a queue that runs.
+    fn guest(event_index: bool) -> (Arc<Guest>, Queue) {
+        let half = MEMORY as usize / 2;
+        let regions = [(GuestAddress(0), half), (GuestAddress(half as u64), half)];
+        let guest = Arc::new(Guest::from_ranges(&regions).expect("memory"));
+        let mut queue = Queue::new();
+        assert!(queue.set_size(SIZE.into()) && queue.set_base(0));
+        let places = [TABLE, AVAILABLE, USED].map(GuestAddress);
+        let [table, available, used] = places;
+        queue.start(&guest, Places { table, available, used }, event_index).expect("it is there");
+        queue.is_enabled = true;
+        (guest, queue)
+    }
+
+    fn put(guest: &Guest, at: u16, (addr, len, flags, next): (u64, u32, u32, u16)) {
+        let one = RawDescriptor::from(Descriptor::new(addr, len, flags as u16, next));
+        guest.write_obj(one, GuestAddress(TABLE + u64::from(at) * 16)).expect("memory");
+    }
+
+    fn offer(guest: &Guest, index: u16, head: u16) {
+        let at = AVAILABLE + 4 + u64::from(index % SIZE) * 2;
+        guest.write_obj(head, GuestAddress(at)).expect("memory");
+        guest.write_obj(index.wrapping_add(1), GuestAddress(AVAILABLE + 2)).expect("memory");
+    }
+
+    fn random(state: &mut u64) -> u64 {
+        *state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *state >> 24
+    }
+
+    #[test]
+    fn whatever_is_in_a_table_what_is_asked_of_the_disk_is_within_it_and_fits() {
+        let facts = facts();
+        let mut parser = Parser::default();
+        let mut seed = 1;
+        let (mut submitted, mut answered, mut malformed) = (0, 0, 0);
+        for _ in 0..20_000 {
+            let (guest, mut queue) = guest(false);
+            let mut below = |n: u64| random(&mut seed) % n;
+            for at in 0..SIZE {
+                let addr = match below(8) {
+                    0 => below(u64::MAX),
+                    1 => u64::MAX - below(16),
+                    2 => MEMORY / 2 - below(1024),
+                    3 => MEMORY - below(1024),
+                    4 => TABLE,
+                    _ => 0x3000,
+                };
+                let len = [16, 512, 512, 1, 0, 32, 1 << 20, u32::MAX][below(8) as usize];
+                let flags = [0, 1, 1, 1, 2, 3, 2, 5][below(8) as usize];
+                let next = if below(9) == 0 { 0 } else { at + 1 };
+                put(&guest, at, (addr, len, flags, next));
+            }
+            let kind = [0, 1, 4, 8, 11, 13, 0, 1][below(8) as usize];
+            guest.write_obj::<u32>(kind, GuestAddress(0x3000)).expect("memory");
+            let sector = if below(4) == 0 { below(u64::MAX) } else { below(SECTORS + 2) };
+            guest.write_obj(sector, GuestAddress(0x3008)).expect("memory");
+            for at in 0..4 {
+                offer(&guest, at, below(u64::from(SIZE) + 1) as u16);
+            }
+            while queue.is_pending() {
+                let Some(chain) = queue.take(&guest) else { break };
+                match parser.parse(chain, &guest, &facts) {
+                    Ok(Request { todo: Todo::Submit(io, mem), .. }) => {
+                        submitted += 1;
+                        assert!(io.end() <= SECTORS * SECTOR, "{io:?}");
+                        let moves = matches!(io.kind, IoKind::Read | IoKind::Write { .. });
+                        assert_eq!(mem.len() as u64, if moves { io.len } else { 0 });
+                    }
+                    Ok(_) => answered += 1,
+                    Err(Malformed) => {
+                        malformed += 1;
+                        queue.refuse();
+                    }
+                }
+            }
+        }
+        // All ways were taken.
+        assert!(
+            submitted > 500 && answered > 500 && malformed > 500,
+            "{submitted} {answered} {malformed}"
+        );
+    }
+
+    #[test]
+    fn a_header_and_a_status_may_be_in_any_pieces() {
+        let (guest, mut queue) = guest(true);
+        guest.write_obj(VIRTIO_BLK_T_OUT, GuestAddress(0x3000)).expect("memory");
+        guest.write_obj(5_u64, GuestAddress(0x3008)).expect("memory");
+        // The header in three, the last one with the data, which goes on in the other region.
+        put(&guest, 0, (0x3000, 5, 1, 1));
+        put(&guest, 1, (0x3005, 3, 1, 2));
+        put(&guest, 2, (0x3008, 8 + 100, 1, 3));
+        put(&guest, 3, (MEMORY / 2 - 12, 412, 1, 4));
+        put(&guest, 4, (0x4000, 0, 3, 5));
+        put(&guest, 5, (0x4000, 7, 2, 0));
+        offer(&guest, 0, 0);
+        let chain = queue.take(&guest).expect("there is one");
+        let request = Parser::default().parse(chain, &guest, &facts()).expect("it is one");
+        assert_eq!((request.head, request.status), (0, GuestAddress(0x4006)));
+        let Todo::Submit(io, mem) = request.todo else { panic!("{:?}", request.todo) };
+        assert_eq!((io.offset, io.len, mem.len()), (5 * 512, 512, 512));
+    }
+
+    #[test]
+    fn many_that_are_done_are_one_call_and_none_if_it_is_not_wanted() {
+        let read = |fd: &File| {
+            let mut count = [0; 8];
+            let read = rustix::io::read(fd, &mut count);
+            read.map_or(0, |_| u64::from_ne_bytes(count))
+        };
+        for (event_index, wanted) in [(false, true), (false, false), (true, true), (true, false)] {
+            let (guest, mut queue) = guest(event_index);
+            let fd: OwnedFd = eventfd(0, EventfdFlags::NONBLOCK).expect("an eventfd");
+            let call = File::from(fd);
+            queue.set_call(Some(call.try_clone().expect("a descriptor")));
+            assert_eq!(read(&call), 1, "whatever was done before");
+            let at = if event_index { AVAILABLE + 4 + u64::from(SIZE) * 2 } else { AVAILABLE };
+            let says: u16 =
+                if event_index { if wanted { 2 } else { 9 } } else { u16::from(!wanted) };
+            guest.write_obj(says, GuestAddress(at)).expect("memory");
+            put(&guest, 0, (0x3000, 16, 0, 0));
+            for index in 0..4 {
+                offer(&guest, index, 0);
+                assert!(queue.take(&guest).is_some());
+            }
+            (0..4).for_each(|_| queue.done(&guest, 0, 1));
+            queue.tell(&guest);
+            assert_eq!(read(&call), u64::from(wanted), "{event_index}");
+            queue.tell(&guest);
+            assert_eq!(read(&call), 0, "once");
+        }
+    }
+
+    #[test]
+    fn an_index_that_jumps_breaks_its_queue() {
+        let (guest, mut queue) = guest(true);
+        guest.write_obj(SIZE + 1, GuestAddress(AVAILABLE + 2)).expect("memory");
+        assert!(queue.take(&guest).is_none() && !queue.is_pending());
+        queue.kicked();
+        assert!(!queue.is_pending(), "it stays so");
+    }
+}
