@@ -620,7 +620,7 @@ fn hostile_messages_lose_the_connection_alone() {
             random.fill(&mut message);
             let code = random.below(45) as u32;
             message[..4].copy_from_slice(&code.to_le_bytes());
-            message[4..8].copy_from_slice(&(1 | random.below(2) as u32 * 8).to_le_bytes());
+            message[4..8].copy_from_slice(&(1 | (random.below(2) as u32 * 8)).to_le_bytes());
             message[8..12].copy_from_slice(&(len as u32).to_le_bytes());
             if len >= 8 && random.below(2) == 0 {
                 message[12..20].copy_from_slice(&random.below(4).to_le_bytes());
@@ -678,4 +678,61 @@ fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
     if have_qemu() {
         place.qemu("qemu-img check d");
     }
+}
+
+#[test]
+fn memory_comes_and_goes() {
+    let place = Place::new();
+    place.ok("cowbell create -f raw d 16M");
+    let serving = Serving::start(&place, "-f raw d");
+    let mut guest = Guest::new(&serving, true);
+    assert!(guest.front.get_max_mem_slots().expect("slots") >= 8);
+    let second = guest.memory.iter().nth(1).expect("there are two");
+    let second = VhostUserMemoryRegionInfo::from_guest_region(second).expect("it has a file");
+    // The last queue's data are in it.
+    assert!(Guest::data_at(2, 15) >= REGION);
+    let ask = |guest: &mut Guest| {
+        guest.ask(2, &Ask::read(0, 4096), 2, false);
+        guest.kick(2);
+        guest.wait(2)[0].1
+    };
+    assert_eq!(ask(&mut guest), 0);
+    guest.front.remove_mem_region(&second).expect("it is there");
+    assert_eq!(ask(&mut guest), 1, "there is no such memory");
+    guest.front.add_mem_region(&second).expect("there is room");
+    assert_eq!(ask(&mut guest), 0);
+    // A file that ends before the memory does would kill who looks at what is not there.
+    let file = File::from(memfd_create("short", MemfdFlags::CLOEXEC).expect("memory"));
+    file.set_len(REGION - 1).expect("room");
+    let short = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 2 * REGION,
+        memory_size: REGION,
+        userspace_addr: 1 << 40,
+        mmap_offset: 0,
+        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&file),
+    };
+    assert!(guest.front.add_mem_region(&short).is_err());
+    drop(guest);
+    serving.is_well();
+    serving.stop();
+}
+
+#[test]
+fn two_sockets_of_one_disk_and_nbd_beside_them_show_the_same() {
+    let place = Place::new();
+    place.ok("cowbell create -f qcow2 d 16M");
+    let mut serving = Serving::start(&place, "--vhost-user d=w --nbd unix:n d");
+    let mut first = Guest::new(&serving, true);
+    serving.socket = place.path("w");
+    let mut second = Guest::new(&serving, false);
+    first.write(8, &[3; 4096]);
+    assert_eq!(second.read(8, 4096), [3; 4096]);
+    second.write(16, &[4; 4096]);
+    assert_eq!(first.read(16, 4096), [4; 4096]);
+    if have_qemu() {
+        let uri = format!("nbd+unix:///?socket={}", place.path("n").display());
+        place.qemu(&format!("qemu-io -f raw -c 'read -P 3 4k 4k' -c 'read -P 4 8k 4k' '{uri}'"));
+    }
+    drop((first, second));
+    assert!(serving.stop().contains(" 0 failed"));
 }
