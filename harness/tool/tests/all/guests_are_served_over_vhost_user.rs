@@ -535,7 +535,8 @@ fn hostile_rings_end_their_queue_alone() {
     place.ok("cowbell create -f qcow2 d 16M");
     let serving = Serving::start(&place, "d");
     let mut random = Random(3);
-    for round in 0..150 {
+    let mut broken = 0;
+    for round in 0..100 {
         let mut guest = Guest::new(&serving, round % 2 == 0);
         for _ in 0..20 {
             // A table of nonsense that is nearly sense, in a part of which heads lead.
@@ -559,15 +560,27 @@ fn hostile_rings_end_their_queue_alone() {
                 let one = Descriptor::new(addr, len, flags, next);
                 guest.put(QUEUE + TABLE + at * 16, RawDescriptor::from(one));
             }
+            // Some begin well.
+            let is_better = random.below(2) == 0;
+            if is_better {
+                let one = Descriptor::new(HEADERS, 16, VRING_DESC_F_NEXT as u16, 1);
+                guest.put(QUEUE + TABLE, RawDescriptor::from(one));
+            }
             guest.put(HEADERS, random.below(16) as u32);
             guest.put(HEADERS + 8, random.below(40_000));
             for _ in 0..random.below(10) {
-                guest.offer(1, random.below(u64::from(SIZE) + 1) as u16);
+                let any = random.below(u64::from(SIZE) + 1) as u16;
+                guest.offer(1, if is_better { 0 } else { any });
             }
             if random.below(20) == 0 {
                 guest.put(QUEUE + AVAIL + 2, random.next() as u16);
             }
             guest.kick(1);
+            sleep(Duration::from_micros(300));
+            // What was begun ends; then it is set up anew.
+            guest.front.get_vring_base(1).expect("it speaks with us still");
+            broken += u32::from(guest.rings[1].error.read().is_ok());
+            guest.start_queue(1, 0);
         }
         if round % 30 == 0 {
             drop(guest);
@@ -575,7 +588,10 @@ fn hostile_rings_end_their_queue_alone() {
         }
     }
     serving.is_well();
-    serving.stop();
+    let said = serving.stop();
+    let requests = said.split("; ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    assert!(requests.is_some_and(|count: u64| count > 100), "some were requests: {said}");
+    assert!((100..2000).contains(&broken), "some were none: {broken}");
     assert_eq!(
         place.ok("cowbell check d").lines().next(),
         Some("No errors were found on the image.")
@@ -645,7 +661,7 @@ fn hostile_messages_lose_the_connection_alone() {
 fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
     let place = Place::new();
     place.ok("cowbell create -f qcow2 d 64M");
-    let serving = Serving::start(&place, "d --nbd unix:n");
+    let serving = Serving::start(&place, "-t none d --nbd unix:n");
     let data = vec![0x5a; DATA as usize];
     for round in 0..30 {
         let mut guest = Guest::new(&serving, true);
@@ -656,6 +672,8 @@ fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
             }
             guest.kick(queue);
         }
+        // Some go before anything was done, some in the middle.
+        sleep(Duration::from_micros(round * 100));
     }
     let mut guest = Guest::new(&serving, true);
     for at in 0..SLOTS {
@@ -663,9 +681,10 @@ fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
     }
     guest.kick(2);
     // What was begun is done, and said to be.
-    sleep(Duration::from_millis(20));
-    serving.stop();
+    sleep(Duration::from_millis(1));
+    let said = serving.stop();
     let done = guest.done(2);
+    println!("{} of {SLOTS} were done; {said}", done.len());
     assert!(done.iter().all(|one| one.1 == 0));
     assert_eq!(
         place.ok("cowbell check d").lines().next(),
@@ -735,4 +754,35 @@ fn two_sockets_of_one_disk_and_nbd_beside_them_show_the_same() {
     }
     drop((first, second));
     assert!(serving.stop().contains(" 0 failed"));
+}
+
+#[test]
+fn a_queue_that_is_stopped_has_done_what_it_has_taken() {
+    let place = Place::new();
+    place.ok("cowbell create -f qcow2 d 64M");
+    let serving = Serving::start(&place, "-t none d");
+    let mut guest = Guest::new(&serving, true);
+    let data = vec![9; DATA as usize];
+    let (mut base, mut all) = (0_u16, 0);
+    for round in 0..40_u64 {
+        for at in 0..u64::from(SLOTS) {
+            let sector = (round * 17 + at) % 500 * 256;
+            guest.ask(1, &Ask::write(sector, &data), 3, false);
+        }
+        guest.kick(1);
+        let taken = guest.front.get_vring_base(1).expect("base") as u16;
+        let done = guest.done(1);
+        assert!(done.iter().all(|one| one.1 == 0));
+        assert_eq!(taken.wrapping_sub(base), done.len() as u16, "what was taken is done");
+        all += done.len();
+        // What was not taken is forgotten, and the queue set up anew.
+        base = taken;
+        guest.start_queue(1, base);
+    }
+    println!("{all} of {} were taken", 40 * SLOTS);
+    drop(guest);
+    serving.is_well();
+    serving.stop();
+    let checked = place.ok("cowbell check d");
+    assert_eq!(checked.lines().next(), Some("No errors were found on the image."));
 }
