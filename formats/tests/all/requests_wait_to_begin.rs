@@ -114,6 +114,7 @@ fn a_reset_does_not_wait_and_nothing_old_comes_after_what_is_new() {
     assert_eq!(engine.abandon(disk, |tag| tag == 10), [10]);
     assert_eq!(engine.abandon(disk, |_| true), [11], "and 10 only once");
     assert!((engine.in_flight(), engine.poll().is_none()) == (0, true));
+    assert_eq!(engine.abandoned(), 2, "they have their places");
 
     // The same place again, and another one.
     write(&mut engine, disk, 0, 2, 20);
@@ -138,6 +139,7 @@ fn a_reset_does_not_wait_and_nothing_old_comes_after_what_is_new() {
     engine.drain();
     settle(&mut engine, Time(6));
     assert_eq!(engine.drained(), Some(Ok(())));
+    assert_eq!(engine.abandoned(), 0);
     engine.assert_idle();
 }
 

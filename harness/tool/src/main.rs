@@ -101,7 +101,7 @@ enum Verb {
     Demo(demo::Args),
     /// Read, write and look at an image by commands
     Io(io::Args),
-    /// Serve images over NBD until told to stop
+    /// Serve images over NBD, or to virtual machines, until told to stop
     Serve(Box<serve::Args>),
     /// Simulate: every order, every fault, every crash
     Sim(sim::Args),
