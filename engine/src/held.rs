@@ -70,7 +70,7 @@ impl Hold {
             let waits_for_write = self.overtakes(&io) && !mutant!("write_overtakes_abandoned_one");
             let must_pay = counts.is_some();
             is_late |= counts.is_some_and(|rate| self.due(rate) > now);
-            if waits_for_write || must_pay && is_late && !mutant!("rate_ignored") {
+            if waits_for_write || must_pay && is_late {
                 self.held.push(request);
                 continue;
             }

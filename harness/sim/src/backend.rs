@@ -640,6 +640,11 @@ impl SimBackend {
             // It is taken as late as may be; a crash may find it as it was at first.
             flying.change = self.change_of(record, ops, mem);
         }
+        if let OpKind::Copy { from, at } = flying.kind
+            && at + flying.len > self.files[from.index()].now().len()
+        {
+            return Completion::new(op, Err(Errno::INVALID));
+        }
         let result = match flying.kind {
             OpKind::Read => self.end_read(&flying, outcome, record, mem),
             OpKind::Flush => self.end_flush(&flying, outcome),
