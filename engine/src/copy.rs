@@ -377,9 +377,7 @@ impl Machine<'_> {
         if grows && from == at && said > end {
             self.grow_to(said);
         }
-        let end = self.worker.end;
-        let to = said.min(end);
-        let whole = if to == end { end } else { copy.unit_floor(to) };
+        let whole = self.whole_up_to(said);
         if (is_left || status.kind.is_zero()) && whole > from {
             if from > at {
                 // What is data before it comes first; then the same is asked again.
@@ -396,13 +394,18 @@ impl Machine<'_> {
         self.is_data_to(said)
     }
 
+    /// Where the last whole unit of the piece ends that is all before `said`; the piece's own end counts.
+    fn whole_up_to(&self, said: u64) -> u64 {
+        let end = self.worker.end;
+        if said >= end { end } else { self.job().copy.unit_floor(said) }
+    }
+
     /// What follows is data, or counts as data, up to `said`: with what is in one unit with it.
     fn is_data_to(&mut self, said: u64) -> Step<State> {
         let end = self.worker.end;
-        let copy = self.job().copy;
-        let to = said.min(end);
-        let whole = if to == end { end } else { copy.unit_floor(to) };
-        self.worker.data_end = if whole == to { to } else { copy.unit_end(to).min(end) };
+        let (to, copy) = (said.min(end), self.job().copy);
+        let is_whole = self.whole_up_to(said) == to;
+        self.worker.data_end = if is_whole { to } else { copy.unit_end(to).min(end) };
         if self.worker.data_end == end { self.read() } else { self.ask_status() }
     }
 
@@ -425,8 +428,7 @@ impl Machine<'_> {
         let now = self.core.now;
         let job = &mut self.core.copies[self.worker.job as usize];
         if let Some(rate) = job.copy.rate {
-            let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
-            job.due = job.due.max(now).plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX));
+            job.due = job.due.max(now).plus_at_rate(len, rate);
         }
     }
 

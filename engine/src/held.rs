@@ -68,9 +68,8 @@ impl Hold {
             let io = io_of(request);
             let counts = self.rate.filter(|_| !is_over && is_limited(&io));
             let waits_for_write = self.overtakes(&io) && !mutant!("write_overtakes_abandoned_one");
-            let must_pay = counts.is_some();
             is_late |= counts.is_some_and(|rate| self.due(rate) > now);
-            if waits_for_write || must_pay && is_late {
+            if waits_for_write || counts.is_some() && is_late {
                 self.held.push(request);
                 continue;
             }
@@ -99,9 +98,7 @@ impl Hold {
         let costs = [(rate.bytes, if moves { io.len } else { 0 }), (rate.requests, 1)];
         for (paid, (per_second, count)) in self.paid.iter_mut().zip(costs) {
             if let Some(per_second) = per_second {
-                let nanos = u128::from(count) * 1_000_000_000 / u128::from(per_second.max(1));
-                let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
-                *paid = (*paid).max(now).plus_ns(nanos);
+                *paid = (*paid).max(now).plus_at_rate(count, per_second);
             }
         }
     }

@@ -182,6 +182,14 @@ impl Time {
         self.plus_ns(ms.saturating_mul(1_000_000))
     }
 
+    /// This moment plus the time that `count` of something take at so many a second (0 counts as 1), or
+    /// the end of time.
+    #[must_use]
+    pub fn plus_at_rate(self, count: u64, per_second: u64) -> Time {
+        let nanos = u128::from(count) * 1_000_000_000 / u128::from(per_second.max(1));
+        self.plus_ns(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
     /// Nanoseconds from `earlier` to here; 0 if `earlier` is later.
     #[must_use]
     #[inline]
