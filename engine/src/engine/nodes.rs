@@ -100,12 +100,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             return Vec::new();
         }
         let core = &mut self.core;
-        let is_its = |slot: &Slot| slot.node == node && slot.origin == Origin::Guest;
-        // The size of a disk is of one mind.
-        let is_kind = |slot: &Slot| slot.io.kind != IoKind::Truncate;
-        let goes_on =
-            |slot: &Slot| !matches!(slot.waits, Waits::Poll | Waits::Free) && is_kind(slot);
-        let slots = core.ops.slots().filter(|(_, slot)| is_its(slot) && goes_on(slot));
+        let may_be = |slot: &Slot| {
+            let is_its = slot.node == node && slot.origin == Origin::Guest;
+            let goes_on = !matches!(slot.waits, Waits::Poll | Waits::Free);
+            is_its && goes_on && slot.io.kind != IoKind::Truncate
+        };
+        let slots = core.ops.slots().filter(|(_, slot)| may_be(slot));
         let kept = slots.filter(|&(id, _)| core.mem.guest(id).is_kept());
         let picked = kept.filter(|(_, slot)| which(slot.tag));
         let picked: Vec<(ReqId, Io, u64)> =

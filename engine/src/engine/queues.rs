@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Nothing here waits: locks are held for a few moves, never over a call. The invariant that no wake-up is lost: a
-//! descriptor is signalled, under the lock of the list that it is about, when that was empty; and cleared under the
-//! same lock, when it is emptied.
+//! descriptor is signalled, under the lock of the list that it is about, when that was empty. The bell is cleared under the
+//! same lock, when the list is emptied; the kick before any list is looked at.
 
 use std::collections::VecDeque;
 use std::io;
@@ -204,12 +204,8 @@ impl Queues {
             let shared = &self.queues[key];
             let mut lists = shared.lock();
             let Some(Asked { node, io, mem, tag }) = lists.asked.pop_front() else {
-                // Its place is another's when nothing of it is in the engine any more.
-                let is_over = lists.is_over;
                 drop(lists);
-                if is_over && !self.tickets.iter().any(|(_, &(its, _))| its == key) {
-                    self.queues.remove(key);
-                }
+                self.forget_if_over(key);
                 continue;
             };
             drop(lists);
@@ -244,16 +240,19 @@ impl Queues {
         let Some((key, tag)) = self.tickets.try_remove((finished.tag & !QUEUED) as usize) else {
             return Some(finished);
         };
-        let shared = &self.queues[key];
-        let is_over = shared.lock().is_over;
-        if !is_over {
-            end(shared, Finished { tag, ..finished });
-        } else if !self.tickets.iter().any(|(_, &(its, _))| its == key)
-            && shared.lock().asked.is_empty()
-        {
+        end(&self.queues[key], Finished { tag, ..finished });
+        self.forget_if_over(key);
+        None
+    }
+
+    /// A queue whose other end is gone goes when nothing of it is left to be done.
+    fn forget_if_over(&mut self, key: usize) {
+        let lists = self.queues[key].lock();
+        let is_done = lists.is_over && lists.asked.is_empty();
+        drop(lists);
+        if is_done && !self.tickets.iter().any(|(_, &(its, _))| its == key) {
             self.queues.remove(key);
         }
-        None
     }
 
     /// Requests in the engine.
@@ -264,6 +263,9 @@ impl Queues {
 
 fn end(shared: &Shared, finished: Finished) {
     let mut lists = shared.lock();
+    if lists.is_over {
+        return; // nobody waits for it
+    }
     let is_first = lists.ended.is_empty();
     lists.ended.push_back(finished);
     if is_first {
