@@ -14,7 +14,7 @@
 use std::fmt::Debug;
 
 use cowbell_engine::mutant;
-use cowbell_engine::step::{Cx, Event, IoKind, Step};
+use cowbell_engine::step::{Cx, Driver, Event, IoKind, Step};
 use cowbell_engine::units::Errno;
 
 use crate::parts::growth::Lack;
@@ -106,8 +106,6 @@ pub(crate) trait Pieces {
     /// The label of data ops that are all that is left to do.
     const PIECES: u8;
 
-    fn is_writable(&self) -> bool;
-
     /// What is at `at`, and up to where at most `end`, as far as memory says.
     fn find(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Self::Found;
 
@@ -134,7 +132,10 @@ pub(crate) trait Pieces {
     fn changes(&mut self) -> (&mut Writeback, impl Changes);
 
     #[inline]
-    fn begin_request(&mut self, cx: &mut Cx<'_>) -> Step<RequestState<Self::State>> {
+    fn begin_request(&mut self, cx: &mut Cx<'_>) -> Step<RequestState<<Self as Pieces>::State>>
+    where
+        Self: Driver,
+    {
         let io = cx.io();
         match io.kind {
             IoKind::Flush => self.flush(cx),

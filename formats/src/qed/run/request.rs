@@ -165,10 +165,6 @@ impl Pieces for Qed {
 
     const PIECES: u8 = PIECES;
 
-    fn is_writable(&self) -> bool {
-        self.image.writable
-    }
-
     fn find(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Found {
         self.tables.look_up(at, end, self.bounds(), cx.memory())
     }

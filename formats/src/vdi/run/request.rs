@@ -156,10 +156,6 @@ impl Pieces for Vdi {
 
     const PIECES: u8 = PIECES;
 
-    fn is_writable(&self) -> bool {
-        self.writable
-    }
-
     fn find(&mut self, at: u64, end: u64, _: &mut Cx<'_>) -> Self::Found {
         self.map.image().run_at(at, end)
     }

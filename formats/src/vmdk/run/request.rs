@@ -250,10 +250,6 @@ impl Pieces for Vmdk {
 
     const PIECES: u8 = PIECES;
 
-    fn is_writable(&self) -> bool {
-        self.image.writable
-    }
-
     fn find(&mut self, at: u64, end: u64, cx: &mut Cx<'_>) -> Found {
         self.tables.look_up(&self.extents, at, end, cx.memory())
     }
