@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use cowbell_engine::Copy;
 use cowbell_engine::mem::Mem;
-use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::step::Io;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::NodeId;
 use cowbell_formats::chain::open_whole_layer;
@@ -175,7 +175,7 @@ fn size_of(session: &Session, node: NodeId) -> u64 {
 
 /// Makes the base as large as the image.
 fn grow(session: &mut Session, node: NodeId, bytes: u64) -> Result<(), Fail> {
-    let io = Io { kind: IoKind::Truncate, offset: bytes, len: 0 };
+    let io = Io::truncate(bytes);
     let sent = session.engine.submit(node, io, Mem::None, 0);
     assert!(sent.is_ok(), "it is the only request");
     let given = session.image.given.clone();

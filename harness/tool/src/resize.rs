@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::Write;
 
 use cowbell_engine::mem::Mem;
-use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::step::Io;
 use cowbell_engine::units::Errno;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
@@ -198,7 +198,7 @@ fn resize(
     if new == old {
         return Ok(());
     }
-    let io = Io { kind: IoKind::Truncate, offset: new, len: 0 };
+    let io = Io::truncate(new);
     let node = session.node;
     let sent = session.engine.submit(node, io, Mem::None, 0);
     assert!(sent.is_ok(), "it is the only request");

@@ -2,7 +2,7 @@
 //! and what must be so when it has ended.
 
 use cowbell_engine::mem::Mem;
-use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::units::{Errno, JobId, NodeId};
 use std::time::Duration;
 
@@ -247,7 +247,7 @@ impl<S: Subject> World<S> {
             {
                 return Err(format!("{node:?} is closed or paused while it is copied"));
             }
-            let cut = Io { kind: IoKind::Truncate, offset: 512, len: 0 };
+            let cut = Io::truncate(512);
             let taken = self.engine.submit(node, cut, Mem::None, PROBE_TAG);
             taken.map_err(|refused| format!("a truncation is refused: {:?}", refused.why))?;
             let ended = self.engine.poll().map(|ended| (ended.tag, ended.result));

@@ -652,7 +652,7 @@ impl Runner {
         let pending = Pending::new("discard", "discard", offset, len, &options);
         // Discarding nothing takes the same way: it succeeds without doing anything.
         let done = if self.current.discard { len } else { 0 };
-        self.perform(Io { kind: IoKind::Discard, offset, len: done }, Mem::None, pending)
+        self.perform(Io::discard(offset, done), Mem::None, pending)
     }
 
     fn truncate(&mut self, args: &[&str]) -> Result<(), Bad> {
@@ -674,7 +674,7 @@ impl Runner {
             let text = format!("{prefix}Shrinking images is currently not supported\n");
             return Err(Bad::Err(text));
         }
-        let io = Io { kind: IoKind::Truncate, offset, len: 0 };
+        let io = Io::truncate(offset);
         let session = self.image();
         let node = session.node;
         let sent = session.engine.submit(node, io, Mem::None, u64::MAX);

@@ -147,14 +147,9 @@ impl Disks {
     /// what the cache mode says of them, and so do writes.
     pub fn submit(&mut self, disk: usize, io: Io, mem: impl Into<Mem>, tag: u64) {
         let io = match io.kind {
-            IoKind::Write { compressed, .. } if self.cache.fua => {
-                Io { kind: IoKind::Write { fua: true, compressed }, ..io }
-            }
-            IoKind::Zero { unmap, .. } if self.cache.fua => {
-                Io { kind: IoKind::Zero { unmap, fua: true }, ..io }
-            }
             // Nothing to do: as a request that ends well at once.
             IoKind::Flush if self.cache.no_flush => Io::read(0, 0),
+            _ if self.cache.fua => io.stable(),
             _ => io,
         };
         let taken = self.engine.submit(self.served[disk].node, io, mem, tag);

@@ -20,7 +20,7 @@ use std::time::Duration;
 use cowbell_engine::Finished;
 use cowbell_engine::mem::Mem;
 use cowbell_engine::status::{Status, StatusKind};
-use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::step::Io;
 use cowbell_engine::units::{Errno, Time};
 use cowbell_formats::Format;
 use cowbell_nbd::wire::{error, state};
@@ -550,18 +550,13 @@ impl Nbd {
         let mut mem = mem;
         let (io, next) = match what {
             What::Read => (Io::read(offset, len), Next::Nothing),
-            What::Write { fua } => {
-                let kind = IoKind::Write { fua, compressed: false };
-                (Io { kind, offset, len }, Next::Nothing)
-            }
+            What::Write { .. } => (Io::write(offset, len), Next::Nothing),
             What::Flush => (Io::flush(), Next::Nothing),
             What::Trim { fua } => {
                 let next = if fua { Next::Flush } else { Next::Nothing };
-                (Io { kind: IoKind::Discard, offset, len }, next)
+                (Io::discard(offset, len), next)
             }
-            What::Zero { keep, fua, .. } => {
-                (Io { kind: IoKind::Zero { unmap: !keep, fua }, offset, len }, Next::Nothing)
-            }
+            What::Zero { keep, .. } => (Io::zero(offset, len, !keep), Next::Nothing),
             What::Cache => {
                 let now = len.min(AHEAD);
                 mem = Some(disks.memory.take(now as usize));
@@ -573,6 +568,8 @@ impl Nbd {
                 (Io::status(offset, len), next)
             }
         };
+        let is_stable = matches!(what, What::Write { fua: true } | What::Zero { fua: true, .. });
+        let io = if is_stable { io.stable() } else { io };
         let serial = client.serial;
         let tag = self.jobs.insert(Job { client: key, serial, slot, export, next });
         disks.submit(export, io, mem.map_or(Mem::None, Mem::Owned), tag as u64);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use cowbell_engine::NodeLimits;
 use cowbell_engine::mem::Mem;
-use cowbell_engine::step::{Io, IoKind};
+use cowbell_engine::step::Io;
 use cowbell_engine::sys::ram::Ram;
 use cowbell_engine::units::Errno;
 use virtio_bindings::bindings::virtio_blk::*;
@@ -199,8 +199,7 @@ impl Parser {
             }
             VIRTIO_BLK_T_OUT => {
                 let (offset, len) = range(sector, &self.readable, facts)?;
-                let kind = IoKind::Write { fua: false, compressed: false };
-                Ok(Todo::Submit(Io { kind, offset, len }, lend(guest, &self.readable)?))
+                Ok(Todo::Submit(Io::write(offset, len), lend(guest, &self.readable)?))
             }
             VIRTIO_BLK_T_FLUSH => Ok(Todo::Submit(Io::flush(), Mem::None)),
             VIRTIO_BLK_T_GET_ID => {
@@ -240,9 +239,9 @@ impl Parser {
         if sectors > RANGE_MAX || end.is_none_or(|end| end > facts.sectors) {
             return Err(VIRTIO_BLK_S_IOERR);
         }
-        let kind = if discard { IoKind::Discard } else { IoKind::Zero { unmap, fua: false } };
         let (offset, len) = (sector * SECTOR, u64::from(sectors) * SECTOR);
-        Ok(Todo::Submit(Io { kind, offset, len }, Mem::None))
+        let io = if discard { Io::discard(offset, len) } else { Io::zero(offset, len, unmap) };
+        Ok(Todo::Submit(io, Mem::None))
     }
 }
 
@@ -293,6 +292,7 @@ mod tests {
     use std::fs::File;
     use std::os::fd::OwnedFd;
 
+    use cowbell_engine::step::IoKind;
     use rustix::event::{EventfdFlags, eventfd};
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::desc::split::Descriptor;
