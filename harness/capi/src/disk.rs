@@ -3,7 +3,6 @@
 use std::ffi::{c_char, c_int};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cowbell_engine::REQUEST_MAX;
 use cowbell_engine::events::NodeEvent;
 use cowbell_engine::step::Driver;
 use cowbell_engine::store::Store;
@@ -231,30 +230,27 @@ impl Disks {
 
 impl Engine {
     fn attach(&mut self, image: Image) -> Result<Disk, Errno> {
-        let failed = |why: std::io::Error| Errno::from_io(&why);
         let chain = image.chain;
         let top = chain.layers.first().ok_or(Errno::INVALID)?;
         let flag = |is: bool, bit| if is { bit } else { 0 };
         let is_unlocked = !chain.unlockable().is_empty();
-        let mut info = DiskInfo {
-            size: chain.size(),
-            largest_request: REQUEST_MAX,
-            request_align: 1,
-            memory_align: 1,
-            flags: flag(!top.file.is_writable(), COWBELL_DISK_READ_ONLY)
-                | flag(top.probed, COWBELL_DISK_PROBED)
-                | flag(is_unlocked, COWBELL_DISK_UNLOCKED),
-            layers: chain.layers.len() as u32,
-            format: name_of(top.format).as_ptr(),
-        };
-        for file in [&top.file].into_iter().chain(&top.more) {
-            let file = file.info().map_err(failed)?;
-            info.request_align = info.request_align.max(file.request_align);
-            info.memory_align = info.memory_align.max(file.memory_align);
-        }
+        let flags = flag(!top.file.is_writable(), COWBELL_DISK_READ_ONLY)
+            | flag(top.probed, COWBELL_DISK_PROBED)
+            | flag(is_unlocked, COWBELL_DISK_UNLOCKED);
+        let (layers, format) = (chain.layers.len() as u32, name_of(top.format).as_ptr());
         let place = self.disks.free_place()?;
         let node = cowbell_formats::attach(&mut self.engine, chain, &RunOptions::default());
-        let node = node.map_err(failed)?;
+        let node = node.map_err(|why| Errno::from_io(&why))?;
+        let limits = self.engine.limits(node).ok_or(Errno::INVALID)?;
+        let info = DiskInfo {
+            size: limits.size,
+            largest_request: limits.request_max,
+            request_align: limits.request_align,
+            memory_align: limits.memory_align,
+            flags,
+            layers,
+            format,
+        };
         let id = NEXT.fetch_add(1, Ordering::Relaxed) << PLACE_BITS | place as u64;
         self.disks.places[place] = Some(Attached { id, node, info });
         Ok(id)
