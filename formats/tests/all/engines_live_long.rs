@@ -3,7 +3,6 @@
 //!
 //! `COWBELL_SECONDS` is how long (3 if not said).
 
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,9 +15,8 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::units::{Errno, NodeId};
 use cowbell_engine::{Engine, Limits, NodeEvent, Queues, Submitter};
 use cowbell_formats::{Format, Node};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::common::drive::{add, check, folder, make};
+use crate::common::drive::{add, check, folder, is_any_readable, make};
 use crate::common::shadow::Rng;
 
 const DISKS: usize = 64;
@@ -39,12 +37,6 @@ enum Ask {
     Close(NodeId, Sender<()>),
 }
 
-fn wait(fds: &[&dyn AsFd], most_ms: i64) {
-    let mut fds: Vec<PollFd<'_>> =
-        fds.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: most_ms * 1_000_000 })).expect("it waits");
-}
-
 /// An engine's thread.
 fn serve(mut queues: Queues, asked: &Receiver<Ask>, is_over: &AtomicBool) {
     let backend = Aio::new(AioOptions::default()).expect("native AIO");
@@ -54,7 +46,7 @@ fn serve(mut queues: Queues, asked: &Receiver<Ask>, is_over: &AtomicBool) {
     let mut more = false;
     while !is_over.load(Ordering::Acquire) {
         if !more {
-            wait(&[&engine.fd().expect("it has one"), &queues.fd()], 2);
+            is_any_readable(&[&engine.fd().expect("it has one"), &queues.fd()], 2);
         }
         while let Ok(ask) = asked.try_recv() {
             match ask {
@@ -134,7 +126,7 @@ fn work(
                 }
                 busy[block] = false;
             } else {
-                wait(&[&queue.fd()], 20);
+                is_any_readable(&[&queue.fd()], 20);
             }
         }
         let (closed, is_closed) = channel();

@@ -1,6 +1,5 @@
 //! Each virtqueue on a thread of its own, all into one engine.
 
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use cowbell_engine::mem::{Buf, Mem};
@@ -10,9 +9,8 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::units::{Errno, NodeId};
 use cowbell_engine::{Engine, Limits, Queues, Submitter, Why};
 use cowbell_formats::{Format, Node};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::common::drive::{add, drain, folder, make, settle};
+use crate::common::drive::{add, drain, folder, is_any_readable, make, settle};
 use crate::common::shadow::Rng;
 
 const BLOCK: u64 = 4096;
@@ -20,13 +18,6 @@ const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 64;
 const QUEUES: u64 = 4;
 const DEPTH: usize = 16;
-
-fn wait(fds: &[&dyn AsFd], most_ms: i64) {
-    let mut fds: Vec<PollFd<'_>> =
-        fds.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
-    let most = Timespec { tv_sec: most_ms / 1000, tv_nsec: most_ms % 1000 * 1_000_000 };
-    poll(&mut fds, Some(&most)).expect("it waits");
-}
 
 /// A guest's processor: writes and reads blocks of its own, each one request at a time, and looks at all bytes.
 fn guest(mut queue: Submitter, disk: NodeId, number: u64, rounds: usize) {
@@ -59,7 +50,7 @@ fn guest(mut queue: Submitter, disk: NodeId, number: u64, rounds: usize) {
                 busy[block] = false;
                 ended += 1;
             }
-            None => wait(&[&queue.fd()], 20_000),
+            None => assert!(is_any_readable(&[&queue.fd()], 20_000), "an answer is lost"),
         }
     }
     assert!(queue.poll().is_none() && queue.outstanding() == 0);
@@ -90,7 +81,7 @@ fn every_queue_gets_its_answers_and_no_other_s() {
             while running.load(Ordering::Relaxed) > 0 {
                 if !more {
                     let fd = engine.fd().expect("it has one");
-                    wait(&[&fd, &queues.fd()], 50);
+                    is_any_readable(&[&fd, &queues.fd()], 50);
                 }
                 queues.take_in(|node, io, mem, tag| engine.submit(node, io, mem, tag));
                 more = engine.run(clock()).again;

@@ -1,5 +1,6 @@
 //! An engine over files of the real disk, driven as an embedder drives it.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -58,11 +59,17 @@ pub fn add<B: Backend<File = DiskFile>>(
     attach(engine, chain, &RunOptions::default()).expect("it attaches")
 }
 
+/// Is one of these descriptors readable within `ms` milliseconds?
+pub fn is_any_readable(fds: &[&dyn AsFd], ms: u64) -> bool {
+    let mut fds: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
+    let timeout = Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 };
+    poll(&mut fds, Some(&timeout)).expect("it polls") > 0
+}
+
 /// Is the engine's descriptor readable within `ms` milliseconds?
 pub fn is_readable<B: Backend>(engine: &Engine<Node, B>, ms: u64) -> bool {
-    let fd = engine.fd().expect("this backend has a descriptor");
-    let timeout = Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 };
-    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).expect("it polls") == 1
+    is_any_readable(&[&engine.fd().expect("this backend has a descriptor")], ms)
 }
 
 /// Waits as a loop does, for the descriptor or the moment that the engine has named. False: neither has

@@ -31,11 +31,14 @@ impl Script {
         Script(flags.to_be_bytes().into())
     }
 
-    #[must_use]
-    pub fn option(mut self, option: u32, data: &[u8]) -> Script {
-        self.0.extend_from_slice(&wire::option_header(option, data.len() as u32));
-        self.0.extend_from_slice(data);
+    fn bytes(mut self, bytes: &[u8]) -> Script {
+        self.0.extend_from_slice(bytes);
         self
+    }
+
+    #[must_use]
+    pub fn option(self, option: u32, data: &[u8]) -> Script {
+        self.bytes(&wire::option_header(option, data.len() as u32)).bytes(data)
     }
 
     /// INFO or GO.
@@ -63,30 +66,26 @@ impl Script {
 
     #[must_use]
     pub fn request(
-        mut self,
+        self,
         (command, flags): (u16, u16),
         cookie: u64,
         (offset, len): (u64, u64),
         payload: &[u8],
     ) -> Script {
         let header = Header { flags, command, cookie, offset, len };
-        self.0.extend_from_slice(&header.to_bytes());
-        self.0.extend_from_slice(payload);
-        self
+        self.bytes(&header.to_bytes()).bytes(payload)
     }
 
     #[must_use]
     pub fn extended(
-        mut self,
+        self,
         (command, flags): (u16, u16),
         cookie: u64,
         (offset, len): (u64, u64),
         payload: &[u8],
     ) -> Script {
         let header = Header { flags, command, cookie, offset, len };
-        self.0.extend_from_slice(&header.to_extended_bytes());
-        self.0.extend_from_slice(payload);
-        self
+        self.bytes(&header.to_extended_bytes()).bytes(payload)
     }
 }
 
