@@ -506,3 +506,26 @@ fn where_data_ends_is_asked_once() {
         assert!(asked <= 16, "{line}: asked {asked} times\n{calls}");
     }
 }
+
+/// Where a hole ends inside a cluster, that is written once and whole: a stream takes nothing else.
+#[test]
+fn holes_that_end_inside_clusters() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.ok("truncate -s 3M source");
+    for block in [5, 16, 39, 40, 41, 300, 767] {
+        place.ok(&format!(
+            "dd if=/dev/urandom of=source bs=4k count=1 seek={block} conv=notrunc status=none"
+        ));
+    }
+    for to in ["vmdk -o subformat=streamOptimized", "qcow2 -c", "qcow2", "vdi", "qed", "raw"] {
+        for options in ["", "-m 1", "-S 4k -t none"] {
+            place.ok(&format!("cowbell convert -f raw {options} -O {to} source target"));
+            let format = to.split(' ').next().expect("there is one");
+            place.qemu(&format!("qemu-img compare -q -f raw -F {format} source target"));
+        }
+    }
+    place.ok("cowbell backup -f raw --compressed source backup && qemu-img compare -q -f raw -F qcow2 source backup");
+}
