@@ -2,9 +2,10 @@
 //! chains, with snapshots, zero clusters, compressed clusters and backing files that are too short.
 //! (That the map is QEMU's others test.)
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::common::drive::settle;
+use crate::common::drive::{folder, settle};
 use crate::common::{DISK, have_qemu, ok};
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::status::{Status, StatusKind};
@@ -14,8 +15,10 @@ use cowbell_engine::sys::inline::Inline;
 use cowbell_engine::units::{Errno, FileId, HostOffset, NodeId};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::LayerMeta;
-use cowbell_formats::map::{Kind, extents};
-use cowbell_formats::{Chain, Node, OpenOptions, Policy, RunOptions, attach, open};
+use cowbell_formats::map::{self, Kind, extents};
+use cowbell_formats::{
+    Chain, CreateOptions, Format, Node, OpenOptions, Policy, RunOptions, attach, create, open,
+};
 
 /// A stretch of the disk: its first byte, and what is said of it.
 type Said = (u64, Status);
@@ -271,4 +274,39 @@ fn an_answer_needs_a_place_and_a_range_on_the_disk() {
     let said = Status::from_bytes(&last.mem.into_buf().expect("as given"));
     let host = Some((FileId(0), HostOffset(4095)));
     assert_eq!(said, Some(Status { kind: StatusKind::Data, len: 1, depth: 0, host }));
+}
+
+/// Who goes through a disk in small steps is told the same as who asks anew each time.
+#[test]
+fn what_is_known_is_what_is_told() {
+    let folder = folder();
+    let path = folder.path().join("raw");
+    // A hole, bytes, and a hole.
+    let file = std::fs::File::create(&path).expect("it is made");
+    file.set_len(1 << 20).expect("it grows");
+    file.write_all_at(&[1; 300 << 10], 200 << 10).expect("it is written");
+    let qcow2 = folder.path().join("qcow2");
+    let backed = CreateOptions {
+        backing_file: Some("raw".into()),
+        backing_format: Some(Format::Raw),
+        ..CreateOptions::default()
+    };
+    create(&DISK, &qcow2, Format::Qcow2, &backed).expect("it is made");
+    for (path, format) in [(&path, Format::Raw), (&qcow2, Format::Qcow2)] {
+        let policy = Policy::SameDirectory;
+        let options =
+            OpenOptions { format: Some(format), backing: policy, ..OpenOptions::default() };
+        let chain = open(&DISK, path, &options).expect("it opens");
+        let mut known = map::Known::default();
+        let mut at = 0;
+        while at < chain.size() {
+            let told = map::status(&chain, at, 3000).expect("it is told");
+            let extent = known.status(&chain, at, 3000).expect("it is known");
+            assert_eq!(extent, told, "{format} at {at}");
+            at += extent.len;
+        }
+        // Back to where something else is.
+        let told = map::status(&chain, 0, 512).expect("it is told");
+        assert_eq!(known.status(&chain, 0, 512).expect("it is known"), told);
+    }
 }
