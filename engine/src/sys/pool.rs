@@ -193,6 +193,8 @@ struct State {
     writing: Vec<RawFd>,
     done: Vec<Done>,
     idle: usize,
+    /// One of the idle threads was woken and has not looked yet.
+    waking: bool,
     closing: bool,
     /// A job has panicked.
     panicked: bool,
@@ -216,6 +218,14 @@ impl State {
         let job = queue.remove(at)?;
         writing.extend(job.writes_alone());
         Some(job)
+    }
+
+    /// There are so many jobs to start: is a thread to be woken? It wakes the next if there is more than it takes;
+    /// often one that is at work already is there before it.
+    fn wakes_one(&mut self, jobs: usize) -> bool {
+        let wakes = jobs > 0 && self.idle > 0 && !self.waking;
+        self.waking |= wakes;
+        wakes
     }
 
     /// How many threads have something to do.
@@ -254,6 +264,7 @@ impl Workers {
             writing: Vec::with_capacity(options.threads.max(1)),
             done: Vec::with_capacity(room),
             idle: 0,
+            waking: false,
             closing: false,
             panicked: false,
         };
@@ -366,8 +377,9 @@ impl Workers {
         let mut state = self.shared.lock();
         state.queue.extend(self.staged.drain(..));
         let (jobs, idle) = (state.startable(), state.idle);
+        let wakes = state.wakes_one(jobs);
         drop(state);
-        for _ in 0..jobs.min(idle) {
+        if wakes {
             self.shared.work.notify_one();
         }
         for _ in idle..jobs {
@@ -459,19 +471,21 @@ impl Shared {
                 state.idle += 1;
                 state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
                 state.idle -= 1;
+                state.waking = false;
                 continue;
             };
             let writes = job.writes_alone();
+            let jobs = state.startable();
+            let wakes = state.wakes_one(jobs);
             drop(state);
+            if wakes {
+                self.work.notify_one();
+            }
             // A panic is for the loop, which would wait for ever for a thread that is no more.
             let result = catch_unwind(AssertUnwindSafe(|| (self.perform)(&job)));
             state = self.lock();
             if let Some(fd) = writes {
                 state.writing.retain(|&other| other != fd);
-                // This thread takes one.
-                if state.idle > 0 && state.startable() > 1 {
-                    self.work.notify_one();
-                }
             }
             state.panicked |= result.is_err();
             let result = result.unwrap_or(Err(Errno::IO));
