@@ -290,8 +290,9 @@ impl Machine<'_> {
 
     fn take(&mut self, (at, end): (u64, u64), is_wanted: bool) {
         let held = (at, at);
+        let (data_end, answer_at, read_to) = (at, None, at);
         *self.worker =
-            Worker { at, end, data_end: at, read_to: at, is_wanted, held, ..*self.worker };
+            Worker { at, end, data_end, answer_at, read_to, is_wanted, held, ..*self.worker };
         let counts = mutant!("copy_counted_before_it_is_written");
         self.job_mut().done += if counts { end - at } else { 0 };
     }
@@ -331,8 +332,13 @@ impl Machine<'_> {
         if (job.data.0..job.data.1).contains(&from) && !self.worker.is_wanted {
             return self.is_data_to(job.data.1.min(job.source_size));
         }
+        if self.worker.answer_at == Some(from) {
+            // What changes it meanwhile waits, or is copied again.
+            return self.answered();
+        }
         let asked = self.asked_from(from);
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
+        self.worker.answer_at = None;
         self.job_mut().asking += u32::from(!self.worker.is_wanted);
         self.core.mem.region_mut_of(seg).fill(0);
         self.core.ask_status(self.me, source, (offset, asked), seg);
@@ -380,7 +386,8 @@ impl Machine<'_> {
         let whole = self.whole_up_to(said);
         if (is_left || status.kind.is_zero()) && whole > from {
             if from > at {
-                // What is data before it comes first; then the same is asked again.
+                // What is data before it comes first.
+                self.worker.answer_at = Some(from);
                 return self.read();
             }
             if is_left || !copy.is_pull() {
@@ -516,6 +523,7 @@ impl Machine<'_> {
         if matches!(failed, State::Status | State::Read) {
             // Nothing of it is in memory; all of it is asked about again.
             (self.worker.data_end, self.worker.held) = (at, (at, at));
+            self.worker.answer_at = None;
         } else {
             debug_assert!(held.0 <= at, "{:?}", self.worker);
         }

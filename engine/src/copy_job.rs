@@ -522,8 +522,10 @@ pub(crate) struct Worker {
     /// What is left of its piece.
     pub at: u64,
     pub end: u64,
-    /// What is known to be data ends here; beyond it nothing is known.
+    /// What is known to be data ends here.
     pub data_end: u64,
+    /// What was last answered, which is in the worker's memory still, is about what begins here.
+    pub answer_at: Option<u64>,
     /// Up to here the source has been read, or need not be: others may change it. A pull has written it too.
     pub read_to: u64,
     /// Somebody waits for the piece: it was taken before its turn.
@@ -536,9 +538,9 @@ pub(crate) struct Worker {
 impl Worker {
     /// Of this job, with memory from this byte of its region on.
     pub fn new(job: u32, memory: u32) -> Worker {
-        let (at, end, data_end, read_to) = (0, 0, 0, 0);
+        let (at, end, data_end, answer_at, read_to) = (0, 0, 0, None, 0);
         let (is_wanted, held, state) = (false, (0, 0), State::Piece);
-        Worker { job, memory, at, end, data_end, read_to, is_wanted, held, state }
+        Worker { job, memory, at, end, data_end, answer_at, read_to, is_wanted, held, state }
     }
 }
 

@@ -204,6 +204,52 @@ fn a_busy_guest_does_not_keep_it_from_its_end() {
     settle(&mut engine);
 }
 
+/// What was known of a piece when it was copied is not believed when a part of it is copied again, by the same
+/// worker: that was zeros.
+#[test]
+fn zeros_that_became_data_are_seen() {
+    let folder = folder();
+    let mut engine = aio(Limits::default());
+    let mut disks = Vec::new();
+    for (name, format) in [("from", Format::Qed), ("to", Format::Raw)] {
+        make(&folder.path().join(name), format, SIZE);
+        disks.push(add(&mut engine, &folder.path().join(name), format, false));
+    }
+    let write = |engine: &mut Engine<Node, _>, at, byte| {
+        let bytes = cowbell_engine::mem::Buf::copied(&[byte; 4096]);
+        engine.submit(disks[0], Io::write(at, 4096), bytes, 0).expect("room");
+    };
+    for at in [0, 64 << 10] {
+        write(&mut engine, at, 1);
+        assert_eq!(settle(&mut engine).pop().expect("it ended").result, Ok(()));
+    }
+    let copy = Copy { moment: Moment::End, in_flight: 1, ..Copy::new(disks[0], disks[1]) };
+    let job = engine.start(copy).expect("it starts");
+    engine.run(clock());
+    // Its first piece is all of the disk: data, and nothing behind it.
+    assert!(engine.pause_job(job));
+    while engine.job_progress(job).expect("it goes on").done < SIZE {
+        assert!(engine.run(clock()).again || wait(&engine), "{engine:?}");
+    }
+    write(&mut engine, 128 << 10, 2);
+    while engine.poll().is_none() {
+        assert!(engine.run(clock()).again || wait(&engine), "{engine:?}");
+    }
+    assert!(engine.resume_job(job));
+    assert_eq!(end_of(&mut engine, job), Ok(()));
+    for (at, byte) in [(0, 1), (64 << 10, 1), (128 << 10, 2)] {
+        engine
+            .submit(disks[1], Io::read(at, 512), cowbell_engine::mem::Buf::zeroed(512), 0)
+            .expect("room");
+        let done = settle(&mut engine).pop().expect("it ended");
+        assert!(
+            done.mem.into_buf().expect("it was lent").iter().all(|&its| its == byte),
+            "at {at}"
+        );
+    }
+    drain(&mut engine);
+}
+
 #[test]
 fn what_others_read_from_is_not_mirrored() {
     let folder = folder();

@@ -474,6 +474,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     let of_start = |copy: CopyPlan| CopyPlan { of_start: true, ..copy };
     let gives_up = |copy: CopyPlan| CopyPlan { gives_up: true, ..of_start(copy) };
     let mirror = CopyPlan { mirrors: true, ..copy_out };
+    let wide = |copy: CopyPlan| CopyPlan { wide: true, ..copy };
     let resumed = |copy: CopyPlan| CopyPlan { stops: true, ..copy };
     let shown = |copy: CopyPlan| CopyPlan { shown: true, ..copy };
     let offloaded = |copy: CopyPlan| CopyPlan { offload: true, ..copy };
@@ -539,6 +540,9 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([empty], budget(of_start(is_zero(copy_out)), 0), last),
         scopes_on([warm], budget(mirror, 0), one),
         scopes_on([empty], budget(mirror, 0), few),
+        scopes_on([empty], budget(wide(mirror), 0), pair),
+        scopes_on([empty], budget(wide(of_start(copy_out)), 0), pair),
+        scopes_on([warm], budget(wide(copy_out), 1), none),
     ];
     if format != Format::Vdi {
         let pulled = Image { backing: true, ..image };

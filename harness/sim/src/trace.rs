@@ -135,6 +135,7 @@ impl Trace {
                 ("stops", plan.stops),
                 ("offload", plan.offload),
                 ("shown", plan.shown),
+                ("wide", plan.wide),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -248,6 +249,7 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-mirrors" => copy.mirrors = value == "true",
                 "copy-stops" => copy.stops = value == "true",
                 "copy-offload" => copy.offload = value == "true",
+                "copy-wide" => copy.wide = value == "true",
                 "copy-shown" => copy.shown = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",

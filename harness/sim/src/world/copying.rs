@@ -40,6 +40,8 @@ pub struct CopyPlan {
     pub shown: bool,
     /// Is the copying left to the kernel?
     pub offload: bool,
+    /// Is a piece as large as two clusters, which may be of two kinds?
+    pub wide: bool,
 }
 
 /// From where to where a copy goes.
@@ -69,6 +71,7 @@ impl CopyPlan {
             stops: false,
             shown: false,
             offload: false,
+            wide: false,
         }
     }
 }
@@ -231,7 +234,8 @@ impl<S: Subject> World<S> {
         };
         let pull = Copy::pull(self.node, 1);
         let copy = if plan.way == Way::Up { pull } else { between };
-        let copy = Copy { in_flight: IN_FLIGHT, piece: PIECE, stops_on_error: plan.stops, ..copy };
+        let piece = if plan.wide { 2 * PIECE } else { PIECE };
+        let copy = Copy { in_flight: IN_FLIGHT, piece, stops_on_error: plan.stops, ..copy };
         let job = self.engine.start(copy).map_err(|why| format!("no copy: {why:?}"))?;
         (self.copying.job, self.copying.phase) = (Some(job), Phase::Runs);
         let World { shadow, others, .. } = self;

@@ -505,6 +505,20 @@ fn where_data_ends_is_asked_once() {
         let asked = calls.lines().filter(|line| line.contains("SEEK_HOLE")).count();
         assert!(asked <= 16, "{line}: asked {asked} times\n{calls}");
     }
+
+    // Two questions for each stretch of data: where it ends, and where the next begins.
+    place.ok("truncate -s 8M pieces");
+    for at in (0..128).step_by(2) {
+        place.ok(&format!(
+            "dd if=/dev/urandom of=pieces bs=64k count=1 seek={at} conv=notrunc status=none"
+        ));
+    }
+    for line in ["convert -O qcow2 pieces c", "backup pieces c", "convert -t none pieces c"] {
+        place.ok(&format!("rm -f c; strace -f -o calls -e trace=lseek cowbell {line} > out"));
+        let calls = String::from_utf8(read(&place.path("calls"))).expect("strace writes text");
+        let asked = calls.lines().filter(|line| line.contains("SEEK_DATA")).count();
+        assert!((64..=2 * 64 + 16).contains(&asked), "{line}: asked {asked} times");
+    }
 }
 
 /// Where a hole ends inside a cluster, that is written once and whole: a stream takes nothing else.
