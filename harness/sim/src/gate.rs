@@ -542,7 +542,8 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([empty], budget(mirror, 0), few),
         scopes_on([empty], budget(wide(mirror), 0), pair),
         scopes_on([empty], budget(wide(of_start(copy_out)), 0), pair),
-        scopes_on([warm], budget(wide(copy_out), 1), none),
+        scopes_on([noise, warm], budget(wide(copy_out), 1), none),
+        scopes_on([noise], budget(wide(of_start(copy_out)), 0), few),
     ];
     if format != Format::Vdi {
         let pulled = Image { backing: true, ..image };
