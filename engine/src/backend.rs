@@ -30,10 +30,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::mem::Memory;
+use crate::mem::{Mem, Memory};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
-use crate::units::{FileId, OpId, Time};
+use crate::request::Io;
+use crate::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
 
 pub use crate::op::Completion;
 
@@ -155,6 +156,66 @@ pub trait Backend {
 
     /// The time now, for measuring how long a `run` took, and for [`Backend::next_deadline`].
     fn clock(&self) -> Time;
+
+    /// The engine was asked something, or has seen or done something: for a backend that keeps a
+    /// [record](crate::record). Default: nothing, and it costs nothing.
+    #[inline(always)]
+    fn note(&mut self, note: Note<'_>) {
+        let _ = note;
+    }
+}
+
+/// What an engine is asked, from outside, and what decides how it goes on; with what the backend takes and
+/// gives back it decides all.
+#[derive(Clone, Copy, Debug)]
+pub enum Note<'a> {
+    /// A request was taken.
+    Submitted {
+        /// For this disk.
+        node: NodeId,
+        /// What it wants.
+        io: &'a Io,
+        /// The memory lent for it.
+        mem: &'a Mem,
+    },
+    /// `run` was called, with this time.
+    Run(Time),
+    /// The clock was looked at.
+    Clock(Time),
+    /// A request waits in the state with this label. (Not one that is merely passed on.)
+    Waits {
+        /// Which.
+        request: ReqId,
+        /// Its state's: see [`Driver::label`](crate::step::Driver::label).
+        label: u8,
+    },
+    /// `run` ends.
+    Ran,
+    /// A finished request was taken: it ended so.
+    Polled(Result<(), Errno>),
+    /// Another method was called that changes something.
+    Called(Called),
+}
+
+/// Methods of an engine, besides those that have a [`Note`] of their own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Called {
+    /// [`Engine::drain`](crate::Engine::drain)
+    Drain,
+    /// [`Engine::close`](crate::Engine::close)
+    Close(NodeId),
+    /// [`Engine::close_filter`](crate::Engine::close_filter)
+    CloseFilter(NodeId),
+    /// [`Engine::pause`](crate::Engine::pause)
+    Pause(NodeId),
+    /// [`Engine::resume`](crate::Engine::resume)
+    Resume(NodeId),
+    /// [`Engine::poll_event`](crate::Engine::poll_event), which had one.
+    PollEvent,
+    /// [`Engine::take_files`](crate::Engine::take_files)
+    TakeFiles(NodeId),
+    /// One of which a record cannot tell enough to do it again.
+    Other(&'static str),
 }
 
 /// Must a backend that has `in_flight` ops be asked again although nothing will wake the loop, and no

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::align;
-use crate::backend::{self, Backend, Completion, FileInfo, Harvest, Submission};
+use crate::backend::{self, Backend, Called, Completion, FileInfo, Harvest, Note, Submission};
 use crate::copy;
 use crate::core::{Core, GO_MAX};
 use crate::guard;
@@ -136,6 +136,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// If the file's blocks are larger than [`Limits::buffer_size`].
     pub fn attach(&mut self, file: B::File) -> io::Result<(FileId, FileInfo)> {
+        self.called(Called::Other("attach"));
         let backend = &mut self.backend;
         let (id, info) = self.core.add_file(|id| backend.attach(id, file))?;
         assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
@@ -154,6 +155,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// not on disk. See [`Engine::drain`]. A drain that ended with an error is enough: whoever takes
     /// the file after that has been told what is lost.
     pub fn detach(&mut self, file: FileId) -> Option<B::File> {
+        self.called(Called::Other("detach"));
         let is_its = self.core.files.get(file.index()).is_some_and(|its| its.id == file);
         if !is_its || !self.core.is_file_quiet(file) {
             return None;
@@ -178,6 +180,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// `len` bytes of memory, zeros, for the tables of the node that is [added](Engine::add) next,
     /// for as long as that lives.
     pub fn region(&mut self, len: usize) -> RegionId {
+        self.called(Called::Other("region"));
         let region = self.core.mem.add_region(len);
         self.core.loose_regions.push(region);
         region
@@ -191,6 +194,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// If there are [`NodeId::MAX`] already, or a node [below](Driver::below) is not
     /// [there](Engine::has), is being closed, or is paused ([`may_be_read_from`](Engine::may_be_read_from)).
     pub fn add(&mut self, node: D) -> NodeId {
+        self.called(Called::Other("add"));
         for &below in node.below() {
             assert!(self.may_be_read_from(below), "{below:?} is not there to be read from");
             self.core.nodes[below.index()].is_top = false;
@@ -225,6 +229,18 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.sizes[node.index()]
     }
 
+    /// This region holds what is a guest's, not tables: of what an op brings into it no more than the first
+    /// `looked_at` bytes decide what is done next. So the rest is in no [record](crate::record).
+    pub fn holds_data(&mut self, region: RegionId, looked_at: usize) {
+        self.core.mem.set_looked_at(region, looked_at);
+    }
+
+    /// The ids of its nodes, in the order of their places; `None` where there is none.
+    pub fn nodes(&self) -> impl Iterator<Item = Option<NodeId>> {
+        (0..self.life.nodes.len())
+            .map(|index| self.life.nodes[index].as_ref().map(|_| self.core.nodes[index].id))
+    }
+
     /// Takes a request. It is begun at the next [`run`](Engine::run); `mem` belongs to the engine
     /// until [`poll`](Engine::poll) hands it back. `tag` comes back too; it need not be unique.
     ///
@@ -246,7 +262,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         mem: impl Into<Mem>,
         tag: u64,
     ) -> Result<(), Refused> {
-        let (mem, mut node) = (mem.into(), node);
+        let (mem, given, mut node) = (mem.into(), node, node);
         let record = match self.core.nodes.get_mut(node.index()) {
             Some(record) if record.id == node => record,
             _ => return Err(Refused { why: Why::NoSuchNode, mem }),
@@ -261,6 +277,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             }
             self.core.nodes[node.index()].guests += 1;
         }
+        self.backend.note(Note::Submitted { node: given, io: &io, mem: &mem });
         if !self.is_valid(node, &io, &mem) {
             self.end_at_once(node, io, mem, tag);
             return Ok(());
@@ -320,6 +337,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn run(&mut self, now: Time) -> Progress {
         let began = self.backend.clock();
         let mut turn = Turn { began, seen: began, is_over: false };
+        self.backend.note(Note::Run(now));
+        self.backend.note(Note::Clock(began));
         self.core.now = now;
         let mut progress = Progress::default();
         if self.life.has_left() {
@@ -350,12 +369,20 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 self.core.stats.run_per_op.record(spent / progress.submitted as u64);
             }
         }
+        self.backend.note(Note::Ran);
         progress
     }
 
+    /// Somebody called a method that changes something.
+    #[inline]
+    fn called(&mut self, called: Called) {
+        self.backend.note(Note::Called(called));
+    }
+
     /// The backend's clock, looked at.
-    fn look(&self, turn: &mut Turn) -> Time {
+    fn look(&mut self, turn: &mut Turn) -> Time {
         turn.seen = self.backend.clock();
+        self.backend.note(Note::Clock(turn.seen));
         turn.is_over |= self.is_over_after(turn, 0);
         turn.seen
     }
@@ -679,6 +706,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// A step answered that it waits: for exactly one thing.
     fn wait(&mut self, id: ReqId, label: u8, waits: Waits) {
+        self.backend.note(Note::Waits { request: id, label });
         let slot = self.core.ops.slot_mut(id);
         slot.label = label;
         slot.entered = self.core.now;
@@ -726,6 +754,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let slot = self.core.ops.free_slot(id);
         let (tag, result) = (slot.tag, slot.take_result());
         self.life.guests -= 1;
+        self.backend.note(Note::Polled(result));
         Some(Finished { tag, result, mem: self.core.mem.take_guest(id) })
     }
 

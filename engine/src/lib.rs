@@ -171,6 +171,7 @@ mod node;
 pub mod op;
 pub mod ops;
 mod queue;
+pub mod record;
 mod request;
 mod slots;
 pub mod stats;

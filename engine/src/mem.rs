@@ -318,6 +318,8 @@ pub struct Memory {
     guest: Vec<Mem>,
     pool: Vec<Held>,
     regions: Vec<Held>,
+    /// How many bytes of what is brought into each the engine looks at.
+    looked_at: Vec<usize>,
     /// Places in it that nobody has.
     regions_free: Vec<RegionId>,
     /// See [`Memory::copy_but_free`].
@@ -331,6 +333,7 @@ impl Memory {
             guest: Vec::with_capacity(requests),
             pool: (0..buffers).map(|_| Held::untouched(size)).collect(),
             regions: Vec::new(),
+            looked_at: Vec::new(),
             regions_free: Vec::new(),
             is_copy: false,
         }
@@ -342,6 +345,7 @@ impl Memory {
         self.guest.clone_from(&source.guest);
         self.regions.resize_with(source.regions.len(), Held::empty);
         self.regions_free.clone_from(&source.regions_free);
+        self.looked_at.clone_from(&source.looked_at);
         self.regions.iter_mut().zip(&source.regions).for_each(|(region, from)| region.copy(from));
         self.pool.resize_with(source.pool.len(), Held::empty);
         for (i, (buf, from)) in self.pool.iter_mut().zip(&source.pool).enumerate() {
@@ -411,10 +415,23 @@ impl Memory {
     pub(crate) fn add_region(&mut self, len: usize) -> RegionId {
         if let Some(id) = self.regions_free.pop() {
             self.regions[id.index()] = Held::zeroed(len);
+            self.looked_at[id.index()] = usize::MAX;
             return id;
         }
         self.regions.push(Held::zeroed(len));
+        self.looked_at.push(usize::MAX);
         RegionId(self.regions.len() as u32 - 1)
+    }
+
+    /// How many of the first bytes that an op brings into this region are looked at by the engine or a driver: what is behind
+    /// them is a guest's. All, if [`Engine::holds_data`](crate::Engine::holds_data) has not said otherwise.
+    #[inline]
+    pub fn looked_at(&self, id: RegionId) -> usize {
+        self.looked_at[id.index()]
+    }
+
+    pub(crate) fn set_looked_at(&mut self, id: RegionId, bytes: usize) {
+        self.looked_at[id.index()] = bytes;
     }
 
     /// Places of regions, those that nobody has included.

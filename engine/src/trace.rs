@@ -69,7 +69,7 @@ pub enum Kind {
 
 impl Kind {
     #[inline]
-    fn of(kind: OpKind) -> Kind {
+    pub(crate) fn of(kind: OpKind) -> Kind {
         match kind {
             OpKind::Read => Kind::Read,
             OpKind::Write { fua: false } => Kind::Write,

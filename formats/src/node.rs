@@ -180,6 +180,9 @@ fn attach_over<D: Driver + From<Node>, B: Backend<File: Store>>(
                 let options = options.qcow2;
                 let regions =
                     qcow2::Regions::new(geometry, writable, &options, |len| engine.region(len));
+                for (region, looked_at) in regions.of_data() {
+                    engine.holds_data(region, looked_at);
+                }
                 let may = (writable, info.can_grow, data_info.can_grow);
                 let files = (file, data);
                 Node::Qcow2(Box::new(Qcow2::new(files, opened, may, below, regions, options)))
@@ -193,6 +196,9 @@ fn attach_over<D: Driver + From<Node>, B: Backend<File: Store>>(
                 let options = options.vmdk;
                 let region = |len| engine.region(len);
                 let regions = vmdk::Regions::new(&opened, writable, &options, region);
+                for (region, looked_at) in regions.of_data() {
+                    engine.holds_data(region, looked_at);
+                }
                 Node::Vmdk(Box::new(Vmdk::new(files, opened, writable, below, regions, options)))
             }
         };

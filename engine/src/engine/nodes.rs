@@ -2,7 +2,7 @@
 //! means is said in `life.rs`.
 
 use super::Engine;
-use crate::backend::Backend;
+use crate::backend::{Backend, Called};
 use crate::events::NodeEvent;
 use crate::held::Rate;
 use crate::life::Why;
@@ -60,6 +60,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// The sum over all nodes may be more than the engine's. As long as it is not, no disk takes
     /// another's place, not even one whose storage hangs.
     pub fn set_quota(&mut self, node: NodeId, requests_max: Option<usize>) -> bool {
+        self.called(Called::Other("set_quota"));
         if !self.has(node) {
             return false;
         }
@@ -75,6 +76,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// time. For layers below a disk it means nothing: what reads from them is not limited. False:
     /// there is no such node.
     pub fn set_rate(&mut self, node: NodeId, rate: Option<Rate>) -> bool {
+        self.called(Called::Other("set_rate"));
         if !self.has(node) {
             return false;
         }
@@ -96,6 +98,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [that has an owner](crate::sys::ram::Ram::has_owner), which the engine can keep, and no truncations. Others, whose lender has only promised to
     /// leave it there, are not given up, and come from `poll` as ever; and so do those that have ended.
     pub fn abandon(&mut self, node: NodeId, mut which: impl FnMut(u64) -> bool) -> Vec<u64> {
+        self.called(Called::Other("abandon"));
         if !self.has(node) {
             return Vec::new();
         }
@@ -144,6 +147,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// Nodes do not wait for each other: the images of some are clean while another's storage
     /// hangs. To have one clean and gone while others go on, [`close`](Engine::close) it.
     pub fn drain(&mut self) {
+        self.called(Called::Drain);
         self.cancel_jobs();
         self.life.drain(&mut self.core);
     }
@@ -165,6 +169,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`], it is being closed already;
     /// [`Why::InUse`], another node reads from it, or a job uses it: close or cancel that first.
     pub fn close(&mut self, node: NodeId) -> Result<(), Why> {
+        self.called(Called::Close(node));
         self.life.close(&mut self.core, node, false)
     }
 
@@ -175,6 +180,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// As [`close`](Engine::close).
     pub fn close_filter(&mut self, node: NodeId) -> Result<(), Why> {
+        self.called(Called::CloseFilter(node));
         self.life.close(&mut self.core, node, true)
     }
 
@@ -207,6 +213,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already;
     /// [`Why::InUse`], a job uses it, or a node that is not paused reads from it.
     pub fn pause(&mut self, node: NodeId) -> Result<(), Why> {
+        self.called(Called::Pause(node));
         self.life.pause(&mut self.core, node)
     }
 
@@ -218,6 +225,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::InUse`], a layer below is paused by itself: resume
     /// that first.
     pub fn resume(&mut self, node: NodeId) -> Result<(), Why> {
+        self.called(Called::Resume(node));
         self.life.resume(&mut self.core, node)
     }
 
@@ -226,6 +234,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// with it come behind. What is not taken is dropped in that `run`: a loop that may not wait for
     /// files to be closed takes them, and drops them elsewhere.
     pub fn take_files(&mut self, node: NodeId) -> Vec<B::File> {
+        self.called(Called::TakeFiles(node));
         self.life.take_files(node)
     }
 
@@ -233,6 +242,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [`EVENTS_MAX`](crate::events::EVENTS_MAX) of [`NodeEvent::Corrupt`] are kept, the same one
     /// once; none of the others is lost. May answer something new after any `run`.
     pub fn poll_event(&mut self) -> Option<NodeEvent> {
-        self.life.poll_event(&mut self.core)
+        let event = self.life.poll_event(&mut self.core)?;
+        self.called(Called::PollEvent);
+        Some(event)
     }
 }

@@ -90,6 +90,19 @@ impl Ram {
         ram
     }
 
+    /// Memory of its own, `len` bytes of 0, in one piece, that is as far from being aligned as other memory with
+    /// these bits below 4096 in its addresses and lengths: for doing again what was [recorded](crate::record).
+    pub fn standing_in(len: usize, bits: u16) -> Ram {
+        let mut memory = vec![0u8; len + 2 * 4096];
+        let page = memory.as_ptr().addr().wrapping_neg() & 4095;
+        let base = memory.as_mut_ptr().wrapping_add(page + usize::from(bits & 0xfff));
+        let piece = RamPiece { base, len };
+        // SAFETY: the bytes are the owner's, at the same place for as long as it is there, and nobody looks at them through it.
+        let mut ram = unsafe { Ram::owned([piece], Arc::new(memory)) };
+        ram.0.bits |= u32::from(bits);
+        ram
+    }
+
     /// The same, of memory that cannot be written (mapped without PROT_WRITE: a guest's ROM). A request that
     /// would fill it fails with [`Errno::BAD_MEMORY`](crate::units::Errno::BAD_MEMORY); without this the engine's own copies into it would be
     /// a SIGSEGV. `Ram::of_guest` (with the feature `vm-memory`) finds out by itself.

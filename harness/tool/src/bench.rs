@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cowbell_engine::mem::{Buf, Mem};
@@ -99,6 +99,9 @@ pub struct Args {
     /// Where the time went: percentiles, how long the loop was held, states
     #[arg(long, help_heading = "Beyond QEMU")]
     latency: bool,
+    /// Record all that the engine is asked and sees into this file, without a byte of data: see `replay`
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
+    record: Option<PathBuf>,
     /// The result as JSON
     #[arg(long, help_heading = "Beyond QEMU")]
     json: bool,
@@ -305,6 +308,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         turn: turn(args)?,
         depth: depth as usize + 1,
         growth,
+        record: args.record.clone(),
     };
     Ok((plan, setup))
 }

@@ -35,6 +35,7 @@ mod out;
 mod pipe;
 mod progress;
 mod rebase;
+mod record;
 mod resize;
 mod resume;
 mod scratch;
@@ -103,6 +104,8 @@ enum Verb {
     Io(io::Args),
     /// Serve images over NBD, or to virtual machines, until told to stop
     Serve(Box<serve::Args>),
+    /// Do again what was recorded with `--record`, step for step, without the images
+    Replay(record::Args),
     /// Simulate: every order, every fault, every crash
     Sim(sim::Args),
 }
@@ -115,6 +118,7 @@ impl Verb {
             Verb::Check(_) => "check",
             Verb::Map(_) => "map",
             Verb::Compare(_) => "compare",
+            Verb::Replay(_) => "replay",
             Verb::Convert(_) => "convert",
             Verb::Backup(_) => "backup",
             Verb::Commit(_) => "commit",
@@ -150,6 +154,7 @@ impl Verb {
             Verb::Demo(args) => demo::run(&args),
             Verb::Io(args) => io::run(&args, program),
             Verb::Serve(args) => serve::run(&args),
+            Verb::Replay(args) => record::run(&args),
             Verb::Sim(args) => sim::run(&args),
         }
     }

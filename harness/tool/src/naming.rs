@@ -14,6 +14,7 @@ use cowbell_formats::{
 };
 
 use cowbell_engine::sys::lock::Locking;
+use cowbell_sim::kept::{hex, unhex};
 
 use crate::fail::Fail;
 use crate::locking;
@@ -229,4 +230,65 @@ impl Image {
     pub fn failed(&self, why: Error) -> Fail {
         Fail::open(&self.given, why)
     }
+}
+
+impl Image {
+    /// All that decides how it is opened, locks apart, as words for a record.
+    pub fn to_words(&self) -> String {
+        let format = self.format.map_or("-", Format::name);
+        let mut words = format!("{} {format} {}", word_of(&self.given), u8::from(self.untrusted));
+        let mut name = Some(&self.name);
+        while let Some(its) = name {
+            let format = its.format.map_or("-", Format::name);
+            let (backing, below) = match &its.backing {
+                Backing::AsImageSays => ("asked", None),
+                Backing::Nothing => ("none", None),
+                Backing::Named(below) => ("named", Some(&**below)),
+            };
+            let read_only = u8::from(its.read_only);
+            words.push_str(&format!(" {} {format} {read_only} {backing}", word_of(&its.path)));
+            name = below;
+        }
+        words
+    }
+
+    /// The same image. `None`: these are no such words.
+    pub fn from_words(words: &str) -> Option<Image> {
+        let mut words = words.split(' ');
+        let given = path_of(words.next()?)?;
+        let format = format_of(words.next()?)?;
+        let untrusted = words.next()? == "1";
+        let mut names = Vec::new();
+        loop {
+            let (path, format) = (path_of(words.next()?)?, format_of(words.next()?)?);
+            let read_only = words.next()? == "1";
+            let backing = words.next()?;
+            names.push((Name { read_only, ..Name::plain(path, format) }, backing));
+            if backing != "named" {
+                break;
+            }
+        }
+        let name = names.into_iter().rev().fold(None, |below: Option<Name>, (name, backing)| {
+            let backing = match (backing, below) {
+                ("none", _) => Backing::Nothing,
+                (_, Some(below)) => Backing::Named(Box::new(below)),
+                (_, None) => Backing::AsImageSays,
+            };
+            Some(Name { backing, ..name })
+        });
+        Some(Image { given, name: name?, format, untrusted, force_share: false, locked: false })
+    }
+}
+
+/// A path as a word: in hexadecimal digits, and not empty.
+fn word_of(path: &Path) -> String {
+    format!("x{}", hex(path.as_os_str().as_bytes()))
+}
+
+fn path_of(word: &str) -> Option<PathBuf> {
+    Some(OsString::from_vec(unhex(word.strip_prefix('x')?)?).into())
+}
+
+fn format_of(word: &str) -> Option<Option<Format>> {
+    if word == "-" { Some(None) } else { Format::from_name(word).map(Some) }
 }

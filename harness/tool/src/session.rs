@@ -5,10 +5,12 @@
 
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
+use cowbell_engine::record::Recorder;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
@@ -20,6 +22,7 @@ use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::locking;
+use crate::record::{Head, Writer};
 use crate::naming::Image;
 
 /// How to open an image and run it.
@@ -39,6 +42,8 @@ pub struct Setup {
     pub depth: usize,
     /// How QED files grow.
     pub growth: Option<Growth>,
+    /// Where all that the engine is asked and sees is recorded.
+    pub record: Option<PathBuf>,
 }
 
 impl Default for Setup {
@@ -51,15 +56,33 @@ impl Default for Setup {
             turn: Limits::default().turn,
             depth: 64,
             growth: None,
+            record: None,
         }
     }
+}
+
+/// What an engine may have, for an image that is opened so.
+pub fn limits_of(setup: &Setup) -> Limits {
+    let depth = setup.depth.max(1);
+    let (requests, ops, turn) = (depth, (depth * 4).max(1024), setup.turn);
+    Limits { requests, ops, turn, ..Limits::default() }
+}
+
+/// How its format runs.
+pub fn run_options(setup: &Setup) -> RunOptions {
+    let mut run = RunOptions::default();
+    if let Some(growth) = setup.growth {
+        run.qed.growth = growth;
+        run.vmdk.growth = growth;
+    }
+    run
 }
 
 /// An image on an engine.
 #[derive(Debug)]
 pub struct Session {
     /// The engine.
-    pub engine: Engine<Node, Disk>,
+    pub engine: Engine<Node, Recorder<Disk>>,
     /// The image.
     pub node: NodeId,
     /// What it is called.
@@ -89,22 +112,20 @@ impl Session {
 
     /// Runs `image`, which is open.
     pub fn over(image: &Image, chain: Chain<DiskFile>, setup: &Setup) -> Result<Session, Fail> {
-        let depth = setup.depth.max(1);
-        let (requests, ops, turn) = (depth, (depth * 4).max(1024), setup.turn);
-        let limits = Limits { requests, ops, turn, ..Limits::default() };
+        let head = setup.record.as_ref().map(|_| Head::of(image, setup)).transpose()?;
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
-        let backend = Disk::new(how, depth * 2, setup.may_block).map_err(opened)?;
-        let mut engine = Engine::new(backend, limits);
-        let mut run = RunOptions::default();
-        if let Some(growth) = setup.growth {
-            run.qed.growth = growth;
-            run.vmdk.growth = growth;
-        }
+        let limits = limits_of(setup);
+        let backend = Disk::new(how, limits.requests * 2, setup.may_block).map_err(opened)?;
+        let mut engine = Engine::new(Recorder::new(backend), limits);
         let top = chain.layers.first().filter(|_| setup.write);
         let before = top.map(Before::of).transpose().map_err(|why| image.failed(why))?;
         let locks = chain.locks().map_err(opened)?;
-        let node = attach(&mut engine, chain, &run).map_err(opened)?;
+        let node = attach(&mut engine, chain, &run_options(setup)).map_err(opened)?;
+        if let (Some(path), Some(head)) = (&setup.record, head) {
+            let writer = Writer::create(path, head, engine.backend().infos())?;
+            engine.backend_mut().start(Box::new(writer));
+        }
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
         Ok(Session { engine, node, image: image.clone(), events, temporary: None, before, locks })
     }

@@ -101,6 +101,11 @@ impl Regions {
             l1: region(slice),
         }
     }
+
+    /// Those that hold what is a guest's, and how many of the first bytes brought into each are looked at.
+    pub fn of_data(&self) -> [(RegionId, usize); 3] {
+        [(self.inflated, 0), (self.deflated, DEFLATED_HEADER), (self.packed, 0)]
+    }
 }
 
 /// Bytes of a slot, for an image with clusters of `cluster` bytes: one as the guest has it, and what it

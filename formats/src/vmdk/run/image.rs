@@ -6,7 +6,7 @@ use cowbell_engine::units::{FileId, RegionId};
 use crate::parts::backing::Backing;
 use crate::parts::growth::Growth;
 use crate::vmdk::disk::grain::size_max;
-use crate::vmdk::disk::layout::TABLE_BYTES_MAX;
+use crate::vmdk::disk::layout::{GRAIN_MARKER_BYTES, TABLE_BYTES_MAX};
 use crate::vmdk::rest::open::{Extent, Opened};
 use crate::vmdk::run::extents::Place;
 
@@ -96,6 +96,13 @@ impl Regions {
             GrainRegions { grains, input, input_size, tail }
         });
         Regions { tables, directories, id_block, grains }
+    }
+
+    /// Those that hold what is a guest's, and how many of the first bytes brought into each are looked at: a
+    /// grain's marker.
+    pub fn of_data(&self) -> impl Iterator<Item = (RegionId, usize)> {
+        let grains = self.grains.iter();
+        grains.flat_map(|its| [(its.grains.region(), 0), (its.input, GRAIN_MARKER_BYTES)])
     }
 }
 

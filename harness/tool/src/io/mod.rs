@@ -8,6 +8,7 @@ mod command;
 mod report;
 
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::io::{BufRead, IsTerminal, Write};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -56,6 +57,9 @@ pub struct Args {
     /// Accepted for compatibility
     #[arg(short = 'm', long, hide = true)]
     misalign: bool,
+    /// Record all that the engine is asked and sees into this file, without a byte of data: see `replay`
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
+    record: Option<PathBuf>,
     #[command(flatten)]
     naming: Naming,
     /// The image; without one, a command has to open it
@@ -73,6 +77,8 @@ pub struct Opening {
     cache: Cache,
     how: Option<How>,
     discard: bool,
+    /// Where what is done on it is recorded.
+    record: Option<PathBuf>,
 }
 
 /// Requests at a time; one more waits for one of them.
@@ -92,6 +98,7 @@ impl Opening {
             cache: self.cache,
             how: self.how,
             depth: DEPTH,
+            record: self.record.clone(),
             ..Setup::default()
         };
         Ok(Session { temporary, ..Session::open(&image, &setup)? })
@@ -130,6 +137,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         cache,
         how,
         discard: discard_named(&args.discard)?,
+        record: args.record.clone(),
     };
     let stop = Stop::on_signals()?;
     let mut runner = Runner::new(opening, program, stop.clone());

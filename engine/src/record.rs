@@ -1,0 +1,600 @@
+//! A record of a real run: what an engine was asked, when, and what its backend did. With it, and the images' tables as
+//! they were when the run began, the run can be done again, step for step, anywhere.
+//!
+//! An engine does nothing of its own accord. What it does is decided by the calls of its embedder, the clock, how many ops the backend
+//! takes at a time, in which order they come back, and how. That, and no more, is kept; the ops themselves are not, since they
+//! follow from it. Each `run` ends with a number that sums up what has been done: the states that requests wait in, the
+//! ops, the answers. Whoever does the run again comes to the same numbers, or knows in which `run` he did not.
+//!
+//! No byte of a guest's is kept, only lengths. Of what is read those bytes are kept that the engine itself looks
+//! at: tables, headers ([`Memory::looked_at`]).
+//!
+//! A record is a sequence of [`Entry`]s, little-endian, each with a byte first that says what it is. It may end anywhere: a process that
+//! was killed leaves one that is short.
+//!
+//! | byte | what | then |
+//! |---|---|---|
+//! | 0x01, 0x02 | `run` is called | nanoseconds since the last time (i32), or the time (u64) |
+//! | 0x03, 0x04 | the clock is looked at | the same |
+//! | 0x05 | `run` ends | the sum so far (u32) |
+//! | 0x06 | the backend took ops, from the front | how many (u16) |
+//! | 0x07 | others | how many (u16), the place of each among those offered (u16) |
+//! | 0x08 | an op came back well: it moved all, or did what it was to do | the op (u32) |
+//! | 0x09 | it came back otherwise | the op (u32), its answer (i64) |
+//! | 0x0a | what it read, before it came back | length (u32), bytes |
+//! | 0x0b | finished requests were taken | how many (u8) |
+//! | 0x0c | a method was called | which (u8), the node's index (u32) |
+//! | 0x0d | one that a record does not tell of | length (u8), its name |
+//! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (u8), memory (u8), offset and length in sectors (u32, u16) |
+//! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::backend::{Backend, Called, FileInfo, Harvest, Note, Submission};
+use crate::mem::{Mem, Memory};
+use crate::op::{Base, Op, OpKind, Target};
+use crate::ops::OpRecord;
+use crate::request::{Io, IoKind};
+use crate::trace::Kind;
+use crate::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
+
+/// Where a record goes, a chunk at a time.
+pub trait Sink {
+    /// Takes a chunk; answers an empty one to go on with. `None`: it has no room, and nothing more is
+    /// recorded. Must not wait.
+    fn take(&mut self, chunk: Vec<u8>) -> Option<Vec<u8>>;
+}
+
+/// Bytes in a chunk, about.
+pub const CHUNK: usize = 256 << 10;
+
+/// A sum over all that was done, order included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sum(u64);
+
+impl Sum {
+    #[inline(always)]
+    fn add(&mut self, what: u64) {
+        self.0 = (self.0.rotate_left(23) ^ what).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    /// A request waits in this state.
+    #[inline(always)]
+    pub fn waits(&mut self, request: ReqId, label: u8) {
+        self.add(u64::from(request.0) << 8 | u64::from(label));
+    }
+
+    /// The backend takes an op.
+    #[inline(always)]
+    pub fn takes(&mut self, id: OpId, record: &OpRecord) {
+        let Op { kind, target, .. } = record.op;
+        let file = if let Target::File(file) = target { file.0 } else { u32::MAX };
+        self.add(u64::from(id.0) << 32 | u64::from(file) << 8 | Kind::of(kind) as u64);
+        self.add(record.offset());
+        self.add(record.remaining());
+    }
+
+    /// A request ended so.
+    #[inline(always)]
+    pub fn ends(&mut self, result: Result<(), Errno>) {
+        self.add(result.err().map_or(1, |errno| errno.0 as u64 ^ u64::MAX));
+    }
+
+    /// As it is recorded.
+    #[inline(always)]
+    pub fn short(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// A backend whose engine's runs are recorded, from [`Recorder::start`] on. Until then it costs a look.
+pub struct Recorder<B> {
+    inner: B,
+    /// What the backend said of the files, in the order in which they came.
+    infos: Vec<FileInfo>,
+    log: Option<Box<Log>>,
+}
+
+struct Log {
+    sink: Box<dyn Sink>,
+    chunk: Vec<u8>,
+    /// The last time that was recorded.
+    time: Time,
+    sum: Sum,
+    /// Requests that were taken, and not yet recorded.
+    polled: u8,
+    /// Ops that were offered, to know which of them are taken.
+    offered: Vec<OpId>,
+}
+
+impl<B> Recorder<B> {
+    /// One that records nothing yet.
+    pub fn new(inner: B) -> Recorder<B> {
+        Recorder { inner, infos: Vec::new(), log: None }
+    }
+
+    /// From now on all is recorded. Nothing is in flight, and the clock stands at `now` or after it.
+    pub fn start(&mut self, sink: Box<dyn Sink>) {
+        let chunk = Vec::with_capacity(CHUNK);
+        let (time, sum) = (Time(0), Sum::default());
+        self.log = Some(Box::new(Log { sink, chunk, time, sum, polled: 0, offered: Vec::new() }));
+    }
+
+    /// Hands what has been recorded to the sink, and records no more.
+    pub fn stop(&mut self) {
+        if let Some(mut log) = self.log.take() {
+            log.write_polled();
+            let chunk = std::mem::take(&mut log.chunk);
+            log.sink.take(chunk);
+        }
+    }
+
+    /// Is it recorded still?
+    pub fn is_recording(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// What it said of its files, in the order in which they were attached: who does the run again needs it.
+    pub fn infos(&self) -> &[FileInfo] {
+        &self.infos
+    }
+
+    /// The backend that does the ops.
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+}
+
+impl<B> Drop for Recorder<B> {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl<B: std::fmt::Debug> std::fmt::Debug for Recorder<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Recorder({:?})", self.inner)
+    }
+}
+
+impl Log {
+    #[inline(always)]
+    fn put<const N: usize>(&mut self, bytes: [u8; N]) {
+        self.chunk.extend_from_slice(&bytes);
+    }
+
+    #[inline(always)]
+    fn tagged<const N: usize, const M: usize>(&mut self, tag: u8, bytes: [u8; N]) {
+        let mut all = [0; M];
+        all[0] = tag;
+        all[1..=N].copy_from_slice(&bytes);
+        self.put(all);
+    }
+
+    #[inline(always)]
+    fn time(&mut self, tag: u8, time: Time) {
+        let delta = time.0.wrapping_sub(self.time.0) as i64;
+        self.time = time;
+        match i32::try_from(delta) {
+            Ok(delta) => self.tagged::<4, 5>(tag, delta.to_le_bytes()),
+            Err(_) => self.tagged::<8, 9>(tag + 1, time.0.to_le_bytes()),
+        }
+    }
+
+    #[inline(always)]
+    fn write_polled(&mut self) {
+        if self.polled > 0 {
+            let count = std::mem::take(&mut self.polled);
+            self.put([0x0b, count]);
+        }
+    }
+
+    fn submitted(&mut self, node: NodeId, io: &Io, mem: &Mem) {
+        let code = code_of(io.kind);
+        let (kind, bits) = match mem {
+            Mem::None => (0, 0),
+            Mem::Owned(_) => (1, 0),
+            Mem::Ram(ram) if ram.is_read_only() => (3, ram.misaligned_bits() as u16 & 0xfff),
+            Mem::Ram(ram) => (2, ram.misaligned_bits() as u16 & 0xfff),
+        };
+        let index = node.index() as u32;
+        let (sector, sectors) = (io.offset >> 9, io.len >> 9);
+        let fits = (io.offset | io.len) & 511 == 0
+            && sector <= u64::from(u32::MAX)
+            && sectors <= u64::from(u16::MAX)
+            && index <= 0xff
+            && bits == 0
+            && (kind == 0 || mem.len() as u64 == io.len);
+        if fits {
+            let [a, b, c, d] = (sector as u32).to_le_bytes();
+            let [e, f] = (sectors as u16).to_le_bytes();
+            return self.put([0x10 | code, index as u8, kind, a, b, c, d, e, f]);
+        }
+        self.tagged::<4, 5>(0x20 | code, index.to_le_bytes());
+        self.put([kind]);
+        self.put(bits.to_le_bytes());
+        for number in [io.offset, io.len, mem.len() as u64] {
+            self.put(number.to_le_bytes());
+        }
+    }
+
+    fn called(&mut self, called: Called) {
+        let (which, node) = match called {
+            Called::Other(name) => {
+                self.put([0x0d, name.len() as u8]);
+                self.chunk.extend_from_slice(name.as_bytes());
+                return;
+            }
+            Called::Drain => (0, NodeId::default()),
+            Called::PollEvent => (1, NodeId::default()),
+            Called::Close(node) => (2, node),
+            Called::CloseFilter(node) => (3, node),
+            Called::Pause(node) => (4, node),
+            Called::Resume(node) => (5, node),
+            Called::TakeFiles(node) => (6, node),
+        };
+        self.put([0x0c, which]);
+        self.put((node.index() as u32).to_le_bytes());
+    }
+
+    /// Which of the ops that were offered have been taken?
+    fn took(&mut self, left: &[OpId]) {
+        let Log { offered, chunk, .. } = self;
+        let taken = offered.len() - left.len();
+        if offered[taken..] == *left {
+            chunk.extend_from_slice(&[0x06, taken as u8, (taken >> 8) as u8]);
+            return;
+        }
+        chunk.extend_from_slice(&[0x07, taken as u8, (taken >> 8) as u8]);
+        let mut left = left.iter().peekable();
+        for (place, op) in offered.iter().enumerate() {
+            if left.next_if_eq(&op).is_none() {
+                chunk.extend_from_slice(&(place as u16).to_le_bytes());
+            }
+        }
+    }
+
+    /// Hands over the chunk if it is full. False: nothing more is recorded.
+    fn is_going_on(&mut self) -> bool {
+        if self.chunk.len() < CHUNK {
+            return true;
+        }
+        match self.sink.take(std::mem::take(&mut self.chunk)) {
+            Some(chunk) => self.chunk = chunk,
+            None => return false,
+        }
+        true
+    }
+}
+
+impl<B: Backend> Backend for Recorder<B> {
+    type File = B::File;
+
+    fn attach(&mut self, id: FileId, file: B::File) -> io::Result<FileInfo> {
+        let info = self.inner.attach(id, file)?;
+        self.infos.push(info);
+        Ok(info)
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<B::File> {
+        self.inner.detach(id)
+    }
+
+    #[inline]
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        let Some(log) = &mut self.log else { return self.inner.submit(submission) };
+        log.offered.clear();
+        log.offered.extend_from_slice(submission.waiting());
+        for &op in submission.waiting() {
+            log.sum.takes(op, &submission.ops[op]);
+        }
+        self.inner.submit(submission);
+        log.took(submission.waiting());
+    }
+
+    #[inline]
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        let before = harvest.done.len();
+        self.inner.harvest(harvest);
+        let Some(log) = &mut self.log else { return };
+        let Harvest { done, ops, mem } = harvest;
+        for done in &done[before..] {
+            let record = &ops[done.op];
+            let seen = seen_of(record, mem, done.answer());
+            if let Some(bytes) = seen {
+                log.put([0x0a]);
+                log.put((bytes.len() as u32).to_le_bytes());
+                log.chunk.extend_from_slice(bytes);
+            }
+            if done.answer() == expected_of(record) {
+                log.tagged::<4, 5>(0x08, done.op.0.to_le_bytes());
+            } else {
+                log.tagged::<4, 5>(0x09, done.op.0.to_le_bytes());
+                log.put(done.answer().to_le_bytes());
+            }
+        }
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
+    }
+
+    fn wants_retry(&self) -> bool {
+        self.inner.wants_retry()
+    }
+
+    fn next_deadline(&self) -> Option<Time> {
+        self.inner.next_deadline()
+    }
+
+    #[inline]
+    fn clock(&self) -> Time {
+        self.inner.clock()
+    }
+
+    #[inline(always)]
+    fn note(&mut self, note: Note<'_>) {
+        let Some(log) = &mut self.log else { return };
+        match note {
+            Note::Waits { request, label } => return log.sum.waits(request, label),
+            Note::Polled(result) => {
+                log.sum.ends(result);
+                log.polled += 1;
+                if log.polled < u8::MAX {
+                    return;
+                }
+            }
+            _ => {}
+        }
+        log.write_polled();
+        match note {
+            Note::Waits { .. } | Note::Polled(_) => {}
+            Note::Submitted { node, io, mem } => log.submitted(node, io, mem),
+            Note::Run(time) => log.time(0x01, time),
+            Note::Clock(time) => log.time(0x03, time),
+            Note::Called(called) => log.called(called),
+            Note::Ran => {
+                log.tagged::<4, 5>(0x05, log.sum.short().to_le_bytes());
+                if !log.is_going_on() {
+                    self.log = None;
+                }
+            }
+        }
+    }
+}
+
+/// The answer of an op that has done all that it was to do.
+#[inline(always)]
+fn expected_of(record: &OpRecord) -> i64 {
+    match record.op.kind {
+        OpKind::Read | OpKind::Write { .. } => record.remaining() as i64,
+        _ => 0,
+    }
+}
+
+/// What an op has brought that the engine looks at.
+#[inline]
+fn seen_of<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u8]> {
+    let (seg, moved) = match record.op.kind {
+        OpKind::Read => (record.op.segs.as_slice().first()?, answer),
+        OpKind::Compute(_) => (record.op.segs.as_slice().get(1)?, 0),
+        _ => return None,
+    };
+    let Base::Region(region) = seg.base else { return None };
+    let len = (seg.len as usize).min(mem.looked_at(region));
+    let bytes = &mem.region(region)[seg.off as usize..][..len];
+    (answer >= 0 && moved >= 0 && !bytes.is_empty()).then_some(bytes)
+}
+
+fn code_of(kind: IoKind) -> u8 {
+    match kind {
+        IoKind::Read => 0,
+        IoKind::Write { fua, compressed } => 1 + u8::from(fua) + 2 * u8::from(compressed),
+        IoKind::Flush => 5,
+        IoKind::Zero { unmap, fua } => 6 + u8::from(fua) + 2 * u8::from(unmap),
+        IoKind::Discard => 10,
+        IoKind::Truncate => 11,
+        IoKind::Status { .. } => 12,
+    }
+}
+
+fn kind_of(code: u8) -> Option<IoKind> {
+    Some(match code {
+        0 => IoKind::Read,
+        1..=4 => IoKind::Write { fua: (code - 1) & 1 != 0, compressed: (code - 1) & 2 != 0 },
+        5 => IoKind::Flush,
+        6..=9 => IoKind::Zero { unmap: (code - 6) & 2 != 0, fua: (code - 6) & 1 != 0 },
+        10 => IoKind::Discard,
+        11 => IoKind::Truncate,
+        12 => IoKind::Status { depth: 0 },
+        _ => return None,
+    })
+}
+
+/// The memory that a request came with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lent {
+    /// None.
+    Nothing,
+    /// A buffer of the engine's kind.
+    Buffer,
+    /// Pieces of the embedder's.
+    Ram {
+        /// Can it only be written from?
+        read_only: bool,
+        /// The bits below 4096 that are set in any piece's address or length.
+        bits: u16,
+    },
+}
+
+/// What is in a record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Entry<'r> {
+    /// A request was submitted.
+    Submitted {
+        /// To the disk with this index.
+        node: u32,
+        /// What it wants.
+        io: Io,
+        /// With this memory,
+        lent: Lent,
+        /// of so many bytes.
+        bytes: u64,
+    },
+    /// `run` was called, with this time.
+    Run(Time),
+    /// The clock was looked at.
+    Clock(Time),
+    /// `run` ended, and this is the sum of all that was done.
+    Ran(u32),
+    /// The backend took ops: those at these places (of 2 bytes each) among those offered, or so many from the
+    /// front.
+    Took {
+        /// How many.
+        count: u16,
+        /// Where, if not in front.
+        places: Option<&'r [u8]>,
+    },
+    /// An op came back.
+    Done {
+        /// Which.
+        op: OpId,
+        /// How, if it did not just do all that it was to do.
+        answer: Option<i64>,
+        /// What it has brought that the engine looks at.
+        brought: &'r [u8],
+    },
+    /// So many finished requests were taken.
+    Polled(u8),
+    /// A method was called, of the disk with this index.
+    Called {
+        /// Which: 0 drain, 1 `poll_event`, 2 close, 3 `close_filter`, 4 pause, 5 resume, 6 `take_files`.
+        which: u8,
+        /// The disk.
+        node: u32,
+    },
+    /// A method that a record does not tell enough of.
+    Untold(&'r str),
+}
+
+/// Reads a record, entry by entry. Ends where it does, in the middle of an entry too, and at what is no entry.
+#[derive(Clone, Debug)]
+pub struct Reader<'r> {
+    rest: &'r [u8],
+    time: Time,
+}
+
+impl<'r> Reader<'r> {
+    /// From the first entry on.
+    pub fn new(record: &'r [u8]) -> Reader<'r> {
+        Reader { rest: record, time: Time(0) }
+    }
+
+    /// Bytes that are not read yet: 0 at the end of a record that is whole.
+    pub fn left(&self) -> usize {
+        self.rest.len()
+    }
+
+    fn entry(&mut self, rest: &mut &'r [u8]) -> Option<Entry<'r>> {
+        let tag = byte(rest)?;
+        Some(match tag {
+            0x01 => Entry::Run(self.after(rest)?),
+            0x02 => Entry::Run(Time(u64::from_le_bytes(take(rest)?))),
+            0x03 => Entry::Clock(self.after(rest)?),
+            0x04 => Entry::Clock(Time(u64::from_le_bytes(take(rest)?))),
+            0x05 => Entry::Ran(u32::from_le_bytes(take(rest)?)),
+            0x06 => Entry::Took { count: u16::from_le_bytes(take(rest)?), places: None },
+            0x07 => {
+                let count = u16::from_le_bytes(take(rest)?);
+                Entry::Took { count, places: Some(bytes(rest, 2 * usize::from(count))?) }
+            }
+            0x08 => done(rest, &[], false)?,
+            0x09 => done(rest, &[], true)?,
+            0x0a => {
+                let len = u32::from_le_bytes(take(rest)?);
+                let brought = bytes(rest, len as usize)?;
+                match byte(rest)? {
+                    0x08 => done(rest, brought, false)?,
+                    0x09 => done(rest, brought, true)?,
+                    _ => return None,
+                }
+            }
+            0x0b => Entry::Polled(byte(rest)?),
+            0x0c => {
+                let which = byte(rest)?;
+                Entry::Called { which, node: u32::from_le_bytes(take(rest)?) }
+            }
+            0x0d => {
+                let len = byte(rest)?;
+                Entry::Untold(std::str::from_utf8(bytes(rest, len.into())?).ok()?)
+            }
+            0x10..=0x1f => {
+                let kind = kind_of(tag & 0xf)?;
+                let (node, memory) = (u32::from(byte(rest)?), byte(rest)?);
+                let offset = u64::from(u32::from_le_bytes(take(rest)?)) << 9;
+                let len = u64::from(u16::from_le_bytes(take(rest)?)) << 9;
+                let lent = lent(memory, 0)?;
+                let bytes = if lent == Lent::Nothing { 0 } else { len };
+                Entry::Submitted { node, io: Io { kind, offset, len }, lent, bytes }
+            }
+            0x20..=0x2f => {
+                let kind = kind_of(tag & 0xf)?;
+                let (node, memory) = (u32::from_le_bytes(take(rest)?), byte(rest)?);
+                let lent = lent(memory, u16::from_le_bytes(take(rest)?))?;
+                let mut number = || Some(u64::from_le_bytes(take(rest)?));
+                let io = Io { kind, offset: number()?, len: number()? };
+                Entry::Submitted { node, io, lent, bytes: number()? }
+            }
+            _ => return None,
+        })
+    }
+
+    fn after(&self, rest: &mut &'r [u8]) -> Option<Time> {
+        let delta = i32::from_le_bytes(take(rest)?);
+        Some(Time(self.time.0.wrapping_add_signed(delta.into())))
+    }
+}
+
+impl<'r> Iterator for Reader<'r> {
+    type Item = Entry<'r>;
+
+    fn next(&mut self) -> Option<Entry<'r>> {
+        let mut rest = self.rest;
+        let entry = self.entry(&mut rest)?;
+        if let Entry::Run(time) | Entry::Clock(time) = entry {
+            self.time = time;
+        }
+        self.rest = rest;
+        Some(entry)
+    }
+}
+
+fn bytes<'r>(rest: &mut &'r [u8], len: usize) -> Option<&'r [u8]> {
+    let (bytes, behind) = rest.split_at_checked(len)?;
+    *rest = behind;
+    Some(bytes)
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    bytes(rest, N)?.try_into().ok()
+}
+
+fn byte(rest: &mut &[u8]) -> Option<u8> {
+    take::<1>(rest).map(|[byte]| byte)
+}
+
+fn done<'r>(rest: &mut &'r [u8], brought: &'r [u8], is_odd: bool) -> Option<Entry<'r>> {
+    let op = OpId(u32::from_le_bytes(take(rest)?));
+    let answer = if is_odd { Some(i64::from_le_bytes(take(rest)?)) } else { None };
+    Some(Entry::Done { op, answer, brought })
+}
+
+fn lent(code: u8, bits: u16) -> Option<Lent> {
+    Some(match code {
+        0 => Lent::Nothing,
+        1 => Lent::Buffer,
+        2 | 3 => Lent::Ram { read_only: code == 3, bits },
+        _ => return None,
+    })
+}

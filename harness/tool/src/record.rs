@@ -1,0 +1,246 @@
+//! `--record`: what an engine is asked and sees goes into a file, as it happens; and `replay`, which does it again.
+//!
+//! The file begins with text: how the images were opened, and what was read of them then. What follows `begin` is the
+//! [record](cowbell_engine::record). A thread writes it, so that the loop never waits; if that falls behind by more than a few MiB
+//! the record ends there.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use cowbell_engine::Engine;
+use cowbell_engine::backend::FileInfo;
+use cowbell_engine::record::{CHUNK, Sink};
+use cowbell_formats::parts::growth::{Grow, Growth};
+use cowbell_formats::{DiskHost, attach};
+use cowbell_sim::kept::KeptHost;
+use cowbell_sim::played::{Done, Played, Verdict, play};
+
+use crate::fail::Fail;
+use crate::naming::Image;
+use crate::out::Out;
+use crate::session::{Setup, limits_of, run_options};
+
+/// The first line.
+const MAGIC: &str = "cowbell record 1";
+
+/// What comes before the record.
+pub struct Head(String);
+
+impl Head {
+    /// For this image, opened so. Opens it for a trial, beside whoever has it, and writes nothing.
+    pub fn of(image: &Image, setup: &Setup) -> Result<Head, Fail> {
+        let host = KeptHost::over(DiskHost { direct: setup.cache.direct });
+        image.open(&host, setup.write)?;
+        let growth = match setup.growth {
+            None => "- 0 0".into(),
+            Some(Growth { by, step_min, step_max }) => {
+                let by = match by {
+                    Grow::Truncate => "truncate",
+                    Grow::Allocate => "allocate",
+                    Grow::Write => "write",
+                };
+                format!("{by} {step_min} {step_max}")
+            }
+        };
+        let (write, depth, turn) = (u8::from(setup.write), setup.depth, setup.turn.as_nanos());
+        let words = image.to_words();
+        let kept = host.to_text();
+        Ok(Head(format!(
+            "{MAGIC}\nimage {words}\nsetup {write} {depth} {turn} {growth}\n{kept}"
+        )))
+    }
+
+    /// With what the backend said of the files.
+    fn finish(mut self, infos: &[FileInfo]) -> String {
+        for info in infos {
+            let FileInfo { request_align, memory_align, hole_align, len, .. } = *info;
+            let (grows, holes) = (u8::from(info.can_grow), u8::from(info.knows_holes));
+            self.0.push_str(&format!(
+                "info {request_align} {memory_align} {hole_align} {len} {grows} {holes}\n"
+            ));
+        }
+        self.0.push_str("begin\n");
+        self.0
+    }
+}
+
+/// A file that is written on a thread.
+pub struct Writer {
+    full: Option<SyncSender<Vec<u8>>>,
+    empty: Receiver<Vec<u8>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Chunks on their way to the file at once.
+const AHEAD: usize = 16;
+
+impl Writer {
+    /// Makes the file at `path` and begins it with `head`.
+    pub fn create(path: &Path, head: Head, infos: &[FileInfo]) -> Result<Writer, Fail> {
+        let at = |error: io::Error| Fail::at(path, error);
+        let mut file = File::create(path).map_err(at)?;
+        file.write_all(head.finish(infos).as_bytes()).map_err(at)?;
+        let (full, to_write) = sync_channel::<Vec<u8>>(AHEAD);
+        let (give_back, empty) = sync_channel(AHEAD);
+        let write = move || {
+            for mut chunk in to_write {
+                if file.write_all(&chunk).is_err() {
+                    return;
+                }
+                chunk.clear();
+                let _ = give_back.try_send(chunk);
+            }
+        };
+        let thread = thread::Builder::new().name("cowbell-record".into()).spawn(write).map_err(at)?;
+        Ok(Writer { full: Some(full), empty, thread: Some(thread) })
+    }
+}
+
+impl Sink for Writer {
+    fn take(&mut self, chunk: Vec<u8>) -> Option<Vec<u8>> {
+        match self.full.as_ref()?.try_send(chunk) {
+            Ok(()) => {
+                let empty = self.empty.try_recv();
+                Some(empty.unwrap_or_else(|_| Vec::with_capacity(CHUNK + CHUNK / 4)))
+            }
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => None,
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.full = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The options of `replay`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Stop after so many turns of the loop
+    #[arg(long, value_name = "N")]
+    until: Option<u64>,
+    /// Print the engine where it stops: its requests, what each waits for, its ops
+    #[arg(long)]
+    dump: bool,
+    /// The record
+    file: PathBuf,
+}
+
+/// What a record says of how it was made.
+struct Recorded<'f> {
+    image: Image,
+    setup: Setup,
+    infos: Vec<FileInfo>,
+    host: KeptHost<DiskHost>,
+    record: &'f [u8],
+}
+
+fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
+    let mark = b"\nbegin\n";
+    let found = file.windows(mark.len()).position(|window| window == mark);
+    let (head, record) = match found {
+        Some(at) => (&file[..at], &file[at + mark.len()..]),
+        None => return Err("this is no record of a run".into()),
+    };
+    let head = std::str::from_utf8(head).map_err(|_| "its head is no text")?;
+    let mut lines = head.lines();
+    if lines.next() != Some(MAGIC) {
+        return Err("this is no record of a run".into());
+    }
+    let (mut image, mut setup, mut infos, mut kept) = (None, None, Vec::new(), Vec::new());
+    for line in lines {
+        let bad = || format!("'{line:.60}' is no line of a head");
+        match line.split_once(' ') {
+            Some(("image", words)) => image = Some(Image::from_words(words).ok_or_else(bad)?),
+            Some(("setup", words)) => setup = Some(setup_of(words).ok_or_else(bad)?),
+            Some(("info", words)) => infos.push(info_of(words).ok_or_else(bad)?),
+            _ => kept.push(line),
+        }
+    }
+    let image = image.ok_or("no image is named in it")?;
+    let setup = setup.ok_or("it does not say how the image was opened")?;
+    Ok(Recorded { image, setup, infos, host: KeptHost::from_lines(kept.into_iter())?, record })
+}
+
+fn setup_of(words: &str) -> Option<Setup> {
+    let words: Vec<&str> = words.split(' ').collect();
+    let &[write, depth, turn, by, step_min, step_max] = words.as_slice() else { return None };
+    let by = match by {
+        "-" => None,
+        "truncate" => Some(Grow::Truncate),
+        "allocate" => Some(Grow::Allocate),
+        "write" => Some(Grow::Write),
+        _ => return None,
+    };
+    let (step_min, step_max) = (step_min.parse().ok()?, step_max.parse().ok()?);
+    let growth = by.map(|by| Growth { by, step_min, step_max });
+    let depth: usize = depth.parse().ok().filter(|&depth| depth <= DEPTH_MAX)?;
+    let turn = Duration::from_nanos(turn.parse().ok()?);
+    Some(Setup { write: write == "1", depth, turn, growth, ..Setup::default() })
+}
+
+/// More requests at a time no command has.
+const DEPTH_MAX: usize = 1 << 17;
+
+fn info_of(words: &str) -> Option<FileInfo> {
+    let numbers: Option<Vec<u64>> = words.split(' ').map(|word| word.parse().ok()).collect();
+    let &[request, memory, hole, len, grows, holes] = numbers?.as_slice() else { return None };
+    let align = |number: u64| {
+        u32::try_from(number).ok().filter(|align| align.is_power_of_two() && *align <= 1 << 20)
+    };
+    Some(FileInfo {
+        request_align: align(request)?,
+        memory_align: align(memory)?,
+        hole_align: align(hole)?,
+        len,
+        can_grow: grows == 1,
+        knows_holes: holes == 1,
+    })
+}
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<u8, Fail> {
+    let at = |what: String| Fail::at(&args.file, what);
+    let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
+    let recorded = parse(&bytes).map_err(at)?;
+    let Recorded { image, setup, infos, host, record } = recorded;
+    let chain = image.open(&host, setup.write)?;
+    let mut engine = Engine::new(Played::new(record, infos), limits_of(&setup));
+    attach(&mut engine, chain, &run_options(&setup)).map_err(|error| at(error.to_string()))?;
+    let until = args.until.unwrap_or(u64::MAX);
+    let verdict = play(&mut engine, &mut |engine| engine.backend().done.runs < until);
+    let Done { runs, requests, ended, ops, waits } = engine.backend().done;
+    let mut out = Out::new(false);
+    writeln!(
+        out,
+        "{requests} requests, of which {ended} ended; {ops} ops; {waits} waits; {runs} turns."
+    )?;
+    if args.dump {
+        writeln!(out, "{engine:#?}")?;
+    }
+    let code = match verdict {
+        Verdict::Same => {
+            writeln!(out, "Every transition was as it was recorded.")?;
+            0
+        }
+        Verdict::Untold(name) => {
+            writeln!(out, "Every transition was as it was recorded, up to a call of {name}, which a record does not tell enough of.")?;
+            0
+        }
+        Verdict::Differs(how) => {
+            let nanos = engine.backend().time().0;
+            writeln!(out, "In turn {runs}, at {nanos} ns, it went another way: {how}.")?;
+            1
+        }
+    };
+    out.flush()?;
+    Ok(code)
+}
