@@ -11,31 +11,33 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use cowbell_engine::Engine;
 use cowbell_engine::backend::FileInfo;
-use cowbell_engine::record::{CHUNK, Sink};
+use cowbell_engine::record::{CHUNK, Recorder, Sink};
+use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::{DiskHost, attach};
 use cowbell_sim::kept::KeptHost;
 use cowbell_sim::played::{Done, Played, Verdict, play};
 
+use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
-use crate::session::{Setup, limits_of, run_options};
+use crate::session::run_options;
 
 /// The first line.
 const MAGIC: &str = "cowbell record 1";
 
-/// What comes before the record.
-pub struct Head(String);
+/// What comes before the record: how the engine and its disks came to be.
+pub struct Head {
+    lines: String,
+    host: KeptHost<DiskHost>,
+}
 
 impl Head {
-    /// For this image, opened so. Opens it for a trial, beside whoever has it, and writes nothing.
-    pub fn of(image: &Image, setup: &Setup) -> Result<Head, Fail> {
-        let host = KeptHost::over(DiskHost { direct: setup.cache.direct });
-        image.open(&host, setup.write)?;
-        let growth = match setup.growth {
+    /// For an engine with these limits, over disks whose files grow so. `direct`: past the page cache.
+    pub fn new(limits: &Limits, growth: Option<Growth>, direct: bool) -> Head {
+        let growth = match growth {
             None => "- 0 0".into(),
             Some(Growth { by, step_min, step_max }) => {
                 let by = match by {
@@ -46,30 +48,43 @@ impl Head {
                 format!("{by} {step_min} {step_max}")
             }
         };
-        let (write, depth, turn) = (u8::from(setup.write), setup.depth, setup.turn.as_nanos());
-        let words = image.to_words();
-        let kept = host.to_text();
-        Ok(Head(format!(
-            "{MAGIC}\nimage {words}\nsetup {write} {depth} {turn} {growth}\n{kept}"
-        )))
+        let Limits { requests, ops, turn, .. } = limits;
+        let turn = turn.as_nanos();
+        let lines = format!("{MAGIC}\nengine {requests} {ops} {turn} {growth}\n");
+        Head { lines, host: KeptHost::over(DiskHost { direct }) }
+    }
+
+    /// The next disk is this image. It is opened for a trial, which writes nothing.
+    pub fn disk(&mut self, image: &Image, write: bool) -> Result<(), Fail> {
+        image.open(&self.host, write)?;
+        self.lines.push_str(&format!("disk {} {}\n", u8::from(write), image.to_words()));
+        Ok(())
+    }
+
+    /// Makes the file at `path`; from now on all goes there.
+    pub fn begin(self, path: &Path, recorder: &mut Recorder<Disk>) -> Result<(), Fail> {
+        let writer = Writer::create(path, &self.finish(recorder.infos()))?;
+        recorder.start(Box::new(writer));
+        Ok(())
     }
 
     /// With what the backend said of the files.
-    fn finish(mut self, infos: &[FileInfo]) -> String {
+    fn finish(self, infos: &[FileInfo]) -> String {
+        let mut text = self.lines + &self.host.to_text();
         for info in infos {
             let FileInfo { request_align, memory_align, hole_align, len, .. } = *info;
             let (grows, holes) = (u8::from(info.can_grow), u8::from(info.knows_holes));
-            self.0.push_str(&format!(
+            text.push_str(&format!(
                 "info {request_align} {memory_align} {hole_align} {len} {grows} {holes}\n"
             ));
         }
-        self.0.push_str("begin\n");
-        self.0
+        text.push_str("begin\n");
+        text
     }
 }
 
 /// A file that is written on a thread.
-pub struct Writer {
+struct Writer {
     full: Option<SyncSender<Vec<u8>>>,
     empty: Receiver<Vec<u8>>,
     thread: Option<JoinHandle<()>>,
@@ -80,10 +95,10 @@ const AHEAD: usize = 16;
 
 impl Writer {
     /// Makes the file at `path` and begins it with `head`.
-    pub fn create(path: &Path, head: Head, infos: &[FileInfo]) -> Result<Writer, Fail> {
+    fn create(path: &Path, head: &str) -> Result<Writer, Fail> {
         let at = |error: io::Error| Fail::at(path, error);
         let mut file = File::create(path).map_err(at)?;
-        file.write_all(head.finish(infos).as_bytes()).map_err(at)?;
+        file.write_all(head.as_bytes()).map_err(at)?;
         let (full, to_write) = sync_channel::<Vec<u8>>(AHEAD);
         let (give_back, empty) = sync_channel(AHEAD);
         let write = move || {
@@ -95,7 +110,8 @@ impl Writer {
                 let _ = give_back.try_send(chunk);
             }
         };
-        let thread = thread::Builder::new().name("cowbell-record".into()).spawn(write).map_err(at)?;
+        let thread =
+            thread::Builder::new().name("cowbell-record".into()).spawn(write).map_err(at)?;
         Ok(Writer { full: Some(full), empty, thread: Some(thread) })
     }
 }
@@ -136,8 +152,10 @@ pub struct Args {
 
 /// What a record says of how it was made.
 struct Recorded<'f> {
-    image: Image,
-    setup: Setup,
+    limits: Limits,
+    growth: Option<Growth>,
+    /// The disks, and whether each may be written.
+    disks: Vec<(Image, bool)>,
     infos: Vec<FileInfo>,
     host: KeptHost<DiskHost>,
     record: &'f [u8],
@@ -155,24 +173,27 @@ fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
     if lines.next() != Some(MAGIC) {
         return Err("this is no record of a run".into());
     }
-    let (mut image, mut setup, mut infos, mut kept) = (None, None, Vec::new(), Vec::new());
+    let (mut engine, mut disks, mut infos, mut kept) = (None, Vec::new(), Vec::new(), Vec::new());
     for line in lines {
         let bad = || format!("'{line:.60}' is no line of a head");
         match line.split_once(' ') {
-            Some(("image", words)) => image = Some(Image::from_words(words).ok_or_else(bad)?),
-            Some(("setup", words)) => setup = Some(setup_of(words).ok_or_else(bad)?),
+            Some(("engine", words)) => engine = Some(engine_of(words).ok_or_else(bad)?),
+            Some(("disk", words)) => {
+                let (write, words) = words.split_once(' ').ok_or_else(bad)?;
+                disks.push((Image::from_words(words).ok_or_else(bad)?, write == "1"));
+            }
             Some(("info", words)) => infos.push(info_of(words).ok_or_else(bad)?),
             _ => kept.push(line),
         }
     }
-    let image = image.ok_or("no image is named in it")?;
-    let setup = setup.ok_or("it does not say how the image was opened")?;
-    Ok(Recorded { image, setup, infos, host: KeptHost::from_lines(kept.into_iter())?, record })
+    let (limits, growth) = engine.ok_or("it does not say what the engine was like")?;
+    let host = KeptHost::from_lines(kept.into_iter())?;
+    Ok(Recorded { limits, growth, disks, infos, host, record })
 }
 
-fn setup_of(words: &str) -> Option<Setup> {
+fn engine_of(words: &str) -> Option<(Limits, Option<Growth>)> {
     let words: Vec<&str> = words.split(' ').collect();
-    let &[write, depth, turn, by, step_min, step_max] = words.as_slice() else { return None };
+    let &[requests, ops, turn, by, step_min, step_max] = words.as_slice() else { return None };
     let by = match by {
         "-" => None,
         "truncate" => Some(Grow::Truncate),
@@ -182,13 +203,16 @@ fn setup_of(words: &str) -> Option<Setup> {
     };
     let (step_min, step_max) = (step_min.parse().ok()?, step_max.parse().ok()?);
     let growth = by.map(|by| Growth { by, step_min, step_max });
-    let depth: usize = depth.parse().ok().filter(|&depth| depth <= DEPTH_MAX)?;
+    let few = |word: &str, least| {
+        word.parse().ok().filter(|count: &usize| (least..=PLACES_MAX).contains(count))
+    };
+    let (requests, ops) = (few(requests, 1)?, few(ops, 4)?);
     let turn = Duration::from_nanos(turn.parse().ok()?);
-    Some(Setup { write: write == "1", depth, turn, growth, ..Setup::default() })
+    Some((Limits { requests, ops, turn, ..Limits::default() }, growth))
 }
 
-/// More requests at a time no command has.
-const DEPTH_MAX: usize = 1 << 17;
+/// More requests and ops at a time no command has.
+const PLACES_MAX: usize = 1 << 19;
 
 fn info_of(words: &str) -> Option<FileInfo> {
     let numbers: Option<Vec<u64>> = words.split(' ').map(|word| word.parse().ok()).collect();
@@ -211,10 +235,12 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let at = |what: String| Fail::at(&args.file, what);
     let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
     let recorded = parse(&bytes).map_err(at)?;
-    let Recorded { image, setup, infos, host, record } = recorded;
-    let chain = image.open(&host, setup.write)?;
-    let mut engine = Engine::new(Played::new(record, infos), limits_of(&setup));
-    attach(&mut engine, chain, &run_options(&setup)).map_err(|error| at(error.to_string()))?;
+    let Recorded { limits, growth, disks, infos, host, record } = recorded;
+    let mut engine = Engine::new(Played::new(record, infos), limits);
+    for (image, write) in disks {
+        let chain = image.open(&host, write)?;
+        attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
+    }
     let until = args.until.unwrap_or(u64::MAX);
     let verdict = play(&mut engine, &mut |engine| engine.backend().done.runs < until);
     let Done { runs, requests, ended, ops, waits } = engine.backend().done;
@@ -232,7 +258,10 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             0
         }
         Verdict::Untold(name) => {
-            writeln!(out, "Every transition was as it was recorded, up to a call of {name}, which a record does not tell enough of.")?;
+            writeln!(
+                out,
+                "Every transition was as it was recorded, up to a call of {name}, which a record does not tell enough of."
+            )?;
             0
         }
         Verdict::Differs(how) => {

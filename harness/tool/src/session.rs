@@ -22,8 +22,8 @@ use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::locking;
-use crate::record::{Head, Writer};
 use crate::naming::Image;
+use crate::record::Head;
 
 /// How to open an image and run it.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ pub struct Setup {
     pub depth: usize,
     /// How QED files grow.
     pub growth: Option<Growth>,
-    /// Where all that the engine is asked and sees is recorded.
+    /// Where all that the engine is asked and sees is recorded, of an image that [`Session::open`] opens.
     pub record: Option<PathBuf>,
 }
 
@@ -61,17 +61,17 @@ impl Default for Setup {
     }
 }
 
-/// What an engine may have, for an image that is opened so.
-pub fn limits_of(setup: &Setup) -> Limits {
-    let depth = setup.depth.max(1);
-    let (requests, ops, turn) = (depth, (depth * 4).max(1024), setup.turn);
+/// What an engine may have for an image that is opened so.
+fn limits_of(setup: &Setup) -> Limits {
+    let requests = setup.depth.max(1);
+    let (ops, turn) = ((requests * 4).max(1024), setup.turn);
     Limits { requests, ops, turn, ..Limits::default() }
 }
 
-/// How its format runs.
-pub fn run_options(setup: &Setup) -> RunOptions {
+/// How a format runs, with files that grow so.
+pub fn run_options(growth: Option<Growth>) -> RunOptions {
     let mut run = RunOptions::default();
-    if let Some(growth) = setup.growth {
+    if let Some(growth) = growth {
         run.qed.growth = growth;
         run.vmdk.growth = growth;
     }
@@ -106,26 +106,31 @@ impl Session {
                        specified.";
             return Err(image.failed(Error::Invalid(why.into())));
         }
+        let record = setup.record.as_ref().map(|path| {
+            // Before anything is repaired.
+            let mut head = Head::new(&limits_of(setup), setup.growth, setup.cache.direct);
+            head.disk(image, setup.write).map(|()| (head, path))
+        });
+        let record = record.transpose()?;
         let chain = open_chain(image, setup.write, setup.cache.direct)?;
-        Session::over(image, chain, setup)
+        let mut session = Session::over(image, chain, setup)?;
+        if let Some((head, path)) = record {
+            head.begin(path, session.engine.backend_mut())?;
+        }
+        Ok(session)
     }
 
     /// Runs `image`, which is open.
     pub fn over(image: &Image, chain: Chain<DiskFile>, setup: &Setup) -> Result<Session, Fail> {
-        let head = setup.record.as_ref().map(|_| Head::of(image, setup)).transpose()?;
+        let limits = limits_of(setup);
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
-        let limits = limits_of(setup);
         let backend = Disk::new(how, limits.requests * 2, setup.may_block).map_err(opened)?;
         let mut engine = Engine::new(Recorder::new(backend), limits);
         let top = chain.layers.first().filter(|_| setup.write);
         let before = top.map(Before::of).transpose().map_err(|why| image.failed(why))?;
         let locks = chain.locks().map_err(opened)?;
-        let node = attach(&mut engine, chain, &run_options(setup)).map_err(opened)?;
-        if let (Some(path), Some(head)) = (&setup.record, head) {
-            let writer = Writer::create(path, head, engine.backend().infos())?;
-            engine.backend_mut().start(Box::new(writer));
-        }
+        let node = attach(&mut engine, chain, &run_options(setup.growth)).map_err(opened)?;
         let events = EventLoop::new(engine.fd()).map_err(opened)?;
         Ok(Session { engine, node, image: image.clone(), events, temporary: None, before, locks })
     }

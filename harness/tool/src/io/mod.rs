@@ -8,8 +8,8 @@ mod command;
 mod report;
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::mem::Mem;
+use cowbell_engine::record::Recorder;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, NodeLimits};
@@ -15,6 +16,7 @@ use crate::cache::{Cache, How};
 use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::naming::Naming;
+use crate::record::Head;
 use crate::serve::memory::Pool;
 use crate::session::open_chain;
 
@@ -31,6 +33,8 @@ pub struct Opening<'a> {
     pub snapshot: bool,
     pub cache: Cache,
     pub how: How,
+    /// Where all that is asked and seen is recorded.
+    pub record: Option<&'a Path>,
 }
 
 /// One disk.
@@ -58,7 +62,7 @@ pub struct Served {
 #[derive(Debug)]
 pub struct Disks {
     /// The engine.
-    pub engine: Engine<Node, Disk>,
+    pub engine: Engine<Node, Recorder<Disk>>,
     /// The disks, in the order in which they were named.
     pub served: Vec<Served>,
     /// The memory of requests.
@@ -73,17 +77,21 @@ impl Disks {
     pub fn open(images: &[OsString], opening: &Opening<'_>) -> Result<Disks, Fail> {
         let limits = Limits { requests: REQUESTS, ops: REQUESTS * 4, ..Limits::default() };
         let backend = Disk::new(opening.how, REQUESTS * 2, false)?;
-        let engine = Engine::new(backend, limits);
+        let engine = Engine::new(Recorder::new(backend), limits);
         let cache = opening.cache;
+        let mut head = Head::new(&limits, None, cache.direct);
         let mut disks =
             Disks { engine, served: Vec::new(), memory: Pool::default(), cache, in_flight: 0 };
         for given in images {
-            disks.add(given, opening)?;
+            disks.add(given, opening, &mut head)?;
+        }
+        if let Some(path) = opening.record {
+            head.begin(path, disks.engine.backend_mut())?;
         }
         Ok(disks)
     }
 
-    fn add(&mut self, given: &OsStr, opening: &Opening<'_>) -> Result<(), Fail> {
+    fn add(&mut self, given: &OsStr, opening: &Opening<'_>, head: &mut Head) -> Result<(), Fail> {
         // Options have a `=` of their own.
         let is_by_options = opening.naming.is_by_options();
         let (name, path) = if is_by_options { (None, given) } else { named(given) };
@@ -106,6 +114,9 @@ impl Disks {
         let write = !opening.read_only;
         if write {
             image.check_writable()?;
+        }
+        if opening.record.is_some() {
+            head.disk(&image, write)?;
         }
         let chain = open_chain(&image, write, opening.cache.direct)?;
         let at = |error| Fail::open_io(Path::new(path), &error);

@@ -29,6 +29,7 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -101,6 +102,9 @@ pub struct Args {
     /// What is said as JSON: where it listens; on SIGUSR1 and in the end, what was served
     #[arg(long)]
     json: bool,
+    /// Record all that the engine is asked and sees into this file, without a byte of data: see `replay`
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
+    record: Option<PathBuf>,
     #[command(flatten)]
     naming: Naming,
     /// The images: PATH, or NAME=PATH (not with --image-opts); by default the name is the file's. Who
@@ -174,6 +178,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         snapshot: args.snapshot,
         cache,
         how,
+        record: args.record.as_deref(),
     };
     let disks = Disks::open(&args.images, &opening)?;
     let mut listeners = Vec::new();

@@ -31,7 +31,7 @@ fn have(program: &str) -> bool {
 }
 
 /// A server at work; killed if nobody has stopped it.
-struct Serving {
+pub struct Serving {
     child: Child,
     said: BufReader<ChildStdout>,
     socket: PathBuf,
@@ -41,7 +41,7 @@ struct Serving {
 
 impl Serving {
     /// Serves on the socket `s` in `place`, with these arguments.
-    fn start(place: &Place, args: &str) -> Serving {
+    pub fn start(place: &Place, args: &str) -> Serving {
         Serving::at(place, &format!("--nbd unix:s {args}"))
     }
 
@@ -68,7 +68,7 @@ impl Serving {
     }
 
     /// Ends it as a service manager does; what it has said since the first line.
-    fn stop(mut self) -> String {
+    pub fn stop(mut self) -> String {
         let began = clock();
         self.signal("TERM");
         let mut rest = String::new();

@@ -1,0 +1,171 @@
+//! What was recorded of a real run is done again without its images, step for step: of every format, by
+//! whatever does the I/O, after a kill, under a server. What is no record, or one that was changed, does no harm.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::common::{COWBELL, Place, Random, have_qemu, read};
+use crate::images_are_served_over_nbd::Serving;
+
+const SAME: &str = "Every transition was as it was recorded.";
+
+/// Replays in a folder that has nothing but the record.
+fn replays(place: &Place, requests: u64, what: &str) {
+    let elsewhere = Place::new();
+    fs::copy(place.path("t"), elsewhere.path("t")).expect("it is copied");
+    let said = elsewhere.ok("cowbell replay t");
+    assert!(
+        said.starts_with(&format!("{requests} requests, of which {requests} ended")),
+        "{what}: {said}"
+    );
+    assert!(said.ends_with(&format!("{SAME}\n")), "{what}: {said}");
+}
+
+#[test]
+fn of_every_format() {
+    let place = Place::new();
+    for format in ["raw", "qed", "qcow2", "vmdk", "vdi"] {
+        place.ok(&format!("rm -f i; cowbell create -q -f {format} i 64M"));
+        for how in [
+            "-w -t none -n -s 4k --random 3",
+            "-w -t none -n -s 512 -o 3584 -S 1536",
+            "-w --flush-interval 50 -s 20k",
+            "-t none -i io_uring -s 64k",
+            "-t none -n -s 4k --random 5",
+        ] {
+            place.ok(&format!("cowbell bench -q -f {format} {how} -c 1000 -d 16 --record t i"));
+            let flushes = if how.contains("flush") { 20 } else { 0 };
+            replays(&place, 1000 + flushes, &format!("{format} {how}"));
+        }
+    }
+}
+
+#[test]
+fn of_chains_and_compressed_clusters_and_zeros() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f vmdk base 8M && cowbell bench -q -w -f vmdk -c 100 -s 40k base");
+    place.ok("cowbell create -q -f qcow2 -b base -F vmdk top");
+    let commands = "-c 'write -c 0 1M' -c 'write -P 3 1M 64k' -c 'read 0 2M' -c 'discard 0 64k' \
+                    -c 'write -z 128k 100k' -c 'write -c -P 7 3000k 200k' -c 'read 0 8M' -c flush";
+    place.ok(&format!("cowbell io -f qcow2 --record t {commands} top"));
+    replays(&place, 8, "a chain");
+    place.ok("cowbell convert -f qcow2 -O vmdk -o subformat=streamOptimized top stream");
+    place.ok("cowbell bench -q -f vmdk -c 500 -s 4k -d 8 --record t stream");
+    replays(&place, 500, "a stream");
+    // By its options, with another backing file than the image says.
+    let named = "driver=qcow2,file.filename=top,backing.driver=raw,backing.file.filename=stream";
+    place.ok(&format!("cowbell io --image-opts --record t -c 'read 0 1M' {named}"));
+    replays(&place, 1, "by options");
+}
+
+/// No byte of a guest's is in it.
+#[test]
+fn without_the_data() {
+    let place = Place::new();
+    for format in ["raw", "qed", "qcow2", "vmdk", "vdi"] {
+        place.ok(&format!("rm -f i; cowbell create -q -f {format} i 8M"));
+        for commands in [
+            "-c 'write -P 0xe7 5k 300k' -c 'write -P 0xe7 1M 64k' -c 'read 0 2M'",
+            "-c 'write -P 0xe7 1000k 1k' -c 'read 5k 3k' -c flush",
+        ] {
+            place.ok(&format!("cowbell io -n -f {format} --record t {commands} i"));
+            let record = read(&place.path("t"));
+            assert!(!record.windows(16).any(|bytes| bytes == [0xe7; 16]), "{format} {commands}");
+        }
+    }
+}
+
+#[test]
+fn after_a_kill_as_far_as_it_went() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 1G");
+    let mut bench = Command::new(COWBELL);
+    let args = "bench -q -w -f qcow2 -t none -n --random 3 -c 100000000 -s 4k -d 32 --record t i";
+    let bench = bench.args(args.split(' ')).current_dir(place.dir.path()).stdout(Stdio::null());
+    let mut bench = bench.spawn().expect("it starts");
+    while fs::metadata(place.path("t")).map_or(0, |file| file.len()) < 2 << 20 {
+        sleep(Duration::from_millis(10));
+    }
+    bench.kill().expect("it is killed");
+    bench.wait().expect("it ends");
+    let said = place.ok("cowbell replay t");
+    assert!(said.ends_with(&format!("{SAME}\n")), "{said}");
+    let requests: u64 = said.split(' ').next().and_then(|word| word.parse().ok()).expect("a count");
+    assert!(requests > 10_000, "{said}");
+}
+
+#[test]
+fn of_a_server_and_several_disks() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 a 64M && cowbell create -q -f qed b 64M");
+    let server = Serving::start(&place, "-t none --record t a=a b=b");
+    for disk in ["a", "b"] {
+        let uri = format!("'nbd+unix:///{disk}?socket=s'");
+        place.qemu(&format!("qemu-img bench -q -w -f raw -c 2000 -d 16 -s 4k -S 12k -o 1k {uri}"));
+        place.qemu(&format!(
+            "qemu-io -f raw -c 'write -z 1M 2M' -c 'discard 3M 1M' -c 'read 0 4M' {uri}"
+        ));
+    }
+    server.stop();
+    let said = place.ok("cowbell replay t");
+    assert!(said.ends_with(&format!("{SAME}\n")), "{said}");
+    let requests: u64 = said.split(' ').next().and_then(|word| word.parse().ok()).expect("a count");
+    assert!(requests >= 4000, "{said}");
+}
+
+/// Where a record and what is done differ, it is said in which turn.
+#[test]
+fn another_way_is_noticed() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qed i 64M");
+    place.ok("cowbell bench -q -w -f qed -c 500 -d 8 -s 4k -t none -n --record t i");
+    let record = read(&place.path("t"));
+    let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
+    // A request's offset: a little further in, a byte is another one.
+    let mut random = Random(7);
+    let mut noticed = 0;
+    for _ in 0..100 {
+        let mut changed = record.clone();
+        let at = begin + random.below((record.len() - begin) as u64) as usize;
+        changed[at] ^= 1 << random.below(8);
+        fs::write(place.path("u"), &changed).expect("it is written");
+        let out = place.ours("cowbell replay u");
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        let code = out.status.code().expect("it ends by itself");
+        assert!(code == 0 || code == 1, "{code}: {}", String::from_utf8_lossy(&out.stderr));
+        noticed += u32::from(code == 1 && said.contains("it went another way"));
+    }
+    assert!(noticed >= 50, "{noticed} of 100 changes");
+}
+
+#[test]
+fn what_is_no_record_is_refused() {
+    let place = Place::new();
+    place.ok(
+        "cowbell create -q -f qcow2 i 1M && cowbell io -n -f qcow2 --record t -c 'write 0 64k' i",
+    );
+    let record = read(&place.path("t"));
+    let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head");
+    let mut random = Random(3);
+    for n in 0..150 {
+        let mut changed = record.clone();
+        match n % 3 {
+            0 => changed.truncate(random.below(record.len() as u64) as usize),
+            1 => changed[random.below(begin as u64) as usize] = b' ' + random.below(90) as u8,
+            _ => {
+                let at = random.below(begin as u64) as usize;
+                changed.splice(at..at, [b'9'; 12]);
+            }
+        }
+        fs::write(place.path("u"), &changed).expect("it is written");
+        let out = place.ours("cowbell replay u");
+        let code = out.status.code().expect("it ends by itself");
+        assert!(code == 0 || code == 1, "{n}: {code}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    assert_eq!(place.ours("cowbell replay i").status.code(), Some(1));
+}
