@@ -116,7 +116,7 @@ impl<B> Recorder<B> {
 
     /// From now on all is recorded. Nothing is in flight, and the clock stands at `now` or after it.
     pub fn start(&mut self, sink: Box<dyn Sink>) {
-        let chunk = Vec::with_capacity(CHUNK);
+        let chunk = Vec::with_capacity(CHUNK + CHUNK / 4);
         let (time, sum) = (Time(0), Sum::default());
         self.log = Some(Box::new(Log { sink, chunk, time, sum, polled: 0, offered: Vec::new() }));
     }
@@ -597,4 +597,139 @@ fn lent(code: u8, bits: u16) -> Option<Lent> {
         2 | 3 => Lent::Ram { read_only: code == 3, bits },
         _ => return None,
     })
+}
+
+#[cfg(all(test, feature = "contract"))]
+mod tests {
+    use std::fs;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::contract::{BLOCK, Bench, FILE, Rig, pattern, pool, read, write};
+    use crate::sys::disk::{DiskFile, DiskOptions};
+    use crate::sys::inline::Inline;
+
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>, bool);
+
+    impl Sink for Kept {
+        fn take(&mut self, mut chunk: Vec<u8>) -> Option<Vec<u8>> {
+            self.0.lock().expect("not poisoned").append(&mut chunk);
+            (!self.1).then_some(chunk)
+        }
+    }
+
+    struct Disk(tempfile::TempDir, Kept);
+
+    impl Rig for Disk {
+        type Backend = Recorder<Inline>;
+        fn make(&mut self, contents: &[u8]) -> (Self::Backend, FileInfo) {
+            let path = self.0.path().join("file");
+            fs::write(&path, contents).expect("a file");
+            let options = DiskOptions { write: true, ..DiskOptions::default() };
+            let file = DiskFile::open(path, &options).expect("it opens");
+            let mut backend = Recorder::new(Inline::new());
+            let info = backend.attach(FILE, file).expect("it attaches");
+            backend.start(Box::new(self.1.clone()));
+            (backend, info)
+        }
+        fn contents(&mut self, _: &mut Self::Backend) -> Vec<u8> {
+            fs::read(self.0.path().join("file")).expect("a file")
+        }
+    }
+
+    fn disk() -> Disk {
+        Disk(tempfile::tempdir().expect("a folder"), Kept::default())
+    }
+
+    #[test]
+    fn keeps_the_contract() {
+        crate::contract::run_all(&mut disk());
+    }
+
+    #[test]
+    fn what_is_written_down_is_read_again() {
+        let mut disk = disk();
+        let mut bench = Bench::new(&mut disk, &pattern(4, 1));
+        let good = bench.push(write(1, pool(0, 0, 1)));
+        bench.drain();
+        let short = bench.push(read(3, pool(0, 0, 2)));
+        bench.drain();
+        let (node, aligned) = (NodeId::default(), Io::write(4096, 8192));
+        let odd = Io { kind: IoKind::Zero { unmap: true, fua: false }, offset: 5, len: 1 << 40 };
+        for note in [
+            Note::Run(Time(5_000_000_000)),
+            Note::Clock(Time(5_000_000_700)),
+            Note::Submitted { node, io: &aligned, mem: &crate::mem::Buf::zeroed(8192).into() },
+            Note::Submitted { node, io: &odd, mem: &Mem::None },
+            Note::Submitted {
+                node,
+                io: &Io::read(0, 512),
+                mem: &Mem::Ram(crate::sys::ram::Ram::standing_in(512, 0x208)),
+            },
+            Note::Called(Called::Close(node)),
+            Note::Called(Called::Other("start")),
+            Note::Polled(Ok(())),
+            Note::Polled(Err(Errno::IO)),
+            Note::Ran,
+        ] {
+            bench.backend.note(note);
+        }
+        bench.backend.stop();
+        assert!(!bench.backend.is_recording());
+        let record = disk.1.0.lock().expect("not poisoned").clone();
+        let mut reader = Reader::new(&record);
+        let entries: Vec<Entry<'_>> = reader.by_ref().collect();
+        assert_eq!(reader.left(), 0);
+        let took = Entry::Took { count: 1, places: None };
+        let (lent, none) = (Lent::Buffer, Lent::Nothing);
+        let bits = Lent::Ram { read_only: false, bits: 0x208 };
+        let Some(Entry::Ran(sum)) = entries.last().copied() else { panic!("{entries:?}") };
+        assert_eq!(
+            entries,
+            [
+                took,
+                Entry::Done { op: good, answer: None, brought: &[] },
+                took,
+                Entry::Done { op: short, answer: Some(BLOCK as i64), brought: &[] },
+                Entry::Run(Time(5_000_000_000)),
+                Entry::Clock(Time(5_000_000_700)),
+                Entry::Submitted { node: 0, io: aligned, lent, bytes: 8192 },
+                Entry::Submitted { node: 0, io: odd, lent: none, bytes: 0 },
+                Entry::Submitted { node: 0, io: Io::read(0, 512), lent: bits, bytes: 512 },
+                Entry::Called { which: 2, node: 0 },
+                Entry::Untold("start"),
+                Entry::Polled(2),
+                Entry::Ran(sum),
+            ]
+        );
+        // It may end anywhere: what is there is read as before.
+        for len in 0..record.len() {
+            let some: Vec<Entry<'_>> = Reader::new(&record[..len]).collect();
+            assert!(some.len() < entries.len() && entries.starts_with(&some), "{len}");
+        }
+    }
+
+    #[test]
+    fn a_sink_without_room_ends_it() {
+        let mut disk = Disk(tempfile::tempdir().expect("a folder"), Kept(Arc::default(), true));
+        let (mut backend, _) = disk.make(&pattern(1, 1));
+        let before = backend.note_until_full();
+        assert!(before >= CHUNK as u64 / 12 && !backend.is_recording());
+        assert!(disk.1.0.lock().expect("not poisoned").len() >= CHUNK);
+    }
+
+    impl Recorder<Inline> {
+        /// Runs, until no more is recorded; answers how many.
+        fn note_until_full(&mut self) -> u64 {
+            for n in 1.. {
+                self.note(Note::Run(Time(n * 1000)));
+                self.note(Note::Ran);
+                if !self.is_recording() {
+                    return n;
+                }
+            }
+            0
+        }
+    }
 }

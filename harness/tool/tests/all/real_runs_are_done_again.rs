@@ -60,6 +60,18 @@ fn of_chains_and_compressed_clusters_and_zeros() {
     replays(&place, 1, "by options");
 }
 
+#[test]
+fn as_far_as_is_wanted() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 64M");
+    place.ok("cowbell bench -q -w -f qcow2 -c 500 -d 8 -s 4k -t none -n --record t i");
+    let said = place.ok("cowbell replay --until 3 --dump t");
+    let (first, rest) = said.split_once('\n').expect("lines");
+    assert!(first.ends_with(" 3 turns."), "{first}");
+    assert!(rest.contains("Qcow2") && rest.contains("in_flight"), "{rest}");
+    assert!(!place.path("i.partial").exists());
+}
+
 /// No byte of a guest's is in it.
 #[test]
 fn without_the_data() {
