@@ -194,12 +194,12 @@ pub enum Note<'a> {
     /// A finished request was taken: it ended so.
     Polled(Result<(), Errno>),
     /// Another method was called that changes something.
-    Called(Called),
+    Called(Called<'a>),
 }
 
 /// Methods of an engine, besides those that have a [`Note`] of their own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Called {
+pub enum Called<'a> {
     /// [`Engine::drain`](crate::Engine::drain)
     Drain,
     /// [`Engine::close`](crate::Engine::close)
@@ -214,6 +214,8 @@ pub enum Called {
     PollEvent,
     /// [`Engine::take_files`](crate::Engine::take_files)
     TakeFiles(NodeId),
+    /// [`Engine::abandon`](crate::Engine::abandon), of a disk, which gave up these requests.
+    Abandon(NodeId, &'a [ReqId]),
     /// One of which a record cannot tell enough to do it again.
     Other(&'static str),
 }

@@ -235,6 +235,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         self.core.mem.set_looked_at(region, looked_at);
     }
 
+    /// The tag of a request of a guest's that has not been taken from `poll`. `None`: there is no such request.
+    pub fn tag_of(&self, request: ReqId) -> Option<u64> {
+        let slot = self.core.ops.slots().find(|&(id, _)| id == request).map(|(_, slot)| slot)?;
+        (slot.origin == Origin::Guest).then_some(slot.tag)
+    }
+
     /// The ids of its nodes, in the order of their places; `None` where there is none.
     pub fn nodes(&self) -> impl Iterator<Item = Option<NodeId>> {
         (0..self.life.nodes.len())
@@ -375,7 +381,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// Somebody called a method that changes something.
     #[inline]
-    fn called(&mut self, called: Called) {
+    fn called(&mut self, called: Called<'_>) {
         self.backend.note(Note::Called(called));
     }
 

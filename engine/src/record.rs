@@ -24,6 +24,7 @@
 //! | 0x0a | what it read, before it came back | length (u32), bytes |
 //! | 0x0b | finished requests were taken | how many (u8) |
 //! | 0x0c | a method was called | which (u8), the node's index (u32) |
+//! | 0x0e | requests were given up | the node's index (u32), how many (u32), the place of each (u32) |
 //! | 0x0d | one that a record does not tell of | length (u8), its name |
 //! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (u8), memory (u8), offset and length in sectors (u32, u16) |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
@@ -190,26 +191,27 @@ impl Log {
         }
     }
 
+    #[inline]
     fn submitted(&mut self, node: NodeId, io: &Io, mem: &Mem) {
         let code = code_of(io.kind);
         let (kind, bits) = match mem {
             Mem::None => (0, 0),
             Mem::Owned(_) => (1, 0),
-            Mem::Ram(ram) if ram.is_read_only() => (3, ram.misaligned_bits() as u16 & 0xfff),
-            Mem::Ram(ram) => (2, ram.misaligned_bits() as u16 & 0xfff),
+            Mem::Ram(ram) => {
+                (2 + u8::from(ram.is_read_only()), ram.misaligned_bits() as u16 & 0xfff)
+            }
         };
         let index = node.index() as u32;
-        let (sector, sectors) = (io.offset >> 9, io.len >> 9);
-        let fits = (io.offset | io.len) & 511 == 0
-            && sector <= u64::from(u32::MAX)
-            && sectors <= u64::from(u16::MAX)
-            && index <= 0xff
-            && bits == 0
-            && (kind == 0 || mem.len() as u64 == io.len);
-        if fits {
-            let [a, b, c, d] = (sector as u32).to_le_bytes();
-            let [e, f] = (sectors as u16).to_le_bytes();
-            return self.put([0x10 | code, index as u8, kind, a, b, c, d, e, f]);
+        // In whole sectors, of the first 2 TiB, at most 32 MiB, on one of the first 256 disks.
+        let odd = (io.offset | io.len) & 511 | io.offset >> 41 | io.len >> 25;
+        let odd = odd | u64::from(index >> 8) | u64::from(bits);
+        if odd == 0 && (kind == 0 || mem.len() as u64 == io.len) {
+            let start = u32::from(0x10 | code) | index << 8 | u32::from(kind) << 16;
+            let place = u64::from(start) | (io.offset >> 9) << 24;
+            let mut bytes = [0; 9];
+            bytes[..8].copy_from_slice(&place.to_le_bytes());
+            bytes[7..].copy_from_slice(&((io.len >> 9) as u16).to_le_bytes());
+            return self.put(bytes);
         }
         self.tagged::<4, 5>(0x20 | code, index.to_le_bytes());
         self.put([kind]);
@@ -219,11 +221,19 @@ impl Log {
         }
     }
 
-    fn called(&mut self, called: Called) {
+    fn called(&mut self, called: Called<'_>) {
         let (which, node) = match called {
             Called::Other(name) => {
                 self.put([0x0d, name.len() as u8]);
                 self.chunk.extend_from_slice(name.as_bytes());
+                return;
+            }
+            Called::Abandon(node, requests) => {
+                self.put([0x0e]);
+                for number in [node.index() as u32, requests.len() as u32] {
+                    self.put(number.to_le_bytes());
+                }
+                requests.iter().for_each(|request| self.put(request.0.to_le_bytes()));
                 return;
             }
             Called::Drain => (0, NodeId::default()),
@@ -474,6 +484,13 @@ pub enum Entry<'r> {
         /// The disk.
         node: u32,
     },
+    /// Requests of the disk with this index were given up: the places of these, of 4 bytes each.
+    Abandoned {
+        /// The disk.
+        node: u32,
+        /// The requests.
+        requests: &'r [u8],
+    },
     /// A method that a record does not tell enough of.
     Untold(&'r str),
 }
@@ -528,6 +545,12 @@ impl<'r> Reader<'r> {
             0x0d => {
                 let len = byte(rest)?;
                 Entry::Untold(std::str::from_utf8(bytes(rest, len.into())?).ok()?)
+            }
+            0x0e => {
+                let (node, count) =
+                    (u32::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?));
+                let requests = bytes(rest, (count as usize).checked_mul(4)?)?;
+                Entry::Abandoned { node, requests }
             }
             0x10..=0x1f => {
                 let kind = kind_of(tag & 0xf)?;

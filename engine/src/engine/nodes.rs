@@ -2,7 +2,7 @@
 //! means is said in `life.rs`.
 
 use super::Engine;
-use crate::backend::{Backend, Called};
+use crate::backend::{Backend, Called, Note};
 use crate::events::NodeEvent;
 use crate::held::Rate;
 use crate::life::Why;
@@ -98,11 +98,11 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [that has an owner](crate::sys::ram::Ram::has_owner), which the engine can keep, and no truncations. Others, whose lender has only promised to
     /// leave it there, are not given up, and come from `poll` as ever; and so do those that have ended.
     pub fn abandon(&mut self, node: NodeId, mut which: impl FnMut(u64) -> bool) -> Vec<u64> {
-        self.called(Called::Other("abandon"));
         if !self.has(node) {
             return Vec::new();
         }
         let core = &mut self.core;
+        let backend = &mut self.backend;
         let may_be = |slot: &Slot| {
             let is_its = slot.node == node && slot.origin == Origin::Guest;
             let goes_on = !matches!(slot.waits, Waits::Poll | Waits::Free);
@@ -113,6 +113,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let picked = kept.filter(|(_, slot)| which(slot.tag));
         let picked: Vec<(ReqId, Io, u64)> =
             picked.map(|(id, slot)| (id, slot.io, slot.tag)).collect();
+        let ids: Vec<ReqId> = picked.iter().map(|&(id, ..)| id).collect();
+        backend.note(Note::Called(Called::Abandon(node, &ids)));
         let mut tags = Vec::with_capacity(picked.len());
         for (id, io, tag) in picked {
             tags.push(tag);

@@ -15,7 +15,7 @@ use cowbell_engine::op::{Base, OpKind};
 use cowbell_engine::record::{Entry, Lent, Reader, Sum};
 use cowbell_engine::step::Driver;
 use cowbell_engine::sys::ram::Ram;
-use cowbell_engine::units::{Errno, FileId, NodeId, OpId, Time};
+use cowbell_engine::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
 
 /// What was recorded, as a backend.
 #[derive(Debug)]
@@ -273,6 +273,18 @@ pub fn play<'r, F, D: Driver>(
                     5 => drop(engine.resume(node)),
                     6 => drop(engine.take_files(node)),
                     _ => return Verdict::Untold(format!("method {which}")),
+                }
+            }
+            Entry::Abandoned { node, requests } => {
+                let Some(node) = id(node) else {
+                    return Verdict::Differs("a disk that is not there gives up requests".into());
+                };
+                let place = |bytes: &[u8]| bytes.try_into().map_or(0, u32::from_le_bytes);
+                let places = requests.chunks_exact(4).map(|bytes| ReqId(place(bytes)));
+                let tags: Vec<Option<u64>> = places.map(|id| engine.tag_of(id)).collect();
+                let given_up = engine.abandon(node, |tag| tags.contains(&Some(tag)));
+                if given_up.len() != tags.len() {
+                    return Verdict::Differs("other requests are given up".into());
                 }
             }
             Entry::Untold(name) => return Verdict::Untold(name.into()),
