@@ -68,7 +68,7 @@ fn as_far_as_is_wanted() {
     let said = place.ok("cowbell replay --until 3 --dump t");
     let (first, rest) = said.split_once('\n').expect("lines");
     assert!(first.ends_with(" 3 turns."), "{first}");
-    assert!(rest.contains("waits for Io: ") && rest.contains("Qcow2"), "{rest}");
+    assert!(rest.contains("r0 Io { kind: Write") && rest.contains("waits for "), "{rest}");
 }
 
 /// No byte of a guest's is in it.
