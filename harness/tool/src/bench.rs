@@ -305,6 +305,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         turn: turn(args)?,
         depth: depth as usize + 1,
         growth,
+        has_remote: false,
     };
     Ok((plan, setup))
 }
