@@ -360,6 +360,7 @@ impl Backend for Local {
 
 /// A backend for files of this machine, and for servers' disks if there are any.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one, and the large one is the usual one")]
 pub enum Disk {
     /// Files of this machine, without a look at which: nothing else costs them anything.
     Local(Local),
