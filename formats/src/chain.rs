@@ -38,7 +38,8 @@ pub trait Host {
     type File: Store;
 
     /// Opens a file that exists. Must not wait for anybody (a FIFO's other end) and must refuse
-    /// what has no bytes at offsets (a FIFO, a folder).
+    /// what has no bytes at offsets (a FIFO, a folder). A path that [is an address](name::is_remote)
+    /// was given by the caller, or by an image under [`Policy::Any`]: a host follows it or fails.
     fn open(&self, path: &Path, write: bool) -> io::Result<Self::File>;
 
     /// Makes an empty file, open for reading and writing. Fails with
@@ -123,7 +124,8 @@ pub enum Policy {
     SameDirectory,
     /// Those in these folders or below.
     Directories(Vec<PathBuf>),
-    /// Any. For images one trusts.
+    /// Any; for backing files also those that have an address, if the host reaches it. For images
+    /// one trusts.
     Any,
 }
 
@@ -220,7 +222,7 @@ impl<F> Layer<F> {
     /// Where that file was found.
     pub fn numbered_path(&self, file: usize) -> PathBuf {
         match self.meta.files().get(file.wrapping_sub(1)) {
-            Some(name) => folder_of(&self.path).join(name),
+            Some(name) => name::as_local(folder_of(&self.path).join(name)),
             None => self.path.clone(),
         }
     }
@@ -470,7 +472,7 @@ fn open_files_as<H: Host>(
     let folder = folder_of(path);
     let mut files = Vec::with_capacity(names.len());
     for name in names {
-        let named = Named { what: "file", path: folder.join(name), folder: folder.clone() };
+        let named = Named { what: "file", path: beside(path, name)?, folder: folder.clone() };
         let is_bare = named.path.file_name() == Some(name.as_os_str());
         if options.files == Policy::SameDirectory && !is_bare {
             return named.refused("its name is more than a name");
@@ -549,7 +551,7 @@ fn backing_of<F>(
 ///
 /// # Errors
 ///
-/// As [`Name::parse`]. (A plain file with a colon in its name can be spelled `./nbd:...`.)
+/// As [`Name::parse`]; [`Error::Unsupported`] for a relative path in an image that a server has. (A plain file with a colon in its name can be spelled `./nbd:...`.)
 pub fn backing_name(overlay: &Path, name: &Path) -> Result<Name, Error> {
     let text = name.as_os_str();
     if name::protocol(text).is_some() {
@@ -563,7 +565,16 @@ pub fn backing_name(overlay: &Path, name: &Path) -> Result<Name, Error> {
     if bytes.contains(&0) || bytes.is_empty() {
         return Err(Error::Invalid("the backing file's name is no path".into()));
     }
-    Ok(Name::plain(folder_of(overlay).join(name), None))
+    Ok(Name::plain(beside(overlay, name)?, None))
+}
+
+/// The file `name` as the image at `image` means it: never an address. Export names are no folders.
+fn beside(image: &Path, name: &Path) -> Result<PathBuf, Error> {
+    if name::is_remote(image) && name.is_relative() {
+        let what = "the image is on a server, and has no folder that the file";
+        return Err(Error::Unsupported(format!("{what} '{}' could be in", Shown(name))));
+    }
+    Ok(name::as_local(folder_of(image).join(name)))
 }
 
 pub(crate) fn path_of(name: &[u8]) -> &Path {
@@ -630,6 +641,7 @@ fn allowed_path<H: Host>(host: &H, named: &Named, policy: &Policy) -> Result<Pat
     match policy {
         Policy::Any => Ok(path.clone()),
         Policy::Refuse => named.refused("no such files are allowed here"),
+        _ if name::is_remote(path) => named.refused("it is on a server"),
         Policy::SameDirectory => {
             let real = resolve(path)?;
             if real.parent() == Some(&*resolve(&named.folder)?) {

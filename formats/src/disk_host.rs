@@ -10,6 +10,7 @@ use cowbell_engine::sys::disk::{Create, DiskFile, DiskOptions};
 use cowbell_engine::sys::lock::{Lock, LockError, Locking};
 
 use crate::chain::Host;
+use crate::name::is_remote;
 
 /// How long the lock of a process that has ended may outlast it: so long is a lock asked for again
 /// that nobody seems to hold. (Another user's process may hold it, unseen; it is refused after that.)
@@ -17,7 +18,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Opens files of this machine.
+/// Opens files of this machine; what has [an address](is_remote) is refused.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiskHost {
     /// Past the page cache (O_DIRECT). Opening fails where a file system cannot do it.
@@ -28,10 +29,12 @@ impl Host for DiskHost {
     type File = DiskFile;
 
     fn open(&self, path: &Path, write: bool) -> io::Result<DiskFile> {
+        refuse_remote(path)?;
         DiskFile::open(path, &DiskOptions { write, direct: self.direct, ..DiskOptions::default() })
     }
 
     fn create_new(&self, path: &Path) -> io::Result<DiskFile> {
+        refuse_remote(path)?;
         let (write, create) = (true, Create::New);
         DiskFile::open(path, &DiskOptions { write, create, ..DiskOptions::default() })
     }
@@ -55,6 +58,14 @@ impl Host for DiskHost {
     fn identity(&self, file: &DiskFile) -> io::Result<(u64, u64)> {
         file.identity()
     }
+}
+
+/// A file that is really called so is spelled `./nbd:...`.
+fn refuse_remote(path: &Path) -> io::Result<()> {
+    if !is_remote(path) {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::Unsupported, "disks of servers are not reached from here"))
 }
 
 /// Locks a file; waits a moment for what seems to be the lock of a process that has ended.

@@ -8,6 +8,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use cowbell_engine::both::Either;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::{Lock, LockState, Locking};
 
@@ -133,7 +134,29 @@ impl Locks {
     }
 }
 
-impl Chain<DiskFile> {
+/// A file that may be one of this machine, which has locks.
+pub trait MaybeLocal {
+    /// The file of this machine, if it is one.
+    fn local(&self) -> Option<&DiskFile>;
+}
+
+impl MaybeLocal for DiskFile {
+    fn local(&self) -> Option<&DiskFile> {
+        Some(self)
+    }
+}
+
+/// What is in the second backend is elsewhere.
+impl<B> MaybeLocal for Either<DiskFile, B> {
+    fn local(&self) -> Option<&DiskFile> {
+        match self {
+            Either::First(file) => Some(file),
+            Either::Second(_) => None,
+        }
+    }
+}
+
+impl<F: MaybeLocal> Chain<F> {
     /// A handle to the locks of all files of this chain.
     ///
     /// # Errors
@@ -149,7 +172,7 @@ impl Chain<DiskFile> {
         Ok(Locks { files, locking: Locking::On })
     }
 
-    /// The files that should have been locked and that their file systems have no locks for.
+    /// The files of this machine that should have been locked and that their file systems have no locks for.
     pub fn unlockable(&self) -> Vec<PathBuf> {
         let is_unlockable =
             |file: &DiskFile| matches!(file.lock_state(), LockState::Unsupported(_));
@@ -158,7 +181,8 @@ impl Chain<DiskFile> {
 
     fn files(&self) -> impl Iterator<Item = (PathBuf, &DiskFile)> {
         self.layers.iter().flat_map(|layer| {
-            (0..=layer.more.len()).map(|i| (layer.numbered_path(i), layer.numbered(i)))
+            (0..=layer.more.len())
+                .filter_map(|i| Some((layer.numbered_path(i), layer.numbered(i).local()?)))
         })
     }
 }

@@ -1,4 +1,5 @@
-//! Names of images that say more than a path: `file:PATH`, `json:{...}` and lists of options.
+//! Names of images that say more than a path: `file:PATH`, `json:{...}`, lists of options, and the
+//! addresses of disks that servers have (`nbd:...`).
 //!
 //! These are what QEMU's programs take on their command lines, and what they write into images as
 //! names of backing files. One way through: each form becomes a list of options with dotted keys
@@ -24,7 +25,7 @@ const NESTED_MAX: usize = 64;
 /// An image, named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name {
-    /// The image's own file.
+    /// The image's own file; or an address, see [`is_remote`].
     pub path: PathBuf,
     /// Its format; `None`: nobody said.
     pub format: Option<Format>,
@@ -72,8 +73,9 @@ impl Name {
         }
     }
 
-    /// A path, `file:PATH` or `json:{...}`. What has a colon before its first slash is no path:
-    /// `./a:b` is.
+    /// A path, `file:PATH`, `json:{...}` or the address of a server's disk, which is only told from
+    /// a path here: it is the host's to understand. What has a colon before its first slash is no
+    /// path: `./a:b` is.
     ///
     /// # Errors
     ///
@@ -85,14 +87,12 @@ impl Name {
             None => text,
             Some(b"file") => OsStr::from_bytes(&bytes["file:".len()..]),
             Some(b"json") => return json(&bytes["json:".len()..])?.name(),
+            Some(remote) if REMOTE.contains(&remote) => {
+                return Ok(Name::plain(not_nul(text)?, None));
+            }
             Some(other) => return Err(unknown_protocol(OsStr::from_bytes(other))),
         };
-        let mut path = checked(path)?;
-        if protocol(path.as_os_str()).is_some() {
-            // So that it stays a path wherever it is named again.
-            path = Path::new(".").join(path);
-        }
-        Ok(Name::plain(path, None))
+        Ok(Name::plain(checked(path)?, None))
     }
 
     /// A list of options, as `driver=qcow2,file.filename=PATH`; a comma in a value is doubled.
@@ -124,11 +124,30 @@ pub fn protocol(name: &OsStr) -> Option<&[u8]> {
     (bytes[at] == b':').then_some(&bytes[..at])
 }
 
-/// `text` as a path that can be one.
+/// The protocols of servers that have disks. Not every [`Host`](crate::Host) reaches them.
+const REMOTE: [&[u8]; 2] = [b"nbd", b"nbd+unix"];
+
+/// Is that the address of a disk that a server has, and no path of a file? A file can be named so
+/// that it is none: [`as_local`].
+pub fn is_remote(path: &Path) -> bool {
+    protocol(path.as_os_str()).is_some_and(|protocol| REMOTE.contains(&protocol))
+}
+
+/// The path of a file as one that is a path wherever it is named again: with `./` before a name that
+/// would be taken for more.
+pub fn as_local(path: PathBuf) -> PathBuf {
+    if protocol(path.as_os_str()).is_some() { Path::new(".").join(path) } else { path }
+}
+
+/// `text` as the path of a file.
 fn checked(text: &OsStr) -> Result<PathBuf, Error> {
     if text.is_empty() {
         return Err(Error::Invalid("The 'file' block driver requires a file name".into()));
     }
+    Ok(as_local(not_nul(text)?))
+}
+
+fn not_nul(text: &OsStr) -> Result<PathBuf, Error> {
     if text.as_bytes().contains(&0) {
         return Err(Error::Invalid("a file name cannot have a NUL byte in it".into()));
     }
@@ -479,13 +498,31 @@ mod tests {
             assert_eq!(parse(text), Ok(Name::plain(path, None)), "{text}");
         }
         assert_eq!(parse("a:b"), Err("Unknown protocol 'a'".into()));
-        assert_eq!(parse("nbd://host/x"), Err("Unknown protocol 'nbd'".into()));
+        assert_eq!(parse("nbds://host/x"), Err("Unknown protocol 'nbds'".into()));
         for empty in ["", "file:"] {
             assert_eq!(parse(empty), Err("The 'file' block driver requires a file name".into()));
         }
         let bytes = OsStr::from_bytes(b"file:\xff\n\"");
         let path = Name::parse(bytes).expect("any byte may be in a name").path;
         assert_eq!(path.as_os_str().as_bytes(), b"\xff\n\"");
+    }
+
+    #[test]
+    fn an_address_is_one_only_where_a_name_begins_with_it() {
+        for address in ["nbd://host/x", "nbd+unix:///x?socket=s", "nbd:unix:s:exportname=x"] {
+            let name = parse(address).expect("an address");
+            assert!(name == Name::plain(address, None) && is_remote(&name.path), "{address}");
+            for file in [
+                parse(&format!("file:{address}")),
+                options(&format!("file.filename={address}")),
+                options(&format!("driver=file,filename={address}")),
+                parse(&format!("./{address}")),
+                parse(&format!("/{address}")),
+            ] {
+                assert!(!is_remote(&file.expect("a path").path), "{address}");
+            }
+        }
+        assert!(parse("nbd:a\0").is_err());
     }
 
     #[test]
@@ -500,7 +537,7 @@ mod tests {
         }
         assert_eq!(options("driver=qcow2,file.filename=p,,q"), Ok(qcow2.clone()));
         assert_eq!(options("file.filename=no,driver=qcow2,file.filename=p,,q"), Ok(qcow2));
-        assert_eq!(options("file.filename=a:b"), Ok(Name::plain("a:b", None)));
+        assert_eq!(options("file.filename=a:b"), Ok(Name::plain("./a:b", None)));
         assert_eq!(options("driver=file,filename=a"), Ok(Name::plain("a", Some(Format::Raw))));
         let named = parse(
             r#"json:{"driver":"qcow2","read-only":true,"file.filename":"a","backing":

@@ -33,7 +33,7 @@ use crate::sys::iocb::{
 };
 use crate::sys::job::{Job, Pieces};
 use crate::sys::lane::Lane;
-use crate::sys::pool::{PoolOptions, PoolStats, Workers};
+use crate::sys::pool::{PoolOptions, PoolStats, Threads, Workers};
 use crate::sys::ram::RamPiece;
 use crate::sys::regions::Regions;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
@@ -156,12 +156,23 @@ impl AioFile {
 impl Aio {
     /// A backend without files.
     pub fn new(options: AioOptions) -> io::Result<Aio> {
-        Aio::with_calls(options, Calls { submit: io_submit, destroy: io_destroy, use_ring: true })
+        Aio::with_calls(options, Calls::KERNEL)
+    }
+
+    /// The same, on threads that others have as well: of [`AioOptions::pool`] only the depth counts. Lanes are its own.
+    pub fn over(threads: &Threads, options: AioOptions) -> io::Result<Aio> {
+        let workers = Workers::over(threads, options.pool.depth, options.depth.max(1) as usize)?;
+        Aio::with_workers(options, workers, Calls::KERNEL)
     }
 
     fn with_calls(options: AioOptions, calls: Calls) -> io::Result<Aio> {
+        let workers = Workers::for_files(options.pool, options.depth.max(1) as usize)?;
+        Aio::with_workers(options, workers, calls)
+    }
+
+    fn with_workers(options: AioOptions, workers: Workers, calls: Calls) -> io::Result<Aio> {
         let depth = options.depth.max(1);
-        let workers = Workers::for_files(options.pool, depth as usize)?;
+        let has_lanes = !workers.threads().are_up_front();
         Ok(Aio {
             context: Context::new(depth, calls)?,
             batch: Batch::new(depth as usize, workers.event().fd()),
@@ -172,7 +183,7 @@ impl Aio {
             is_staged: false,
             files: Files::new(),
             nowait: options.nowait,
-            has_lanes: !options.pool.up_front,
+            has_lanes,
             in_flight: 0,
             depth: depth as usize,
             depth_max: depth as usize,
@@ -588,6 +599,10 @@ struct Calls {
     submit: Submit,
     destroy: unsafe fn(ContextId),
     use_ring: bool,
+}
+
+impl Calls {
+    const KERNEL: Calls = Calls { submit: io_submit, destroy: io_destroy, use_ring: true };
 }
 
 /// Hands control blocks to the kernel.

@@ -46,7 +46,7 @@ use crate::request::REQUEST_MAX;
 use crate::sys::disk::DiskFile;
 use crate::sys::files::Files;
 use crate::sys::job::Handle;
-use crate::sys::pool::{PoolOptions, PoolStats, Workers};
+use crate::sys::pool::{PoolOptions, PoolStats, Threads, Workers};
 use crate::sys::ram::RamPiece;
 use crate::sys::syscalls::{self as sys, IOV_MAX};
 use crate::units::{Errno, FileId, OpId, Time};
@@ -242,9 +242,30 @@ impl Uring {
         Uring::with_enter(options, enter, true)
     }
 
+    /// The same, on threads that others have as well: of [`UringOptions::pool`] only the depth counts.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Uring::new).
+    pub fn over(threads: &Threads, options: UringOptions) -> io::Result<Uring> {
+        let depth = options.depth.clamp(1, DEPTH_MAX);
+        let workers = Workers::over(threads, options.pool.depth, depth as usize)?;
+        Uring::with_workers(options, workers, enter, true)
+    }
+
     fn with_enter(options: UringOptions, enter: Enter, deferred: bool) -> io::Result<Uring> {
         let depth = options.depth.clamp(1, DEPTH_MAX);
         let workers = Workers::for_files(options.pool, depth as usize)?;
+        Uring::with_workers(options, workers, enter, deferred)
+    }
+
+    fn with_workers(
+        options: UringOptions,
+        workers: Workers,
+        enter: Enter,
+        deferred: bool,
+    ) -> io::Result<Uring> {
+        let depth = options.depth.clamp(1, DEPTH_MAX);
         Ok(Uring {
             ring: Ring::new(depth, options.workers, workers.event().fd(), enter, deferred)?,
             workers,

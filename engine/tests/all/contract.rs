@@ -11,7 +11,7 @@ use cowbell_engine::faulty::{Fault, Faulty};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::inline::Inline;
-use cowbell_engine::sys::pool::{Pool, PoolOptions};
+use cowbell_engine::sys::pool::{Pool, PoolOptions, Threads};
 use cowbell_engine::sys::uring::{Uring, UringOptions};
 use cowbell_engine::trace::Trace;
 use tempfile::TempDir;
@@ -118,6 +118,25 @@ fn pool_direct() {
 #[test]
 fn pool_of_one_thread() {
     run_all(&mut Disk::new(on_disk(), false, pool(1, 8)));
+}
+
+/// Backends of each kind, one after the other and two at once, on the same two threads.
+#[test]
+fn threads_of_several() {
+    let threads = Threads::new(2, false).expect("a thread");
+    let _other = Pool::over(&threads, 8).expect("a backend");
+    run_all(&mut Disk::new(on_disk(), false, || Pool::over(&threads, 32)));
+    run_all(&mut Disk::new(on_disk(), true, || Pool::over(&threads, 8)));
+    let options = AioOptions { depth: 5, ..AioOptions::default() };
+    run_all(&mut Disk::new(on_disk(), true, || Aio::over(&threads, options)));
+    run_all(&mut Disk::new(on_disk(), false, || Aio::over(&threads, options)));
+    run_all(&mut Disk::known_as(on_disk(), false, Either::Second, || {
+        Both::new(Aio::over(&threads, options)?, Pool::over(&threads, 8)?)
+    }));
+    if uring(5).is_some() {
+        let options = UringOptions { depth: 5, ..UringOptions::default() };
+        run_all(&mut Disk::new(on_disk(), true, || Uring::over(&threads, options)));
+    }
 }
 
 #[test]

@@ -93,10 +93,19 @@ fn names_that_say_more_than_a_path_want_trust() {
         assert_eq!((chain.layers[1].format, chain.layers[1].probed), (Format::Raw, probed));
     }
     let nested = "json:{\"file.filename\":\"d/base\",\"backing\":null}";
-    for name in ["nbd:host:1", "nbd://h/x", "fat:rw:/", nested] {
+    for name in ["fat:rw:/", nested] {
         top(name, false);
         let error = with(&host, "d/top", Policy::Any).expect_err("refused");
         assert!(matches!(inner(error), Error::Unsupported(_)));
+    }
+    // An address is the host's to follow, and a disk's host follows none.
+    for name in ["nbd:host:1", "nbd://h/x"] {
+        top(name, false);
+        let error = with(&host, "d/top", Policy::Any).expect_err("there is no such disk");
+        assert!(matches!(inner(error), Error::Open { .. }));
+        let error = DISK.open(Path::new(name), false).expect_err("not followed");
+        assert_eq!(error.kind(), std::io::ErrorKind::Unsupported);
+        assert!(DISK.create_new(Path::new(name)).is_err());
     }
     host.put("./a:b", &MemFile::new(&[]));
     host.put("top", &small_qed(1 << 20, Some(("./a:b", true))));

@@ -25,7 +25,7 @@
  * ERRORS are negative error numbers of <errno.h>. A request answers twice. When it is submitted: 0, or
  * why it was not taken, and then nothing more is heard of it; -EAGAIN: as many are in flight as may
  * be, try again after cowbell_poll(); -EBADF: there is no such disk; -ESHUTDOWN: the disk is being
- * closed, or the engine drained; -EINVAL: a NULL, unknown flags, more than COWBELL_IOV_MAX pieces or
+ * closed, or the engine drained; -EBUSY: it is paused; -EINVAL: a NULL, unknown flags, more than COWBELL_IOV_MAX pieces or
  * more than 2 GiB of memory. When it has ended: in its completion. A request about 0 bytes ends well.
  *
  * ORDER. There is none among requests in flight. A flush is for writes whose completion had been
@@ -177,6 +177,12 @@
  * Completions of its requests may come even after this.
  */
 #define COWBELL_EVENT_CLOSED 2
+
+/**
+ * A disk that was to be paused has nothing in flight any more: nothing is read from or written to its files
+ * until cowbell_resume(). `result` is 0.
+ */
+#define COWBELL_EVENT_PAUSED 3
 
 /**
  * The most pieces of memory of one request, as of readv(2).
@@ -577,6 +583,39 @@ int cowbell_disk_info(struct cowbell_engine *engine,
  */
 int cowbell_close(struct cowbell_engine *engine,
                   cowbell_disk disk);
+
+/**
+ * Pauses a disk while others go on: it takes no requests (-EBUSY), and begins no work of its own; so do its
+ * backing files. Those in flight run to their end: go on as ever until cowbell_poll_event() says
+ * COWBELL_EVENT_PAUSED. The files hold then what a crash would leave: flush before, to have all in them that
+ * was written.
+ *
+ * -EBADF: there is no such disk; -ESHUTDOWN: it is being closed; -EBUSY: it is paused.
+ */
+int cowbell_pause(struct cowbell_engine *engine,
+                  cowbell_disk disk);
+
+/**
+ * Ends a pause, whether COWBELL_EVENT_PAUSED has come or not: the disk takes requests again. Call cowbell_run()
+ * before you wait. Without a pause it changes nothing, and answers 0.
+ *
+ * -EBADF: there is no such disk; -ESHUTDOWN: it is being closed.
+ */
+int cowbell_resume(struct cowbell_engine *engine,
+                   cowbell_disk disk);
+
+/**
+ * How much a disk may do from now on: so many bytes and so many requests a second; 0: as many as it can, which is what
+ * a disk begins with. Reads and writes count by their bytes, and with zeros and discards as requests; flushes and
+ * questions go at once. What is over waits in the engine, in its order, and takes places of it: heed
+ * cowbell_next_deadline(). What a tenth of a second allows may go at once after a pause as long.
+ *
+ * -EBADF: there is no such disk.
+ */
+int cowbell_set_rate(struct cowbell_engine *engine,
+                     cowbell_disk disk,
+                     uint64_t bytes,
+                     uint64_t requests);
 
 /**
  * What happened to disks, oldest first. Answers 1, and the event in `*event`; 0: nothing more; or a

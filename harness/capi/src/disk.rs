@@ -3,6 +3,7 @@
 use std::ffi::{c_char, c_int};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cowbell_engine::Rate;
 use cowbell_engine::events::NodeEvent;
 use cowbell_engine::step::Driver;
 use cowbell_engine::store::Store;
@@ -56,6 +57,10 @@ pub const COWBELL_EVENT_CORRUPT: u32 = 1;
 /// negative error number: the first that kept it from that; -EIO also if it was found corrupt.
 /// Completions of its requests may come even after this.
 pub const COWBELL_EVENT_CLOSED: u32 = 2;
+
+/// A disk that was to be paused has nothing in flight any more: nothing is read from or written to its files
+/// until cowbell_resume(). `result` is 0.
+pub const COWBELL_EVENT_PAUSED: u32 = 3;
 
 /// Something that happened to a disk, beside the ends of requests.
 #[repr(C)]
@@ -150,6 +155,61 @@ pub unsafe extern "C" fn cowbell_close(engine: *mut Engine, disk: Disk) -> c_int
             Err(cowbell_engine::Why::Closing) => Err(Errno(libc::EALREADY)),
             Err(why) => Err(refused(why)),
         }
+    };
+    // SAFETY: as this function's contract.
+    unsafe { with(engine, work) }
+}
+
+/// Pauses a disk while others go on: it takes no requests (-EBUSY), and begins no work of its own; so do its
+/// backing files. Those in flight run to their end: go on as ever until cowbell_poll_event() says
+/// COWBELL_EVENT_PAUSED. The files hold then what a crash would leave: flush before, to have all in them that
+/// was written.
+///
+/// -EBADF: there is no such disk; -ESHUTDOWN: it is being closed; -EBUSY: it is paused.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cowbell_pause(engine: *mut Engine, disk: Disk) -> c_int {
+    let work = |engine: &mut Engine| {
+        let node = engine.disks.node(disk)?;
+        engine.engine.pause(node).map_or_else(|why| Err(refused(why)), |()| Ok(0))
+    };
+    // SAFETY: as this function's contract.
+    unsafe { with(engine, work) }
+}
+
+/// Ends a pause, whether COWBELL_EVENT_PAUSED has come or not: the disk takes requests again. Call cowbell_run()
+/// before you wait. Without a pause it changes nothing, and answers 0.
+///
+/// -EBADF: there is no such disk; -ESHUTDOWN: it is being closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cowbell_resume(engine: *mut Engine, disk: Disk) -> c_int {
+    let work = |engine: &mut Engine| {
+        let node = engine.disks.node(disk)?;
+        engine.engine.resume(node).map_or_else(|why| Err(refused(why)), |()| Ok(0))
+    };
+    // SAFETY: as this function's contract.
+    unsafe { with(engine, work) }
+}
+
+/// How much a disk may do from now on: so many bytes and so many requests a second; 0: as many as it can, which is what
+/// a disk begins with. Reads and writes count by their bytes, and with zeros and discards as requests; flushes and
+/// questions go at once. What is over waits in the engine, in its order, and takes places of it: heed
+/// cowbell_next_deadline(). What a tenth of a second allows may go at once after a pause as long.
+///
+/// -EBADF: there is no such disk.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cowbell_set_rate(
+    engine: *mut Engine,
+    disk: Disk,
+    bytes: u64,
+    requests: u64,
+) -> c_int {
+    let work = |engine: &mut Engine| {
+        let node = engine.disks.node(disk)?;
+        let limit = |number: u64| (number > 0).then_some(number);
+        let (bytes, requests) = (limit(bytes), limit(requests));
+        let rate = Rate { bytes, requests, ..Rate::default() };
+        let rate = (bytes.is_some() || requests.is_some()).then_some(rate);
+        if engine.engine.set_rate(node, rate) { Ok(0) } else { Err(Errno(libc::EBADF)) }
     };
     // SAFETY: as this function's contract.
     unsafe { with(engine, work) }
@@ -287,10 +347,14 @@ impl Engine {
                     let disk = self.disks.remove(node);
                     return Some(Event { kind: COWBELL_EVENT_CLOSED, result, disk, ..blank });
                 }
-                // There are no jobs here, and nobody pauses.
-                NodeEvent::JobError { .. }
-                | NodeEvent::JobEnded { .. }
-                | NodeEvent::Paused { .. } => {}
+                NodeEvent::Paused { node } => {
+                    // Backing files are paused with it, and told of as well.
+                    if let Some((disk, 0)) = self.disk_of(node) {
+                        return Some(Event { kind: COWBELL_EVENT_PAUSED, disk, ..blank });
+                    }
+                }
+                // There are no jobs here.
+                NodeEvent::JobError { .. } | NodeEvent::JobEnded { .. } => {}
             }
         }
     }

@@ -3,14 +3,14 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::qcow2::rest::snapshots::{Which, look_at};
 use cowbell_formats::{Chain, Error, LayerMeta};
 
+use crate::disk::AnyFile;
 use crate::fail::Fail;
 
 /// Makes the disk what it was at a snapshot.
-pub fn take(chain: &mut Chain<DiskFile>, snapshot: &OsStr) -> Result<(), Fail> {
+pub fn take(chain: &mut Chain<AnyFile>, snapshot: &OsStr) -> Result<(), Fail> {
     let which = which(snapshot)?;
     let failed = |why: Error| Fail::other(format!("Failed to load snapshot: {why}"));
     let Some(top) = chain.layers.first_mut() else { return Ok(()) };

@@ -6,12 +6,12 @@ use std::ffi::OsString;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::qcow2::rest::bitmap;
 use cowbell_formats::{Chain, Error, LayerMeta};
 
 use crate::checksum;
 use crate::convert;
+use crate::disk::AnyFile;
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
 
@@ -113,11 +113,7 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
 }
 
 /// What a bitmap of a qcow2 image says has changed on its disk.
-pub fn changed(
-    image: &Image,
-    chain: &Chain<DiskFile>,
-    name: &str,
-) -> Result<Vec<Range<u64>>, Fail> {
+pub fn changed(image: &Image, chain: &Chain<AnyFile>, name: &str) -> Result<Vec<Range<u64>>, Fail> {
     let failed = |why: Error| image.failed(why);
     let top = chain.layers.first();
     let Some((layer, LayerMeta::Qcow2(opened))) = top.map(|layer| (layer, &layer.meta)) else {

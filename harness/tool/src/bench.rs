@@ -309,6 +309,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         depth: depth as usize + 1,
         growth,
         record: args.record.clone(),
+        has_remote: false,
     };
     Ok((plan, setup))
 }

@@ -5,9 +5,10 @@ use std::ffi::OsStr;
 use cowbell_engine::units::{JobId, NodeId, Time};
 use cowbell_engine::{Copy, Moment, NodeEvent, Zeros};
 use cowbell_formats::create::{self, CreateOptions};
-use cowbell_formats::{DiskHost, Format, PartialFiles, RunOptions, attach};
+use cowbell_formats::{Format, PartialFiles, RunOptions, attach};
 
 use crate::cache::Cache;
+use crate::disk::Files;
 use crate::fail::Fail;
 use crate::locking;
 use crate::naming::{Image, target};
@@ -33,7 +34,7 @@ impl Backup {
     ) -> Result<Backup, Fail> {
         let path = target(to)?;
         let partial = PartialFiles::new(locking::chosen());
-        let host = partial.host(DiskHost { direct: cache.direct });
+        let host = partial.host(Files { direct: cache.direct });
         let options = CreateOptions {
             size: Some(session.size()),
             locking: locking::chosen(),

@@ -4,13 +4,13 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::error::Shown;
 use cowbell_formats::qcow2::rest::bitmap::{self, Bitmap};
-use cowbell_formats::{Chain, DiskHost, Error, Format, LayerMeta, PartialFiles};
+use cowbell_formats::{Chain, Error, Format, LayerMeta, PartialFiles};
 
 use crate::convert::{Args, Wanted};
 use crate::copying::Source;
+use crate::disk::{AnyFile, Files};
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, target};
 use crate::session::eprint_quietly;
@@ -19,7 +19,7 @@ use crate::session::eprint_quietly;
 pub struct Bitmaps {
     list: Vec<Bitmap>,
     /// The source, opened once more: it is locked for as long as this is there.
-    chain: Chain<DiskFile>,
+    chain: Chain<AnyFile>,
 }
 
 impl Bitmaps {
@@ -30,7 +30,7 @@ impl Bitmaps {
         wanted: &Wanted,
         program: Program,
     ) -> Result<Bitmaps, Fail> {
-        let chain = image.open(&DiskHost::default(), false)?;
+        let chain = image.open(&Files::default(), false)?;
         let top = chain.layers.first();
         let Some((layer, LayerMeta::Qcow2(opened))) = top.map(|layer| (layer, &layer.meta)) else {
             return Err(Fail::other("Source lacks bitmap support"));
@@ -63,7 +63,7 @@ impl Bitmaps {
     pub fn copy_to(&self, source: &Image, partial: &PartialFiles, to: &Path) -> Result<(), Fail> {
         let failed = |why: Error| source.failed(why);
         let image = Image::plain(&target(to.as_os_str())?, Some(Format::Qcow2));
-        let chain = image.open(&partial.host(DiskHost::default()), true)?;
+        let chain = image.open(&partial.host(Files::default()), true)?;
         let from = self.chain.layers.first().map(|layer| (&layer.file, &layer.meta));
         let (Some((from, LayerMeta::Qcow2(opened))), Some(to)) = (from, chain.layers.first())
         else {

@@ -3,14 +3,16 @@
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 
+use cowbell_engine::both::Either;
 use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::sys::lock::LockState;
 use cowbell_formats::chain::{open_named_in_header, open_whole_layer, probe_file};
 use cowbell_formats::check::{self, Event, Repair, Report, Watch};
-use cowbell_formats::locks::lock_image;
-use cowbell_formats::{DiskHost, Format, Host, OpenOptions};
+use cowbell_formats::locks::{MaybeLocal, lock_image};
+use cowbell_formats::{Format, Host, OpenOptions};
 
 use crate::cache::check_source_cache;
+use crate::disk::{AnyFile, Files};
 use crate::fail::Fail;
 use crate::info::Form;
 use crate::json::Json;
@@ -75,7 +77,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     if write {
         image.check_writable()?;
     }
-    let host = DiskHost::default();
+    let host = Files::default();
     let mut store =
         host.open(image.path(), write).map_err(|error| Fail::open_io(image.path(), &error))?;
     let format = match image.format {
@@ -85,13 +87,16 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let options = OpenOptions { format: Some(format), ..image.options(write) };
     let locked = lock_image(&host, &mut store, image.path(), format, &options);
     locked.map_err(|why| image.failed(why))?;
-    if write && matches!(store.lock_state(), LockState::Unsupported(_)) {
+    let state = store.local().map(DiskFile::lock_state);
+    if write && matches!(state, Some(LockState::Unsupported(_))) {
         locking::warn_of(image.path());
     }
     // A VMDK image is locked whole, until all is done.
     let mut held = None;
     if format == Format::Vmdk {
-        store.unlock();
+        if let Either::First(file) = &mut store {
+            file.unlock();
+        }
         let layer = open_whole_layer(&host, image.path(), &options);
         held = Some(layer.map_err(|why| image.failed(why))?);
     }
@@ -164,14 +169,14 @@ fn write_report(out: &mut Out, report: &Report) -> Result<(), Fail> {
 fn check(
     args: &Args,
     image: &Image,
-    store: &DiskFile,
+    store: &AnyFile,
     format: Format,
     repair: Repair,
 ) -> Result<Report, Fail> {
     let shows = !args.quiet && (args.progress || io::stderr().is_terminal());
     let mut teller = Teller { shows, shown: 0 };
     let options = OpenOptions { format: Some(format), ..image.options(repair != Repair::None) };
-    let host = DiskHost::default();
+    let host = Files::default();
     let found = check::check(&host, image.path(), store, &options, repair, &mut teller);
     teller.clear();
     let Some(found) = found.map_err(|why| image.failed(why))? else {

@@ -11,14 +11,15 @@ use std::path::{Path, PathBuf};
 use cowbell_engine::Copy;
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::Io;
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::NodeId;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::name::Backing;
-use cowbell_formats::{Chain, DiskHost, Error, Format, RunOptions, attach_overlay, rebase};
+use cowbell_formats::name::is_remote;
+use cowbell_formats::{Chain, Error, Format, RunOptions, attach_overlay, rebase};
 
 use crate::cache::{Cache, How};
 use crate::copying::{Ended, Run};
+use crate::disk::{AnyFile, Files};
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
 use crate::number::size;
@@ -66,7 +67,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let rate = rate.map(|text| size("rate limit", text, 0, i64::MAX as u64)).transpose()?;
     let stop = Stop::on_signals()?;
     let image = args.naming.image(&args.file, args.format.as_deref())?;
-    let host = DiskHost { direct: cache.direct };
+    let host = Files { direct: cache.direct };
     let layers = layers(&image, args.base.as_deref())?;
     let [top, between @ .., base] = &layers[..] else { unreachable!("there is one below") };
     let setup = Setup {
@@ -74,6 +75,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         cache,
         how: cache.direct.then_some(How::Native),
         depth: IN_FLIGHT,
+        has_remote: layers.iter().any(|layer| is_remote(layer.path())),
         ..Setup::default()
     };
     let mut session = Session::open(base, &setup)?;
@@ -126,7 +128,7 @@ const IN_FLIGHT: usize = 8;
 
 /// The image and those below it down to the base, each to be opened by itself.
 fn layers(image: &Image, base: Option<&Path>) -> Result<Vec<Image>, Fail> {
-    let chain = image.open(&DiskHost::default(), false)?;
+    let chain = image.open(&Files::default(), false)?;
     if chain.layers.len() < 2 {
         return Err(Fail::other("Image does not have a backing file"));
     }
@@ -161,7 +163,7 @@ fn alone(mut image: Image) -> Image {
 fn over(
     session: &mut Session,
     layer: &Image,
-    chain: Chain<DiskFile>,
+    chain: Chain<AnyFile>,
     below: NodeId,
 ) -> Result<NodeId, Fail> {
     let attached = attach_overlay(&mut session.engine, chain, below, &RunOptions::default());
@@ -189,7 +191,7 @@ fn empty(top: &Image) -> Result<(), Fail> {
     let failed =
         |why: Error| Fail::other(format!("Could not empty {}: {why}", top.given.display()));
     let options = top.clone().locked().options(true);
-    let layer = open_whole_layer(&DiskHost::default(), top.path(), &options).map_err(failed)?;
+    let layer = open_whole_layer(&Files::default(), top.path(), &options).map_err(failed)?;
     match rebase::empty(&layer.file, top.format.unwrap_or(Format::Raw)) {
         // It shows the same, and takes its space still: so it is in QEMU.
         Err(Error::Unsupported(_)) => Ok(()),

@@ -3,11 +3,11 @@
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::map::{Extent, Known, read};
-use cowbell_formats::{Chain, DiskHost, Error};
+use cowbell_formats::{Chain, Error};
 
 use crate::cache::check_source_cache;
+use crate::disk::{AnyFile, Files};
 use crate::fail::Fail;
 use crate::naming::{Image, Naming};
 use crate::out::Out;
@@ -55,7 +55,7 @@ const SECTOR: usize = 512;
 
 struct Side {
     image: Image,
-    chain: Chain<DiskFile>,
+    chain: Chain<AnyFile>,
     known: Known,
     buf: Vec<u8>,
 }
@@ -63,7 +63,7 @@ struct Side {
 impl Side {
     fn open(naming: &Naming, name: &OsStr, format: Option<&str>) -> Result<Side, Fail> {
         let image = naming.image(name, format)?;
-        let chain = image.open(&DiskHost::default(), false)?;
+        let chain = image.open(&Files::default(), false)?;
         Ok(Side { image, chain, known: Known::default(), buf: Vec::new() })
     }
 

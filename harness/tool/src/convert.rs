@@ -6,12 +6,11 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::{Copy, Zeros};
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::vmdk::disk::descriptor::Kind;
-use cowbell_formats::{Chain, DiskHost, Format, LayerMeta, PartialFiles, RunOptions, attach};
+use cowbell_formats::{Chain, Format, LayerMeta, PartialFiles, RunOptions, attach};
 
 use crate::at_snapshot;
 use crate::backup;
@@ -20,6 +19,7 @@ use crate::cache::{Cache, How};
 use crate::checksum::{self, Checksum, Sum};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish, refuse_source};
 use crate::create::help;
+use crate::disk::{AnyFile, Files, has_remote};
 use crate::fail::{Fail, Program};
 use crate::locking;
 use crate::naming::{Image, Naming, target};
@@ -190,7 +190,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
             name = path.into();
         }
         let image = args.naming.image(&name, args.format.as_deref())?;
-        let mut chain = image.open(&DiskHost { direct: wanted.source_cache.direct }, false)?;
+        let mut chain = image.open(&Files { direct: wanted.source_cache.direct }, false)?;
         if let Some(snapshot) = &args.snapshot {
             at_snapshot::take(&mut chain, snapshot)?;
         }
@@ -227,7 +227,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         partial.take_up(name).map_err(|why| Fail::open_io(name, &why))?;
         let mut image = Image::plain(name, Some(wanted.format));
         image.given = to.into();
-        let host = partial.host(DiskHost { direct: wanted.cache.direct });
+        let host = partial.host(Files { direct: wanted.cache.direct });
         resume::repair(&image, &image.open(&host, true)?)?;
         let chain = image.open(&host, true)?;
         Target { image, chain, is_new: true }
@@ -372,7 +372,7 @@ fn open(
     };
     let image = naming.sharing(false).image(to, format)?;
     refuse_source(image.path(), sources).map_err(|why| image.failed(why))?;
-    let chain = image.open(&DiskHost { direct: wanted.cache.direct }, true)?;
+    let chain = image.open(&Files { direct: wanted.cache.direct }, true)?;
     if chain.size() < total {
         return Err(Fail::other("output file is smaller than input file"));
     }
@@ -416,6 +416,7 @@ impl Work {
             cache: wanted.cache,
             how: Some(if direct { How::Native } else { How::Threads }),
             depth: wanted.in_flight,
+            has_remote: images.iter().any(|(_, chain)| has_remote(chain)),
             ..Setup::default()
         };
         let mut session = Session::over(&image, chain, &setup)?;
@@ -474,7 +475,7 @@ struct Form {
 /// So many zeros are left out if nothing is said.
 const SPARSE: &str = "4k";
 
-fn form(args: &Args, wanted: &Wanted, target: &Chain<DiskFile>) -> Form {
+fn form(args: &Args, wanted: &Wanted, target: &Chain<AnyFile>) -> Form {
     /// More memory for each piece is no faster.
     const PIECE: u64 = 256 << 10;
     const PIECE_MAX: u64 = 2 << 20;

@@ -7,14 +7,14 @@ use std::path::Path;
 use cowbell_engine::backend::Backend;
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::Io;
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::{Errno, JobId};
 use cowbell_engine::{Copy, JobProgress, NodeEvent};
 use cowbell_formats::create::{self, CreateOptions};
-use cowbell_formats::{Chain, DiskHost, Error, Format, Host, PartialFiles};
+use cowbell_formats::locks::MaybeLocal;
+use cowbell_formats::{Chain, Error, Format, Host, PartialFiles};
 
 use crate::checksum::{Checksum, Sum};
-use crate::disk::StoppableHost;
+use crate::disk::{AnyFile, Files, StoppableHost};
 use crate::fail::{Fail, Program};
 use crate::locking;
 use crate::naming::{Image, target};
@@ -24,14 +24,14 @@ use crate::session::{Session, eprint_quietly};
 use crate::stop::Stop;
 
 /// An image that is read, open.
-pub type Source = (Image, Chain<DiskFile>);
+pub type Source = (Image, Chain<AnyFile>);
 
 /// An open target.
 pub struct Target {
     /// What it is called.
     pub image: Image,
     /// Its layers.
-    pub chain: Chain<DiskFile>,
+    pub chain: Chain<AnyFile>,
     /// What no layer says anything about reads as zeros, where nothing is below.
     pub is_new: bool,
 }
@@ -62,28 +62,29 @@ impl NewTarget<'_> {
         let failed =
             |why: Error| Fail::file(Path::new(self.name), format!("{}: {why}", self.doing));
         refuse_source(&path, sources).map_err(failed)?;
-        let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
+        let host = StoppableHost { disk: Files::default(), stop: stop.clone() };
         let host = partial.host(host);
         let plan = create::plan(&host, &path, self.format, self.options).map_err(failed)?;
         plan.run(&host).map_err(failed)?;
         let mut image = Image::plain(&path, Some(self.format));
         image.given = self.name.into();
-        let host = partial.host(DiskHost { direct: self.direct });
+        let host = partial.host(Files { direct: self.direct });
         let chain = image.open(&host, true)?;
         locking::warn(&chain.unlockable());
         // What is on a device that nobody has written is not known.
-        let is_new = chain.layers.first().is_some_and(|top| !top.file.is_block_device());
+        let top = chain.layers.first().and_then(|top| top.file.local());
+        let is_new = top.is_some_and(|file| !file.is_block_device());
         Ok(Target { image, chain, is_new })
     }
 }
 
 /// No file that is read is written.
 pub fn refuse_source(path: &Path, sources: &[Source]) -> Result<(), Error> {
-    let Ok(there) = DiskHost::default().open(path, false) else { return Ok(()) };
-    let there = there.identity().ok();
+    let host = Files::default();
+    let Ok(there) = host.identity_at(path) else { return Ok(()) };
     for layer in sources.iter().flat_map(|(_, chain)| &chain.layers) {
         for file in [&layer.file].into_iter().chain(&layer.more) {
-            if there.is_some() && file.identity().ok() == there {
+            if host.identity(file).is_ok_and(|id| id == there) {
                 return Err(Error::Invalid("the target is one of the files that are read".into()));
             }
         }

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
-use cowbell_formats::{DiskHost, Error, Format};
+use cowbell_formats::{Error, Format};
 
-use crate::disk::StoppableHost;
+use crate::disk::{Files, StoppableHost};
 use crate::fail::Fail;
 use crate::locking;
 use crate::naming::{refuse_objects, target};
@@ -82,7 +82,7 @@ pub fn run(args: Args) -> Result<u8, Fail> {
         options.size = Some(size);
     }
     let stop = Stop::on_signals()?;
-    let host = StoppableHost { disk: DiskHost::default(), stop };
+    let host = StoppableHost { disk: Files::default(), stop };
     let plan = create::plan(&host, &path, format, &options).map_err(at)?;
     let mut out = Out::new(args.quiet);
     writeln!(out, "{}", plan.formatting(Path::new(file)))?;

@@ -7,10 +7,11 @@ use std::path::Path;
 use cowbell_engine::{Copy, Zeros};
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::error::Shown;
-use cowbell_formats::{DiskHost, Error, PartialFiles, RunOptions, attach};
+use cowbell_formats::{Error, PartialFiles, RunOptions, attach};
 
 use crate::checksum::{self, Checksum, Sum};
 use crate::copying::{Ended, NewTarget, Run, Source, Target, finish};
+use crate::disk::{Files, has_remote};
 use crate::fail::{Fail, Program};
 use crate::locking;
 use crate::naming::Naming;
@@ -53,7 +54,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let operands = Operands::parse(&args.operands)?;
     let stop = Stop::on_signals()?;
     let image = args.naming.image(operands.source, args.format.as_deref())?;
-    let chain = image.open(&DiskHost::default(), false)?;
+    let chain = image.open(&Files::default(), false)?;
     let format = create::format_named(&args.output_format).map_err(|why| {
         // QEMU does not say which.
         let is_unknown = program != Program::Cowbell && matches!(why, Error::Invalid(_));
@@ -145,7 +146,8 @@ fn copy(
     let cluster = chain.layers.first().and_then(|top| top.meta.cluster_size());
     // Whatever is written into a new cluster, all of it is.
     let unit = cluster.unwrap_or(0).clamp(SPARSE, PIECE_MAX) as usize;
-    let mut session = Session::over(&image, chain, &Setup { write: true, ..Setup::default() })?;
+    let setup = Setup { write: true, has_remote: has_remote(&source.1), ..Setup::default() };
+    let mut session = Session::over(&image, chain, &setup)?;
     let (image, chain) = source;
     let opened = |error| Fail::open_io(image.path(), &error);
     let node = attach(&mut session.engine, chain, &RunOptions::default()).map_err(opened)?;

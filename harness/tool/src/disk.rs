@@ -1,10 +1,12 @@
-//! The real disk: how images are found on it, and who does their I/O.
+//! Where images are, on disks of this machine or of NBD servers, and who does their I/O.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::backend::{Backend, FileInfo, Harvest, Submission};
+use cowbell_engine::both::{Both, Either};
 use cowbell_engine::store::{Extent, Store};
 use cowbell_engine::sys::aio::{Aio, AioOptions};
 use cowbell_engine::sys::disk::DiskFile;
@@ -13,7 +15,10 @@ use cowbell_engine::sys::pool::{Pool, PoolOptions, PoolStats};
 #[cfg(feature = "io_uring")]
 use cowbell_engine::sys::uring::{Uring, UringOptions};
 use cowbell_engine::units::{FileId, Time};
-use cowbell_formats::{DiskHost, Host};
+use cowbell_formats::locks::MaybeLocal;
+use cowbell_formats::name::is_remote;
+use cowbell_formats::{Chain, DiskHost, Host};
+use cowbell_nbd::{Address, Place, Remote, RemoteFile, RemoteOptions};
 
 use crate::cache::How;
 #[cfg(feature = "io_uring")]
@@ -23,11 +28,103 @@ use crate::locking;
 use crate::session::eprint_quietly;
 use crate::stop::Stop;
 
-/// The real disk, for long work that Ctrl-C shall end: every write asks first.
+/// A file of this machine, or a server's disk.
+pub type AnyFile = Either<DiskFile, RemoteFile>;
+
+/// Opens files of this machine, and the disks of servers that have an address.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Files {
+    /// Files past the page cache (O_DIRECT).
+    pub direct: bool,
+}
+
+impl Files {
+    fn disk(self) -> DiskHost {
+        DiskHost { direct: self.direct }
+    }
+
+    /// The identity of what `path` leads to. A server is not asked: it may let in nobody else.
+    pub fn identity_at(self, path: &Path) -> io::Result<(u64, u64)> {
+        if is_remote(path) {
+            return Ok(identity_of(&address(path)?));
+        }
+        self.disk().open(path, false)?.identity()
+    }
+}
+
+/// The address that a path is.
+pub fn address(path: &Path) -> io::Result<Address> {
+    let text = path.to_str().ok_or_else(|| io::Error::other("an address is UTF-8"))?;
+    text.parse()
+}
+
+/// No file has it: there is no such device. Two addresses of one disk have two, but for a socket's
+/// path that is written otherwise.
+fn identity_of(address: &Address) -> (u64, u64) {
+    let mut address = address.clone();
+    if let Place::Unix(path) = &mut address.place
+        && let Ok(real) = std::fs::canonicalize(&path)
+    {
+        *path = real;
+    }
+    let mut hasher = DefaultHasher::new();
+    address.hash(&mut hasher);
+    (u64::MAX, hasher.finish())
+}
+
+impl Host for Files {
+    type File = AnyFile;
+
+    fn open(&self, path: &Path, write: bool) -> io::Result<AnyFile> {
+        if !is_remote(path) {
+            return self.disk().open(path, write).map(Either::First);
+        }
+        let options = RemoteOptions { read_only: !write, ..RemoteOptions::default() };
+        let file = RemoteFile::open(address(path)?, options)?;
+        if write && !file.is_writable() {
+            let what = "the server does not let it be written";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+        }
+        Ok(Either::Second(file))
+    }
+    fn create_new(&self, path: &Path) -> io::Result<AnyFile> {
+        self.disk().create_new(path).map(Either::First)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk().remove(path)
+    }
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        if is_remote(path) { Ok(path.into()) } else { self.disk().resolve(path) }
+    }
+    fn set_nocow(&self, file: &AnyFile) -> io::Result<()> {
+        file.local().map_or(Ok(()), |file| self.disk().set_nocow(file))
+    }
+    fn identity(&self, file: &AnyFile) -> io::Result<(u64, u64)> {
+        match file {
+            Either::First(file) => file.identity(),
+            Either::Second(file) => Ok(identity_of(file.address())),
+        }
+    }
+    /// What a server has is its own to lock.
+    fn lock(&self, file: &mut AnyFile, lock: Lock, locking: Locking) -> Result<(), LockError> {
+        match file {
+            Either::First(file) => self.disk().lock(file, lock, locking),
+            Either::Second(_) => Ok(()),
+        }
+    }
+}
+
+/// Is any file of the chain a server's?
+pub fn has_remote(chain: &Chain<AnyFile>) -> bool {
+    let mut files = chain.layers.iter().flat_map(|layer| layer.more.iter().chain([&layer.file]));
+    files.any(|file| matches!(file, Either::Second(_)))
+}
+
+/// [`Files`], for long work that Ctrl-C shall end: every write asks first.
 #[derive(Clone, Debug)]
 pub struct StoppableHost {
-    /// The disk.
-    pub disk: DiskHost,
+    /// The files.
+    pub disk: Files,
     /// Who may ask.
     pub stop: Stop,
 }
@@ -35,7 +132,7 @@ pub struct StoppableHost {
 /// A file on a [`StoppableHost`].
 #[derive(Debug)]
 pub struct StoppableFile {
-    file: DiskFile,
+    file: AnyFile,
     path: PathBuf,
     stop: Stop,
 }
@@ -110,7 +207,8 @@ impl Host for StoppableHost {
     ) -> Result<(), LockError> {
         self.disk.lock(&mut file.file, lock, locking)?;
         // Only writers of files lock them through this host.
-        if matches!(file.file.lock_state(), LockState::Unsupported(_)) {
+        let state = file.file.local().map(DiskFile::lock_state);
+        if matches!(state, Some(LockState::Unsupported(_))) {
             locking::warn_of(&file.path);
         }
         Ok(())
@@ -126,9 +224,9 @@ impl Host for StoppableHost {
     }
 }
 
-/// A backend, as the command line chose it.
+/// The backend for files of this machine, as the command line chose it.
 #[derive(Debug)]
-pub enum Disk {
+pub enum Local {
     /// The kernel's AIO, with a pool for what it cannot do.
     Native(Aio),
     /// The kernel's io_uring, with a pool for what it cannot do.
@@ -138,124 +236,224 @@ pub enum Disk {
     Threads(Pool),
 }
 
-impl Disk {
+impl Local {
     /// A backend for up to `depth` ops at a time. `may_block`: in `io_submit`; see [`AioOptions`].
-    pub fn new(how: How, depth: usize, may_block: bool) -> io::Result<Disk> {
+    pub fn new(how: How, depth: usize, may_block: bool) -> io::Result<Local> {
         let pool = PoolOptions { depth: depth.max(64), ..PoolOptions::default() };
         Ok(match how {
             How::Native => {
                 // The system has a bound on all programs' contexts together (fs.aio-max-nr).
                 let depth = depth.clamp(16, 4096) as u32;
-                Disk::Native(Aio::new(AioOptions { depth, nowait: !may_block, pool })?)
+                Local::Native(Aio::new(AioOptions { depth, nowait: !may_block, pool })?)
             }
             #[cfg(feature = "io_uring")]
             How::IoUring => {
                 let most = depth.clamp(16, 4096) as u32;
                 let options = UringOptions { depth: most, pool, ..UringOptions::default() };
                 match Uring::new(options) {
-                    Ok(uring) => Disk::Uring(uring),
+                    Ok(uring) => Local::Uring(uring),
                     Err(why) => {
                         warn_of_threads(&why);
-                        Disk::new(How::Threads, depth, may_block)?
+                        Local::new(How::Threads, depth, may_block)?
                     }
                 }
             }
             // As many as QEMU starts.
-            How::Threads => Disk::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),
+            How::Threads => Local::Threads(Pool::new(PoolOptions { threads: 64, ..pool })?),
         })
     }
 }
 
-impl Disk {
+impl Local {
     /// What threads were given to do so far.
     pub fn pool_stats(&self) -> PoolStats {
         match self {
-            Disk::Native(aio) => aio.pool_stats(),
+            Local::Native(aio) => aio.pool_stats(),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.pool_stats(),
-            Disk::Threads(pool) => pool.stats(),
+            Local::Uring(uring) => uring.pool_stats(),
+            Local::Threads(pool) => pool.stats(),
         }
     }
 }
 
-impl Backend for Disk {
+impl Backend for Local {
     type File = DiskFile;
 
     fn attach(&mut self, id: FileId, file: DiskFile) -> io::Result<FileInfo> {
         match self {
-            Disk::Native(aio) => aio.attach(id, file),
+            Local::Native(aio) => aio.attach(id, file),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.attach(id, file),
-            Disk::Threads(pool) => pool.attach(id, file),
+            Local::Uring(uring) => uring.attach(id, file),
+            Local::Threads(pool) => pool.attach(id, file),
         }
     }
 
     fn detach(&mut self, id: FileId) -> Option<DiskFile> {
         match self {
-            Disk::Native(aio) => aio.detach(id),
+            Local::Native(aio) => aio.detach(id),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.detach(id),
-            Disk::Threads(pool) => pool.detach(id),
+            Local::Uring(uring) => uring.detach(id),
+            Local::Threads(pool) => pool.detach(id),
         }
     }
 
     #[inline]
     fn submit(&mut self, submission: &mut Submission<'_>) {
         match self {
-            Disk::Native(aio) => aio.submit(submission),
+            Local::Native(aio) => aio.submit(submission),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.submit(submission),
-            Disk::Threads(pool) => pool.submit(submission),
+            Local::Uring(uring) => uring.submit(submission),
+            Local::Threads(pool) => pool.submit(submission),
         }
     }
 
     #[inline]
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
         match self {
-            Disk::Native(aio) => aio.harvest(harvest),
+            Local::Native(aio) => aio.harvest(harvest),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.harvest(harvest),
-            Disk::Threads(pool) => pool.harvest(harvest),
+            Local::Uring(uring) => uring.harvest(harvest),
+            Local::Threads(pool) => pool.harvest(harvest),
         }
     }
 
     #[inline]
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Disk::Native(aio) => aio.event_fd(),
+            Local::Native(aio) => aio.event_fd(),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.event_fd(),
-            Disk::Threads(pool) => pool.event_fd(),
+            Local::Uring(uring) => uring.event_fd(),
+            Local::Threads(pool) => pool.event_fd(),
         }
     }
 
     #[inline]
     fn wants_retry(&self) -> bool {
         match self {
-            Disk::Native(aio) => aio.wants_retry(),
+            Local::Native(aio) => aio.wants_retry(),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.wants_retry(),
-            Disk::Threads(pool) => pool.wants_retry(),
+            Local::Uring(uring) => uring.wants_retry(),
+            Local::Threads(pool) => pool.wants_retry(),
         }
     }
 
     #[inline]
     fn next_deadline(&self) -> Option<Time> {
         match self {
-            Disk::Native(aio) => aio.next_deadline(),
+            Local::Native(aio) => aio.next_deadline(),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.next_deadline(),
-            Disk::Threads(pool) => pool.next_deadline(),
+            Local::Uring(uring) => uring.next_deadline(),
+            Local::Threads(pool) => pool.next_deadline(),
         }
     }
 
     #[inline]
     fn clock(&self) -> Time {
         match self {
-            Disk::Native(aio) => aio.clock(),
+            Local::Native(aio) => aio.clock(),
             #[cfg(feature = "io_uring")]
-            Disk::Uring(uring) => uring.clock(),
-            Disk::Threads(pool) => pool.clock(),
+            Local::Uring(uring) => uring.clock(),
+            Local::Threads(pool) => pool.clock(),
+        }
+    }
+}
+
+/// A backend for files of this machine, and for servers' disks if there are any.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one, and the large one is the usual one")]
+pub enum Disk {
+    /// Files of this machine, without a look at which: nothing else costs them anything.
+    Local(Local),
+    /// Both.
+    Both(Box<Both<Local, Remote>>),
+}
+
+impl Disk {
+    /// A backend for up to `depth` ops at a time, for servers' disks only if that is said.
+    /// `may_block`: in `io_submit`; see [`AioOptions`].
+    pub fn new(how: How, depth: usize, may_block: bool, has_remote: bool) -> io::Result<Disk> {
+        let local = Local::new(how, depth, may_block)?;
+        if !has_remote {
+            return Ok(Disk::Local(local));
+        }
+        Ok(Disk::Both(Box::new(Both::new(local, Remote::new()?)?)))
+    }
+
+    /// What threads were given to do so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        match self {
+            Disk::Local(local) => local.pool_stats(),
+            Disk::Both(both) => both.first().pool_stats(),
+        }
+    }
+}
+
+impl Backend for Disk {
+    type File = AnyFile;
+
+    fn attach(&mut self, id: FileId, file: AnyFile) -> io::Result<FileInfo> {
+        match (self, file) {
+            (Disk::Both(both), file) => both.attach(id, file),
+            (Disk::Local(local), Either::First(file)) => local.attach(id, file),
+            (Disk::Local(_), Either::Second(_)) => {
+                let what = "disks of servers are not reached from here";
+                Err(io::Error::new(io::ErrorKind::Unsupported, what))
+            }
+        }
+    }
+
+    fn detach(&mut self, id: FileId) -> Option<AnyFile> {
+        match self {
+            Disk::Local(local) => local.detach(id).map(Either::First),
+            Disk::Both(both) => both.detach(id),
+        }
+    }
+
+    #[inline]
+    fn submit(&mut self, submission: &mut Submission<'_>) {
+        match self {
+            Disk::Local(local) => local.submit(submission),
+            Disk::Both(both) => both.submit(submission),
+        }
+    }
+
+    #[inline]
+    fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        match self {
+            Disk::Local(local) => local.harvest(harvest),
+            Disk::Both(both) => both.harvest(harvest),
+        }
+    }
+
+    #[inline]
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Disk::Local(local) => local.event_fd(),
+            Disk::Both(both) => both.event_fd(),
+        }
+    }
+
+    #[inline]
+    fn wants_retry(&self) -> bool {
+        match self {
+            Disk::Local(local) => local.wants_retry(),
+            Disk::Both(both) => both.wants_retry(),
+        }
+    }
+
+    #[inline]
+    fn next_deadline(&self) -> Option<Time> {
+        match self {
+            Disk::Local(local) => local.next_deadline(),
+            Disk::Both(both) => both.next_deadline(),
+        }
+    }
+
+    #[inline]
+    fn clock(&self) -> Time {
+        match self {
+            Disk::Local(local) => local.clock(),
+            Disk::Both(both) => both.clock(),
         }
     }
 }

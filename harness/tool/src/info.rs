@@ -7,15 +7,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use cowbell_formats::DiskHost;
+use cowbell_formats::Format;
 use cowbell_formats::chain::{OpenOptions, open_layer};
 use cowbell_formats::error::Shown;
 use cowbell_formats::info::{Info, Qcow2Info, info_of};
+use cowbell_formats::name::is_remote;
 use cowbell_formats::qcow2::disk::header::{AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, Encryption};
 use cowbell_formats::qcow2::rest::bitmap::Bitmap;
 use cowbell_formats::qcow2::rest::crypt::{Luks, Slot};
 use cowbell_formats::vmdk::rest::info::{VmdkExtent, VmdkInfo};
 
+use crate::disk::Files;
 use crate::fail::Fail;
 use crate::json::Json;
 use crate::naming::Naming;
@@ -68,7 +70,7 @@ impl Form {
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let form = Form::named(&args.output, "info")?;
     let image = args.naming.image(&args.file, args.format.as_deref())?;
-    let host = DiskHost::default();
+    let host = Files::default();
     let open = |why| image.failed(why);
     let layers = if args.backing_chain {
         let chain = image.describe(&host)?;
@@ -100,7 +102,15 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
 
 /// Bytes that the file takes on its disk.
 fn disk_size(path: &Path) -> Option<u64> {
+    if is_remote(path) {
+        return None;
+    }
     fs::metadata(path).ok().map(|metadata| metadata.blocks() * 512)
+}
+
+/// What its file is reached by.
+fn protocol_of(path: &Path) -> &'static str {
+    if is_remote(path) { "nbd" } else { "file" }
 }
 
 /// The image's description, line by line.
@@ -142,7 +152,7 @@ pub fn write_layer(out: &mut Out, info: &Info) -> Result<(), Fail> {
     let len = info.file_len.next_multiple_of(512);
     writeln!(out, "Child node '/file':")?;
     writeln!(out, "    filename: {}", Shown(&info.path))?;
-    writeln!(out, "    protocol type: file")?;
+    writeln!(out, "    protocol type: {}", protocol_of(&info.path))?;
     writeln!(out, "    file length: {} ({len} bytes)", human(len))?;
     writeln!(out, "    disk size: {size}")?;
     Ok(())
@@ -291,12 +301,15 @@ fn layer_json(info: &Info) -> Json {
         ("children", Json::List(vec![])),
         ("virtual-size", Json::Int(info.file_len.next_multiple_of(512))),
         ("filename", Json::name(&info.path)),
-        ("format", Json::text("file")),
+        ("format", Json::text(protocol_of(&info.path))),
     ];
     child.extend(actual.clone());
-    let specific = Json::Object(vec![("type", Json::text("file")), ("data", empty())]);
-    child.push(("format-specific", specific));
-    child.push(("dirty-flag", Json::Bool(false)));
+    let is_local = !is_remote(&info.path);
+    if is_local {
+        let specific = Json::Object(vec![("type", Json::text("file")), ("data", empty())]);
+        child.push(("format-specific", specific));
+        child.push(("dirty-flag", Json::Bool(false)));
+    }
     let child = Json::Object(vec![("name", Json::text("file")), ("info", Json::Object(child))]);
 
     let mut members = vec![("children", Json::List(vec![child]))];
@@ -320,6 +333,8 @@ fn layer_json(info: &Info) -> Json {
     let backing = info.backing_file.as_deref();
     members.extend(backing.map(|path| ("backing-filename", Json::name(path))));
     members.extend(info.encrypted.then_some(("encrypted", Json::Bool(true))));
-    members.push(("dirty-flag", Json::Bool(info.dirty)));
+    if is_local || info.format != Format::Raw {
+        members.push(("dirty-flag", Json::Bool(info.dirty)));
+    }
     Json::Object(members)
 }

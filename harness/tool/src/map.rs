@@ -3,10 +3,11 @@
 use std::ffi::OsString;
 use std::io::Write;
 
+use cowbell_formats::Format;
 use cowbell_formats::error::Shown;
 use cowbell_formats::map::{Extent, Kind, extents_in};
-use cowbell_formats::{DiskHost, Format};
 
+use crate::disk::Files;
 use crate::fail::Fail;
 use crate::info::Form;
 use crate::naming::Naming;
@@ -40,7 +41,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let start = offset("start offset", args.start_offset.as_deref())?.unwrap_or(0);
     let len = offset("max length", args.max_length.as_deref())?.unwrap_or(u64::MAX);
     let image = args.naming.image(&args.file, args.format.as_deref())?;
-    let chain = image.open(&DiskHost::default(), false)?;
+    let chain = image.open(&Files::default(), false)?;
     let end = chain.size().min(start.saturating_add(len));
     let mut out = Out::new(false);
     if form == Form::Human {

@@ -5,9 +5,10 @@ use std::io::Write;
 
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::measure::{Measure, not_measured, of_size, of_source};
-use cowbell_formats::{DiskHost, Foreign, Format};
+use cowbell_formats::{Foreign, Format};
 
 use crate::at_snapshot;
+use crate::disk::Files;
 use crate::fail::{Fail, Program};
 use crate::info::Form;
 use crate::json::Json;
@@ -56,7 +57,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         }
         (Some(file), None) => {
             let image = args.naming.image(file, args.format.as_deref())?;
-            let mut chain = image.open(&DiskHost::default(), false)?;
+            let mut chain = image.open(&Files::default(), false)?;
             if let Some(snapshot) = &args.snapshot {
                 at_snapshot::take(&mut chain, snapshot)?;
             }

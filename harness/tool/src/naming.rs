@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use std::slice;
 
 use cowbell_formats::chain::{driver_named, open_named};
-use cowbell_formats::name::Backing;
+use cowbell_formats::name::{Backing, is_remote};
 use cowbell_formats::{
-    Chain, CreateOptions, DiskHost, Error, Format, Host, Name, OpenOptions, Policy, create,
+    Chain, CreateOptions, Error, Format, Host, Name, OpenOptions, Policy, create,
 };
 
 use cowbell_engine::sys::lock::Locking;
 use cowbell_sim::kept::{hex, unhex};
 
+use crate::disk::{Files, address};
 use crate::fail::Fail;
 use crate::locking;
 
@@ -92,8 +93,16 @@ impl Naming {
             }
             Name::from_options(given).map_err(open)?
         } else {
-            let name = Name::parse(given).map_err(open)?;
-            if self.more.is_empty() {
+            let mut name = Name::parse(given).map_err(open)?;
+            if is_remote(&name.path) {
+                // Early, and in one spelling.
+                let address =
+                    address(&name.path).map_err(|why| Fail::open_io(Path::new(given), &why))?;
+                name.path = address.to_string().into();
+            }
+            if is_remote(&name.path) && !self.more.is_empty() {
+                return Err(open(Error::Unsupported("options beside an address".into())));
+            } else if self.more.is_empty() {
                 name
             } else if given.as_encoded_bytes().starts_with(b"json:") {
                 let what = "options beside a name in JSON";
@@ -137,7 +146,12 @@ pub fn target(given: &OsStr) -> Result<PathBuf, Fail> {
     if given.as_encoded_bytes().starts_with(b"json:") {
         return Err(at(Error::Unsupported("Unknown protocol 'json'".into())));
     }
-    Name::parse(given).map(|name| name.path).map_err(at)
+    let path = Name::parse(given).map_err(at)?.path;
+    if is_remote(&path) {
+        let what = "a server's disk is not made; to write one that is there, say -n";
+        return Err(at(Error::Unsupported(what.into())));
+    }
+    Ok(path)
 }
 
 impl Image {
@@ -157,7 +171,7 @@ impl Image {
     /// An empty image of the same size, backed by this one. Its file is gone when it is closed: who
     /// holds what comes with it can open it until then.
     pub fn overlay(&self) -> Result<(Image, fs::File), Fail> {
-        let host = DiskHost::default();
+        let host = Files::default();
         let size = Some(self.open(&host, false)?.size());
         let name = format!("cowbell-{}-{:08x}", std::process::id(), host.entropy());
         let path = std::env::temp_dir().join(name);

@@ -9,12 +9,12 @@ use std::path::Path;
 
 use cowbell_engine::mem::Buf;
 use cowbell_engine::step::Io;
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_formats::chain::{backing_name, driver_named, open_named, open_whole_layer};
 use cowbell_formats::map::{Kind, Known, read};
-use cowbell_formats::{Chain, DiskHost, Error, Format, Name, rebase};
+use cowbell_formats::{Chain, Error, Format, Name, rebase};
 
 use crate::cache::{Cache, How, check_source_cache};
+use crate::disk::{AnyFile, Files};
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
 use crate::progress::{Progress, Shown};
@@ -115,7 +115,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         image = image.locked();
     }
     let failed = |why: Error| image.failed(why);
-    let layer = open_whole_layer(&DiskHost::default(), image.path(), &image.options(true));
+    let layer = open_whole_layer(&Files::default(), image.path(), &image.options(true));
     let layer = layer.map_err(failed)?;
     let backing = backing.map(|(name, format)| (name, format.name()));
     rebase::set_backing(&layer.file, top, backing).map_err(|why| {
@@ -127,12 +127,12 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
 }
 
 fn layer_format(image: &Image) -> Result<Format, Fail> {
-    let layer = open_whole_layer(&DiskHost::default(), image.path(), &image.options(false));
+    let layer = open_whole_layer(&Files::default(), image.path(), &image.options(false));
     Ok(layer.map_err(|why| image.failed(why))?.format)
 }
 
 /// The new backing file, found as the image will find it.
-fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<DiskFile>, Fail> {
+fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<AnyFile>, Fail> {
     let failed = |why: Error| {
         Fail::other(format!("Could not open new backing file '{}': {why}", name.display()))
     };
@@ -140,7 +140,7 @@ fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<DiskFile
     let mut there = Image::plain(&name.path, Some(format));
     there.name = Name { format: Some(format), ..name };
     let options = there.options(false);
-    let opened = open_named(&DiskHost::default(), &there.name, &options);
+    let opened = open_named(&Files::default(), &there.name, &options);
     opened.map_err(failed)
 }
 
@@ -148,8 +148,8 @@ fn open_new(image: &Image, name: &Path, format: Format) -> Result<Chain<DiskFile
 struct Work {
     session: Session,
     /// The image with all that is below it, as it was.
-    old: Chain<DiskFile>,
-    new: Option<Chain<DiskFile>>,
+    old: Chain<AnyFile>,
+    new: Option<Chain<AnyFile>>,
     /// What is known of the two.
     known: [Known; 2],
     /// Bytes that are written together, at the least.
@@ -157,7 +157,7 @@ struct Work {
 }
 
 impl Work {
-    fn begin(image: &Image, new: Option<Chain<DiskFile>>, cache: Cache) -> Result<Work, Fail> {
+    fn begin(image: &Image, new: Option<Chain<AnyFile>>, cache: Cache) -> Result<Work, Fail> {
         let setup = Setup {
             write: true,
             cache,
@@ -166,7 +166,7 @@ impl Work {
             ..Setup::default()
         };
         let session = Session::open(image, &setup)?;
-        let old = image.open_unlocked(&DiskHost::default())?;
+        let old = image.open_unlocked(&Files::default())?;
         let meta = old.layers.first().map(|top| &top.meta);
         let unit = meta.and_then(|meta| meta.cluster_size()).unwrap_or(4096);
         Ok(Work { session, old, new, known: [Known::default(); 2], unit })

@@ -14,12 +14,12 @@ use std::time::Duration;
 use cowbell_engine::backend::FileInfo;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
+use cowbell_formats::attach;
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::{DiskHost, attach};
 use cowbell_sim::kept::KeptHost;
 use cowbell_sim::played::{Done, Played, Verdict, play};
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Files};
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
@@ -31,7 +31,7 @@ const MAGIC: &str = "cowbell record 1";
 /// What comes before the record: how the engine and its disks came to be.
 pub struct Head {
     lines: String,
-    host: KeptHost<DiskHost>,
+    host: KeptHost<Files>,
 }
 
 impl Head {
@@ -51,7 +51,7 @@ impl Head {
         let Limits { requests, ops, turn, .. } = limits;
         let turn = turn.as_nanos();
         let lines = format!("{MAGIC}\nengine {requests} {ops} {turn} {growth}\n");
-        Head { lines, host: KeptHost::over(DiskHost { direct }) }
+        Head { lines, host: KeptHost::over(Files { direct }) }
     }
 
     /// The next disk is this image. It is opened for a trial, which writes nothing.
@@ -157,7 +157,7 @@ struct Recorded<'f> {
     /// The disks, and whether each may be written.
     disks: Vec<(Image, bool)>,
     infos: Vec<FileInfo>,
-    host: KeptHost<DiskHost>,
+    host: KeptHost<Files>,
     record: &'f [u8],
 }
 

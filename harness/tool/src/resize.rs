@@ -9,9 +9,9 @@ use cowbell_engine::units::Errno;
 use cowbell_formats::chain::open_whole_layer;
 use cowbell_formats::create::parse_size;
 use cowbell_formats::preallocation::Preallocation;
-use cowbell_formats::{DiskHost, Error, Format};
+use cowbell_formats::{Error, Format};
 
-use crate::disk::StoppableHost;
+use crate::disk::{Files, StoppableHost};
 use crate::fail::{Fail, Program};
 use crate::naming::{Image, Naming};
 use crate::out::Out;
@@ -82,7 +82,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let mut image = image.clone().locked();
     image.format = Some(format);
     let options = image.options(true);
-    let host = StoppableHost { disk: DiskHost::default(), stop: stop.clone() };
+    let host = StoppableHost { disk: Files::default(), stop: stop.clone() };
     let takes_space = new > old && matches!(format, Format::Raw | Format::Qcow2);
     let mut result = refused.and_then(|()| {
         if takes_space {
@@ -112,7 +112,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
         }
     }
     if before.has_bitmaps() {
-        let layer = open_whole_layer(&DiskHost::default(), image.path(), &options);
+        let layer = open_whole_layer(&Files::default(), image.path(), &options);
         let bitmaps = layer.and_then(|layer| before.resize_bitmaps(&layer));
         result = result.and(bitmaps.map_err(failed));
     }

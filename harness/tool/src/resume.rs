@@ -15,13 +15,14 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::Time;
 use cowbell_formats::check::{self, Repair, Unwatched};
 use cowbell_formats::error::Shown;
+use cowbell_formats::locks::MaybeLocal;
 use cowbell_formats::{Chain, Format, PartialFiles, partial};
 
 use crate::copying::Source;
+use crate::disk::AnyFile;
 use crate::fail::Fail;
 use crate::naming::Image;
 
@@ -56,11 +57,14 @@ pub fn head(sources: &[Source], options: &str) -> Result<String, Fail> {
         for number in 0..=layer.more.len() {
             let path = layer.numbered_path(number);
             let at = |error: io::Error| Fail::open_io(&path, &error);
-            let file = layer.numbered(number).identity().map_err(at)?;
+            let unseen = "--resume: whether this was changed meanwhile cannot be seen";
+            let Some(file) = layer.numbered(number).local() else {
+                return Err(Fail::at(&path, unseen));
+            };
+            let file = file.identity().map_err(at)?;
             let meta = fs::metadata(&path).map_err(at)?;
             if !meta.is_file() || (meta.dev(), meta.ino()) != file {
-                let what = "--resume: whether this was changed meanwhile cannot be seen";
-                return Err(Fail::at(&path, what));
+                return Err(Fail::at(&path, unseen));
             }
             let (seconds, nanos) = (meta.mtime(), meta.mtime_nsec());
             let _ = write!(line, " {}:{}:{}:{seconds}.{nanos:09}", file.0, file.1, meta.len());
@@ -106,20 +110,19 @@ impl Notes {
     pub fn new(
         name: &Path,
         head: &str,
-        target: &Chain<DiskFile>,
+        target: &Chain<AnyFile>,
         partial: &PartialFiles,
         copied: u64,
     ) -> Result<Notes, Fail> {
         let at = |error: io::Error| Fail::open_io(name, &error);
-        let (Some(path), Some(top), 1) =
-            (partial::beside(name), target.layers.first(), partial.count())
-        else {
+        let top = target.layers.first().and_then(|top| top.file.local());
+        let (Some(path), Some(top), 1) = (partial::beside(name), top, partial.count()) else {
             return Err(Fail::at(
                 name,
                 "--resume: only a target that is one file can be gone on with",
             ));
         };
-        let head = format!("{head}{}\n", target_line(top.file.identity().map_err(at)?));
+        let head = format!("{head}{}\n", target_line(top.identity().map_err(at)?));
         let path = partial::notes(&path);
         Ok(Notes { path, head, flushed: None, flushing: None, copied })
     }
@@ -174,7 +177,7 @@ impl Notes {
 }
 
 /// Frees what a kill has left taken in a target that is to be gone on with. It is to be opened anew then.
-pub fn repair(image: &Image, target: &Chain<DiskFile>) -> Result<(), Fail> {
+pub fn repair(image: &Image, target: &Chain<AnyFile>) -> Result<(), Fail> {
     let Some(top) = target.layers.first().filter(|top| top.format != Format::Raw) else {
         return Ok(());
     };

@@ -11,15 +11,14 @@ use std::time::Duration;
 use cowbell_engine::backend::Backend;
 use cowbell_engine::event_loop::EventLoop;
 use cowbell_engine::record::Recorder;
-use cowbell_engine::sys::disk::DiskFile;
 use cowbell_engine::units::{Errno, NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, Progress};
 use cowbell_formats::parts::growth::Growth;
 use cowbell_formats::preallocation::Before;
-use cowbell_formats::{Chain, DiskHost, Error, Format, Locks, Node, RunOptions, attach};
+use cowbell_formats::{Chain, Error, Format, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
-use crate::disk::Disk;
+use crate::disk::{AnyFile, Disk, Files, has_remote};
 use crate::fail::Fail;
 use crate::locking;
 use crate::naming::Image;
@@ -44,6 +43,8 @@ pub struct Setup {
     pub growth: Option<Growth>,
     /// Where all that the engine is asked and sees is recorded, of an image that [`Session::open`] opens.
     pub record: Option<PathBuf>,
+    /// Disks of servers will be attached to its engine besides.
+    pub has_remote: bool,
 }
 
 impl Default for Setup {
@@ -57,6 +58,7 @@ impl Default for Setup {
             depth: 64,
             growth: None,
             record: None,
+            has_remote: false,
         }
     }
 }
@@ -121,11 +123,13 @@ impl Session {
     }
 
     /// Runs `image`, which is open.
-    pub fn over(image: &Image, chain: Chain<DiskFile>, setup: &Setup) -> Result<Session, Fail> {
+    pub fn over(image: &Image, chain: Chain<AnyFile>, setup: &Setup) -> Result<Session, Fail> {
         let limits = limits_of(setup);
         let opened = |error: io::Error| Fail::open_io(image.path(), &error);
         let how = setup.how.unwrap_or(How::Threads);
-        let backend = Disk::new(how, limits.requests * 2, setup.may_block).map_err(opened)?;
+        let has_remote = setup.has_remote || has_remote(&chain);
+        let backend =
+            Disk::new(how, limits.requests * 2, setup.may_block, has_remote).map_err(opened)?;
         let mut engine = Engine::new(Recorder::new(backend), limits);
         let top = chain.layers.first().filter(|_| setup.write);
         let before = top.map(Before::of).transpose().map_err(|why| image.failed(why))?;
@@ -208,8 +212,8 @@ impl Session {
 }
 
 /// Opens `image` and the files it is backed by, and warns of what is wrong with writing it.
-pub fn open_chain(image: &Image, write: bool, direct: bool) -> Result<Chain<DiskFile>, Fail> {
-    let chain = image.open(&DiskHost { direct }, write)?;
+pub fn open_chain(image: &Image, write: bool, direct: bool) -> Result<Chain<AnyFile>, Fail> {
+    let chain = image.open(&Files { direct }, write)?;
     let probed = chain.layers.first().is_some_and(|top| top.probed && top.format == Format::Raw);
     if write && probed {
         warn_of_probing(image);

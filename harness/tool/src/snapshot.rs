@@ -12,11 +12,11 @@ use cowbell_formats::locks::lock_image;
 use cowbell_formats::qcow2::disk::snapshot_table::{self, Snapshot};
 use cowbell_formats::qcow2::rest::open::{describe_header, read_header};
 use cowbell_formats::qcow2::rest::snapshots::{self, Moment};
-use cowbell_formats::{DiskHost, Error, Format, Host};
+use cowbell_formats::{Error, Format, Host};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::disk::StoppableHost;
+use crate::disk::{Files, StoppableHost};
 use crate::fail::{Fail, Program};
 use crate::json::Json;
 use crate::naming::Naming;
@@ -79,7 +79,7 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let file = &image.given;
     let write = !matches!(action, Action::List);
     // Before its last write a change has changed nothing: a signal ends it there.
-    let host = StoppableHost { disk: DiskHost::default(), stop: Stop::on_signals()? };
+    let host = StoppableHost { disk: Files::default(), stop: Stop::on_signals()? };
     if write {
         image.check_writable()?;
     }

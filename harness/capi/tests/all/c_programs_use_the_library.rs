@@ -190,6 +190,23 @@ fn hostile_calls_are_answered() {
 }
 
 #[test]
+fn disks_are_paused_and_slowed_down() {
+    if !have_qemu() {
+        return;
+    }
+    let folder = folder();
+    let path = folder.path();
+    run("qemu-img", path, &["create", "-q", "-f", "qcow2", "base.qcow2", "16M"]);
+    let overlay = ["-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "disk.qcow2"];
+    run("qemu-img", path, &[&["create", "-q"], &overlay[..]].concat());
+    run("qemu-img", path, &["create", "-q", "-f", "raw", "other.img", "16M"]);
+    let program = compiled("tests/control.c", path, watched());
+    let said = run(&program, path, &["."]);
+    assert!(said.contains(" checks, 0 failures\n"), "{said}");
+    run("qemu-img", path, &["check", "-q", "-f", "qcow2", "disk.qcow2"]);
+}
+
+#[test]
 fn the_header_is_cpp_too() {
     if !Command::new("c++").arg("--version").output().is_ok_and(|out| out.status.success()) {
         return skipped("there is no c++, nothing compiles the header as C++");

@@ -19,9 +19,7 @@ use cowbell_engine::sys::clock;
 use cowbell_engine::sys::pool::PoolStats;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::{
-    Chain, CreateOptions, DiskHost, Format, Locks, Node, RunOptions, attach, create, map,
-};
+use cowbell_formats::{Chain, CreateOptions, Format, Locks, Node, RunOptions, attach, create, map};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::event::Timespec;
@@ -30,7 +28,7 @@ use rustix::time::{
 };
 
 use crate::cache::{Cache, How};
-use crate::disk::Disk;
+use crate::disk::{Disk, Files};
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::number::{count, size};
@@ -173,7 +171,7 @@ pub fn run(args: &Looped, given: &Given<'_>) -> Result<u8, Fail> {
     let temporary = std::env::temp_dir();
     let folder = Folder::new_in(given.folder.unwrap_or(&temporary), "loop")?;
     let depth = plan.depth;
-    let backend = Disk::new(given.how, depth.max(128), given.may_block)?;
+    let backend = Disk::new(given.how, depth.max(128), given.may_block, false)?;
     let defaults = Limits::default();
     let limits = Limits {
         requests: depth.max(defaults.requests),
@@ -251,8 +249,8 @@ fn make(
         options.backing_file = Some(base.into());
         options.backing_format = Some(Format::Raw);
     }
-    let host = DiskHost { direct };
-    create(&DiskHost::default(), &path, format, &options).map_err(|why| Fail::file(&path, why))?;
+    let host = Files { direct };
+    create(&Files::default(), &path, format, &options).map_err(|why| Fail::file(&path, why))?;
     let chain: Chain<_> = Image::plain(&path, Some(format)).open(&host, true)?;
     let opened = |error| Fail::open_io(&path, &error);
     let locks = chain.locks().map_err(opened)?;
@@ -478,7 +476,7 @@ fn look_again(disks: &[Thin], guest: &Guest, size: u64) -> Result<(u64, u64), Fa
     let mut bytes = vec![0; 1 << 20];
     for (n, disk) in disks.iter().enumerate() {
         let image = Image::plain(&disk.path, Some(disk.format));
-        let chain = image.open_unlocked(&DiskHost::default())?;
+        let chain = image.open_unlocked(&Files::default())?;
         for offset in (0..size).step_by(bytes.len()) {
             let len = (size - offset).min(bytes.len() as u64) as usize;
             let bytes = &mut bytes[..len];

@@ -10,9 +10,10 @@ use cowbell_engine::step::{Io, IoKind};
 use cowbell_engine::units::{Errno, Time};
 use cowbell_engine::{Finished, Refused};
 use cowbell_formats::create::{BadSize, parse_size};
-use cowbell_formats::{Chain, DiskHost, Format, map};
+use cowbell_formats::{Chain, Format, map};
 
 use crate::cache::{Cache, How};
+use crate::disk::{AnyFile, Files};
 use crate::fail::{Fail, Program};
 use crate::io::report::{self, Style, dump, size};
 use crate::io::{Opening, cache_named, discard_named, output};
@@ -709,17 +710,13 @@ impl Runner {
     }
 
     /// The image once more, for looking at. What has finished is in the files.
-    fn look(&mut self) -> Result<Chain<cowbell_engine::sys::disk::DiskFile>, Bad> {
+    fn look(&mut self) -> Result<Chain<AnyFile>, Bad> {
         // Its locks are the session's.
-        Ok(self.image().image.open_unlocked(&DiskHost::default())?)
+        Ok(self.image().image.open_unlocked(&Files::default())?)
     }
 
     /// Whether the image itself, not one behind it, has something at `offset`, and for how long.
-    fn is_allocated(
-        chain: &Chain<cowbell_engine::sys::disk::DiskFile>,
-        offset: u64,
-        len: u64,
-    ) -> Result<(bool, u64), Bad> {
+    fn is_allocated(chain: &Chain<AnyFile>, offset: u64, len: u64) -> Result<(bool, u64), Bad> {
         let extent = map::status(chain, offset, len)
             .map_err(|why| Bad::Out(format!("is_allocated failed: {why}\n")))?;
         Ok((extent.is_present() && extent.depth == 0, extent.len))

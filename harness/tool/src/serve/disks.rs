@@ -76,7 +76,7 @@ impl Disks {
     /// Opens `images`, each `PATH` or `NAME=PATH`.
     pub fn open(images: &[OsString], opening: &Opening<'_>) -> Result<Disks, Fail> {
         let limits = Limits { requests: REQUESTS, ops: REQUESTS * 4, ..Limits::default() };
-        let backend = Disk::new(opening.how, REQUESTS * 2, false)?;
+        let backend = Disk::new(opening.how, REQUESTS * 2, false, false)?;
         let engine = Engine::new(Recorder::new(backend), limits);
         let cache = opening.cache;
         let mut head = Head::new(&limits, None, cache.direct);
