@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -11,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::Duration;
 
+use blkio::{Blkio, ReqFlags};
 use cowbell_engine::sys::clock;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::VhostBackend;
@@ -55,8 +58,13 @@ struct Serving {
 
 impl Serving {
     fn start(place: &Place, args: &str) -> Serving {
+        Serving::with_queues(place, QUEUES, args)
+    }
+
+    fn with_queues(place: &Place, queues: usize, args: &str) -> Serving {
         let mut command = Command::new(COWBELL);
-        command.args(["serve", "--vhost-user", "v", "--queues", "3"]).args(args.split_whitespace());
+        command.args(["serve", "--vhost-user", "v", "--queues", &queues.to_string()]);
+        command.args(args.split_whitespace());
         let command = command.current_dir(place.dir.path()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("it starts");
         let mut said = BufReader::new(child.stdout.take().expect("piped"));
@@ -791,4 +799,94 @@ fn a_queue_that_is_stopped_has_done_what_it_has_taken() {
     serving.stop();
     let checked = place.ok("cowbell check d");
     assert_eq!(checked.lines().next(), Some("No errors were found on the image."));
+}
+
+#[test]
+fn another_driver_has_four_queues_of_128_requests() {
+    const DEPTH: usize = 128;
+    const ALL: usize = 4 * DEPTH;
+    /// Bytes of a request at most, and of the part of the disk that it lies in: four of a cluster.
+    const PART: usize = 16 << 10;
+    const PARTS: u64 = 3 * ALL as u64;
+    for args in ["d", "-t none d"] {
+        let place = Place::new();
+        let size = PARTS * PART as u64;
+        place.ok(&format!("cowbell create -f qcow2 d {size}"));
+        let serving = Serving::with_queues(&place, 4, args);
+        let mut driver = Blkio::new("virtio-blk-vhost-user").expect("it is known");
+        driver.set_str("path", serving.socket.to_str().expect("text")).expect("a path");
+        driver.connect().expect("it listens");
+        assert_eq!(driver.get_u64("capacity").expect("known"), size);
+        driver.set_i32("num-queues", 4).expect("there are as many");
+        // Three descriptors a request.
+        driver.set_i32("queue-size", 512).expect("there is room");
+        let mut queues = driver.start().expect("it starts").queues;
+        let region = driver.alloc_mem_region(ALL * PART).expect("memory");
+        driver.map_mem_region(&region).expect("it is shared");
+        // The same memory, as a file.
+        let memory = format!("/proc/self/fd/{}", region.fd);
+        let memory = File::options().read(true).write(true).open(memory).expect("it is one");
+
+        let mut shadow = vec![0; size as usize];
+        let mut random = Random(11);
+        let mut data = vec![0; PART];
+        let mut parts: Vec<u64> = (0..PARTS).collect();
+        let (mut writes, mut reads) = (0, 0);
+        for _ in 0..30 {
+            let mut asked = Vec::new();
+            for slot in 0..ALL {
+                // A part of its own: which of them comes first does not matter.
+                let other = slot as u64 + random.below(PARTS - slot as u64);
+                parts.swap(slot, other as usize);
+                let first = random.below(PART as u64 / 512);
+                let len = 512 * (1 + random.below(PART as u64 / 512 - first)) as usize;
+                let at = (parts[slot] * PART as u64 + first * 512) as usize;
+                let (buffer, none) = (slot * PART, ReqFlags::empty());
+                let pointer = (region.addr + buffer) as *mut u8;
+                let queue = &mut queues[slot / DEPTH];
+                random.fill(&mut data[..len]);
+                memory.write_all_at(&data[..len], buffer as u64).expect("in memory");
+                if random.below(2) == 0 {
+                    writes += 1;
+                    shadow[at..at + len].copy_from_slice(&data[..len]);
+                    queue.write(at as u64, pointer, len, slot, none);
+                } else {
+                    reads += 1;
+                    asked.push((buffer, at..at + len));
+                    queue.read(at as u64, pointer, len, slot, none);
+                }
+            }
+            // All queues are kicked before the first one is waited for.
+            let mut done = [const { MaybeUninit::uninit() }; DEPTH];
+            let mut counts = [0; 4];
+            for (queue, count) in queues.iter_mut().zip(&mut counts) {
+                *count += queue.do_io(&mut done, 0, None, None).expect("a kick");
+            }
+            let mut patience = Duration::from_secs(60);
+            for (queue, count) in queues.iter_mut().zip(&mut counts) {
+                let left = DEPTH - *count;
+                let came = queue.do_io(&mut done[..left], left, Some(&mut patience), None);
+                assert_eq!(came.expect("they come in time"), left);
+            }
+            for (buffer, range) in asked {
+                memory.read_exact_at(&mut data[..range.len()], buffer as u64).expect("in memory");
+                assert!(data[..range.len()] == shadow[range.clone()], "{range:?} reads otherwise");
+            }
+        }
+        queues[3].flush(0, ReqFlags::empty());
+        let mut done = [const { MaybeUninit::uninit() }; 1];
+        assert_eq!(queues[3].do_io(&mut done, 1, None, None).expect("it comes"), 1);
+        assert!(writes > ALL && reads > ALL);
+        drop((queues, driver));
+        let said = serving.stop();
+        let requests = format!("; {} requests", writes + reads + 1);
+        assert!(said.contains(" 0 failed") && said.contains(&requests), "{said}");
+        if have_qemu() {
+            place.qemu("qemu-img check d");
+            place.qemu("qemu-img convert -O raw d out");
+        } else {
+            place.ok("cowbell convert -O raw d out");
+        }
+        assert!(read(&place.path("out")) == shadow);
+    }
 }
