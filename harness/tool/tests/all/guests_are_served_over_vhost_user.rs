@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -11,11 +14,13 @@ use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::Duration;
 
+use blkio::{Blkio, ReqFlags};
 use cowbell_engine::sys::clock;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostUserMemoryRegionInfo, VringConfigData};
@@ -55,8 +60,13 @@ struct Serving {
 
 impl Serving {
     fn start(place: &Place, args: &str) -> Serving {
+        Serving::with_queues(place, QUEUES, args)
+    }
+
+    fn with_queues(place: &Place, queues: usize, args: &str) -> Serving {
         let mut command = Command::new(COWBELL);
-        command.args(["serve", "--vhost-user", "v", "--queues", "3"]).args(args.split_whitespace());
+        command.args(["serve", "--vhost-user", "v", "--queues", &queues.to_string()]);
+        command.args(args.split_whitespace());
         let command = command.current_dir(place.dir.path()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("it starts");
         let mut said = BufReader::new(child.stdout.take().expect("piped"));
@@ -111,6 +121,8 @@ struct Guest {
     front: Frontend,
     rings: Vec<Ring>,
     event_index: bool,
+    /// Where servers note what is in flight, if they do.
+    inflight: Option<(VhostUserInflight, File)>,
 }
 
 impl Guest {
@@ -124,6 +136,15 @@ impl Guest {
         };
         let memory = GuestMemoryMmap::from_ranges_with_files([region(0), region(REGION)]);
         let memory = memory.expect("it is mapped");
+        let front = Guest::connect(serving, event_index);
+        let mut guest = Guest { memory, front, rings: Vec::new(), event_index, inflight: None };
+        guest.share_memory();
+        (0..QUEUES).for_each(|at| guest.start_queue(at, 0));
+        guest
+    }
+
+    /// A front end with all features of the server's.
+    fn connect(serving: &Serving, event_index: bool) -> Frontend {
         let stream = UnixStream::connect(&serving.socket).expect("it listens");
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
         let mut front = Frontend::from_stream(stream, QUEUES as u64);
@@ -141,10 +162,36 @@ impl Guest {
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         front.set_features(taken).expect("features");
         assert_eq!(front.get_queue_num().expect("queues"), QUEUES as u64);
-        let mut guest = Guest { memory, front, rings: Vec::new(), event_index };
-        guest.share_memory();
-        (0..QUEUES).for_each(|at| guest.start_queue(at, 0));
-        guest
+        front
+    }
+
+    /// What is in flight is noted from now on, and nothing is. The queues have to be started anew, from
+    /// where they were.
+    fn note_inflight(&mut self) -> Vec<u16> {
+        let bases = (0..QUEUES).map(|at| self.front.get_vring_base(at).expect("base") as u16);
+        let bases = bases.collect();
+        let wanted = VhostUserInflight::new(0, 0, QUEUES as u16, SIZE);
+        self.inflight = Some(self.front.get_inflight_fd(&wanted).expect("memory"));
+        self.share_inflight();
+        bases
+    }
+
+    fn share_inflight(&mut self) {
+        let (inflight, file) = self.inflight.as_ref().expect("it is noted");
+        self.front.set_inflight_fd(inflight, file.as_raw_fd()).expect("it is mapped");
+    }
+
+    /// Goes on with another server. All that was asked is still in the rings.
+    fn reconnect(&mut self, serving: &Serving) {
+        self.front = Guest::connect(serving, self.event_index);
+        self.share_memory();
+        self.share_inflight();
+        for at in 0..QUEUES {
+            // Nobody has said where the one before it was.
+            let used = GuestAddress(at as u64 * QUEUE + USED + 2);
+            let used = self.memory.load(used, Ordering::Acquire).expect("in memory");
+            self.announce_queue(at, used);
+        }
     }
 
     fn share_memory(&self) {
@@ -173,8 +220,21 @@ impl Guest {
         self.put(place + AVAIL + 2, base);
         self.put(place + USED, 0_u16);
         self.put(place + USED + 2, base);
-        self.front.set_vring_num(at, SIZE).expect("size");
-        self.front.set_vring_base(at, base).expect("base");
+        if at == self.rings.len() {
+            self.rings.push(ring);
+        } else {
+            self.rings[at] = ring;
+        }
+        self.announce_queue(at, base);
+    }
+
+    fn announce_queue(&mut self, at: usize, base: u16) {
+        assert!(self.try_announce_queue(at, base), "it is a queue");
+    }
+
+    /// Tells the server of a queue. False: it wants nothing of it.
+    fn try_announce_queue(&mut self, at: usize, base: u16) -> bool {
+        let place = at as u64 * QUEUE;
         let data = VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,
@@ -184,16 +244,14 @@ impl Guest {
             avail_ring_addr: self.theirs(place + AVAIL),
             log_addr: None,
         };
-        self.front.set_vring_addr(at, &data).expect("addresses");
-        self.front.set_vring_err(at, &ring.error).expect("error");
-        self.front.set_vring_kick(at, &ring.kick).expect("kick");
-        self.front.set_vring_call(at, &ring.call).expect("call");
-        self.front.set_vring_enable(at, true).expect("enable");
-        if at == self.rings.len() {
-            self.rings.push(ring);
-        } else {
-            self.rings[at] = ring;
-        }
+        let (front, ring) = (&mut self.front, &self.rings[at]);
+        front.set_vring_num(at, SIZE).is_ok()
+            && front.set_vring_base(at, base).is_ok()
+            && front.set_vring_addr(at, &data).is_ok()
+            && front.set_vring_err(at, &ring.error).is_ok()
+            && front.set_vring_kick(at, &ring.kick).is_ok()
+            && front.set_vring_call(at, &ring.call).is_ok()
+            && front.set_vring_enable(at, true).is_ok()
     }
 
     fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
@@ -733,7 +791,7 @@ fn memory_comes_and_goes() {
         memory_size: REGION,
         userspace_addr: 1 << 40,
         mmap_offset: 0,
-        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&file),
+        mmap_handle: file.as_raw_fd(),
     };
     assert!(guest.front.add_mem_region(&short).is_err());
     drop(guest);
@@ -791,4 +849,245 @@ fn a_queue_that_is_stopped_has_done_what_it_has_taken() {
     serving.stop();
     let checked = place.ok("cowbell check d");
     assert_eq!(checked.lines().next(), Some("No errors were found on the image."));
+}
+
+#[test]
+fn another_driver_has_four_queues_of_128_requests() {
+    const DEPTH: usize = 128;
+    const ALL: usize = 4 * DEPTH;
+    /// Bytes of a request at most, and of the part of the disk that it lies in: four of a cluster.
+    const PART: usize = 16 << 10;
+    const PARTS: u64 = 3 * ALL as u64;
+    for args in ["d", "-t none d"] {
+        let place = Place::new();
+        let size = PARTS * PART as u64;
+        place.ok(&format!("cowbell create -f qcow2 d {size}"));
+        let serving = Serving::with_queues(&place, 4, args);
+        let mut driver = Blkio::new("virtio-blk-vhost-user").expect("it is known");
+        driver.set_str("path", serving.socket.to_str().expect("text")).expect("a path");
+        driver.connect().expect("it listens");
+        assert_eq!(driver.get_u64("capacity").expect("known"), size);
+        driver.set_i32("num-queues", 4).expect("there are as many");
+        // Three descriptors a request.
+        driver.set_i32("queue-size", 512).expect("there is room");
+        let mut queues = driver.start().expect("it starts").queues;
+        let region = driver.alloc_mem_region(ALL * PART).expect("memory");
+        driver.map_mem_region(&region).expect("it is shared");
+        // The same memory, as a file.
+        let memory = format!("/proc/self/fd/{}", region.fd);
+        let memory = File::options().read(true).write(true).open(memory).expect("it is one");
+
+        let mut shadow = vec![0; size as usize];
+        let mut random = Random(11);
+        let mut data = vec![0; PART];
+        let mut parts: Vec<u64> = (0..PARTS).collect();
+        let (mut writes, mut reads) = (0, 0);
+        for _ in 0..30 {
+            let mut asked = Vec::new();
+            for slot in 0..ALL {
+                // A part of its own: which of them comes first does not matter.
+                let other = slot as u64 + random.below(PARTS - slot as u64);
+                parts.swap(slot, other as usize);
+                let first = random.below(PART as u64 / 512);
+                let len = 512 * (1 + random.below(PART as u64 / 512 - first)) as usize;
+                let at = (parts[slot] * PART as u64 + first * 512) as usize;
+                let (buffer, none) = (slot * PART, ReqFlags::empty());
+                let pointer = (region.addr + buffer) as *mut u8;
+                let queue = &mut queues[slot / DEPTH];
+                random.fill(&mut data[..len]);
+                memory.write_all_at(&data[..len], buffer as u64).expect("in memory");
+                if random.below(2) == 0 {
+                    writes += 1;
+                    shadow[at..at + len].copy_from_slice(&data[..len]);
+                    queue.write(at as u64, pointer, len, slot, none);
+                } else {
+                    reads += 1;
+                    asked.push((buffer, at..at + len));
+                    queue.read(at as u64, pointer, len, slot, none);
+                }
+            }
+            // All queues are kicked before the first one is waited for.
+            let mut done = [const { MaybeUninit::uninit() }; DEPTH];
+            let mut counts = [0; 4];
+            for (queue, count) in queues.iter_mut().zip(&mut counts) {
+                *count += queue.do_io(&mut done, 0, None, None).expect("a kick");
+            }
+            let mut patience = Duration::from_secs(60);
+            for (queue, count) in queues.iter_mut().zip(&mut counts) {
+                let left = DEPTH - *count;
+                let came = queue.do_io(&mut done[..left], left, Some(&mut patience), None);
+                assert_eq!(came.expect("they come in time"), left);
+            }
+            for (buffer, range) in asked {
+                memory.read_exact_at(&mut data[..range.len()], buffer as u64).expect("in memory");
+                assert!(data[..range.len()] == shadow[range.clone()], "{range:?} reads otherwise");
+            }
+        }
+        queues[3].flush(0, ReqFlags::empty());
+        let mut done = [const { MaybeUninit::uninit() }; 1];
+        assert_eq!(queues[3].do_io(&mut done, 1, None, None).expect("it comes"), 1);
+        assert!(writes > ALL && reads > ALL);
+        drop((queues, driver));
+        let said = serving.stop();
+        let requests = format!("; {} requests", writes + reads + 1);
+        assert!(said.contains(" 0 failed") && said.contains(&requests), "{said}");
+        if have_qemu() {
+            place.qemu("qemu-img check d");
+            place.qemu("qemu-img convert -O raw d out");
+        } else {
+            place.ok("cowbell convert -O raw d out");
+        }
+        assert!(read(&place.path("out")) == shadow);
+    }
+}
+
+#[test]
+fn what_was_in_flight_when_the_server_was_killed_is_done_and_answered_once() {
+    // What is answered and not flushed may be in tables that are written late: not of raw images, and not where
+    // each write is flushed.
+    for (format, event_index, args) in
+        [("raw", true, "-t none"), ("raw", false, ""), ("qcow2", true, "-t directsync")]
+    {
+        let place = Place::new();
+        place.ok(&format!("cowbell create -f {format} d 64M"));
+        let args = &format!("-f {format} {args} d");
+        let mut serving = Serving::start(&place, args);
+        let mut guest = Guest::new(&serving, event_index);
+        for (at, base) in guest.note_inflight().into_iter().enumerate() {
+            guest.start_queue(at, base);
+        }
+        let mut shadow = vec![0; 64 << 20];
+        let mut random = Random(13);
+        let mut data = vec![0; DATA as usize];
+        let (mut asked, mut answered, mut noted) = (0, 0, 0);
+        for round in 0..40 {
+            // Before it is killed its queues are filled again, so that requests overtake each other in the rings.
+            for step in 0..4 {
+                for queue in 0..QUEUES {
+                    while let Some(&slot) = guest.rings[queue].free.last() {
+                        // Each has a part of the disk: which of them comes first does not matter.
+                        let part = (queue as u64 * u64::from(SLOTS) + u64::from(slot)) * 2048;
+                        let len = 1 + random.below(DATA / 512);
+                        let sector = part + random.below(2048 - len);
+                        let range = (sector * 512) as usize..((sector + len) * 512) as usize;
+                        random.fill(&mut data[..range.len()]);
+                        shadow[range.clone()].copy_from_slice(&data[..range.len()]);
+                        let what = Ask::write(sector, &data[..range.len()]);
+                        let indirect = random.below(2) == 0;
+                        guest.ask(queue, &what, 1 + random.below(4), indirect);
+                        asked += 1;
+                    }
+                    guest.kick(queue);
+                }
+                sleep(Duration::from_micros(random.below(200 + round * 20)));
+                if step < 3 {
+                    for queue in 0..QUEUES {
+                        let done = guest.done(queue);
+                        assert!(done.iter().all(|one| one.1 == 0));
+                        answered += done.len();
+                    }
+                }
+            }
+            serving.child.kill().expect("it runs");
+            serving.child.wait().expect("it ends");
+            // One byte of each descriptor's sixteen says so, behind a queue's sixteen.
+            let (inflight, file) = guest.inflight.as_ref().expect("it is noted");
+            let mut notes = vec![0; inflight.mmap_size as usize];
+            file.read_exact_at(&mut notes, 0).expect("they are there");
+            let queues = notes.chunks(notes.len() / QUEUES);
+            let all = queues.flat_map(|queue| queue.chunks(16).skip(1).filter(|one| one[0] != 0));
+            noted += all.count();
+            serving = Serving::start(&place, args);
+            guest.reconnect(&serving);
+            for queue in 0..QUEUES {
+                while !guest.rings[queue].asked.is_empty() {
+                    // What is answered was asked, and not answered before.
+                    let done = guest.wait(queue);
+                    assert!(done.iter().all(|one| one.1 == 0));
+                    answered += done.len();
+                }
+            }
+            assert_eq!(answered, asked);
+        }
+        // Nothing comes any more.
+        for queue in 0..QUEUES {
+            let base = guest.front.get_vring_base(queue).expect("base") as u16;
+            assert_eq!(base, guest.rings[queue].available);
+            assert!(guest.done(queue).is_empty());
+        }
+        println!("{noted} of {asked} were in flight");
+        assert!(noted > 100, "it was killed in the middle");
+        drop(guest);
+        assert!(serving.stop().contains(" 0 failed"));
+        if have_qemu() {
+            place.qemu(&format!("qemu-img convert -f {format} -O raw d out"));
+        } else {
+            place.ok(&format!("cowbell convert -f {format} -O raw d out"));
+        }
+        assert!(read(&place.path("out")) == shadow, "{format}");
+    }
+}
+
+#[test]
+fn whatever_is_in_the_notes_of_what_was_in_flight_harms_nobody() {
+    let place = Place::new();
+    place.ok("cowbell create -f raw d 64M");
+    let serving = Serving::start(&place, "-f raw d");
+    let mut random = Random(17);
+    // Memory that there cannot be.
+    for (queues, size) in [(QUEUES as u16 + 1, SIZE), (1, 1025), (u16::MAX, u16::MAX)] {
+        let wanted = VhostUserInflight::new(0, 0, queues, size);
+        let mut front = Guest::connect(&serving, true);
+        assert!(front.get_inflight_fd(&wanted).is_err());
+    }
+    let (mut broken, mut answered) = (0, 0);
+    for round in 0..200 {
+        let mut guest = Guest::new(&serving, true);
+        guest.note_inflight();
+        for queue in 0..QUEUES {
+            for at in 0..u64::from(SLOTS) {
+                guest.ask(queue, &Ask::read(at * 256, 4096), 2, at % 2 == 0);
+            }
+        }
+        let (inflight, file) = guest.inflight.as_ref().expect("it is noted");
+        let len = inflight.mmap_size as usize / QUEUES;
+        let mut notes = vec![0; len * QUEUES];
+        random.fill(&mut notes);
+        for queue in notes.chunks_mut(len) {
+            // Of most, the version, the size and the last one could be right; of some, what is in flight too.
+            if random.below(8) > 0 {
+                let last = random.below(u64::from(SIZE) + 2) as u8;
+                queue[8..14].copy_from_slice(&[1, 0, SIZE as u8, 0, last, 0]);
+            }
+            if round % 2 == 0 {
+                for (at, head) in queue.chunks_mut(16).skip(1).enumerate() {
+                    let is_one = at % usize::from(DESCRIPTORS) == 0;
+                    head[0] = u8::from(is_one && random.below(4) == 0 || random.below(500) == 0);
+                }
+            }
+        }
+        file.write_all_at(&notes, 0).expect("it is long enough");
+        // What is said then may be an error, and the front end is left.
+        for at in 0..QUEUES {
+            if !guest.try_announce_queue(at, 0) {
+                broken += 1;
+                break;
+            }
+        }
+        sleep(Duration::from_millis(1));
+        for queue in 0..QUEUES {
+            let used = GuestAddress(queue as u64 * QUEUE + USED + 2);
+            answered +=
+                u32::from(guest.memory.load::<u16>(used, Ordering::Acquire).expect("there"));
+            broken += u32::from(guest.rings[queue].error.read().is_ok());
+        }
+        drop(guest);
+        if round % 50 == 0 {
+            serving.is_well();
+        }
+    }
+    println!("{broken} broken, {answered} answered");
+    assert!(broken > 50 && answered > 50, "both ways were taken: {broken} {answered}");
+    serving.is_well();
+    serving.stop();
 }

@@ -7,6 +7,7 @@
 //! Messages are read by the crate `vhost`, which waits for what is missing. So a message is left in its
 //! socket until all of it has come and there is room for its reply; then nothing is waited for.
 
+mod inflight;
 mod queue;
 mod request;
 mod session;
@@ -286,9 +287,15 @@ impl Vhost {
         for index in (*next_queue..count).chain(0..*next_queue) {
             let queue = &mut session.queues[index];
             while places > 0 && disks.has_room() && queue.is_pending() {
-                let Some(chain) = queue.take(&guest) else { break };
+                let parsed = match queue.take_again(&guest) {
+                    Some(chain) => self.parser.parse(chain, &guest, facts),
+                    None => {
+                        let Some(chain) = queue.take(&guest) else { break };
+                        self.parser.parse(chain, &guest, facts)
+                    }
+                };
                 places -= 1;
-                let Request { head, status, todo } = match self.parser.parse(chain, &guest, facts) {
+                let Request { head, status, todo } = match parsed {
                     Ok(request) => request,
                     Err(Malformed) => {
                         queue.refuse();

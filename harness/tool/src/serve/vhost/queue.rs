@@ -4,13 +4,19 @@
 //! right *breaks* its queue: nothing more is taken from it or put into it until the front end has set
 //! it up anew, and whoever waits on its error descriptor is told.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error, Queue as Rings, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
+
+use crate::serve::vhost::inflight::Notes;
 
 /// A guest's memory.
 pub type Guest = GuestMemoryMmap;
@@ -54,6 +60,10 @@ pub struct Queue {
     /// Something was done of which nobody was told.
     has_news: bool,
     in_flight: usize,
+    /// What is in flight is noted there.
+    notes: Option<Notes>,
+    /// What was in flight when another server was killed, by first descriptor: it is done again.
+    again: VecDeque<u16>,
 }
 
 impl Queue {
@@ -72,6 +82,8 @@ impl Queue {
             is_quiet: false,
             has_news: false,
             in_flight: 0,
+            notes: None,
+            again: VecDeque::new(),
         }
     }
 
@@ -110,15 +122,21 @@ impl Queue {
         true
     }
 
-    /// Begins to run.
+    /// Places in it.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Begins to run, with what is in flight as the notes have it.
     ///
     /// # Errors
-    /// The rings are not, or not wholly, in the guest's memory, or lie askew.
+    /// The rings are not, or not wholly, in the guest's memory, or lie askew. Or the notes are another's.
     pub fn start(
         &mut self,
         guest: &Guest,
         places: Places<GuestAddress>,
         event_index: bool,
+        mut notes: Option<Notes>,
     ) -> Result<(), Error> {
         let mut rings = <Rings as QueueT>::new(SIZE_MAX)?;
         rings.try_set_size(self.size)?;
@@ -128,6 +146,13 @@ impl Queue {
         place(&mut rings, guest, places)?;
         let used = rings.used_idx(guest, Ordering::Acquire)?;
         rings.set_next_used(used.0);
+        self.again.clear();
+        if let Some(notes) = &mut notes {
+            self.again.extend(notes.open(used.0)?);
+            // What was taken was answered, or is to be done again.
+            rings.set_next_avail(used.0.wrapping_add(self.again.len() as u16));
+        }
+        self.notes = notes;
         self.rings = Some(rings);
         (self.is_broken, self.is_quiet, self.has_news) = (false, false, false);
         self.is_pending = true;
@@ -147,6 +172,8 @@ impl Queue {
         if let Some(rings) = self.rings.take() {
             self.base = rings.next_avail();
         }
+        self.notes = None;
+        self.again.clear();
         (self.is_pending, self.is_enabled) = (false, false);
         self.base
     }
@@ -180,6 +207,42 @@ impl Queue {
         }
     }
 
+    /// Takes the next request of those that are to be done again.
+    pub fn take_again(&mut self, guest: &Guest) -> Option<DescriptorChain<Arc<Guest>>> {
+        let head = self.again.pop_front()?;
+        match self.chain_of(guest, head) {
+            Ok(chain) => {
+                self.in_flight += 1;
+                Some(chain)
+            }
+            Err(_) => {
+                self.break_it();
+                None
+            }
+        }
+    }
+
+    /// The chain that begins with this descriptor. The crate finds chains in rings alone: so there is one
+    /// behind the guest's memory, with nothing else in it.
+    fn chain_of(&self, guest: &Guest, head: u16) -> Result<DescriptorChain<Arc<Guest>>, Error> {
+        const PAGE: u64 = 4096;
+        let rings = self.rings.as_ref().ok_or(Error::QueueNotReady)?;
+        let end = guest.last_addr().raw_value();
+        let at = end.checked_next_multiple_of(PAGE).ok_or(Error::QueueNotReady)?;
+        let (available, used) = (GuestAddress(at), GuestAddress(at + PAGE));
+        let region = GuestRegionMmap::from_range(available, 4 * PAGE as usize, None);
+        let region = Arc::new(region.map_err(|_| Error::QueueNotReady)?);
+        let both = guest.insert_region(region).map_err(|_| Error::QueueNotReady)?;
+        both.write_obj(1_u16.to_le(), GuestAddress(at + 2)).map_err(Error::GuestMemory)?;
+        both.write_obj(head.to_le(), GuestAddress(at + 4)).map_err(Error::GuestMemory)?;
+        let mut one = <Rings as QueueT>::new(SIZE_MAX)?;
+        one.try_set_size(self.size)?;
+        one.set_ready(true);
+        let table = GuestAddress(rings.desc_table());
+        place(&mut one, &both, Places { table, available, used })?;
+        one.iter(Arc::new(both))?.next().ok_or(Error::QueueNotReady)
+    }
+
     fn try_take<'a>(
         &mut self,
         guest: &'a Guest,
@@ -190,6 +253,9 @@ impl Queue {
             if let Some(chain) = rings.iter(guest)?.next() {
                 if self.in_flight >= usize::from(self.size) {
                     return Err(Error::InvalidAvailRingIndex);
+                }
+                if let Some(notes) = &mut self.notes {
+                    notes.taken(chain.head_index())?;
                 }
                 if !self.is_quiet {
                     rings.disable_notification(guest)?;
@@ -212,10 +278,21 @@ impl Queue {
         if self.is_broken {
             return;
         }
-        let Some(rings) = &mut self.rings else { return };
-        match rings.add_used(guest, head, len) {
+        match self.try_answer(guest, head, len) {
             Ok(()) => self.has_news = true,
             Err(_) => self.break_it(),
+        }
+    }
+
+    fn try_answer(&mut self, guest: &Guest, head: u16, len: u32) -> Result<(), Error> {
+        let rings = self.rings.as_mut().ok_or(Error::QueueNotReady)?;
+        if let Some(notes) = &self.notes {
+            notes.answering(head)?;
+        }
+        rings.add_used(guest, head, len)?;
+        match &self.notes {
+            Some(notes) => notes.answered(head, rings.next_used()),
+            None => Ok(()),
         }
     }
 

@@ -5,6 +5,7 @@
 //! guest's, and may be anything.
 
 use std::mem::offset_of;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use cowbell_engine::NodeLimits;
@@ -134,9 +135,9 @@ impl Parser {
     ///
     /// # Errors
     /// It is none of a request's.
-    pub fn parse(
+    pub fn parse<M: Clone + Deref<Target = Guest>>(
         &mut self,
-        chain: DescriptorChain<&Guest>,
+        chain: DescriptorChain<M>,
         guest: &Arc<Guest>,
         facts: &Facts,
     ) -> Result<Request, Malformed> {
@@ -153,7 +154,10 @@ impl Parser {
         Ok(Request { head, status, todo })
     }
 
-    fn take_pieces(&mut self, chain: DescriptorChain<&Guest>) -> Result<(), Malformed> {
+    fn take_pieces<M: Clone + Deref<Target = Guest>>(
+        &mut self,
+        chain: DescriptorChain<M>,
+    ) -> Result<(), Malformed> {
         self.readable.clear();
         self.writable.clear();
         // A chain that ends although there is more of it leads somewhere where nothing is.
@@ -328,7 +332,9 @@ mod tests {
         assert!(queue.set_size(SIZE.into()) && queue.set_base(0));
         let places = [TABLE, AVAILABLE, USED].map(GuestAddress);
         let [table, available, used] = places;
-        queue.start(&guest, Places { table, available, used }, event_index).expect("it is there");
+        queue
+            .start(&guest, Places { table, available, used }, event_index, None)
+            .expect("it is there");
         queue.is_enabled = true;
         (guest, queue)
     }

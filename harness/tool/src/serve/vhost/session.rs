@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::fs::{
+    FileType, MemfdFlags, OFlags, SealFlags, fcntl_add_seals, fcntl_getfl, fcntl_setfl, fstat,
+    ftruncate, memfd_create,
+};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -17,7 +20,8 @@ use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap,
 };
 
-use crate::serve::vhost::queue::{Guest, Places, Queue};
+use crate::serve::vhost::inflight::{Notes, len_of};
+use crate::serve::vhost::queue::{Guest, Places, Queue, SIZE_MAX};
 use crate::serve::vhost::request::Facts;
 
 /// Regions of a guest's memory.
@@ -34,11 +38,22 @@ pub struct Session {
     /// All of these.
     pub guest: Option<Arc<Guest>>,
     pub queues: Vec<Queue>,
+    /// Where it is noted what is in flight.
+    inflight: Option<Inflight>,
     /// By queue.
     kicks: Vec<Option<Kick>>,
     registry: Arc<Registry>,
     /// The tokens of kicks, by queue.
     tokens: usize,
+}
+
+/// Memory for the notes of queues.
+#[derive(Clone, Debug)]
+struct Inflight {
+    memory: Arc<Guest>,
+    queues: usize,
+    /// Places in each.
+    places: u16,
 }
 
 /// A piece of the guest's memory, and where it is in the front end's process.
@@ -77,6 +92,7 @@ impl Session {
             regions: Vec::new(),
             guest: None,
             queues: (0..queues).map(|_| Queue::new()).collect(),
+            inflight: None,
             kicks: (0..queues).map(|_| None).collect(),
             registry,
             tokens,
@@ -118,11 +134,27 @@ impl Session {
             return Ok(());
         }
         let places = self.places(theirs).ok_or(Error::InvalidParam)?;
+        let notes = self.notes(at)?;
         let event_index = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let queue = &mut self.queues[at];
         // Who does not know that queues are enabled has them so.
         queue.is_enabled |= self.features & PROTOCOL == 0;
-        queue.start(&guest, places, event_index).map_err(|_| Error::InvalidParam)
+        queue.start(&guest, places, event_index, notes).map_err(|_| Error::InvalidParam)
+    }
+
+    /// Where it is noted what is in flight in this queue.
+    fn notes(&self, index: usize) -> Result<Option<Notes>> {
+        let its = self.inflight.as_ref().filter(|inflight| index < inflight.queues);
+        let Some(Inflight { memory, places, .. }) = its else { return Ok(None) };
+        or_invalid(*places == self.queues[index].size())?;
+        Ok(Some(Notes::new(memory, index, *places)))
+    }
+
+    /// Bytes of the notes for these queues, if there can be such.
+    fn notes_len(&self, wanted: &VhostUserInflight) -> Result<u64> {
+        let queues = usize::from(wanted.num_queues);
+        or_invalid(queues <= self.queues.len() && wanted.queue_size <= SIZE_MAX)?;
+        Ok(queues as u64 * len_of(wanted.queue_size))
     }
 
     fn stop_all(&mut self) {
@@ -297,6 +329,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -333,12 +366,27 @@ impl VhostUserBackendReqHandlerMut for Session {
         not_done()
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_done()
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let len = self.notes_len(wanted)?;
+        let failed = |errno: rustix::io::Errno| Error::ReqHandlerError(errno.into());
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("inflight", flags).map_err(failed)?;
+        ftruncate(&file, len).map_err(failed)?;
+        let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&file, seals).map_err(failed)?;
+        let VhostUserInflight { num_queues, queue_size, .. } = *wanted;
+        Ok((VhostUserInflight::new(len, 0, num_queues, queue_size), file.into()))
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        not_done()
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let len = self.notes_len(given)?;
+        or_invalid(given.mmap_size >= len && !self.queues.iter().any(Queue::is_running))?;
+        let region = mapped(0, len, 0, given.mmap_offset, file)?;
+        let memory = Guest::from_arc_regions(vec![region.mapped]);
+        let memory = Arc::new(memory.map_err(|_| Error::InvalidParam)?);
+        let (queues, places) = (given.num_queues.into(), given.queue_size);
+        self.inflight = Some(Inflight { memory, queues, places });
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
