@@ -228,7 +228,8 @@ impl Queue {
         const PAGE: u64 = 4096;
         let rings = self.rings.as_ref().ok_or(Error::QueueNotReady)?;
         let end = guest.last_addr().raw_value();
-        let at = end.checked_next_multiple_of(PAGE).ok_or(Error::QueueNotReady)?;
+        let at = end.checked_next_multiple_of(PAGE);
+        let at = at.filter(|at| at.checked_add(4 * PAGE).is_some()).ok_or(Error::QueueNotReady)?;
         let (available, used) = (GuestAddress(at), GuestAddress(at + PAGE));
         let region = GuestRegionMmap::from_range(available, 4 * PAGE as usize, None);
         let region = Arc::new(region.map_err(|_| Error::QueueNotReady)?);
