@@ -23,10 +23,12 @@ use crate::status::Status;
 use crate::step::{Cx, Driver};
 use crate::units::{Errno, FileId, NodeId, OpId, RegionId, ReqId, Time};
 
+mod asked;
 mod jobs;
 mod nodes;
 mod queues;
 
+pub use asked::{Asker, Awaits, RequestInfo};
 pub use queues::{QUEUED, Queues, Submitter};
 
 /// A finished request.

@@ -327,6 +327,11 @@ impl FileState {
         }
     }
 
+    /// Does this request wait for a flush, its own or another's?
+    pub fn waits_for_flush(&self, request: ReqId) -> bool {
+        self.riders.contains(&request) || self.next_riders.contains(&request)
+    }
+
     pub fn assert_idle(&self) {
         assert!(self.riders.is_empty() && self.next_riders.is_empty(), "a flush was forgotten");
         assert!(self.claims.is_empty(), "claims left: {:?}", self.claims);

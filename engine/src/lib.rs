@@ -185,6 +185,7 @@ pub mod units;
 pub mod wait;
 
 pub use copy_job::{Copy, JobProgress, Moment, Zeros};
+pub use engine::{Asker, Awaits, RequestInfo};
 pub use engine::{Engine, Finished, Progress, QUEUED, Queues, Refused, Submitter};
 pub use events::NodeEvent;
 pub use held::Rate;

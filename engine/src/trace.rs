@@ -68,8 +68,9 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// That of an op.
     #[inline]
-    pub(crate) fn of(kind: OpKind) -> Kind {
+    pub fn of(kind: OpKind) -> Kind {
         match kind {
             OpKind::Read => Kind::Read,
             OpKind::Write { fua: false } => Kind::Write,
@@ -86,7 +87,8 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// In a word or two, for people.
+    pub fn name(self) -> &'static str {
         match self {
             Kind::Read => "read",
             Kind::Write => "write",

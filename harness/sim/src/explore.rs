@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::choose::{Choice, Chooser};
 use crate::disk::{Contents, Sites, Sums, fixed_hash, splitmix};
-use crate::subject::Subject;
+use crate::subject::{SimEngine, Subject};
 use crate::world::{Inspection, World};
 
 /// What was done.
@@ -195,6 +195,31 @@ impl<S: Subject> Explorer<S> {
     }
 }
 
+/// Looks on while a world runs. Nothing that it does changes what happens.
+pub trait Watcher<S: Subject> {
+    /// This is to happen next in `world`.
+    fn before(&mut self, world: &World<S>, choice: Choice);
+
+    /// It has happened, and all that followed from it at once; who has ended is not polled yet. Not when
+    /// somebody panicked.
+    fn after(&mut self, engine: &SimEngine<S::Driver>);
+
+    /// Whether a crash now would leave something wrong has been asked, of so many images. `None`: it is
+    /// being asked.
+    fn crashed(&mut self, images: Option<u64>);
+
+    /// The run has failed; `world` is as it was then.
+    fn failed(&mut self, world: &World<S>, verdict: &str);
+}
+
+/// Nobody.
+impl<S: Subject> Watcher<S> for () {
+    fn before(&mut self, _: &World<S>, _: Choice) {}
+    fn after(&mut self, _: &SimEngine<S::Driver>) {}
+    fn crashed(&mut self, _: Option<u64>) {}
+    fn failed(&mut self, _: &World<S>, _: &str) {}
+}
+
 /// One run, chosen by `chooser`; crashes are looked at in one state of `crash_in` (0: in none).
 /// Answers a hash of everything that happened.
 ///
@@ -208,6 +233,22 @@ pub fn run<S: Subject>(
     counts: &mut Counts,
     path: &mut Vec<Choice>,
 ) -> Result<u64, Box<Failure>> {
+    run_watched(world, chooser, crash_in, counts, path, &mut ())
+}
+
+/// The same, and `watcher` looks on.
+///
+/// # Errors
+///
+/// What went wrong.
+pub fn run_watched<S: Subject>(
+    world: &World<S>,
+    chooser: &mut dyn Chooser,
+    crash_in: u64,
+    counts: &mut Counts,
+    path: &mut Vec<Choice>,
+    watcher: &mut dyn Watcher<S>,
+) -> Result<u64, Box<Failure>> {
     let mut world = world.clone();
     let mut crash = Crash::default();
     let mut trace = 0;
@@ -216,7 +257,10 @@ pub fn run<S: Subject>(
         loop {
             trace = splitmix(trace ^ world.state_hash());
             if crash_in > 0 && trace.is_multiple_of(crash_in) {
+                let before = crash.counts.crash_images;
+                watcher.crashed(None);
                 crash.check(&world)?;
+                watcher.crashed(Some(crash.counts.crash_images - before));
             }
             world.choices(&mut choices);
             if choices.is_empty() {
@@ -225,14 +269,18 @@ pub fn run<S: Subject>(
             let choice = choices[chooser.choose(&choices)];
             path.push(choice);
             crash.counts.transitions += 1;
-            world.apply(choice)?;
+            watcher.before(&world, choice);
+            world.apply_watched(choice, |engine| watcher.after(engine))?;
         }
     });
     *counts += crash.counts;
     counts.runs += 1;
     match outcome {
         Ok(()) => Ok(trace),
-        Err(verdict) => Err(Box::new(Failure { verdict, path: path.clone() })),
+        Err(verdict) => {
+            watcher.failed(&world, &verdict);
+            Err(Box::new(Failure { verdict, path: path.clone() }))
+        }
     }
 }
 

@@ -678,7 +678,8 @@ impl Report {
     }
 }
 
-fn quoted(text: &str) -> String {
+/// A string in JSON.
+pub(crate) fn quoted(text: &str) -> String {
     let mut out = String::from("\"");
     for c in text.chars() {
         match c {

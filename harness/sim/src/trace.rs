@@ -19,10 +19,12 @@ use std::str::FromStr;
 
 use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
-use crate::explore::{Counts, Failure, run};
+use crate::explore::{Counts, Failure, run, run_watched};
 use crate::gate::Report;
+use crate::recorder::Recorder;
 use crate::subject::Subject;
 use crate::subjects::Image;
+use crate::timeline::Timeline;
 use crate::workload::{REQUESTS_MAX, Request, Workload, number};
 use crate::world::{Base, Budget, CopyPlan, Way, World};
 
@@ -71,6 +73,41 @@ impl Trace {
         let mut chooser = Replay::new(self.choices.iter().copied());
         run(&world, &mut chooser, 1, &mut counts, &mut path)?;
         Ok(counts)
+    }
+
+    /// Runs it again, looking at every crash on the way, and notes all that happens.
+    ///
+    /// # Errors
+    ///
+    /// When the image cannot be made. What goes wrong in the run is in the timeline.
+    pub fn timeline(&self) -> Result<Timeline, String> {
+        let base = self.base()?;
+        let world = base.world(&self.workload, self.budget);
+        let mut recorder = Recorder::new(self.title(), self.about(), &world);
+        let mut chooser = Replay::new(self.choices.iter().copied());
+        let (mut counts, mut path) = (Counts::default(), Vec::new());
+        // A failure is told to the recorder, too.
+        let _ = run_watched(&world, &mut chooser, 1, &mut counts, &mut path, &mut recorder);
+        let mut timeline = recorder.finish();
+        (timeline.recorded, timeline.missed) = (self.verdict.clone(), chooser.missed);
+        Ok(timeline)
+    }
+
+    fn title(&self) -> String {
+        let count = self.workload.requests.len();
+        let requests = match count {
+            1 => format!("1 request ({})", self.workload),
+            2..=TITLE_REQUESTS => format!("{count} requests ({})", self.workload),
+            _ => format!("{count} requests"),
+        };
+        format!("{requests} to a {} image on a simulated disk", self.image.format)
+    }
+
+    fn about(&self) -> Vec<String> {
+        let mut lines = vec![format!("image {}", self.image.text())];
+        let requests = self.workload.requests.iter().enumerate();
+        lines.extend(requests.map(|(which, request)| format!("request {which}: {request}")));
+        lines
     }
 
     /// Runs it again and says what came of it, as other runs do.
@@ -223,6 +260,9 @@ impl FromStr for Trace {
         Ok(Trace { image, budget, workload, choices, verdict })
     }
 }
+
+/// So many requests a title names.
+const TITLE_REQUESTS: usize = 4;
 
 /// Files are simulated in memory.
 const SIZE_MAX: u64 = 1 << 26;

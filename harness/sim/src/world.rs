@@ -500,6 +500,20 @@ impl<S: Subject> World<S> {
     ///
     /// When something happens that may not. The engine and the device panic besides.
     pub fn apply(&mut self, choice: Choice) -> Result<(), String> {
+        self.apply_watched(choice, |_| ())
+    }
+
+    /// The same. `look` sees the engine when all has happened that follows at once, before who has ended is
+    /// polled.
+    ///
+    /// # Errors
+    ///
+    /// When something happens that may not. The engine and the device panic besides.
+    pub fn apply_watched(
+        &mut self,
+        choice: Choice,
+        look: impl FnOnce(&SimEngine<S::Driver>),
+    ) -> Result<(), String> {
         self.steps += 1;
         let limit = STEPS_PER_REQUEST * self.tasks() as u32;
         if self.steps > limit {
@@ -567,6 +581,7 @@ impl<S: Subject> World<S> {
         }
         self.copy_sees();
         let Progress { steps, is_over, .. } = self.engine.run(self.now);
+        look(&self.engine);
         self.is_behind = is_over;
         self.assert_in_time()?;
         let limit = STEPS_PER_RUN * self.tasks();
@@ -1050,6 +1065,16 @@ impl<S: Subject> World<S> {
     /// The drivers' states and the ops in flight, for people.
     pub fn dump(&self) -> String {
         format!("{:?}", self.engine)
+    }
+
+    /// The engine, to look at.
+    pub fn engine(&self) -> &SimEngine<S::Driver> {
+        &self.engine
+    }
+
+    /// The world's time.
+    pub fn now(&self) -> Time {
+        self.now
     }
 
     /// How many requests have ended.

@@ -8,6 +8,8 @@ use cowbell_formats::Format;
 use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
 use cowbell_sim::latencies::latencies;
 use cowbell_sim::mutants::hunt_all;
+use cowbell_sim::page::to_html;
+use cowbell_sim::perfetto::to_json;
 use cowbell_sim::random::random;
 use cowbell_sim::shrink::shrink;
 use cowbell_sim::subjects::Image;
@@ -72,6 +74,12 @@ enum What {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Write a page for a browser, which shows what happened
+        #[arg(long, value_name = "OUT")]
+        html: Option<PathBuf>,
+        /// Write what happened as a trace that Perfetto opens
+        #[arg(long, value_name = "OUT")]
+        perfetto: Option<PathBuf>,
     },
     /// Make the trace of a failure smaller, as long as it fails in the same way
     Shrink {
@@ -153,7 +161,22 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             let report = random(*seed, *runs, format, usize::from(how.threads));
             say(&report, how.json, &how.traces)
         }
-        What::Replay { file, json } => say(&trace_in(file)?.report(), *json, Path::new(".")),
+        What::Replay { file, json, html, perfetto } => {
+            let trace = trace_in(file)?;
+            if html.is_some() || perfetto.is_some() {
+                let timeline = trace.timeline().map_err(|what| Fail::at(file, what))?;
+                let keep = |path: &Path, text| {
+                    fs::write(path, text).map_err(|error| Fail::at(path, error))
+                };
+                if let Some(path) = html {
+                    keep(path, to_html(&timeline))?;
+                }
+                if let Some(path) = perfetto {
+                    keep(path, to_json(&timeline))?;
+                }
+            }
+            say(&trace.report(), *json, Path::new("."))
+        }
         What::Shrink { file } => {
             let small = shrink(&trace_in(file)?);
             let small = small.ok_or_else(|| Fail::at(file, "this trace does not fail"))?;

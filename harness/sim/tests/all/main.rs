@@ -9,5 +9,6 @@ mod mutants;
 mod orders_left_out_lead_nowhere_else;
 mod random;
 mod regressions;
+mod runs_can_be_seen;
 mod traces_survive_being_text;
 mod where_a_request_stands_makes_no_difference;

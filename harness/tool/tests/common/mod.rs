@@ -92,6 +92,19 @@ pub fn have_strace() -> bool {
     works
 }
 
+/// A browser that needs no screen, if there is one. Says so loudly if not.
+pub fn browser() -> Option<&'static str> {
+    let works = |name: &&str| {
+        let out = Command::new(name).arg("--version").output();
+        out.is_ok_and(|out| out.status.success())
+    };
+    let found = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(works);
+    if found.is_none() {
+        eprintln!("SKIPPED: chromium is not installed, no page is looked at");
+    }
+    found
+}
+
 pub fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).expect("it is there")
 }

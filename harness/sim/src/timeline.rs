@@ -1,0 +1,580 @@
+//! What happened in a run, as plain data: for a page or another program to show.
+//!
+//! An [`Observer`] looks at an engine after every event and notes what has changed. It needs nothing of
+//! the simulator: who runs a real engine step by step may look at that one. Moments are counted in events,
+//! from 0 on; each event has its [time](Event::time) as well.
+//!
+//! *What is seen* is what there is when the observer looks. A request of the engine's own that begins and ends
+//! between two looks is counted ([`Event::unseen`]), no more; so is a state that a request leaves in the
+//! step that it entered it with.
+
+use std::collections::BTreeMap;
+
+use cowbell_engine::backend::Backend;
+use cowbell_engine::op::{OpKind, Target};
+use cowbell_engine::step::{Driver, Io, IoKind};
+use cowbell_engine::trace::Kind as OpWord;
+use cowbell_engine::units::{ReqId, Time};
+use cowbell_engine::wait::On;
+use cowbell_engine::{Asker, Awaits, Engine, RequestInfo};
+
+/// An event, by its number.
+pub type At = u32;
+
+/// A run. What belongs to what is said by places in these lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Timeline {
+    /// What was run, in a few words.
+    pub title: String,
+    /// What was asked for, and on which image: a line each.
+    pub about: Vec<String>,
+    /// What went wrong, if anything did.
+    pub verdict: Option<Verdict>,
+    /// What the trace says went wrong when it was recorded.
+    pub recorded: Option<String>,
+    /// Choices of the trace that were not possible any more.
+    pub missed: usize,
+    /// What happened, first to last. The first is the beginning.
+    pub events: Vec<Event>,
+    /// The requests that were seen, in the order in which they began.
+    pub requests: Vec<Request>,
+    /// The ops that were seen, in the order in which they were submitted.
+    pub ops: Vec<Op>,
+}
+
+/// How a run went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// In which moment.
+    pub at: At,
+    /// What.
+    pub text: String,
+    /// Is it what a crash in that moment would leave?
+    pub is_crash: bool,
+}
+
+/// What kind of event it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EventKind {
+    /// The beginning, or something else.
+    #[default]
+    Other,
+    /// A guest submits a request.
+    Submit,
+    /// An op comes back, well.
+    Complete,
+    /// Something fails, or the device does.
+    Fault,
+    /// A deadline passes.
+    Deadline,
+    /// The machine stops, and starts again.
+    Crash,
+    /// A disk is drained, closed, paused or resumed.
+    Life,
+}
+
+impl EventKind {
+    /// In a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::Other => "other",
+            EventKind::Submit => "submit",
+            EventKind::Complete => "complete",
+            EventKind::Fault => "fault",
+            EventKind::Deadline => "deadline",
+            EventKind::Crash => "crash",
+            EventKind::Life => "life",
+        }
+    }
+}
+
+/// What happened in a moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    /// In plain words.
+    pub what: String,
+    /// What kind it is.
+    pub kind: EventKind,
+    /// The engine's time then: nanoseconds.
+    pub time: u64,
+    /// When the engine wanted to be woken next, after it.
+    pub deadline: Option<u64>,
+    /// So many images that a crash might have left after it were looked at.
+    pub crash_images: u64,
+    /// Requests of the engine's own that began and ended in it.
+    pub unseen: u32,
+}
+
+/// Who asked for something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// A guest, who calls it so.
+    Guest(u64),
+    /// Nobody: a disk's own work, or the engine's.
+    Nobody,
+    /// Another request, by its place.
+    Request(usize),
+}
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Its number in time, as the engine counts.
+    pub number: u32,
+    /// Crashes before it: the engine counts anew after each.
+    pub life: u32,
+    /// The disk or layer, as the engine prints it; empty: work on a file.
+    pub node: String,
+    /// Who asked.
+    pub by: By,
+    /// What was asked.
+    pub what: String,
+    /// When it was first seen.
+    pub begin: At,
+    /// When it had ended; `None`: it never did.
+    pub end: Option<At>,
+    /// How: `ok`, an error, `crash`, or empty where nobody can tell.
+    pub result: String,
+    /// The states that it was in, first to last; none overlap.
+    pub stays: Vec<Stay>,
+}
+
+/// What a request waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing: its turn to be stepped.
+    Step,
+    /// Its own ops, and requests made for it.
+    Ops,
+    /// A flush that another has asked for.
+    Flush,
+    /// Something that others have.
+    List(On),
+}
+
+impl Wait {
+    /// In plain words.
+    pub fn words(self) -> &'static str {
+        let Wait::List(on) = self else {
+            return match self {
+                Wait::Ops => "its own ops",
+                Wait::Flush => "a flush that another request has asked for",
+                _ => "its turn to be stepped",
+            };
+        };
+        match on {
+            On::Table => "a mapping table that another request loads, makes or moves",
+            On::CacheSlot => "room in the cache of tables",
+            On::Cluster => "a cluster that another request allocates or frees",
+            On::Compressed => "compressed contents that another request reads",
+            On::FreeClusters => "free clusters",
+            On::Refcounts => "refcounts that are being written",
+            On::Writeback => "tables that are being written",
+            On::FileLength => "a file that is being made longer",
+            On::Header => "the header, which another request changes",
+            On::ContentId => "the image's content id to change on disk",
+            On::Turn => "its turn: one request at a time goes on here",
+            On::Resize => "a change of the disk's size",
+            On::Buffer => "a buffer",
+            On::Blocks => "blocks of the file that another request has to itself",
+            On::Quiet => "the end of what is in flight on the file",
+            On::Users => "the end of all who may still use what was given up",
+            On::Job => "its job: time, to be resumed, or that what was read is seen",
+            On::Copy => "a copy that reads first what is to be changed",
+            On::Held => "to be let begin: a limit, or an older write",
+        }
+    }
+
+    /// Does it wait for others?
+    pub fn is_for_others(self) -> bool {
+        matches!(self, Wait::Flush | Wait::List(_))
+    }
+}
+
+/// A request in one state, waiting for one thing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stay {
+    /// The state's name.
+    pub state: &'static str,
+    /// What it waits for.
+    pub wait: Wait,
+    /// Who has to go on first, if the engine can tell: a place.
+    pub keeper: Option<usize>,
+    /// Who is before it on the list it waits on: a place.
+    pub ahead: Option<usize>,
+    /// From when.
+    pub from: At,
+    /// Until when. Where the run stopped, that is the last moment.
+    pub to: At,
+    /// Of a wait for others that is over: the request that let it go on, if that can be told.
+    pub let_go_by: Option<usize>,
+}
+
+/// An op: what the disk, or a processor, did for a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// Whose: a place.
+    pub request: usize,
+    /// Which of its ops.
+    pub ordinal: u32,
+    /// What, in a word or two.
+    pub kind: &'static str,
+    /// Is it a flush?
+    pub is_flush: bool,
+    /// The file, as the engine prints it; empty: none.
+    pub file: String,
+    /// The first byte in it.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// When it was submitted.
+    pub from: At,
+    /// When it was done; `None`: it never was.
+    pub to: Option<At>,
+    /// How, if that was told. `crash`: the machine stopped.
+    pub how: String,
+    /// Did it fail, or do a part only?
+    pub is_bad: bool,
+    /// Earlier ends that did not do all of it, so that it went on: when, and how.
+    pub tries: Vec<(At, String)>,
+}
+
+/// What is told of the end of an op: whose it is, by number, which of them, and how it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The request's number.
+    pub number: u32,
+    /// Which of its ops.
+    pub ordinal: u32,
+    /// How it ended, in a word.
+    pub how: String,
+    /// Did it fail, or do a part only?
+    pub is_bad: bool,
+}
+
+/// Sees what changes. Call [`Observer::begin`] first; then, for each event, [`Observer::happens`] and
+/// [`Observer::look`].
+#[derive(Debug, Default)]
+pub struct Observer {
+    line: Timeline,
+    /// The places of requests that are there, by number.
+    requests: BTreeMap<u32, usize>,
+    /// The places of ops that are there, by request number and ordinal.
+    ops: BTreeMap<(u32, u32), usize>,
+    next_number: u32,
+    life: u32,
+    /// What was told of this event.
+    ended: Option<Ended>,
+}
+
+impl Observer {
+    /// One that has seen nothing yet.
+    pub fn new(title: impl Into<String>, about: Vec<String>) -> Observer {
+        let line = Timeline { title: title.into(), about, ..Timeline::default() };
+        Observer { line, ..Observer::default() }
+    }
+
+    /// The engine as it is at first.
+    pub fn begin<D: Driver, B: Backend>(&mut self, engine: &Engine<D, B>, now: Time) {
+        self.next_number = engine.next_number();
+        self.happens("the run begins".into(), EventKind::Other, None);
+        self.look(engine, now);
+    }
+
+    /// Something is to happen; `ended` if an op comes back.
+    pub fn happens(&mut self, what: String, kind: EventKind, ended: Option<Ended>) {
+        let time = self.line.events.last().map_or(0, |last| last.time);
+        self.line.events.push(Event { what, kind, time, ..Event::default() });
+        self.ended = ended;
+        if kind == EventKind::Crash {
+            self.stop();
+        }
+    }
+
+    /// What is in flight is gone: an engine that was never seen comes next.
+    fn stop(&mut self) {
+        let at = self.at();
+        for place in std::mem::take(&mut self.requests).into_values() {
+            let request = &mut self.line.requests[place];
+            (request.end, request.result) = (Some(at), "crash".into());
+            request.leave(at, None);
+        }
+        for place in std::mem::take(&mut self.ops).into_values() {
+            let op = &mut self.line.ops[place];
+            (op.to, op.how) = (Some(at), "crash".into());
+        }
+        (self.life, self.next_number) = (self.life + 1, 0);
+    }
+
+    /// The event that is happening.
+    fn at(&self) -> At {
+        self.line.events.len().saturating_sub(1) as At
+    }
+
+    /// It has happened: what has changed? Best before those who have ended are polled, since how they ended
+    /// is gone afterwards.
+    pub fn look<D: Driver, B: Backend>(&mut self, engine: &Engine<D, B>, now: Time) {
+        let at = self.at();
+        let known = self.line.requests.len();
+        let mut there: Vec<RequestInfo> = engine.requests().collect();
+        there.sort_unstable_by_key(|info| info.number.wrapping_sub(self.next_number) as i32);
+        let mut places = BTreeMap::new();
+        for info in &there {
+            let place = match self.requests.get(&info.number) {
+                Some(&place) => place,
+                None => self.add(info, at),
+            };
+            places.insert(info.id, place);
+        }
+        for info in &there {
+            if let Asker::Request(parent) = info.asker
+                && let Some(&parent) = places.get(&parent)
+            {
+                self.line.requests[places[&info.id]].by = By::Request(parent);
+            }
+        }
+        let causes = self.look_at_ops(engine, &places, at);
+        self.look_at_requests(&there, &places, &causes, at);
+        let began = engine.next_number().wrapping_sub(self.next_number);
+        let seen = (self.line.requests.len() - known) as u32;
+        self.next_number = engine.next_number();
+        if let Some(event) = self.line.events.last_mut() {
+            event.unseen = began.saturating_sub(seen);
+            (event.time, event.deadline) = (now.0, engine.next_deadline().map(|due| due.0));
+        }
+    }
+
+    fn add(&mut self, info: &RequestInfo, at: At) -> usize {
+        let place = self.line.requests.len();
+        let by = match info.asker {
+            Asker::Guest(tag) | Asker::GivenUp(tag) => By::Guest(tag),
+            Asker::Nobody | Asker::Request(_) => By::Nobody,
+        };
+        self.line.requests.push(Request {
+            number: info.number,
+            life: self.life,
+            node: info.node.map_or(String::new(), |node| format!("{node:?}")),
+            by,
+            what: match (info.apart, info.asker) {
+                (Some(OpKind::Truncate), _) => {
+                    format!("set a file's length to {:#x}", info.io.offset)
+                }
+                (Some(kind), _) => {
+                    let (word, io) = (OpWord::of(kind).name(), info.io);
+                    format!("{word} {:#x}+{:#x} of a file", io.offset, io.len)
+                }
+                (None, Asker::Nobody) => format!("own work: {}", info.state),
+                (None, _) => words(&info.io),
+            },
+            begin: at,
+            end: None,
+            result: String::new(),
+            stays: Vec::new(),
+        });
+        self.requests.insert(info.number, place);
+        place
+    }
+
+    /// Answers the requests of which an op has come back.
+    fn look_at_ops<D: Driver, B: Backend>(
+        &mut self,
+        engine: &Engine<D, B>,
+        places: &BTreeMap<ReqId, usize>,
+        at: At,
+    ) -> Vec<usize> {
+        let mut left = std::mem::take(&mut self.ops);
+        let mut causes = Vec::new();
+        let told = self.ended.take();
+        if let Some(told) = &told
+            && let Some(&place) = left.get(&(told.number, told.ordinal))
+        {
+            let op = &mut self.line.ops[place];
+            (op.how, op.is_bad) = (told.how.clone(), told.is_bad);
+            causes.push(op.request);
+        }
+        for (_, record) in engine.ops().iter() {
+            let Some(&request) = places.get(&record.owner.request) else { continue };
+            let number = self.line.requests[request].number;
+            let key = (number, record.owner.ordinal);
+            if let Some(place) = left.remove(&key) {
+                let op = &mut self.line.ops[place];
+                if !op.how.is_empty() {
+                    op.tries.push((at, std::mem::take(&mut op.how)));
+                    op.is_bad = false;
+                }
+                self.ops.insert(key, place);
+                continue;
+            }
+            self.ops.insert(key, self.line.ops.len());
+            let op = &record.op;
+            let is_flush = op.kind == OpKind::Flush;
+            self.line.ops.push(Op {
+                request,
+                ordinal: record.owner.ordinal,
+                kind: OpWord::of(op.kind).name(),
+                is_flush,
+                file: match op.target {
+                    Target::File(file) => format!("{file:?}"),
+                    Target::Node(_) | Target::Cpu => String::new(),
+                },
+                offset: op.offset,
+                len: op.len,
+                from: at,
+                to: None,
+                how: String::new(),
+                is_bad: false,
+                tries: Vec::new(),
+            });
+        }
+        for place in left.into_values() {
+            let op = &mut self.line.ops[place];
+            op.to = Some(at);
+            if !causes.contains(&op.request) {
+                causes.push(op.request);
+            }
+        }
+        causes
+    }
+
+    fn look_at_requests(
+        &mut self,
+        there: &[RequestInfo],
+        places: &BTreeMap<ReqId, usize>,
+        causes: &[usize],
+        at: At,
+    ) {
+        let ahead: BTreeMap<ReqId, ReqId> =
+            there.iter().filter_map(|info| Some((info.next?, info.id))).collect();
+        let mut gone = std::mem::take(&mut self.requests);
+        for info in there {
+            let place = places[&info.id];
+            let wait = match info.awaits {
+                Awaits::Poll(result) => {
+                    let request = &mut self.line.requests[place];
+                    if request.end.is_none() {
+                        let result =
+                            result.map_or_else(|errno| errno.to_string(), |()| "ok".into());
+                        (request.end, request.result) = (Some(at), result);
+                        request.leave(at, causes.first().copied().filter(|&by| by != place));
+                    }
+                    // It may be there at the next look, too.
+                    self.requests.insert(info.number, place);
+                    gone.remove(&info.number);
+                    continue;
+                }
+                Awaits::Nothing => Wait::Step,
+                Awaits::Ops(_) => Wait::Ops,
+                Awaits::Flush => Wait::Flush,
+                Awaits::List(on) => Wait::List(on),
+            };
+            gone.remove(&info.number);
+            self.requests.insert(info.number, place);
+            let of = |id: Option<ReqId>| id.and_then(|id| places.get(&id).copied());
+            let (keeper, ahead) = (of(info.keeper), of(ahead.get(&info.id).copied()));
+            let by = self.by_whom(place, causes);
+            self.line.requests[place].stays_in(info.state, wait, keeper, ahead, by, at);
+        }
+        // Whose end nobody polls.
+        for place in gone.into_values() {
+            let by = self.by_whom(place, causes);
+            let request = &mut self.line.requests[place];
+            if request.end.is_none() {
+                request.end = Some(at);
+                request.leave(at, by);
+            }
+        }
+    }
+
+    /// If a request that waits for others goes on now: who has let it go on? The one that kept it, if it is
+    /// known; else the one of which an op has come back.
+    fn by_whom(&self, place: usize, causes: &[usize]) -> Option<usize> {
+        let keeper = self.line.requests[place].stays.last().and_then(|stay| stay.keeper);
+        let cause = causes.first().copied().filter(|_| causes.len() == 1);
+        keeper.or(cause).filter(|&by| by != place)
+    }
+
+    /// Crashes after the last event would leave so many images, and none is wrong.
+    pub fn crashes_looked_at(&mut self, images: u64) {
+        if let Some(event) = self.line.events.last_mut() {
+            event.crash_images += images;
+        }
+    }
+
+    /// It went wrong in the last event; `is_crash`: in what a crash after it would leave.
+    pub fn went_wrong(&mut self, text: impl Into<String>, is_crash: bool) {
+        self.line.verdict = Some(Verdict { at: self.at(), text: text.into(), is_crash });
+    }
+
+    /// All that was seen.
+    pub fn finish(mut self) -> Timeline {
+        let at = self.at();
+        for &place in self.requests.values() {
+            let request = &mut self.line.requests[place];
+            if request.end.is_none()
+                && let Some(last) = request.stays.last_mut()
+            {
+                last.to = at;
+            }
+        }
+        self.line
+    }
+}
+
+impl Request {
+    /// What people call it: a guest's by what the guest calls it, others by their number.
+    pub fn name(&self) -> String {
+        match (self.by, self.life) {
+            (By::Guest(tag), _) => format!("request {tag}"),
+            (_, 0) => format!("#{}", self.number),
+            (_, life) => format!("#{} after crash {life}", self.number),
+        }
+    }
+
+    /// From `at` on it is in this state and waits for this.
+    fn stays_in(
+        &mut self,
+        state: &'static str,
+        wait: Wait,
+        keeper: Option<usize>,
+        ahead: Option<usize>,
+        by: Option<usize>,
+        at: At,
+    ) {
+        if let Some(last) = self.stays.last_mut()
+            && (last.state, last.wait, last.keeper) == (state, wait, keeper)
+        {
+            last.to = at;
+            return;
+        }
+        self.leave(at, by);
+        let (from, to, let_go_by) = (at, at, None);
+        self.stays.push(Stay { state, wait, keeper, ahead, from, to, let_go_by });
+    }
+
+    /// Its last stay ends.
+    fn leave(&mut self, at: At, by: Option<usize>) {
+        if let Some(last) = self.stays.last_mut() {
+            last.to = at;
+            last.let_go_by = by.filter(|_| last.wait.is_for_others());
+        }
+    }
+}
+
+/// What is asked for, in plain words; numbers in bytes.
+fn words(io: &Io) -> String {
+    let Io { kind, offset, len } = *io;
+    let verb = match kind {
+        IoKind::Read => "read",
+        IoKind::Write { fua: false, compressed: false } => "write",
+        IoKind::Write { fua: true, compressed: false } => "stable write",
+        IoKind::Write { fua: false, compressed: true } => "compressed write",
+        IoKind::Write { fua: true, compressed: true } => "stable compressed write",
+        IoKind::Flush => return "flush".into(),
+        IoKind::Zero { unmap: false, .. } => "write zeros",
+        IoKind::Zero { unmap: true, .. } => "write zeros or unmap",
+        IoKind::Discard => "discard",
+        IoKind::Truncate => return format!("set the size to {offset:#x}"),
+        IoKind::Status { .. } => "ask what is where",
+    };
+    format!("{verb} {offset:#x}+{len:#x}")
+}
