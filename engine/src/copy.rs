@@ -17,7 +17,7 @@
 //! together is read sector by sector.
 //!
 //! It asks about as much as there is, and nobody begins a piece meanwhile: a piece that begins with zeros is as long
-//! as these. Where answers are about less than a piece several ask at once, each about its own.
+//! as these.
 //!
 //! *Of one moment* ([`Moment::Start`]): what somebody wants to change is read first. He waits ([`guard`](crate::guard)), and
 //! what he waits for is the next piece, whatever else holds up the job: a pause, the rate, who asks. What was taken so is marked,
@@ -210,7 +210,7 @@ impl Machine<'_> {
             self.core.issue(self.me, flush);
             return Step::Wait(State::Flush);
         }
-        if job.is_paused || job.must_know() || job.due > now {
+        if job.is_paused || job.asking > 0 || job.due > now {
             return self.park();
         }
         let mut end = job.next.saturating_add(job.piece()).min(job.total);
@@ -342,9 +342,6 @@ impl Machine<'_> {
         self.job_mut().asking += u32::from(!self.worker.is_wanted);
         self.core.mem.region_mut_of(seg).fill(0);
         self.core.ask_status(self.me, source, (offset, asked), seg);
-        if self.job().in_bits {
-            self.wake_next();
-        }
         Step::Wait(State::Status)
     }
 
@@ -379,7 +376,6 @@ impl Machine<'_> {
             return Step::Done(Err(Errno::IO));
         };
         let said = from + status.len;
-        self.job_mut().in_bits = status.len < copy.piece as u64;
         // Where no layer says anything, a disk that is cut off shows the same.
         let says_nothing = copy.is_pull() && status.kind == StatusKind::Unallocated;
         let is_left = copy.leaves_out(status.depth) || says_nothing;

@@ -270,10 +270,8 @@ pub(crate) struct CopyJob {
     pub next: u64,
     /// What the source was last told to have data in, from and to. To read it is right whatever it becomes.
     pub data: (u64, u64),
-    /// Workers that ask what is where: nobody begins a piece before they know, unless it is `in_bits`.
+    /// Workers that ask what is where: nobody begins a piece before they know.
     pub asking: u32,
-    /// The last answer was about less than a piece: the next is not expected to be about many.
-    pub in_bits: bool,
     pub done: u64,
     /// Where the first begins of the pieces that were given up: `u64::MAX` for none.
     pub given_up: u64,
@@ -334,15 +332,10 @@ impl CopyJob {
     /// When workers that wait are to be woken, or the job is to be given up.
     pub fn deadline(&self) -> Option<Time> {
         // Who asks wakes the others.
-        let waits = !self.waiters.is_empty() && !self.is_paused && !self.must_know();
+        let waits = !self.waiters.is_empty() && !self.is_paused && self.asking == 0;
         let due =
             waits.then_some(self.due).filter(|_| self.next < self.total || self.ahead.count() > 0);
         due.into_iter().chain(self.holds_until()).min()
-    }
-
-    /// Is a piece to be begun only when somebody who asks what is where has an answer?
-    pub fn must_know(&self) -> bool {
-        self.asking > 0 && !self.in_bits
     }
 
     /// Until when it may hold up those that it does.

@@ -101,7 +101,6 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             next: 0,
             data: (0, 0),
             asking: 0,
-            in_bits: false,
             done: 0,
             given_up: u64::MAX,
             workers: copy.in_flight as u32,
