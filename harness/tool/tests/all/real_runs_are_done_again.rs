@@ -140,7 +140,7 @@ fn another_way_is_noticed() {
     // A request's offset: a little further in, a byte is another one.
     let mut random = Random(7);
     let mut noticed = 0;
-    for _ in 0..100 {
+    for _ in 0..60 {
         let mut changed = record.clone();
         let at = begin + random.below((record.len() - begin) as u64) as usize;
         changed[at] ^= 1 << random.below(8);
@@ -151,7 +151,7 @@ fn another_way_is_noticed() {
         assert!(code == 0 || code == 1, "{code}: {}", String::from_utf8_lossy(&out.stderr));
         noticed += u32::from(code == 1 && said.contains("it went another way"));
     }
-    assert!(noticed >= 50, "{noticed} of 100 changes");
+    assert!(noticed >= 30, "{noticed} of 60 changes");
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn what_is_no_record_is_refused() {
     let record = read(&place.path("t"));
     let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head");
     let mut random = Random(3);
-    for n in 0..150 {
+    for n in 0..60 {
         let mut changed = record.clone();
         match n % 3 {
             0 => changed.truncate(random.below(record.len() as u64) as usize),
