@@ -70,12 +70,12 @@ impl<H: Host> KeptHost<H> {
         let files = self.files.borrow();
         let mut text = String::new();
         for (from, to) in &files.resolved {
-            let _ = writeln!(text, "name {} {}", hex_of(from), hex_of(to));
+            let _ = writeln!(text, "name {} {}", word_of(from), word_of(to));
         }
         for (name, kept) in &files.by_name {
             let kept = kept.borrow();
             let fixed = u8::from(kept.has_fixed_len);
-            let _ = writeln!(text, "file {} {} {fixed}", hex_of(name), kept.len);
+            let _ = writeln!(text, "file {} {} {fixed}", word_of(name), kept.len);
             for (index, sector) in &kept.read {
                 let _ = writeln!(text, "sector {index} {}", hex(sector));
             }
@@ -97,11 +97,11 @@ impl<H: Host> KeptHost<H> {
             let mut word = || words.next().ok_or_else(bad);
             match word()? {
                 "name" => {
-                    let (from, to) = (path(word()?), path(word()?));
+                    let (from, to) = (path_of(word()?), path_of(word()?));
                     files.resolved.insert(from.ok_or_else(bad)?, to.ok_or_else(bad)?);
                 }
                 "file" => {
-                    let name = path(word()?).ok_or_else(bad)?;
+                    let name = path_of(word()?).ok_or_else(bad)?;
                     let len = word()?.parse().map_err(|_| bad())?;
                     let has_fixed_len = word()? == "1";
                     let kept = Kept { len, len_now: len, has_fixed_len, ..Kept::default() };
@@ -259,13 +259,13 @@ impl<F: Store> Store for KeptFile<F> {
 }
 
 /// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
+fn hex(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble & 15)]);
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
 }
 
 /// The bytes again.
-pub fn unhex(text: &str) -> Option<Vec<u8>> {
+fn unhex(text: &str) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(2) {
         return None;
     }
@@ -273,11 +273,12 @@ pub fn unhex(text: &str) -> Option<Vec<u8>> {
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
-fn hex_of(path: &Path) -> String {
-    // A word that is not empty.
+/// A path as a word of a record's head: in hexadecimal digits, and not empty.
+pub fn word_of(path: &Path) -> String {
     format!("x{}", hex(path.as_os_str().as_bytes()))
 }
 
-fn path(word: &str) -> Option<PathBuf> {
+/// The path again. `None`: that is no such word.
+pub fn path_of(word: &str) -> Option<PathBuf> {
     Some(OsString::from_vec(unhex(word.strip_prefix('x')?)?).into())
 }

@@ -14,7 +14,7 @@ use cowbell_formats::{
 };
 
 use cowbell_engine::sys::lock::Locking;
-use cowbell_sim::kept::{hex, unhex};
+use cowbell_sim::kept::{path_of, word_of};
 
 use crate::disk::{Files, address};
 use crate::fail::Fail;
@@ -292,15 +292,6 @@ impl Image {
         });
         Some(Image { given, name: name?, format, untrusted, force_share: false, locked: false })
     }
-}
-
-/// A path as a word: in hexadecimal digits, and not empty.
-fn word_of(path: &Path) -> String {
-    format!("x{}", hex(path.as_os_str().as_bytes()))
-}
-
-fn path_of(word: &str) -> Option<PathBuf> {
-    Some(OsString::from_vec(unhex(word.strip_prefix('x')?)?).into())
 }
 
 fn format_of(word: &str) -> Option<Option<Format>> {
