@@ -8,15 +8,13 @@ use cowbell_engine::step::IoKind;
 
 use crate::explore::{Limit, exhaust};
 use crate::subject::Subject;
-use crate::subjects::{Image, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::Base;
 
 /// The smallest trace that was found to fail as `trace` does; `None` if it does not fail at all.
-pub fn shrink(trace: &Trace) -> Option<Trace> {
+pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
     let failed = trace.replay().err()?;
-    let mut best = Trace::of(trace.image, trace.budget, &trace.workload, &failed);
+    let mut best = Trace::of(trace.image.clone(), trace.budget, &trace.workload, &failed);
     let class = class_of(&failed.verdict);
     loop {
         let before = weight(&best);
@@ -46,21 +44,22 @@ fn digit(c: char) -> bool {
 }
 
 /// What is to become less.
-fn weight(trace: &Trace) -> usize {
+fn weight<S: Subject>(trace: &Trace<S>) -> usize {
     let bytes: u64 = trace.workload.requests.iter().map(|request| request.len / 512).sum();
-    let unlike = plain_images(trace.image).len();
+    let unlike = trace.image.plainer().len();
     trace.workload.requests.len() * 1000 + trace.choices.len() * 10 + unlike + bytes as usize
 }
 
 /// `candidate` as it fails in the same way, if it does.
-fn fails(candidate: &Trace, class: &str) -> Option<Trace> {
+fn fails<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<S>> {
     let failure = candidate.replay().err()?;
     let Trace { image, budget, workload, .. } = candidate;
-    (class_of(&failure.verdict) == class).then(|| Trace::of(*image, *budget, workload, &failure))
+    (class_of(&failure.verdict) == class)
+        .then(|| Trace::of(image.clone(), *budget, workload, &failure))
 }
 
 /// As [`fails`]; a small workload is searched for another way to fail.
-fn fails_somehow(candidate: &Trace, class: &str) -> Option<Trace> {
+fn fails_somehow<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<S>> {
     if let Some(found) = fails(candidate, class) {
         return Some(found);
     }
@@ -68,10 +67,10 @@ fn fails_somehow(candidate: &Trace, class: &str) -> Option<Trace> {
     if workload.requests.len() > SEARCHED_REQUESTS {
         return None;
     }
-    let base = Base::new(*image, workload.requests.len()).ok()?;
     let limit = Limit { states: SEARCHED_STATES, ..Limit::default() };
-    let failure = exhaust(&base.world(workload, *budget), limit).err()?;
-    (class_of(&failure.verdict) == class).then(|| Trace::of(*image, *budget, workload, &failure))
+    let failure = exhaust(&candidate.world().ok()?, limit).err()?;
+    (class_of(&failure.verdict) == class)
+        .then(|| Trace::of(image.clone(), *budget, workload, &failure))
 }
 
 const SEARCHED_REQUESTS: usize = 4;
@@ -92,7 +91,7 @@ fn leave_out<T: Clone>(mut items: Vec<T>, mut keep: impl FnMut(&[T]) -> bool) {
     }
 }
 
-fn fewer_requests(mut best: Trace, class: &str) -> Trace {
+fn fewer_requests<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
     leave_out(best.workload.requests.clone(), |requests: &[Request]| {
         let workload = Workload::new(requests.iter().copied());
         let found = fails_somehow(&Trace { workload, ..best.clone() }, class);
@@ -103,7 +102,7 @@ fn fewer_requests(mut best: Trace, class: &str) -> Trace {
     best
 }
 
-fn fewer_choices(mut best: Trace, class: &str) -> Trace {
+fn fewer_choices<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
     leave_out(best.choices.clone(), |choices| {
         let found = fails(&Trace { choices: choices.to_vec(), ..best.clone() }, class);
         // What is left out is replaced by what happens in a calm run: only shorter is better.
@@ -116,10 +115,10 @@ fn fewer_choices(mut best: Trace, class: &str) -> Trace {
 }
 
 /// Options towards those of an ordinary image, requests towards small and aligned ones.
-fn plainer(mut best: Trace, class: &str) -> Trace {
-    for image in plain_images(best.image) {
+fn plainer<S: Subject + PartialEq>(mut best: Trace<S>, class: &str) -> Trace<S> {
+    for image in best.image.plainer() {
         // Each is made from the first; what was gained before is kept.
-        let image = plain_images(best.image).into_iter().find(|plain| *plain == image);
+        let image = best.image.plainer().into_iter().find(|plain| *plain == image);
         if let Some(found) = image.and_then(|image| fails_in(&best, image, class)) {
             best = found;
         }
@@ -136,30 +135,10 @@ fn plainer(mut best: Trace, class: &str) -> Trace {
     best
 }
 
-fn fails_in(best: &Trace, image: Image, class: &str) -> Option<Trace> {
+fn fails_in<S: Subject>(best: &Trace<S>, image: S, class: &str) -> Option<Trace<S>> {
     let largest = best.workload.largest_size(image.size());
     let fits = best.workload.requests.iter().all(|request| request.end() <= largest);
     if fits { fails_somehow(&Trace { image, ..best.clone() }, class) } else { None }
-}
-
-/// The images that are ordinary in one more way.
-fn plain_images(image: Image) -> Vec<Image> {
-    let plain = Image::new(image.format);
-    let candidates = [
-        Image { state: State::Cold, ..image },
-        Image { backing: false, ..image },
-        Image { layout: plain.layout, ..image },
-        Image { cache: plain.cache, ..image },
-        Image { buffers: plain.buffers, ..image },
-        Image { align: plain.align, ..image },
-        Image { depth: plain.depth, ..image },
-        Image { grow: plain.grow, ..image },
-        Image { ahead: 16, ..image },
-        Image { can_zero: true, ..image },
-        Image { slow: false, ..image },
-        Image { probed: false, ..image },
-    ];
-    candidates.into_iter().filter(|candidate| *candidate != image).collect()
 }
 
 fn plainer_requests(request: &Request) -> Vec<Request> {

@@ -20,8 +20,18 @@ pub trait Subject: Clone + Debug {
     /// What runs it.
     type Driver: Driver + Clone + Hash;
 
+    /// What it is, in a few words: `a qcow2 image`.
+    fn name(&self) -> String {
+        "an image".into()
+    }
+
     /// Its options in one line, as traces have them.
     fn text(&self) -> String;
+
+    /// The same with one option less: what [`shrink`](crate::shrink) tries.
+    fn plainer(&self) -> Vec<Self> {
+        Vec::new()
+    }
 
     /// The device that it lies on.
     fn device(&self) -> Device;

@@ -30,9 +30,9 @@ use crate::world::{Base, Budget, CopyPlan, Way, World};
 
 /// A run, and what came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trace {
+pub struct Trace<S = Image> {
     /// The image that was run.
-    pub image: Image,
+    pub image: S,
     /// What was allowed to happen.
     pub budget: Budget,
     /// What guests asked for.
@@ -43,9 +43,9 @@ pub struct Trace {
     pub verdict: Option<String>,
 }
 
-impl Trace {
+impl<S: Subject> Trace<S> {
     /// The trace of a failure.
-    pub fn of(image: Image, budget: Budget, workload: &Workload, failure: &Failure) -> Trace {
+    pub fn of(image: S, budget: Budget, workload: &Workload, failure: &Failure) -> Trace<S> {
         Trace {
             image,
             budget,
@@ -55,8 +55,14 @@ impl Trace {
         }
     }
 
-    fn base(&self) -> Result<Base<Image>, String> {
-        Base::new(self.image, self.workload.requests.len())
+    /// The world that it begins in.
+    ///
+    /// # Errors
+    ///
+    /// When the image cannot be made.
+    pub fn world(&self) -> Result<World<S>, String> {
+        let base = Base::new(self.image.clone(), self.workload.requests.len())?;
+        Ok(base.world(&self.workload, self.budget))
     }
 
     /// Runs it again, looking at every crash on the way.
@@ -66,8 +72,7 @@ impl Trace {
     /// What went wrong this time.
     pub fn replay(&self) -> Result<Counts, Box<Failure>> {
         let broken = |verdict| Box::new(Failure { verdict, path: Vec::new() });
-        let base = self.base().map_err(broken)?;
-        let world = base.world(&self.workload, self.budget);
+        let world = self.world().map_err(broken)?;
         let mut counts = Counts::default();
         let mut path = Vec::new();
         let mut chooser = Replay::new(self.choices.iter().copied());
@@ -81,8 +86,7 @@ impl Trace {
     ///
     /// When the image cannot be made. What goes wrong in the run is in the timeline.
     pub fn timeline(&self) -> Result<Timeline, String> {
-        let base = self.base()?;
-        let world = base.world(&self.workload, self.budget);
+        let world = self.world()?;
         let mut recorder = Recorder::new(self.title(), self.about(), &world);
         let mut chooser = Replay::new(self.choices.iter().copied());
         let (mut counts, mut path) = (Counts::default(), Vec::new());
@@ -100,7 +104,7 @@ impl Trace {
             2..=TITLE_REQUESTS => format!("{count} requests ({})", self.workload),
             _ => format!("{count} requests"),
         };
-        format!("{requests} to a {} image on a simulated disk", self.image.format)
+        format!("{requests} to {} on a simulated disk", self.image.name())
     }
 
     fn about(&self) -> Vec<String> {
@@ -110,27 +114,10 @@ impl Trace {
         lines
     }
 
-    /// Runs it again and says what came of it, as other runs do.
-    pub fn report(&self) -> Report {
-        let watch = Stopwatch::start();
-        let mut report = Report { title: "replayed".into(), threads: 1, ..Report::default() };
-        report.complete = true;
-        match self.replay() {
-            Ok(counts) => report.counts = counts,
-            Err(failure) => {
-                let trace = Trace::of(self.image, self.budget, &self.workload, &failure);
-                report.failures.push(trace);
-            }
-        }
-        report.seconds = watch.seconds();
-        report
-    }
-
     /// The text, with each choice explained by running it once more.
     pub fn explained(&self) -> String {
         let mut lines = self.head();
-        let world = self.base().map(|base| base.world(&self.workload, self.budget));
-        let mut world = world.ok();
+        let mut world = self.world().ok();
         for choice in &self.choices {
             let what = world.as_ref().map_or(String::new(), |world| world.describe(*choice));
             lines.push(format!("choice {choice} # {what}"));
@@ -194,8 +181,26 @@ impl Trace {
     }
 }
 
+impl Trace {
+    /// Runs it again and says what came of it, as other runs do.
+    pub fn report(&self) -> Report {
+        let watch = Stopwatch::start();
+        let mut report = Report { title: "replayed".into(), threads: 1, ..Report::default() };
+        report.complete = true;
+        match self.replay() {
+            Ok(counts) => report.counts = counts,
+            Err(failure) => {
+                let trace = Trace::of(self.image, self.budget, &self.workload, &failure);
+                report.failures.push(trace);
+            }
+        }
+        report.seconds = watch.seconds();
+        report
+    }
+}
+
 /// The world after a choice; `None` when that fails.
-fn next(mut world: World<Image>, choice: Choice) -> Option<World<Image>> {
+fn next<S: Subject>(mut world: World<S>, choice: Choice) -> Option<World<S>> {
     let mut possible = Vec::new();
     world.choices(&mut possible);
     if !possible.contains(&choice) {
@@ -206,7 +211,7 @@ fn next(mut world: World<Image>, choice: Choice) -> Option<World<Image>> {
 
 const MAGIC: &str = "cowbell trace 1";
 
-impl fmt::Display for Trace {
+impl<S: Subject> fmt::Display for Trace<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut lines = self.head();
         lines.extend(self.choices.iter().map(|choice| format!("choice {choice}")));
@@ -215,10 +220,10 @@ impl fmt::Display for Trace {
     }
 }
 
-impl FromStr for Trace {
+impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Trace, String> {
+    fn from_str(text: &str) -> Result<Trace<S>, String> {
         let mut lines = text.lines();
         if lines.next().map(str::trim) != Some(MAGIC) {
             return Err(format!("not a trace: the first line is not '{MAGIC}'"));
@@ -248,7 +253,7 @@ impl FromStr for Trace {
         if requests.len() > REQUESTS_MAX {
             return Err(format!("more than {REQUESTS_MAX} requests"));
         }
-        let image: Image = image.ok_or("the trace names no image")?;
+        let image: S = image.ok_or("the trace names no image")?;
         let workload = Workload::new(requests);
         let size = workload.largest_size(image.size());
         if size > SIZE_MAX {

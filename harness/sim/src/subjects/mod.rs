@@ -441,8 +441,31 @@ pub(crate) const SEED: u64 = 0x5eed;
 impl Subject for Image {
     type Driver = Over<Node>;
 
+    fn name(&self) -> String {
+        format!("a {} image", self.format)
+    }
+
     fn text(&self) -> String {
         self.to_string()
+    }
+
+    fn plainer(&self) -> Vec<Image> {
+        let plain = Image::new(self.format);
+        let candidates = [
+            Image { state: State::Cold, ..*self },
+            Image { backing: false, ..*self },
+            Image { layout: plain.layout, ..*self },
+            Image { cache: plain.cache, ..*self },
+            Image { buffers: plain.buffers, ..*self },
+            Image { align: plain.align, ..*self },
+            Image { depth: plain.depth, ..*self },
+            Image { grow: plain.grow, ..*self },
+            Image { ahead: 16, ..*self },
+            Image { can_zero: true, ..*self },
+            Image { slow: false, ..*self },
+            Image { probed: false, ..*self },
+        ];
+        candidates.into_iter().filter(|candidate| candidate != self).collect()
     }
 
     fn device(&self) -> Device {
