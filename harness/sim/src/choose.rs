@@ -137,9 +137,9 @@ pub trait Chooser {
     fn choose(&mut self, among: &[Choice]) -> usize;
 }
 
-/// What a run without surprises does: everything is submitted, then the oldest op ends well.
-fn calm(among: &[Choice], newest: bool) -> usize {
-    let rank = |choice: &Choice| match choice {
+/// What comes first in a run without surprises: everything is submitted, then ops end well.
+fn rank(choice: &Choice) -> u8 {
+    match choice {
         Choice::Resume | Choice::Unpause | Choice::ResumeCopy | Choice::Turn => 0,
         Choice::Submit(_) | Choice::Beside | Choice::Copy => 1,
         Choice::End(_, Outcome::Done) => 2,
@@ -147,7 +147,16 @@ fn calm(among: &[Choice], newest: bool) -> usize {
         Choice::End(_, Outcome::Fail) => 3,
         Choice::Drain => 4,
         _ => 5,
-    };
+    }
+}
+
+/// Puts first what a run without surprises does.
+pub(crate) fn calm_order(choices: &mut [Choice]) {
+    choices.sort_by_key(rank);
+}
+
+/// What a run without surprises does: everything is submitted, then the oldest op ends well.
+fn calm(among: &[Choice], newest: bool) -> usize {
     let best = among.iter().map(rank).min().expect("there is something to choose from");
     let mut of_that_rank = (0..among.len()).filter(|&i| rank(&among[i]) == best);
     let index = if newest { of_that_rank.next_back() } else { of_that_rank.next() };

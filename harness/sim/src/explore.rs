@@ -286,7 +286,7 @@ pub fn run_watched<S: Subject>(
 
 /// Crashes the disk in every way; remembers what it has seen.
 #[derive(Debug, Default)]
-struct Crash {
+pub(crate) struct Crash {
     /// States, by what a crash may leave and how it would be judged.
     states: HashedMap<()>,
     /// Images that were legal under an oracle.
@@ -302,22 +302,39 @@ const ALL_IMAGES: u64 = 1 << 10;
 const DRAWN_IMAGES: u64 = 64;
 
 impl Crash {
-    fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+    /// Crashes it in every way.
+    ///
+    /// # Errors
+    ///
+    /// What one of them would leave, if it is wrong. Who asks again is told again: only what is well is remembered.
+    pub(crate) fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
         let judge = world.judge_hash();
         let key = splitmix(world.crash_hash()) ^ judge;
-        if self.states.insert(key, ()).is_some() {
+        if self.states.contains_key(&key) {
             return Ok(());
         }
         let files = world.crash_sites();
-        if self.states.insert(fixed_hash((&files, judge)), ()).is_some() {
-            return Ok(());
+        let same = fixed_hash((&files, judge));
+        if !self.states.contains_key(&same) {
+            self.check_images(world, judge, &files, key)?;
         }
+        self.states.extend([(key, ()), (same, ())]);
+        Ok(())
+    }
+
+    fn check_images<S: Subject>(
+        &mut self,
+        world: &World<S>,
+        judge: u64,
+        files: &[Sites],
+        key: u64,
+    ) -> Result<(), String> {
         self.counts.crash_states += 1;
         let sums: Vec<Sums> = files.iter().map(Sites::sums).collect();
-        let at = CrashAt { world, judge, files: &files, sums: &sums };
+        let at = CrashAt { world, judge, files, sums: &sums };
         let count = files.iter().fold(1_u64, |n, sites| n.saturating_mul(sites.count()));
         if count <= ALL_IMAGES {
-            let mut picks = Picks::new(&files);
+            let mut picks = Picks::new(files);
             loop {
                 self.check_image(&at, &picks.picked)?;
                 if !picks.next() {
@@ -367,7 +384,7 @@ impl Crash {
     ) -> Result<(), String> {
         self.counts.crash_images += 1;
         let image = at.image_sum(picked);
-        if self.legal.insert(image ^ at.judge, ()).is_some() {
+        if self.legal.contains_key(&(image ^ at.judge)) {
             return Ok(());
         }
         let found = match self.found.get(&image) {
@@ -378,7 +395,9 @@ impl Crash {
                 self.found.entry(image).or_insert(inspection)
             }
         };
-        at.world.judge_crash(found)
+        at.world.judge_crash(found)?;
+        self.legal.insert(image ^ at.judge, ());
+        Ok(())
     }
 }
 

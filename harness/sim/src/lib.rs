@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+pub mod cause;
 pub mod choose;
 mod clock;
 pub mod disk;
@@ -22,6 +23,7 @@ pub mod mutants;
 pub mod page;
 pub mod perfetto;
 pub mod played;
+pub mod published;
 pub mod random;
 mod recorder;
 pub mod shadow;

@@ -102,8 +102,11 @@ pub fn to_json(line: &Timeline) -> String {
         let what = quoted(&verdict.text);
         format!("{{\"at\":{},\"crash\":{},\"text\":{what}}}", verdict.at, verdict.is_crash)
     });
+    let cause = line.cause.as_ref().map_or("null".into(), |cause| {
+        format!("{{\"at\":{},\"text\":{}}}", cause.at, quoted(&cause.text))
+    });
     let json = format!(
-        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"recorded\":{},\"missed\":{},\n\
+        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"cause\":{cause},\"recorded\":{},\"missed\":{},\n\
          \"events\":[{}],\n\"requests\":[{}],\n\"ops\":[{}]}}",
         quoted(&line.title),
         list(line.about.iter().map(|line| quoted(line)).collect()),

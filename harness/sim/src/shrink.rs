@@ -6,7 +6,8 @@
 
 use cowbell_engine::step::IoKind;
 
-use crate::explore::{Limit, exhaust};
+use crate::explore::{Failure, Limit, exhaust};
+use crate::mutants::planted;
 use crate::subject::Subject;
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
@@ -14,11 +15,12 @@ use crate::workload::{Request, Workload};
 /// The smallest trace that was found to fail as `trace` does; `None` if it does not fail at all.
 pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
     let failed = trace.replay().err()?;
-    let mut best = Trace::of(trace.image.clone(), trace.budget, &trace.workload, &failed);
+    let mut best = failing(trace, &failed);
     let class = class_of(&failed.verdict);
     loop {
         let before = weight(&best);
         best = fewer_requests(best, &class);
+        best = fewer_flushes(best, &class);
         best = plainer(best, &class);
         best = fewer_choices(best, &class);
         if weight(&best) >= before {
@@ -33,10 +35,13 @@ fn class_of(verdict: &str) -> String {
     let line = line.strip_prefix("seed ").map_or(line, |rest| rest.trim_start_matches(digit));
     let words = line.split(|c: char| c.is_ascii_digit() || c == '[' || c == '{').next();
     let words = words.unwrap_or_default().trim_start_matches(": ");
-    // Whose bytes were found is a matter of which requests there are.
+    // Whose bytes were found, and by whom, is a matter of which requests there are.
     let whose = ["a crash left", "the disk holds", "a read returned"];
-    let known = whose.iter().find(|start| words.starts_with(**start));
-    known.map_or(words, |start| start).to_string()
+    match whose.iter().find(|start| words.starts_with(**start)) {
+        Some(&"a read returned") => "the disk holds".to_string(),
+        Some(start) => start.to_string(),
+        None => words.to_string(),
+    }
 }
 
 fn digit(c: char) -> bool {
@@ -53,9 +58,7 @@ fn weight<S: Subject>(trace: &Trace<S>) -> usize {
 /// `candidate` as it fails in the same way, if it does.
 fn fails<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<S>> {
     let failure = candidate.replay().err()?;
-    let Trace { image, budget, workload, .. } = candidate;
-    (class_of(&failure.verdict) == class)
-        .then(|| Trace::of(image.clone(), *budget, workload, &failure))
+    (class_of(&failure.verdict) == class).then(|| failing(candidate, &failure))
 }
 
 /// As [`fails`]; a small workload is searched for another way to fail.
@@ -63,18 +66,23 @@ fn fails_somehow<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<
     if let Some(found) = fails(candidate, class) {
         return Some(found);
     }
-    let Trace { image, budget, workload, .. } = candidate;
-    if workload.requests.len() > SEARCHED_REQUESTS {
+    if candidate.workload.requests.len() > SEARCHED_REQUESTS {
         return None;
     }
     let limit = Limit { states: SEARCHED_STATES, ..Limit::default() };
-    let failure = exhaust(&candidate.world().ok()?, limit).err()?;
-    (class_of(&failure.verdict) == class)
-        .then(|| Trace::of(image.clone(), *budget, workload, &failure))
+    let world = candidate.world().ok()?;
+    let failure = planted(candidate.plant, || exhaust(&world, limit)).err()?;
+    (class_of(&failure.verdict) == class).then(|| failing(candidate, &failure))
+}
+
+/// `trace`, failing so.
+fn failing<S: Subject>(trace: &Trace<S>, failure: &Failure) -> Trace<S> {
+    let Trace { image, budget, workload, plant, .. } = trace;
+    Trace { plant: *plant, ..Trace::of(image.clone(), *budget, workload, failure) }
 }
 
 const SEARCHED_REQUESTS: usize = 4;
-const SEARCHED_STATES: u64 = 30_000;
+const SEARCHED_STATES: u64 = 100_000;
 
 /// Leaves out parts of `items`, from halves down to single ones, as long as `keep` finds that
 /// what is left will do.
@@ -99,6 +107,33 @@ fn fewer_requests<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
         best = found.unwrap_or_else(|| best.clone());
         better
     });
+    best
+}
+
+/// What is flushed may as well be stable when it ends, without another request.
+fn fewer_flushes<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
+    let mut flush = best.workload.requests.len();
+    while flush > 0 {
+        flush -= 1;
+        if best.workload.requests.get(flush) != Some(&Request::flush()) {
+            continue;
+        }
+        for changed in 0..flush {
+            let mut requests = best.workload.requests.clone();
+            let request = &mut requests[changed];
+            request.kind = match request.kind {
+                IoKind::Write { compressed, .. } => IoKind::Write { fua: true, compressed },
+                IoKind::Zero { .. } | IoKind::Discard => IoKind::Zero { unmap: true, fua: true },
+                _ => continue,
+            };
+            requests.remove(flush);
+            let workload = Workload::new(requests);
+            if let Some(found) = fails_somehow(&Trace { workload, ..best.clone() }, class) {
+                best = found;
+                break;
+            }
+        }
+    }
     best
 }
 
@@ -185,6 +220,8 @@ mod tests {
 
     #[test]
     fn failures_are_of_one_kind_whatever_their_numbers() {
+        let read = class_of("a read returned request 1 at 0x0..0x200; legal: request 0");
+        assert_eq!(read, class_of("the disk holds request 1 at 0x400..0x600; legal: request 0"));
         let a = class_of("seed 12: a crash left request 3 at 0x0..0x200; legal: request 5");
         assert_eq!(a, class_of("a crash left what was there before at 0x400..0x600; legal: 1"));
         assert_ne!(a, class_of("after a crash: 1 corruptions"));

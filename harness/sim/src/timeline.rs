@@ -30,6 +30,8 @@ pub struct Timeline {
     pub about: Vec<String>,
     /// What went wrong, if anything did.
     pub verdict: Option<Verdict>,
+    /// From when on it could only go wrong, if that was [asked](crate::cause).
+    pub cause: Option<Mark>,
     /// What the trace says went wrong when it was recorded.
     pub recorded: Option<String>,
     /// Choices of the trace that were not possible any more.
@@ -40,6 +42,15 @@ pub struct Timeline {
     pub requests: Vec<Request>,
     /// The ops that were seen, in the order in which they were submitted.
     pub ops: Vec<Op>,
+}
+
+/// Something to be said of an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Which.
+    pub at: At,
+    /// What.
+    pub text: String,
 }
 
 /// How a run went wrong.

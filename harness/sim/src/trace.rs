@@ -21,6 +21,7 @@ use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
 use crate::explore::{Counts, Failure, run, run_watched};
 use crate::gate::Report;
+use crate::mutants::{MUTANTS, planted};
 use crate::recorder::Recorder;
 use crate::subject::Subject;
 use crate::subjects::Image;
@@ -39,6 +40,8 @@ pub struct Trace<S = Image> {
     pub workload: Workload,
     /// What happened.
     pub choices: Vec<Choice>,
+    /// The [planted defect](crate::mutants) that it shows, if it is one of those.
+    pub plant: Option<&'static str>,
     /// What went wrong, if anything did.
     pub verdict: Option<String>,
 }
@@ -51,6 +54,7 @@ impl<S: Subject> Trace<S> {
             budget,
             workload: workload.clone(),
             choices: failure.path.clone(),
+            plant: None,
             verdict: Some(failure.verdict.clone()),
         }
     }
@@ -76,7 +80,7 @@ impl<S: Subject> Trace<S> {
         let mut counts = Counts::default();
         let mut path = Vec::new();
         let mut chooser = Replay::new(self.choices.iter().copied());
-        run(&world, &mut chooser, 1, &mut counts, &mut path)?;
+        planted(self.plant, || run(&world, &mut chooser, 1, &mut counts, &mut path))?;
         Ok(counts)
     }
 
@@ -91,7 +95,9 @@ impl<S: Subject> Trace<S> {
         let mut chooser = Replay::new(self.choices.iter().copied());
         let (mut counts, mut path) = (Counts::default(), Vec::new());
         // A failure is told to the recorder, too.
-        let _ = run_watched(&world, &mut chooser, 1, &mut counts, &mut path, &mut recorder);
+        let _ = planted(self.plant, || {
+            run_watched(&world, &mut chooser, 1, &mut counts, &mut path, &mut recorder)
+        });
         let mut timeline = recorder.finish();
         (timeline.recorded, timeline.missed) = (self.verdict.clone(), chooser.missed);
         Ok(timeline)
@@ -118,11 +124,13 @@ impl<S: Subject> Trace<S> {
     pub fn explained(&self) -> String {
         let mut lines = self.head();
         let mut world = self.world().ok();
-        for choice in &self.choices {
-            let what = world.as_ref().map_or(String::new(), |world| world.describe(*choice));
-            lines.push(format!("choice {choice} # {what}"));
-            world = world.and_then(|world| next(world, *choice));
-        }
+        planted(self.plant, || {
+            for choice in &self.choices {
+                let what = world.as_ref().map_or(String::new(), |world| world.describe(*choice));
+                lines.push(format!("choice {choice} # {what}"));
+                world = world.take().and_then(|world| next(world, *choice));
+            }
+        });
         lines.extend(self.tail());
         lines.join("\n") + "\n"
     }
@@ -171,6 +179,7 @@ impl<S: Subject> Trace<S> {
             format!("image {}", self.image.text()),
             format!("budget faults={faults} ticks={ticks} crashes={crashes} stalls={stalls}{more}"),
         ];
+        lines.extend(self.plant.map(|name| format!("plant {name}")));
         lines.extend(self.workload.requests.iter().map(|request| format!("request {request}")));
         lines
     }
@@ -191,7 +200,7 @@ impl Trace {
             Ok(counts) => report.counts = counts,
             Err(failure) => {
                 let trace = Trace::of(self.image, self.budget, &self.workload, &failure);
-                report.failures.push(trace);
+                report.failures.push(Trace { plant: self.plant, ..trace });
             }
         }
         report.seconds = watch.seconds();
@@ -228,7 +237,7 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
         if lines.next().map(str::trim) != Some(MAGIC) {
             return Err(format!("not a trace: the first line is not '{MAGIC}'"));
         }
-        let mut image = None;
+        let (mut image, mut plant) = (None, None);
         let mut budget = Budget::default();
         let (mut requests, mut choices, mut verdict) = (Vec::new(), Vec::new(), None);
         for (at, line) in lines.enumerate() {
@@ -240,6 +249,13 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
             let take: Result<(), String> = match word {
                 "image" => rest.parse().map(|parsed| image = Some(parsed)),
                 "budget" => parse_budget(rest).map(|parsed| budget = parsed),
+                "plant" => match MUTANTS.iter().find(|mutant| mutant.name == rest) {
+                    Some(mutant) => {
+                        plant = Some(mutant.name);
+                        Ok(())
+                    }
+                    None => Err(format!("'{rest}' is no planted defect")),
+                },
                 "request" => rest.parse::<Request>().map(|request| requests.push(request)),
                 "choice" => rest.parse::<Choice>().map(|choice| choices.push(choice)),
                 "verdict" => {
@@ -262,7 +278,7 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
         if let Some(bad) = workload.requests.iter().find(|request| !fits(request, size)) {
             return Err(format!("'{bad}' does not fit the image's {size} bytes"));
         }
-        Ok(Trace { image, budget, workload, choices, verdict })
+        Ok(Trace { image, budget, workload, choices, plant, verdict })
     }
 }
 

@@ -5,11 +5,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cowbell_formats::Format;
+use cowbell_sim::cause::{STATES, cause};
 use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
 use cowbell_sim::latencies::latencies;
 use cowbell_sim::mutants::hunt_all;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
+use cowbell_sim::published;
 use cowbell_sim::random::random;
 use cowbell_sim::shrink::shrink;
 use cowbell_sim::subjects::Image;
@@ -81,6 +83,17 @@ enum What {
         #[arg(long, value_name = "OUT")]
         perfetto: Option<PathBuf>,
     },
+    /// Find the choice of a failure after which nothing could save it, and the nearest run that ends well
+    Cause {
+        /// The trace
+        file: PathBuf,
+        /// Try so many states at most, and draw runs if there are more
+        #[arg(long, value_name = "N", default_value_t = STATES)]
+        states: u64,
+        /// Write a page for a browser, which shows it
+        #[arg(long, value_name = "OUT")]
+        html: Option<PathBuf>,
+    },
     /// Make the trace of a failure smaller, as long as it fails in the same way
     Shrink {
         /// The trace
@@ -100,8 +113,24 @@ enum What {
         /// Give one up after so long
         #[arg(long, default_value = "30")]
         seconds: f64,
+        /// Write the trace of each, made smaller, into this folder
+        #[arg(long, value_name = "DIR")]
+        keep: Option<PathBuf>,
         #[command(flatten)]
         how: How,
+    },
+    /// Find defects of other engines that were published, planted in ours, each from a workload like its
+    /// report's; make them smaller, and explain them (needs a build with the feature `mutants`)
+    Published {
+        /// Only those whose source or name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Give one up after so long
+        #[arg(long, default_value = "60")]
+        seconds: f64,
+        /// Write each one's trace and page into this folder
+        #[arg(long, value_name = "DIR")]
+        keep: Option<PathBuf>,
     },
 }
 
@@ -177,6 +206,16 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             }
             say(&trace.report(), *json, Path::new("."))
         }
+        What::Cause { file, states, html } => {
+            let cause = cause(&trace_in(file)?, *states).map_err(|what| Fail::at(file, what))?;
+            if let Some(path) = html {
+                fs::write(path, to_html(&cause.failing)).map_err(|error| Fail::at(path, error))?;
+            }
+            let mut out = Out::new(false);
+            write!(out, "{cause}")?;
+            out.flush()?;
+            Ok(0)
+        }
         What::Shrink { file } => {
             let small = shrink(&trace_in(file)?);
             let small = small.ok_or_else(|| Fail::at(file, "this trace does not fail"))?;
@@ -185,7 +224,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             out.flush()?;
             Ok(0)
         }
-        What::Mutants { only, seconds, how } => {
+        What::Published { only, seconds, keep } => published(only, *seconds, keep.as_deref()),
+        What::Mutants { only, seconds, keep, how } => {
             let score = hunt_all(only, usize::from(how.threads), *seconds).map_err(Fail::other)?;
             let mut out = Out::new(false);
             if how.json {
@@ -194,14 +234,62 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
                 writeln!(out, "{score}")?;
             }
             out.flush()?;
+            for fate in score.fates.iter().filter(|_| keep.is_some()) {
+                let small = fate.killed.as_ref().and_then(|(_, trace)| shrink(trace));
+                if let (Some(folder), Some(trace)) = (keep, small) {
+                    let path = folder.join(format!("{}.trace", fate.mutant.name));
+                    fs::write(&path, trace.explained()).map_err(|error| Fail::at(&path, error))?;
+                }
+            }
             Ok(u8::from(!score.is_good()))
         }
     }
 }
 
+fn published(only: &str, seconds: f64, keep: Option<&Path>) -> Result<u8, Fail> {
+    if !cfg!(feature = "mutants") {
+        return Err(Fail::other("built without the feature 'mutants': no defects are planted"));
+    }
+    let mut out = Out::new(false);
+    let mut all_found = true;
+    let wanted = published::all()
+        .into_iter()
+        .filter(|one| one.source.contains(only) || one.mutant.contains(only));
+    for one in wanted {
+        let name = one.mutant;
+        let found = match published::hunt(one, seconds) {
+            Ok(found) => found,
+            Err(what) => {
+                writeln!(out, "{what}\n")?;
+                all_found = false;
+                continue;
+            }
+        };
+        writeln!(out, "{found}")?;
+        if let Some(folder) = keep {
+            let page = to_html(&found.cause.failing);
+            for (end, text) in [("trace", found.trace.explained()), ("html", page)] {
+                let path = folder.join(format!("{name}.{end}"));
+                fs::write(&path, text).map_err(|error| Fail::at(&path, error))?;
+            }
+        }
+    }
+    out.flush()?;
+    Ok(u8::from(!all_found))
+}
+
 fn trace_in(file: &Path) -> Result<Trace, Fail> {
     let text = fs::read_to_string(file).map_err(|error| Fail::at(file, error))?;
-    text.parse().map_err(|what: String| Fail::at(file, what))
+    let trace: Trace = text.parse().map_err(|what: String| Fail::at(file, what))?;
+    match trace.plant.filter(|_| !cfg!(feature = "mutants")) {
+        Some(name) => {
+            let what = format!(
+                "its defect '{name}' is planted only in a build with the feature 'mutants'"
+            );
+            Err(Fail::at(file, what))
+        }
+        None => Ok(trace),
+    }
 }
 
 fn formats(name: Option<&str>) -> Result<Vec<Format>, Fail> {

@@ -142,7 +142,10 @@ impl PieceStep<'_> {
         let block = new.l1_index >> (self.image.geometry.slice_bits() - 3);
         self.writeback.touch_l1(block, new.owes && !mutant!("qcow2_table_owes_nothing"));
         match new.old {
-            Some(old) => self.give_up(Mapping::Data(old), false, false),
+            Some(old) => {
+                let sole = mutant!("qcow2_live_table_handed_out");
+                self.give_up(Mapping::Data(old), sole, false);
+            }
             // It is known to be zeros.
             None => drop(self.tables.slices.put_zeros(self.image.slice_key(at), cx)),
         }

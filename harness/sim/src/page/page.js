@@ -3,7 +3,7 @@
 "use strict";
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
-const { events, requests, ops, verdict } = data;
+const { events, requests, ops, verdict, cause } = data;
 const count = events.length;
 const id = (name) => document.getElementById(name);
 const canvas = id("canvas"), ctx = canvas.getContext("2d"), tip = id("tip");
@@ -351,6 +351,7 @@ const crashes = events.flatMap((e, n) => e.kind === "crash" ? [n] : []);
 function drawCrashes(h) {
   ctx.fillStyle = look.bad;
   for (const when of crashes) ctx.fillRect(X(when) - 1, AXIS, 2, h);
+  if (cause) drawCause(h);
   if (!verdict) return;
   const x = X(verdict.at + (verdict.crash ? 0.5 : 0));
   ctx.strokeStyle = look.bad;
@@ -369,6 +370,24 @@ function drawCrashes(h) {
   ctx.fillRect(left, h - 20, width, 18);
   ctx.fillStyle = look.back;
   ctx.fillText(words, left + 6, h - 10.5);
+}
+
+// From this event on it could only go wrong.
+function drawCause(h) {
+  const x = X(cause.at);
+  ctx.globalAlpha = 0.08;
+  ctx.fillRect(Math.max(x, gutter), AXIS, Math.max(0, Math.min(X(verdict ? verdict.at : count), view.w) - Math.max(x, gutter)), h);
+  ctx.globalAlpha = 1;
+  if (x < gutter - 5 || x > view.w + 5) return;
+  ctx.fillRect(x - 1.25, AXIS, 2.5, h);
+  const words = "● from here on it could only go wrong";
+  ctx.font = "bold 12px system-ui, sans-serif";
+  const width = ctx.measureText(words).width + 12;
+  const left = Math.max(gutter, Math.min(x + 4, view.w - width - 2));
+  ctx.fillRect(left, h - 42, width, 18);
+  ctx.fillStyle = look.back;
+  ctx.fillText(words, left + 6, h - 32.5);
+  ctx.fillStyle = look.bad;
 }
 
 function drawGutter(firstLane, Y, h) {
@@ -524,6 +543,7 @@ function tell() {
   if (e.unseen) item(changes, `${plural(e.unseen, "piece")} of work of the engine's own began and ended at once`);
   if (e.images) item(changes, `what a crash would leave now was looked at: ${plural(e.images, "image")}, none wrong`);
   if (e.deadline !== null) item(changes, `time ${timeOf(e.time)}; the engine wants to be woken at ${timeOf(e.deadline)}`);
+  if (cause && cause.at === now) item(changes, cause.text, "bad");
   if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
   let alive = 0;
   requests.forEach((r, i) => {
@@ -580,6 +600,11 @@ box.hidden = false;
 if (verdict) {
   const where = verdict.crash ? `What a crash after event ${verdict.at} may leave is wrong: ` : `It went wrong in event ${verdict.at}: `;
   box.textContent = where + verdict.text.replace(/^after a crash: /, "");
+  if (cause) {
+    const line = document.createElement("div");
+    line.textContent = `Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`;
+    box.append(line);
+  }
 } else {
   box.classList.add("good");
   box.textContent = data.recorded
@@ -649,6 +674,8 @@ id("last").onclick = () => go(count - 1);
 id("in").onclick = () => zoom(1.5, X(now));
 id("out").onclick = () => zoom(1 / 1.5, X(now));
 id("all").onclick = fit;
+id("cause").hidden = !cause;
+id("cause").onclick = () => go(cause.at);
 id("wrong").hidden = !verdict;
 id("wrong").onclick = () => go(verdict.at);
 const input = id("search");

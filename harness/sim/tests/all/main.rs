@@ -1,6 +1,7 @@
 //! One program with all tests of this crate: it is linked once.
 
 mod canary;
+mod causes;
 mod contract;
 mod cpu_work_completes_when_chosen;
 mod first_writes_wait_little;

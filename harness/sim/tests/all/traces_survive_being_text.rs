@@ -27,6 +27,7 @@ quickcheck! {
             budget: plan.budget,
             workload: plan.workload,
             choices: draws.into_iter().map(choice).collect(),
+            plant: raw.then_some("flush_error_swallowed"),
             verdict: Some("it went wrong".into()),
         };
         trace.to_string().parse() == Ok(trace)

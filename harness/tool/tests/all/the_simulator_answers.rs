@@ -51,3 +51,35 @@ fn what_is_no_trace_is_refused_in_one_line() {
         assert!(said.starts_with("cowbell: sim: "), "{line}: {said}");
     }
 }
+
+#[test]
+fn the_cause_of_a_failure_is_told() {
+    let place = Place::new();
+    let text = "cowbell trace 1\n\
+        image format=raw lie=short-is-whole\n\
+        budget faults=1 ticks=0\n\
+        request write 0x0+0x800\n\
+        request flush\n\
+        choice submit 0\n\
+        choice submit 1\n\
+        choice end 0.0 short\n";
+    std::fs::write(place.path("t"), text).expect("it is written");
+    let said = place.ok("cowbell sim cause t --html page");
+    assert!(said.contains("number 3 made that certain"), "{said}");
+    assert!(said.contains("comes back with about half of it done"), "{said}");
+    let page = std::fs::read_to_string(place.path("page")).expect("it was written");
+    assert!(page.contains("\"cause\":{\"at\":3,"), "the page marks it");
+    // Nothing is wrong with an honest device's.
+    std::fs::write(place.path("t"), text.replace("lie=short-is-whole", "")).expect("it is written");
+    let out = place.ours("cowbell sim cause t");
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(said, "cowbell: sim: t: this trace does not fail\n");
+    // A planted defect is not in this build.
+    std::fs::write(place.path("t"), text.replace("budget", "plant flush_does_nothing\nbudget"))
+        .expect("it is written");
+    let out = place.ours("cowbell sim replay t");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("planted only in a build with the feature 'mutants'"), "{said}");
+}
