@@ -2,11 +2,12 @@
 
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::time::Duration;
 
-use cowbell_engine::Engine;
 use cowbell_engine::step::Driver;
 use cowbell_engine::units::NodeId;
-use cowbell_formats::map::Extent;
+use cowbell_engine::{Engine, Limits};
+use cowbell_formats::map::{Extent, Kind};
 
 use crate::backend::{Device, IsMetadata, SimBackend};
 use crate::disk::Contents;
@@ -33,11 +34,27 @@ pub trait Subject: Clone + Debug {
         Vec::new()
     }
 
-    /// The device that it lies on.
-    fn device(&self) -> Device;
+    /// The device that it lies on. By default one of 512-byte blocks, where files grow.
+    fn device(&self) -> Device {
+        Device::default()
+    }
 
-    /// The limits of the engine that runs it: small, so that rare paths are common.
-    fn limits(&self) -> cowbell_engine::Limits;
+    /// The limits of the engine that runs it: small, so that rare paths are common. Room for requests is
+    /// added. By default 32 ops and two buffers of 4096 bytes, and one that the engine keeps for unaligned requests.
+    fn limits(&self) -> Limits {
+        Limits {
+            requests: 1,
+            ops: 32,
+            buffers: 2,
+            bounce_buffers: 1,
+            buffer_size: 4096,
+            zeros_written: 0,
+            discards_kept: 2,
+            steps: 4096,
+            turn: Duration::from_micros(500),
+            measure: false,
+        }
+    }
 
     /// Makes its files.
     fn make(&self, host: &SimHost) -> Result<(), String>;
@@ -79,14 +96,20 @@ pub trait Subject: Clone + Debug {
         1
     }
 
-    /// Bytes in a cluster: what copy-on-write copies.
-    fn cluster(&self) -> u64;
+    /// Bytes in a cluster: what copy-on-write copies. By default 512.
+    fn cluster(&self) -> u64 {
+        512
+    }
 
     /// What a discard discards whole.
-    fn discard_unit(&self) -> u64;
+    fn discard_unit(&self) -> u64 {
+        self.cluster()
+    }
 
     /// May a crash leave leaks only in an image that is marked as needing a check?
-    fn marks_leaks(&self) -> bool;
+    fn marks_leaks(&self) -> bool {
+        false
+    }
 
     /// May a crash leave corruption in an image that is marked as needing a check, for recovery to
     /// mend?
@@ -126,22 +149,46 @@ pub trait Subject: Clone + Debug {
     }
 
     /// See [`SimBackend::watch_metadata`].
-    fn metadata(&self) -> Option<IsMetadata>;
+    fn metadata(&self) -> Option<IsMetadata> {
+        None
+    }
 
-    /// Reads from the disk in the files of `host`, without the engine.
-    fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String>;
+    /// Reads from the disk in the files of `host`, without the engine. By default from where [`Subject::map`]
+    /// says that its bytes are, of which none may be compressed.
+    fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {
+        bytes.fill(0);
+        let (files, end) = (self.files(), offset + bytes.len() as u64);
+        for extent in self.map(host)? {
+            let (from, to) = (extent.start.max(offset), (extent.start + extent.len).min(end));
+            let Kind::Data(place) = extent.kind else { continue };
+            if from < to {
+                let name = files[files.len() - 1 - extent.depth];
+                let contents = host.contents(name).ok_or("a file is missing")?;
+                let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
+                contents.read(place.0 + from - extent.start, part);
+            }
+        }
+        Ok(())
+    }
 
-    /// Opens the files read-only and checks them.
+    /// Opens the files read-only and checks them. What this says must follow from what it reads of `host`.
     fn check(&self, host: &SimHost) -> Result<Checked, String>;
 
-    /// Opens the files read-only, and says where the guest's bytes are.
+    /// Opens the files read-only, and says where the guest's bytes are: from the disk's first byte to its last,
+    /// with [`Extent::depth`] 0 for the last of [`Subject::files`], 1 for the one before it.
     fn map(&self, host: &SimHost) -> Result<Vec<Extent>, String>;
 
     /// Opens the files for writing, with whatever repair that brings.
-    fn recover(&self, host: &SimHost) -> Result<(), String>;
+    fn recover(&self, host: &SimHost) -> Result<(), String> {
+        let _ = host;
+        Ok(())
+    }
 
     /// Repairs the image explicitly.
-    fn repair(&self, host: &SimHost) -> Result<(), String>;
+    fn repair(&self, host: &SimHost) -> Result<(), String> {
+        let _ = host;
+        Ok(())
+    }
 
     /// Panics if the driver holds on to anything. Nothing is in flight.
     fn assert_idle(&self, _driver: &Self::Driver) {}

@@ -19,7 +19,7 @@ use std::str::FromStr;
 
 use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
-use crate::explore::{Counts, Failure, run, run_watched};
+use crate::explore::{Counts, Failure, Limit, exhaust, run, run_watched};
 use crate::gate::Report;
 use crate::mutants::{MUTANTS, planted};
 use crate::recorder::Recorder;
@@ -28,6 +28,31 @@ use crate::subjects::Image;
 use crate::timeline::Timeline;
 use crate::workload::{REQUESTS_MAX, Request, Workload, number};
 use crate::world::{Base, Budget, CopyPlan, Way, World};
+
+/// Tries all that can happen to an image in each of some workloads: every order of completions, every fault that the
+/// budget allows, every crash.
+///
+/// # Errors
+///
+/// The trace of the first failure.
+pub fn search<S: Subject>(
+    image: &S,
+    budget: Budget,
+    workloads: &[Workload],
+) -> Result<Counts, Box<Trace<S>>> {
+    let trace = |workload: &Workload, failure: &Failure| {
+        Box::new(Trace::of(image.clone(), budget, workload, failure))
+    };
+    let most = workloads.iter().map(|workload| workload.requests.len()).max().unwrap_or(0);
+    let base = Base::new(image.clone(), most)
+        .map_err(|verdict| trace(&Workload::default(), &Failure { verdict, path: Vec::new() }))?;
+    let mut counts = Counts::default();
+    for workload in workloads {
+        let outcome = exhaust(&base.world(workload, budget), Limit::default());
+        counts += outcome.map_err(|failure| trace(workload, &failure))?;
+    }
+    Ok(counts)
+}
 
 /// A run, and what came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@ mod canary;
 mod causes;
 mod contract;
 mod cpu_work_completes_when_chosen;
+mod drivers_of_others;
 mod first_writes_wait_little;
 mod gate;
 mod mutants;
