@@ -106,10 +106,11 @@ pub fn to_json(line: &Timeline) -> String {
         format!("{{\"at\":{},\"text\":{}}}", cause.at, quoted(&cause.text))
     });
     let json = format!(
-        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"cause\":{cause},\"recorded\":{},\"missed\":{},\n\
+        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"cause\":{cause},\"timed\":{},\"recorded\":{},\"missed\":{},\n\
          \"events\":[{}],\n\"requests\":[{}],\n\"ops\":[{}]}}",
         quoted(&line.title),
         list(line.about.iter().map(|line| quoted(line)).collect()),
+        line.is_timed,
         text(&line.recorded),
         line.missed,
         events.collect::<Vec<_>>().join(",\n"),

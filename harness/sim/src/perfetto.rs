@@ -10,8 +10,51 @@ use std::fmt::Write;
 use crate::gate::quoted;
 use crate::timeline::{By, Request, Timeline};
 
-/// Microseconds of the picture for an event.
-const STEP: u64 = 1000;
+/// Nanoseconds of the picture for an event of a simulated run.
+const STEP: u64 = 1_000_000;
+
+/// Where each event stands, in nanoseconds, and behind the last where the picture ends. None is where another is.
+struct Times {
+    of: Vec<u64>,
+    /// Less than is between any two.
+    short: u64,
+}
+
+impl Times {
+    fn new(line: &Timeline) -> Times {
+        if !line.is_timed {
+            let of = (0..=line.events.len() as u64).map(|at| at * STEP).collect();
+            return Times { of, short: STEP / 10 };
+        }
+        let first = line.events.first().map_or(0, |event| event.time);
+        let mut of: Vec<u64> = Vec::new();
+        for event in &line.events {
+            let after = of.last().map_or(0, |last| last + LEAST);
+            of.push(after.max(event.time.saturating_sub(first)));
+        }
+        of.push(of.last().map_or(0, |last| last + LEAST));
+        Times { of, short: LEAST / 10 }
+    }
+
+    fn at(&self, at: u32) -> u64 {
+        self.of[at as usize]
+    }
+
+    fn len(&self, from: u32, to: u32) -> u64 {
+        self.at(to) - self.at(from)
+    }
+}
+
+/// Nanoseconds between two events of a real run, at least.
+const LEAST: u64 = 100;
+
+/// As the format has it: microseconds.
+fn micros(nanos: u64) -> String {
+    match nanos % 1000 {
+        0 => (nanos / 1000).to_string(),
+        rest => format!("{}.{rest:03}", nanos / 1000),
+    }
+}
 
 /// The process ids: what happened, requests, ops, waits.
 const RUN: u32 = 1;
@@ -24,9 +67,10 @@ pub fn to_json(line: &Timeline) -> String {
         meta("process_name", WAITS, None, "waits for others"),
         meta("thread_name", RUN, Some(0), "what happens"),
     ];
-    happenings(line, &mut events);
+    let times = Times::new(line);
+    happenings(line, &times, &mut events);
     for (place, request) in line.requests.iter().enumerate() {
-        spans(line, place, request, &mut events);
+        spans(line, &times, place, request, &mut events);
     }
     for (place, op) in line.ops.iter().enumerate() {
         let name = format!("op {}.{} {}", line.requests[op.request].number, op.ordinal, op.kind);
@@ -39,10 +83,10 @@ pub fn to_json(line: &Timeline) -> String {
             quoted(how)
         );
         let (from, to) = (op.from, op.to.unwrap_or(last(line)));
-        pair(&mut events, "op", &format!("o{place}"), &name, from.into(), to.into(), &args);
+        pair(&mut events, &times, "op", &format!("o{place}"), &name, (from, to), &args);
     }
-    waits(line, &mut events);
-    counters(line, &mut events);
+    waits(line, &times, &mut events);
+    counters(line, &times, &mut events);
     format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{}\n]}}\n", events.join(",\n"))
 }
 
@@ -58,13 +102,13 @@ fn meta(what: &str, pid: u32, tid: Option<usize>, name: &str) -> String {
     )
 }
 
-fn happenings(line: &Timeline, out: &mut Vec<String>) {
+fn happenings(line: &Timeline, times: &Times, out: &mut Vec<String>) {
     for (at, event) in line.events.iter().enumerate() {
         out.push(format!(
             "{{\"ph\":\"X\",\"pid\":{RUN},\"tid\":0,\"ts\":{},\"dur\":{},\"cat\":\"{}\",\"name\":{},\
              \"args\":{{\"time_ns\":{},\"crash_images\":{}}}}}",
-            at as u64 * STEP,
-            STEP * 9 / 10,
+            micros(times.at(at as u32)),
+            micros(times.len(at as u32, at as u32 + 1) * 9 / 10),
             event.kind.name(),
             quoted(&event.what),
             event.time,
@@ -76,7 +120,7 @@ fn happenings(line: &Timeline, out: &mut Vec<String>) {
         out.push(format!(
             "{{\"ph\":\"i\",\"s\":\"g\",\"pid\":{RUN},\"tid\":0,\"ts\":{},\"cat\":\"verdict\",\
              \"name\":{},\"args\":{{\"all\":{}}}}}",
-            u64::from(verdict.at) * STEP,
+            micros(times.at(verdict.at)),
             quoted(&name),
             quoted(&verdict.text)
         ));
@@ -88,9 +132,18 @@ fn first_line(text: &str) -> &str {
 }
 
 /// A span, which may overlap others: those of one `id` nest.
-fn pair(out: &mut Vec<String>, cat: &str, id: &str, name: &str, from: u64, to: u64, args: &str) {
+fn pair(
+    out: &mut Vec<String>,
+    times: &Times,
+    cat: &str,
+    id: &str,
+    name: &str,
+    (from, to): (u32, u32),
+    args: &str,
+) {
     // What begins and ends in one event is seen nevertheless.
-    let (from, to) = (from * STEP, if to > from { to * STEP } else { from * STEP + STEP / 2 });
+    let end = if to > from { times.at(to) } else { times.at(from) + 5 * times.short };
+    let (from, to) = (micros(times.at(from)), micros(end));
     let name = quoted(name);
     for (ph, ts) in [("b", from), ("e", to)] {
         let mut text = format!(
@@ -105,7 +158,7 @@ fn pair(out: &mut Vec<String>, cat: &str, id: &str, name: &str, from: u64, to: u
     }
 }
 
-fn spans(line: &Timeline, place: usize, request: &Request, out: &mut Vec<String>) {
+fn spans(line: &Timeline, times: &Times, place: usize, request: &Request, out: &mut Vec<String>) {
     let (id, end) = (format!("r{place}"), request.end.unwrap_or(last(line)));
     let name = format!("{}: {}", request.name(), request.what);
     let by = match request.by {
@@ -122,19 +175,18 @@ fn spans(line: &Timeline, place: usize, request: &Request, out: &mut Vec<String>
     );
     // Within its begin and its end come its states, in their order.
     let mut states = Vec::new();
-    pair(&mut states, "request", &id, &name, request.begin.into(), end.into(), &args);
+    pair(&mut states, times, "request", &id, &name, (request.begin, end), &args);
     let close = states.pop();
     for stay in request.stays.iter().filter(|stay| stay.to > stay.from) {
         let args = format!("{{\"waits for\":{}}}", quoted(stay.wait.words()));
-        let (from, to) = (stay.from.into(), stay.to.into());
-        pair(&mut states, "request", &id, stay.state, from, to, &args);
+        pair(&mut states, times, "request", &id, stay.state, (stay.from, stay.to), &args);
     }
     states.extend(close);
     out.extend(states);
 }
 
 /// A thread for each request that waits for others, or lets others go on.
-fn waits(line: &Timeline, out: &mut Vec<String>) {
+fn waits(line: &Timeline, times: &Times, out: &mut Vec<String>) {
     let mut named = vec![false; line.requests.len()];
     let mut flow = 0;
     for (place, request) in line.requests.iter().enumerate() {
@@ -143,9 +195,10 @@ fn waits(line: &Timeline, out: &mut Vec<String>) {
                 continue;
             }
             named[place] = true;
-            let (ts, dur) = (u64::from(stay.from) * STEP, u64::from(stay.to - stay.from) * STEP);
+            let (ts, dur) = (times.at(stay.from), times.len(stay.from, stay.to));
+            let (from, length) = (micros(ts), micros(dur));
             out.push(format!(
-                "{{\"ph\":\"X\",\"pid\":{WAITS},\"tid\":{place},\"ts\":{ts},\"dur\":{dur},\"cat\":\"wait\",\
+                "{{\"ph\":\"X\",\"pid\":{WAITS},\"tid\":{place},\"ts\":{from},\"dur\":{length},\"cat\":\"wait\",\
                  \"name\":{}}}",
                 quoted(&format!("waits for {}", stay.wait.words()))
             ));
@@ -154,16 +207,18 @@ fn waits(line: &Timeline, out: &mut Vec<String>) {
             flow += 1;
             // It ends where a wait of the other may begin: each arrow has a slice of its own at its start,
             // which ends before that moment.
-            let (end, short) = (ts + dur, STEP / 10);
+            let (end, short) = (ts + dur, times.short);
             let name = quoted(&format!("lets {} go on", request.name()));
             out.push(format!(
-                "{{\"ph\":\"X\",\"pid\":{WAITS},\"tid\":{by},\"ts\":{},\"dur\":{short},\"cat\":\"wait\",\
+                "{{\"ph\":\"X\",\"pid\":{WAITS},\"tid\":{by},\"ts\":{},\"dur\":{},\"cat\":\"wait\",\
                  \"name\":{name}}}",
-                end - 2 * short
+                micros(end - 2 * short),
+                micros(short)
             ));
             for (ph, tid, ts, more) in
                 [("s", by, end - 3 * short / 2, ""), ("f", place, end - short, ",\"bp\":\"e\"")]
             {
+                let ts = micros(ts);
                 out.push(format!(
                     "{{\"ph\":\"{ph}\"{more},\"pid\":{WAITS},\"tid\":{tid},\"ts\":{ts},\"cat\":\"wait\",\
                      \"id\":{flow},\"name\":\"goes on\"}}"
@@ -178,7 +233,7 @@ fn waits(line: &Timeline, out: &mut Vec<String>) {
     }
 }
 
-fn counters(line: &Timeline, out: &mut Vec<String>) {
+fn counters(line: &Timeline, times: &Times, out: &mut Vec<String>) {
     let count = |spans: &mut dyn Iterator<Item = (u32, Option<u32>)>| {
         let mut change = vec![0_i64; line.events.len() + 1];
         for (from, to) in spans {
@@ -198,7 +253,7 @@ fn counters(line: &Timeline, out: &mut Vec<String>) {
             }
             out.push(format!(
                 "{{\"ph\":\"C\",\"pid\":{RUN},\"ts\":{},\"name\":\"{name}\",\"args\":{{\"count\":{now}}}}}",
-                at as u64 * STEP
+                micros(times.at(at as u32))
             ));
         }
     }

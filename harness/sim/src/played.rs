@@ -13,9 +13,11 @@ use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Note, Subm
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Base, OpKind};
 use cowbell_engine::record::{Entry, Lent, Reader, Sum};
-use cowbell_engine::step::Driver;
+use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::sys::ram::Ram;
 use cowbell_engine::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
+
+use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
 
 /// What was recorded, as a backend.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub struct Played<'r, F> {
     in_flight: BTreeMap<OpId, u64>,
     /// How far it is.
     pub done: Done,
+    /// How the ops of this `run` came back, if somebody wants to see it.
+    came_back: Option<Vec<Ended>>,
     /// What was not as recorded.
     differs: Option<String>,
 }
@@ -72,6 +76,7 @@ impl<'r, F> Played<'r, F> {
             time: Time(0),
             in_flight: BTreeMap::new(),
             done: Done::default(),
+            came_back: None,
             differs: None,
         }
     }
@@ -154,6 +159,16 @@ impl<F> Backend for Played<'_, F> {
                 let bytes = harvest.mem.region_mut(region);
                 bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
             }
+            if let Some(came_back) = &mut self.came_back {
+                let how = match answer {
+                    ..0 => format!("{}", Errno(-answer as i32)),
+                    _ if (answer as u64) < moves => "short".into(),
+                    _ => "ok".into(),
+                };
+                let is_bad = how != "ok";
+                let number = harvest.ops.serial(record.owner.request);
+                came_back.push(Ended { number, ordinal: record.owner.ordinal, how, is_bad });
+            }
             let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
             let result = u64::try_from(answer).map_err(|_| Errno(errno));
             harvest.done.push(Completion::new(op, result));
@@ -202,14 +217,70 @@ impl<F> Backend for Played<'_, F> {
     }
 }
 
-/// What to do after each `run`: go on?
-pub type EachRun<'a, D, B> = &'a mut dyn FnMut(&Engine<D, B>) -> bool;
+/// What has just been done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// A request was submitted.
+    Submitted(Io),
+    /// `run` was called.
+    Ran,
+    /// Something else was called: a drain, a disk that is closed, paused or resumed, or gives up requests.
+    Called,
+}
+
+/// What to do after each moment: go on?
+pub type Each<'a, D, B> = &'a mut dyn FnMut(&Engine<D, B>, Moment) -> bool;
+
+/// The same as [`play`], and what happens from turn `from` on is noted. `title` and `about`: of what.
+pub fn play_seen<'r, F, D: Driver>(
+    engine: &mut Engine<D, Played<'r, F>>,
+    (title, about): (String, Vec<String>),
+    from: u64,
+    each: Each<'_, D, Played<'r, F>>,
+) -> (Verdict, Timeline) {
+    let mut observer = Observer::new(title, about);
+    engine.backend_mut().came_back = Some(Vec::new());
+    let mut begun = from == 0;
+    if begun {
+        observer.begin(engine, engine.backend().time);
+    }
+    let verdict = play(engine, &mut |engine, moment| {
+        let Played { time, done, came_back, .. } = engine.backend();
+        if done.runs >= from {
+            if !std::mem::replace(&mut begun, true) {
+                observer.begin(engine, *time);
+            }
+            let came_back = came_back.as_deref().unwrap_or_default();
+            let (what, kind) = match moment {
+                Moment::Submitted(io) => {
+                    (format!("the guest submits: {}", words(&io)), EventKind::Submit)
+                }
+                Moment::Ran => {
+                    let bad = came_back.iter().any(|ended| ended.is_bad);
+                    let kind = if bad { EventKind::Fault } else { EventKind::Complete };
+                    (format!("turn {}: {} ops come back", done.runs, came_back.len()), kind)
+                }
+                Moment::Called => ("the embedder calls".into(), EventKind::Life),
+            };
+            let ended = came_back.iter().filter(|_| moment == Moment::Ran).cloned();
+            observer.happens(what, kind, ended);
+            observer.look(engine, *time);
+        }
+        each(engine, moment)
+    });
+    if let Verdict::Differs(how) = &verdict {
+        observer.went_wrong(how.as_str(), false);
+    }
+    let mut timeline = observer.finish();
+    timeline.is_timed = true;
+    (verdict, timeline)
+}
 
 /// Does all that was recorded on this engine, to which the images have been attached as they were then, until `each`, which is
-/// asked after every `run`, says that it is enough.
+/// asked after everything that was done, says that it is enough.
 pub fn play<'r, F, D: Driver>(
     engine: &mut Engine<D, Played<'r, F>>,
-    each: EachRun<'_, D, Played<'r, F>>,
+    each: Each<'_, D, Played<'r, F>>,
 ) -> Verdict {
     let nodes: Vec<Option<NodeId>> = engine.nodes().collect();
     let id = |index: u32| nodes.get(index as usize).copied().flatten();
@@ -237,19 +308,25 @@ pub fn play<'r, F, D: Driver>(
                     return Verdict::Differs(format!("a request is refused: {:?}", refused.why));
                 }
                 engine.backend_mut().done.requests += 1;
+                if !each(engine, Moment::Submitted(io)) {
+                    return Verdict::Same;
+                }
+                continue;
             }
             Entry::Run(now) => {
-                engine.backend_mut().time = now;
-                engine.backend_mut().done.runs += 1;
-                engine.run(now);
-                let goes_on = each(engine);
                 let backend = engine.backend_mut();
-                if let Some(how) = backend.differs.take() {
+                backend.time = now;
+                backend.done.runs += 1;
+                backend.came_back.iter_mut().for_each(Vec::clear);
+                engine.run(now);
+                let goes_on = each(engine, Moment::Ran);
+                if let Some(how) = engine.backend_mut().differs.take() {
                     return Verdict::Differs(how);
                 }
                 if !goes_on {
                     return Verdict::Same;
                 }
+                continue;
             }
             Entry::Polled(count) => {
                 for _ in 0..count {
@@ -258,9 +335,13 @@ pub fn play<'r, F, D: Driver>(
                     }
                     engine.backend_mut().done.ended += 1;
                 }
+                continue;
+            }
+            Entry::Called { which: 1, .. } => {
+                engine.poll_event();
+                continue;
             }
             Entry::Called { which: 0, .. } => engine.drain(),
-            Entry::Called { which: 1, .. } => drop(engine.poll_event()),
             Entry::Called { which, node } => {
                 let Some(node) = id(node) else {
                     return Verdict::Differs("a disk that is not there is asked for".into());
@@ -291,6 +372,9 @@ pub fn play<'r, F, D: Driver>(
             Entry::Clock(_) | Entry::Ran(_) | Entry::Took { .. } | Entry::Done { .. } => {
                 return Verdict::Differs(format!("{entry:?} comes outside of a run"));
             }
+        }
+        if !each(engine, Moment::Called) {
+            return Verdict::Same;
         }
     }
 }

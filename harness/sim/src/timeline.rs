@@ -28,6 +28,8 @@ pub struct Timeline {
     pub title: String,
     /// What was asked for, and on which image: a line each.
     pub about: Vec<String>,
+    /// Are the events' times those of a real run?
+    pub is_timed: bool,
     /// What went wrong, if anything did.
     pub verdict: Option<Verdict>,
     /// From when on it could only go wrong, if that was [asked](crate::cause).
@@ -275,7 +277,7 @@ pub struct Observer {
     next_number: u32,
     life: u32,
     /// What was told of this event.
-    ended: Option<Ended>,
+    ended: Vec<Ended>,
 }
 
 impl Observer {
@@ -292,11 +294,17 @@ impl Observer {
         self.look(engine, now);
     }
 
-    /// Something is to happen; `ended` if an op comes back.
-    pub fn happens(&mut self, what: String, kind: EventKind, ended: Option<Ended>) {
+    /// Something is to happen; `ended`: the ops that come back.
+    pub fn happens(
+        &mut self,
+        what: String,
+        kind: EventKind,
+        ended: impl IntoIterator<Item = Ended>,
+    ) {
         let time = self.line.events.last().map_or(0, |last| last.time);
         self.line.events.push(Event { what, kind, time, ..Event::default() });
-        self.ended = ended;
+        self.ended.clear();
+        self.ended.extend(ended);
         if kind == EventKind::Crash {
             self.stop();
         }
@@ -395,13 +403,13 @@ impl Observer {
     ) -> Vec<usize> {
         let mut left = std::mem::take(&mut self.ops);
         let mut causes = Vec::new();
-        let told = self.ended.take();
-        if let Some(told) = &told
-            && let Some(&place) = left.get(&(told.number, told.ordinal))
-        {
+        for told in std::mem::take(&mut self.ended) {
+            let Some(&place) = left.get(&(told.number, told.ordinal)) else { continue };
             let op = &mut self.line.ops[place];
-            (op.how, op.is_bad) = (told.how.clone(), told.is_bad);
-            causes.push(op.request);
+            (op.how, op.is_bad) = (told.how, told.is_bad);
+            if !causes.contains(&op.request) {
+                causes.push(op.request);
+            }
         }
         for (_, record) in engine.ops().iter() {
             let Some(&request) = places.get(&record.owner.request) else { continue };
@@ -572,7 +580,7 @@ impl Request {
 }
 
 /// What is asked for, in plain words; numbers in bytes.
-fn words(io: &Io) -> String {
+pub(crate) fn words(io: &Io) -> String {
     let Io { kind, offset, len } = *io;
     let verb = match kind {
         IoKind::Read => "read",

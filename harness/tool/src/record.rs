@@ -17,7 +17,9 @@ use cowbell_engine::{Engine, Limits};
 use cowbell_formats::attach;
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_sim::kept::KeptHost;
-use cowbell_sim::played::{Done, Played, Verdict, play};
+use cowbell_sim::page::to_html;
+use cowbell_sim::perfetto::to_json;
+use cowbell_sim::played::{Done, Moment, Played, Verdict, play, play_seen};
 
 use crate::disk::{Disk, Files};
 use crate::fail::Fail;
@@ -143,9 +145,21 @@ pub struct Args {
     /// Stop after so many turns of the loop
     #[arg(long, value_name = "N")]
     until: Option<u64>,
+    /// Stop where a request is in this state, as a page or `--dump` names it
+    #[arg(long = "break", value_name = "STATE")]
+    break_at: Option<String>,
     /// Print the engine where it stops: its requests, what each waits for, its ops
     #[arg(long)]
     dump: bool,
+    /// Write a page for a browser, which shows what happened
+    #[arg(long, value_name = "OUT")]
+    html: Option<PathBuf>,
+    /// Write what happened as a trace that Perfetto opens
+    #[arg(long, value_name = "OUT")]
+    perfetto: Option<PathBuf>,
+    /// Show what happened from this turn on. Of a long run a page is large: some ten thousand turns are well
+    #[arg(long, value_name = "N", default_value = "0")]
+    from: u64,
     /// The record
     file: PathBuf,
 }
@@ -237,12 +251,29 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let recorded = parse(&bytes).map_err(at)?;
     let Recorded { limits, growth, disks, infos, host, record } = recorded;
     let mut engine = Engine::new(Played::new(record, infos), limits);
+    let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
     for (image, write) in disks {
         let chain = image.open(&host, write)?;
         attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
     }
     let until = args.until.unwrap_or(u64::MAX);
-    let verdict = play(&mut engine, &mut |engine| engine.backend().done.runs < until);
+    let mut is_there = false;
+    let mut each = |engine: &Engine<_, Played<'_, _>>, moment| {
+        let mut waiting = args.break_at.iter().filter(|_| moment == Moment::Ran);
+        is_there = waiting.any(|state| engine.requests().any(|request| request.state == state));
+        !is_there && (engine.backend().done.runs < until || moment != Moment::Ran)
+    };
+    let verdict = if args.html.is_some() || args.perfetto.is_some() {
+        let title = format!("The run recorded as {}", args.file.display());
+        let (verdict, timeline) = play_seen(&mut engine, (title, about), args.from, &mut each);
+        let keep =
+            |path: &PathBuf, text| std::fs::write(path, text).map_err(|why| Fail::at(path, why));
+        args.html.iter().try_for_each(|path| keep(path, to_html(&timeline)))?;
+        args.perfetto.iter().try_for_each(|path| keep(path, to_json(&timeline)))?;
+        verdict
+    } else {
+        play(&mut engine, &mut each)
+    };
     let Done { runs, requests, ended, ops, waits } = engine.backend().done;
     let mut out = Out::new(false);
     writeln!(
@@ -252,7 +283,14 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     if args.dump {
         writeln!(out, "{engine:#?}")?;
     }
+    if let Some(state) = &args.break_at {
+        match is_there {
+            true => writeln!(out, "After turn {runs} a request is in state {state}.")?,
+            false => writeln!(out, "After no turn a request is in state {state}.")?,
+        }
+    }
     let code = match verdict {
+        Verdict::Same if args.break_at.is_some() && !is_there => 1,
         Verdict::Same => {
             writeln!(out, "Every transition was as it was recorded.")?;
             0

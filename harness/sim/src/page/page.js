@@ -542,7 +542,8 @@ function tell() {
   if (more > 0) item(changes, `and ${more} more`);
   if (e.unseen) item(changes, `${plural(e.unseen, "piece")} of work of the engine's own began and ended at once`);
   if (e.images) item(changes, `what a crash would leave now was looked at: ${plural(e.images, "image")}, none wrong`);
-  if (e.deadline !== null) item(changes, `time ${timeOf(e.time)}; the engine wants to be woken at ${timeOf(e.deadline)}`);
+  if (data.timed) item(changes, `at ${timeOf(e.time - events[0].time)} of the run`);
+  else if (e.deadline !== null) item(changes, `time ${timeOf(e.time)}; the engine wants to be woken at ${timeOf(e.deadline)}`);
   if (cause && cause.at === now) item(changes, cause.text, "bad");
   if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
   let alive = 0;

@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use cowbell_engine::record::{Entry, Reader};
+use serde_json::Value;
 
 use crate::common::{COWBELL, Place, Random, have_qemu, read};
 use crate::images_are_served_over_nbd::Serving;
@@ -71,6 +72,53 @@ fn as_far_as_is_wanted() {
     let (first, rest) = said.split_once('\n').expect("lines");
     assert!(first.ends_with(" 3 turns."), "{first}");
     assert!(rest.contains("r0 Io { kind: Write") && rest.contains("waits for "), "{rest}");
+}
+
+/// What a page and Perfetto show of it: every request once, when it was, and what it waited for.
+#[test]
+fn they_can_be_seen() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 64M");
+    place.ok("cowbell bench -q -w -f qcow2 -c 300 -d 8 -s 4k -S 68k -t none -n --record t i");
+    let said = place.ok("cowbell replay t --html page --perfetto json");
+    assert!(said.ends_with(&format!("{SAME}\n")), "{said}");
+    let page = String::from_utf8(read(&place.path("page"))).expect("it is text");
+    let json = String::from_utf8(read(&place.path("json"))).expect("it is text");
+    let data = page.split("id=\"data\">").nth(1).and_then(|rest| rest.split("</script>").next());
+    let data: Value = serde_json::from_str(data.expect("it has data")).expect("it is JSON");
+    assert_eq!(data["timed"], Value::Bool(true));
+    let requests = data["requests"].as_array().expect("requests");
+    let of_guests: Vec<&Value> = requests.iter().filter(|one| !one["guest"].is_null()).collect();
+    assert_eq!(of_guests.len(), 300);
+    assert!(of_guests.iter().all(|one| one["result"] == "ok" && !one["end"].is_null()));
+    let stays = requests.iter().flat_map(|one| one["stays"].as_array().expect("stays"));
+    assert!(stays.clone().any(|stay| stay["state"] == "write-data"));
+    let ops = data["ops"].as_array().expect("ops");
+    assert!(ops.iter().all(|op| op["how"] == "ok" && !op["to"].is_null()));
+    let times = data["events"].as_array().expect("events").iter().map(|one| one["time"].as_u64());
+    assert!(times.is_sorted(), "time goes on");
+    let trace: Value = serde_json::from_str(&json).expect("it is JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    let begins = events.iter().filter(|one| one["ph"] == "b" && one["cat"] == "op").count();
+    assert_eq!(begins, ops.len());
+    // A part of it.
+    place.ok("cowbell replay t --from 20 --until 30 --html part");
+    assert!(read(&place.path("part")).len() < page.len() / 2);
+}
+
+/// It stops where a request is in a state that is asked for.
+#[test]
+fn up_to_a_state() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 64M");
+    place.ok("cowbell bench -q -w -f qcow2 -c 300 -d 8 -s 4k -S 68k -t none -n --record t i");
+    let said = place.ok("cowbell replay t --break write-data --dump");
+    assert!(said.contains(" a request is in state write-data."), "{said}");
+    assert!(said.contains(" of which 0 ended;"), "{said}");
+    let out = place.ours("cowbell replay t --break fly");
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(said.contains("After no turn a request is in state fly."), "{said}");
 }
 
 /// No byte of a guest's is in it.
