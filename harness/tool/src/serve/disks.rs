@@ -17,11 +17,16 @@ use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::naming::Naming;
 use crate::record::Head;
+use crate::serve::limit::Limits as Limited;
 use crate::serve::memory::Pool;
 use crate::session::open_chain;
 
 /// Requests of all clients at a time; one more waits for one of them.
 const REQUESTS: usize = 512;
+
+/// So many of them disks with a limit may have together: what waits for its time there takes
+/// nobody's place.
+const LIMITED: usize = REQUESTS / 2;
 
 /// How disks are opened.
 #[derive(Debug)]
@@ -35,6 +40,8 @@ pub struct Opening<'a> {
     pub how: How,
     /// Where all that is asked and seen is recorded.
     pub record: Option<&'a Path>,
+    /// How much each may do.
+    pub limits: &'a Limited,
 }
 
 /// One disk.
@@ -52,6 +59,9 @@ pub struct Served {
     /// It marks whole clusters as zeros, whatever there is: that takes no longer for more of them.
     pub marks_zeros: bool,
     node: NodeId,
+    /// Requests submitted and not ended, and how many that may be.
+    in_flight: usize,
+    places: usize,
     #[expect(dead_code, reason = "held until the image is closed")]
     locks: Locks,
     #[expect(dead_code, reason = "it is only held open")]
@@ -88,6 +98,7 @@ impl Disks {
         if let Some(path) = opening.record {
             head.begin(path, disks.engine.backend_mut())?;
         }
+        disks.limit(opening.limits)?;
         Ok(disks)
     }
 
@@ -130,15 +141,49 @@ impl Disks {
         let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
         let (size, path) = (self.engine.node(node).size(), path.into());
         let read_only = !write;
-        let served =
-            Served { name, path, formats, size, read_only, marks_zeros, node, locks, temporary };
-        self.served.push(served);
+        self.served.push(Served {
+            name,
+            path,
+            formats,
+            size,
+            read_only,
+            marks_zeros,
+            node,
+            in_flight: 0,
+            places: REQUESTS,
+            locks,
+            temporary,
+        });
         Ok(())
     }
 
-    /// Is there room for one more request?
-    pub fn has_room(&self) -> bool {
-        self.in_flight + self.engine.abandoned() < REQUESTS
+    /// From now on each does only as much as it may.
+    fn limit(&mut self, limits: &Limited) -> Result<(), Fail> {
+        limits.check(self.served.iter().map(|disk| &*disk.name))?;
+        let rates = self.served.iter().map(|disk| limits.of(&disk.name));
+        let rates = rates.collect::<Result<Vec<_>, Fail>>()?;
+        let count = rates.iter().flatten().count();
+        for (disk, rate) in self.served.iter_mut().zip(rates) {
+            if rate.is_some() {
+                self.engine.set_rate(disk.node, rate);
+                disk.places = (LIMITED / count).max(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// No disk has a limit any more: the end does not wait for one.
+    pub fn lift_limits(&mut self) {
+        for disk in self.served.iter_mut().filter(|disk| disk.places < REQUESTS) {
+            self.engine.set_rate(disk.node, None);
+            disk.places = REQUESTS;
+        }
+    }
+
+    /// Is there room for one more request of the disk of this number?
+    pub fn has_room(&self, disk: usize) -> bool {
+        let disk = &self.served[disk];
+        disk.in_flight < disk.places && self.in_flight + self.engine.abandoned() < REQUESTS
     }
 
     /// What the disk of this number takes, and takes best.
@@ -151,6 +196,7 @@ impl Disks {
     pub fn abandon(&mut self, disk: usize, which: impl FnMut(u64) -> bool) -> Vec<u64> {
         let tags = self.engine.abandon(self.served[disk].node, which);
         self.in_flight -= tags.len();
+        self.served[disk].in_flight -= tags.len();
         tags
     }
 
@@ -166,13 +212,19 @@ impl Disks {
         let taken = self.engine.submit(self.served[disk].node, io, mem, tag);
         assert!(taken.is_ok(), "there is room, and nobody has closed it: {:?}", taken.err());
         self.in_flight += 1;
+        self.served[disk].in_flight += 1;
     }
 
-    /// The next request that has finished.
+    /// The next request that has finished. Whoever knows of which disk it is says so to
+    /// [`ended`](Disks::ended).
     pub fn poll(&mut self) -> Option<Finished> {
-        let finished = self.engine.poll()?;
+        self.engine.poll()
+    }
+
+    /// A request of the disk of this number was polled: there is room for another one.
+    pub fn ended(&mut self, disk: usize) {
         self.in_flight -= 1;
-        Some(finished)
+        self.served[disk].in_flight -= 1;
     }
 
     /// Is what is read kept in the page cache?
