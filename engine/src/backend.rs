@@ -30,6 +30,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use crate::held::Rate;
 use crate::mem::{Mem, Memory};
 use crate::ops::{OpRecord, Ops};
 use crate::queue::Queue;
@@ -216,6 +217,8 @@ pub enum Called<'a> {
     TakeFiles(NodeId),
     /// [`Engine::abandon`](crate::Engine::abandon), of a disk, which gave up these requests.
     Abandon(NodeId, &'a [ReqId]),
+    /// [`Engine::set_rate`](crate::Engine::set_rate)
+    SetRate(NodeId, Option<Rate>),
     /// One of which a record cannot tell enough to do it again.
     Other(&'static str),
 }

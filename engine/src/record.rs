@@ -26,13 +26,16 @@
 //! | 0x0c | a method was called | which (u8), the node's index (u32) |
 //! | 0x0e | requests were given up | the node's index (u32), how many (u32), the place of each (u32) |
 //! | 0x0d | one that a record does not tell of | length (u8), its name |
+//! | 0x0f | a limit was set | the node's index (u32), what there is of it (u8: 1 a limit, 2 of bytes, 4 of requests), bytes and requests a second, the burst in nanoseconds (u64 each) |
 //! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (u8), memory (u8), offset and length in sectors (u32, u16) |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use crate::backend::{Backend, Called, FileInfo, Harvest, Note, Submission};
+use crate::held::Rate;
 use crate::mem::{Mem, Memory};
 use crate::op::{Base, Op, OpKind, Target};
 use crate::ops::OpRecord;
@@ -234,6 +237,19 @@ impl Log {
                     self.put(number.to_le_bytes());
                 }
                 requests.iter().for_each(|request| self.put(request.0.to_le_bytes()));
+                return;
+            }
+            Called::SetRate(node, rate) => {
+                let Rate { bytes, requests, burst } = rate.unwrap_or_default();
+                let has = [rate.is_some(), bytes.is_some(), requests.is_some()];
+                let has = has.iter().rev().fold(0, |bits, &has| bits << 1 | u8::from(has));
+                self.put([0x0f]);
+                self.put((node.index() as u32).to_le_bytes());
+                self.put([has]);
+                let burst = u64::try_from(burst.as_nanos()).unwrap_or(u64::MAX);
+                for number in [bytes.unwrap_or(0), requests.unwrap_or(0), burst] {
+                    self.put(number.to_le_bytes());
+                }
                 return;
             }
             Called::Drain => (0, NodeId::default()),
@@ -491,6 +507,13 @@ pub enum Entry<'r> {
         /// The requests.
         requests: &'r [u8],
     },
+    /// The disk with this index has this limit from now on.
+    Rated {
+        /// The disk.
+        node: u32,
+        /// The limit.
+        rate: Option<Rate>,
+    },
     /// A method that a record does not tell enough of.
     Untold(&'r str),
 }
@@ -551,6 +574,16 @@ impl<'r> Reader<'r> {
                     (u32::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?));
                 let requests = bytes(rest, (count as usize).checked_mul(4)?)?;
                 Entry::Abandoned { node, requests }
+            }
+            0x0f => {
+                let (node, has) = (u32::from_le_bytes(take(rest)?), byte(rest)?);
+                let mut number = || Some(u64::from_le_bytes(take(rest)?));
+                let (bytes, requests) = (number()?, number()?);
+                let burst = Duration::from_nanos(number()?);
+                let bytes = (has & 2 != 0).then_some(bytes);
+                let requests = (has & 4 != 0).then_some(requests);
+                let rate = (has & 1 != 0).then_some(Rate { bytes, requests, burst });
+                Entry::Rated { node, rate }
             }
             0x10..=0x1f => {
                 let kind = kind_of(tag & 0xf)?;

@@ -76,7 +76,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// time. For layers below a disk it means nothing: what reads from them is not limited. False:
     /// there is no such node.
     pub fn set_rate(&mut self, node: NodeId, rate: Option<Rate>) -> bool {
-        self.called(Called::Other("set_rate"));
+        self.called(Called::SetRate(node, rate));
         if !self.has(node) {
             return false;
         }

@@ -236,6 +236,11 @@ impl Connection {
         self.export.is_some()
     }
 
+    /// The export that was chosen, by its place among those that there are.
+    pub fn export(&self) -> Option<usize> {
+        self.export
+    }
+
     /// Requests handed out and not finished.
     pub fn in_flight(&self) -> usize {
         self.slots.len()

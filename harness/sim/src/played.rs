@@ -368,6 +368,11 @@ pub fn play<'r, F, D: Driver>(
                     return Verdict::Differs("other requests are given up".into());
                 }
             }
+            Entry::Rated { node, rate } => {
+                if !id(node).is_some_and(|node| engine.set_rate(node, rate)) {
+                    return Verdict::Differs("a disk that is not there has a limit".into());
+                }
+            }
             Entry::Untold(name) => return Verdict::Untold(name.into()),
             Entry::Clock(_) | Entry::Ran(_) | Entry::Took { .. } | Entry::Done { .. } => {
                 return Verdict::Differs(format!("{entry:?} comes outside of a run"));

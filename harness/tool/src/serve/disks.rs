@@ -10,18 +10,24 @@ use cowbell_engine::record::Recorder;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, NodeLimits};
-use cowbell_formats::{Format, LayerMeta, Locks, Node, RunOptions, attach};
+use cowbell_formats::name::is_remote;
+use cowbell_formats::{Chain, Format, LayerMeta, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
-use crate::disk::Disk;
+use crate::disk::{AnyFile, Disk, address, has_remote};
 use crate::fail::Fail;
 use crate::naming::Naming;
 use crate::record::Head;
+use crate::serve::limit::Limits as Limited;
 use crate::serve::memory::Pool;
 use crate::session::open_chain;
 
 /// Requests of all clients at a time; one more waits for one of them.
 const REQUESTS: usize = 512;
+
+/// So many of them disks with a limit may have together: what waits for its time there takes
+/// nobody's place.
+const LIMITED: usize = REQUESTS / 2;
 
 /// How disks are opened.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub struct Opening<'a> {
     pub how: How,
     /// Where all that is asked and seen is recorded.
     pub record: Option<&'a Path>,
+    /// How much each may do.
+    pub limits: &'a Limited,
 }
 
 /// One disk.
@@ -52,6 +60,9 @@ pub struct Served {
     /// It marks whole clusters as zeros, whatever there is: that takes no longer for more of them.
     pub marks_zeros: bool,
     node: NodeId,
+    /// Requests submitted and not ended, and how many that may be.
+    in_flight: usize,
+    places: usize,
     #[expect(dead_code, reason = "held until the image is closed")]
     locks: Locks,
     #[expect(dead_code, reason = "it is only held open")]
@@ -76,50 +87,36 @@ impl Disks {
     /// Opens `images`, each `PATH` or `NAME=PATH`.
     pub fn open(images: &[OsString], opening: &Opening<'_>) -> Result<Disks, Fail> {
         let limits = Limits { requests: REQUESTS, ops: REQUESTS * 4, ..Limits::default() };
-        let backend = Disk::new(opening.how, REQUESTS * 2, false, false)?;
-        let engine = Engine::new(Recorder::new(backend), limits);
         let cache = opening.cache;
         let mut head = Head::new(&limits, None, cache.direct);
+        let mut opened = Vec::<Opened>::new();
+        for given in images {
+            let disk = Opened::open(given, opening, &mut head)?;
+            if opened.iter().any(|other| other.name == disk.name) {
+                let what = format!("two disks are called '{}': say NAME=PATH", disk.name);
+                return Err(Fail::other(what));
+            }
+            opened.push(disk);
+        }
+        // Servers' disks want a backend of their own: only now it is known whether there are any.
+        let has_remote = opened.iter().any(|disk| has_remote(&disk.chain));
+        let backend = Disk::new(opening.how, REQUESTS * 2, false, has_remote)?;
+        let engine = Engine::new(Recorder::new(backend), limits);
         let mut disks =
             Disks { engine, served: Vec::new(), memory: Pool::default(), cache, in_flight: 0 };
-        for given in images {
-            disks.add(given, opening, &mut head)?;
+        for disk in opened {
+            disks.add(disk, opening)?;
         }
         if let Some(path) = opening.record {
             head.begin(path, disks.engine.backend_mut())?;
         }
+        disks.limit(opening.limits)?;
         Ok(disks)
     }
 
-    fn add(&mut self, given: &OsStr, opening: &Opening<'_>, head: &mut Head) -> Result<(), Fail> {
-        // Options have a `=` of their own.
-        let is_by_options = opening.naming.is_by_options();
-        let (name, path) = if is_by_options { (None, given) } else { named(given) };
-        let mut image = opening.naming.image(path, opening.format)?;
-        let name = match name {
-            Some(name) => name.to_string(),
-            None => image.path().file_name().unwrap_or(path).to_string_lossy().into_owned(),
-        };
-        if name.len() > cowbell_nbd::wire::STRING_MAX {
-            return Err(Fail::other("a disk's name is too long"));
-        }
-        if self.served.iter().any(|other| other.name == name) {
-            return Err(Fail::other(format!("two disks are called '{name}': say NAME=PATH")));
-        }
-        let mut temporary = None;
-        if opening.snapshot && !opening.read_only {
-            let (overlay, file) = image.overlay()?;
-            (image, temporary) = (overlay, Some(file));
-        }
-        let write = !opening.read_only;
-        if write {
-            image.check_writable()?;
-        }
-        if opening.record.is_some() {
-            head.disk(&image, write)?;
-        }
-        let chain = open_chain(&image, write, opening.cache.direct)?;
-        let at = |error| Fail::open_io(Path::new(path), &error);
+    fn add(&mut self, disk: Opened, opening: &Opening<'_>) -> Result<(), Fail> {
+        let Opened { name, path, chain, temporary } = disk;
+        let at = |error| Fail::open_io(Path::new(&path), &error);
         let formats = chain.layers.iter().map(|layer| layer.format).collect();
         let marks_zeros = match &chain.layers[0].meta {
             LayerMeta::Qed(_) => true,
@@ -128,17 +125,49 @@ impl Disks {
         };
         let locks = chain.locks().map_err(at)?;
         let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
-        let (size, path) = (self.engine.node(node).size(), path.into());
-        let read_only = !write;
-        let served =
-            Served { name, path, formats, size, read_only, marks_zeros, node, locks, temporary };
-        self.served.push(served);
+        self.served.push(Served {
+            name,
+            formats,
+            size: self.engine.node(node).size(),
+            read_only: opening.read_only,
+            marks_zeros,
+            node,
+            in_flight: 0,
+            places: REQUESTS,
+            locks,
+            temporary,
+            path,
+        });
         Ok(())
     }
 
-    /// Is there room for one more request?
-    pub fn has_room(&self) -> bool {
-        self.in_flight + self.engine.abandoned() < REQUESTS
+    /// From now on each does only as much as it may.
+    fn limit(&mut self, limits: &Limited) -> Result<(), Fail> {
+        limits.check(self.served.iter().map(|disk| &*disk.name))?;
+        let rates = self.served.iter().map(|disk| limits.of(&disk.name));
+        let rates = rates.collect::<Result<Vec<_>, Fail>>()?;
+        let count = rates.iter().flatten().count();
+        for (disk, rate) in self.served.iter_mut().zip(rates) {
+            if rate.is_some() {
+                self.engine.set_rate(disk.node, rate);
+                disk.places = (LIMITED / count).max(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// No disk has a limit any more: the end does not wait for one.
+    pub fn lift_limits(&mut self) {
+        for disk in self.served.iter_mut().filter(|disk| disk.places < REQUESTS) {
+            self.engine.set_rate(disk.node, None);
+            disk.places = REQUESTS;
+        }
+    }
+
+    /// Is there room for one more request of the disk of this number?
+    pub fn has_room(&self, disk: usize) -> bool {
+        let disk = &self.served[disk];
+        disk.in_flight < disk.places && self.in_flight + self.engine.abandoned() < REQUESTS
     }
 
     /// What the disk of this number takes, and takes best.
@@ -151,6 +180,7 @@ impl Disks {
     pub fn abandon(&mut self, disk: usize, which: impl FnMut(u64) -> bool) -> Vec<u64> {
         let tags = self.engine.abandon(self.served[disk].node, which);
         self.in_flight -= tags.len();
+        self.served[disk].in_flight -= tags.len();
         tags
     }
 
@@ -166,13 +196,19 @@ impl Disks {
         let taken = self.engine.submit(self.served[disk].node, io, mem, tag);
         assert!(taken.is_ok(), "there is room, and nobody has closed it: {:?}", taken.err());
         self.in_flight += 1;
+        self.served[disk].in_flight += 1;
     }
 
-    /// The next request that has finished.
+    /// The next request that has finished. Whoever knows of which disk it is says so to
+    /// [`ended`](Disks::ended).
     pub fn poll(&mut self) -> Option<Finished> {
-        let finished = self.engine.poll()?;
+        self.engine.poll()
+    }
+
+    /// A request of the disk of this number was polled: there is room for another one.
+    pub fn ended(&mut self, disk: usize) {
         self.in_flight -= 1;
-        Some(finished)
+        self.served[disk].in_flight -= 1;
     }
 
     /// Is what is read kept in the page cache?
@@ -183,6 +219,46 @@ impl Disks {
     /// The time now.
     pub fn now(&self) -> Time {
         self.engine.backend().clock()
+    }
+}
+
+/// A disk that is open, and that no engine has yet.
+struct Opened {
+    name: String,
+    path: OsString,
+    chain: Chain<AnyFile>,
+    temporary: Option<fs::File>,
+}
+
+impl Opened {
+    fn open(given: &OsStr, opening: &Opening<'_>, head: &mut Head) -> Result<Opened, Fail> {
+        // Options have a `=` of their own.
+        let is_by_options = opening.naming.is_by_options();
+        let (name, path) = if is_by_options { (None, given) } else { named(given) };
+        let mut image = opening.naming.image(path, opening.format)?;
+        let name = match name {
+            Some(name) => name.to_string(),
+            // A server's disk has a name already.
+            None if is_remote(image.path()) => address(image.path())?.export,
+            None => image.path().file_name().unwrap_or(path).to_string_lossy().into_owned(),
+        };
+        if name.len() > cowbell_nbd::wire::STRING_MAX {
+            return Err(Fail::other("a disk's name is too long"));
+        }
+        let mut temporary = None;
+        if opening.snapshot && !opening.read_only {
+            let (overlay, file) = image.overlay()?;
+            (image, temporary) = (overlay, Some(file));
+        }
+        let write = !opening.read_only;
+        if write {
+            image.check_writable()?;
+        }
+        if opening.record.is_some() {
+            head.disk(&image, write)?;
+        }
+        let chain = open_chain(&image, write, opening.cache.direct)?;
+        Ok(Opened { name, path: path.into(), chain, temporary })
     }
 }
 

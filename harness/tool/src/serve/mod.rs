@@ -18,6 +18,7 @@
 //! is more to do, and the loop comes round again without waiting.
 
 mod disks;
+mod limit;
 mod listen;
 mod memory;
 mod nbd;
@@ -49,6 +50,7 @@ use crate::naming::Naming;
 use crate::number::count;
 use crate::out::Out;
 use crate::serve::disks::{Disks, Opening};
+use crate::serve::limit::Limits;
 use crate::serve::listen::{Address, Listener};
 use crate::serve::nbd::{Nbd, Patience};
 use crate::serve::status::{Counts, Rates};
@@ -96,6 +98,24 @@ pub struct Args {
     /// How long a client may take none of its replies, or leave a request half sent, in seconds
     #[arg(long, value_name = "S", default_value = "30", allow_hyphen_values = true)]
     stall_timeout: String,
+    /// Let a disk move at most so many bytes a second (k, M, G...; 0: no limit, as by default): [NAME=]N
+    ///
+    /// Reads and writes together. Without NAME it is said of each disk that no other --bps names: each
+    /// has so much, they do not share it. What is over waits; nothing is refused. May be given again.
+    #[arg(long, value_name = "N", help_heading = "Limits", allow_hyphen_values = true)]
+    bps: Vec<String>,
+    /// Let a disk begin at most so many requests a second (up to 2^32; 0: no limit, as by default): [NAME=]N
+    ///
+    /// Reads, writes, zeros and discards; flushes go at once. Otherwise as --bps, and beside it: a
+    /// request waits for both.
+    #[arg(long, value_name = "N", help_heading = "Limits", allow_hyphen_values = true)]
+    iops: Vec<String>,
+    /// Let a limited disk catch up after a pause: as much at once as it may do in so many milliseconds
+    /// (0 to 3600000; by default 100): [NAME=]MS
+    ///
+    /// One request of any length may always begin, so with 0 too. Of a disk without a limit it is an error.
+    #[arg(long, value_name = "MS", help_heading = "Limits", allow_hyphen_values = true)]
+    burst: Vec<String>,
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
@@ -167,6 +187,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let addresses = addresses.collect::<Result<Vec<_>, Fail>>()?;
     let devices = args.vhost_user.iter().map(|text| place_of(text));
     let devices = devices.collect::<Result<Vec<_>, Fail>>()?;
+    let limits = Limits::parse(&args.bps, &args.iops, &args.burst)?;
     let queues = count("number of queues", &args.queues, 1, QUEUES_MAX)?;
     // Before anything is made that has to be removed.
     let stop = Stop::on_signals()?;
@@ -179,6 +200,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         cache,
         how,
         record: args.record.as_deref(),
+        limits: &limits,
     };
     let disks = Disks::open(&args.images, &opening)?;
     let mut listeners = Vec::new();
@@ -268,6 +290,7 @@ impl Server {
             }
             if self.stop.is_asked() && !stopping {
                 stopping = true;
+                self.disks.lift_limits();
                 self.nbd.stop(now, &mut self.disks);
                 self.vhost.stop();
             }

@@ -279,9 +279,10 @@ impl Nbd {
             self.drop_clients(disks, |client| client.connection.in_flight() == 0);
         }
         self.accept(now);
-        if disks.has_room() {
-            self.roomless.drain(..).rev().for_each(|key| self.active.push_front(key));
-        }
+        let clients = &self.clients;
+        let have_room = |key: &mut usize| clients[*key].has_room(disks);
+        let have_room: Vec<usize> = self.roomless.extract_if(.., have_room).collect();
+        have_room.into_iter().rev().for_each(|key| self.active.push_front(key));
         // Those who have waited come first, in their order, for as long as there is something.
         while let Some(&key) = self.starved.front() {
             self.starved.pop_front();
@@ -313,6 +314,7 @@ impl Nbd {
         let Finished { tag, result, mem } = finished;
         let key = tag as usize;
         let job = &mut self.jobs[key];
+        disks.ended(job.export);
         let client = self.clients.get_mut(job.client).filter(|its| its.serial == job.serial);
         let Some(client) = client else {
             // Nobody waits for the rest of it.
@@ -373,7 +375,7 @@ impl Nbd {
         }
         self.unsent = unsent;
         // Whoever waits for memory or room: some may have become free in this turn.
-        let has_room = !self.roomless.is_empty() && disks.has_room();
+        let has_room = self.roomless.iter().any(|&key| self.clients[key].has_room(disks));
         let has_memory = self.first_starved_can_go_on(disks);
         !self.active.is_empty() || has_room || has_memory || self.can_let_in(now)
     }
@@ -480,7 +482,7 @@ impl Nbd {
             let client = &mut self.clients[key];
             match client.connection.want() {
                 Want::Submit => {
-                    if !disks.has_room() {
+                    if !client.has_room(disks) {
                         // As if it were active: so it is not queued twice.
                         client.is_active = true;
                         self.roomless.push(key);
@@ -757,6 +759,11 @@ impl Client {
     /// May it have so much more memory whatever others hold?
     fn may_always(&self, len: usize) -> bool {
         self.connection.held() + len <= ALWAYS
+    }
+
+    /// Is there room for its next request?
+    fn has_room(&self, disks: &Disks) -> bool {
+        self.connection.export().is_none_or(|export| disks.has_room(export))
     }
 
     /// Is there something that it can be served with?

@@ -1140,3 +1140,87 @@ fn a_busy_client_does_not_keep_others_waiting() {
     assert!(slowest < 300_000_000, "{slowest} ns");
     serving.stop();
 }
+
+/// One disk may do one request a second, and has more clients with more requests than the server has
+/// places. The other one's all end meanwhile, and the end does not wait for the limit.
+#[test]
+fn a_limited_disk_waits_and_takes_nobodys_place() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 a 16M && cowbell create -q -f qcow2 b 16M");
+    let began = clock();
+    let serving = Serving::start(&place, "--iops a=1 --burst a=0 a b");
+    let mut greedy: Vec<Client> =
+        (0..8).map(|_| serving.client_of("a", Style::Structured)).collect();
+    for client in &mut greedy {
+        let reads = (0..100).flat_map(|n| client.header((command::READ, 0), n, (0, 4096)));
+        let reads: Vec<u8> = reads.collect();
+        client.stream.write_all(&reads).expect("it listens");
+    }
+    let mut quiet = serving.client_of("b", Style::Structured);
+    for n in 0..1000 {
+        quiet.send((command::READ, 0), n, (0, 4096), &[]);
+        assert_eq!(quiet.reply(4096), (n, Ok(vec![0; 4096])));
+    }
+    // What waits for its time is not refused in the end, but done at once.
+    let seconds = clock().since(began) / 1_000_000_000;
+    let mut done = 0;
+    for client in &mut greedy {
+        client.stream.set_nonblocking(true).expect("a socket");
+        let mut bytes = Vec::new();
+        let _ = client.stream.read_to_end(&mut bytes);
+        done += bytes.len().div_ceil(4096);
+        client.stream.set_nonblocking(false).expect("a socket");
+    }
+    assert!((1..=seconds + 2).contains(&(done as u64)), "{done} in {seconds} s");
+    serving.stop();
+    let answered: usize = greedy
+        .iter_mut()
+        .map(|client| {
+            let mut bytes = Vec::new();
+            client.stream.read_to_end(&mut bytes).expect("the server has closed it");
+            bytes.len() / 4096
+        })
+        .sum();
+    assert!(answered >= 100, "those in flight were done: {answered}");
+}
+
+#[test]
+fn as_many_bytes_as_a_limit_says() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 16M");
+    // 4 MiB a second, and none at once: the second MiB has to wait for a quarter of a second.
+    let serving = Serving::start(&place, "-f raw --bps 4M --burst 0 --record t a");
+    let mut client = serving.client(Style::Structured);
+    let began = clock();
+    for n in 0..5 {
+        client.send((command::READ, 0), n, (0, 1 << 20), &[]);
+    }
+    for n in 0..5 {
+        assert_eq!(client.reply(1 << 20), (n, Ok(vec![0; 1 << 20])));
+    }
+    let took = clock().since(began);
+    assert!(took >= 990_000_000, "5 MiB took {took} ns");
+    drop(client);
+    serving.stop();
+    let said = place.ok("cowbell replay t");
+    assert!(said.contains("Every transition was as it was recorded.\n"), "{said}");
+}
+
+#[test]
+fn a_limit_that_is_none_is_refused() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a 1M && cowbell create -q -f raw b 1M");
+    for (options, why) in [
+        ("--iops c=1", "no disk is called 'c'"),
+        ("--iops a=1 --iops a=2", "said twice"),
+        ("--bps x", "Invalid number of bytes a second specified: 'x'."),
+        ("--iops -1", "Invalid number of requests a second specified. Must be between 0 and"),
+        ("--burst 5", "--burst without --bps or --iops"),
+        ("--iops a=1 --burst b=5", "--burst of 'b', which has no limit"),
+    ] {
+        let out = place.ours(&format!("cowbell serve --nbd unix:s {options} -f raw a b"));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.code() == Some(1) && said.contains(why), "{options}: {said}");
+        assert!(!place.path("s").exists());
+    }
+}

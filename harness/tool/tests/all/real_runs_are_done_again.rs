@@ -164,7 +164,7 @@ fn of_a_server_and_several_disks() {
     }
     let place = Place::new();
     place.ok("cowbell create -q -f qcow2 a 64M && cowbell create -q -f qed b 64M");
-    let server = Serving::start(&place, "-t none --record t a=a b=b");
+    let server = Serving::start(&place, "-t none --iops b=5000 --record t a=a b=b");
     for disk in ["a", "b"] {
         let uri = format!("'nbd+unix:///{disk}?socket=s'");
         place.qemu(&format!("qemu-img bench -q -w -f raw -c 2000 -d 16 -s 4k -S 12k -o 1k {uri}"));

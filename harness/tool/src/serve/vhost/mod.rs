@@ -237,7 +237,8 @@ impl Vhost {
         self.devices.iter().any(|device| match &device.front {
             None => may && device.is_awaited,
             Some(front) => {
-                front.is_readable || !self.is_stopping && front.has_requests() && disks.has_room()
+                let may_begin = !self.is_stopping && disks.has_room(device.disk);
+                front.is_readable || may_begin && front.has_requests()
             }
         })
     }
@@ -286,7 +287,7 @@ impl Vhost {
         let count = session.queues.len();
         for index in (*next_queue..count).chain(0..*next_queue) {
             let queue = &mut session.queues[index];
-            while places > 0 && disks.has_room() && queue.is_pending() {
+            while places > 0 && disks.has_room(*disk) && queue.is_pending() {
                 let parsed = match queue.take_again(&guest) {
                     Some(chain) => self.parser.parse(chain, &guest, facts),
                     None => {
@@ -322,9 +323,10 @@ impl Vhost {
     }
 
     /// A request has finished. Was something submitted?
-    pub fn finished(&mut self, finished: Finished, _: &mut Disks) -> bool {
+    pub fn finished(&mut self, finished: Finished, disks: &mut Disks) -> bool {
         let Finished { tag, result, .. } = finished;
         let job = self.jobs.remove((tag & !self.tags) as usize);
+        disks.ended(self.devices[job.device].disk);
         let front = self.devices[job.device].front.as_mut();
         let Some(front) = front.filter(|front| front.serial == job.serial) else { return false };
         self.counts.failed += u64::from(result.is_err());
