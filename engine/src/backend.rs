@@ -28,6 +28,7 @@
 //! The suite in `crate::contract` (a feature) holds every backend to it.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use crate::held::Rate;
@@ -198,6 +199,23 @@ pub enum Note<'a> {
     Called(Called<'a>),
 }
 
+/// A copy, but for its nodes, is so many numbers.
+pub const COPY_NUMBERS: usize = 11;
+
+/// What is said about a job.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum JobCall {
+    /// [`Engine::job_seen`](crate::Engine::job_seen)
+    Seen,
+    /// [`Engine::pause_job`](crate::Engine::pause_job)
+    Pause,
+    /// [`Engine::resume_job`](crate::Engine::resume_job)
+    Resume,
+    /// [`Engine::cancel_job`](crate::Engine::cancel_job)
+    Cancel,
+}
+
 /// Methods of an engine, besides those that have a [`Note`] of their own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Called<'a> {
@@ -217,6 +235,19 @@ pub enum Called<'a> {
     TakeFiles(NodeId),
     /// [`Engine::abandon`](crate::Engine::abandon), of a disk, which gave up these requests.
     Abandon(NodeId, &'a [ReqId]),
+    /// [`Engine::start`](crate::Engine::start), or `start_parts` with these parts.
+    Start {
+        /// The disk that is read.
+        source: NodeId,
+        /// The disk that is written.
+        target: NodeId,
+        /// All else that is said of the copy: see [`Copy::to_numbers`](crate::Copy::to_numbers).
+        copy: &'a [u64; COPY_NUMBERS],
+        /// The parts, if not all is copied.
+        parts: Option<&'a [Range<u64>]>,
+    },
+    /// A method about a job, which the engine has started as its so many'th, from 0 on.
+    Job(JobCall, u32),
     /// [`Engine::set_rate`](crate::Engine::set_rate)
     SetRate(NodeId, Option<Rate>),
     /// One of which a record cannot tell enough to do it again.

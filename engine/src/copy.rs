@@ -104,6 +104,9 @@ fn end(core: &mut Core, key: u32, result: Result<(), Errno>) {
     }
     let job = core.copies.remove(key as usize);
     core.mem.free_region(job.region);
+    if job.copy.zeros == Zeros::Found {
+        core.mem.seek_zeros(false);
+    }
     for node in [job.copy.source, job.copy.target] {
         core.nodes[node.index()].jobs -= u32::from(!mutant!("copied_disk_stays_in_use"));
     }

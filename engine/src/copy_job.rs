@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
+use crate::backend::COPY_NUMBERS;
 use crate::marks::Marks;
 use crate::mutant;
 use crate::units::{Errno, FileId, JobId, NodeId, RegionId, Time};
@@ -202,6 +203,97 @@ impl Copy {
     /// The last place at or before `at` where a unit begins; 0 if that is before the copy.
     pub(crate) fn unit_floor(&self, at: u64) -> u64 {
         at.saturating_sub((self.target_offset + at) & (self.unit as u64 - 1))
+    }
+}
+
+impl Copy {
+    /// All that is said of it but for its nodes, for a [record](crate::record).
+    pub fn to_numbers(&self) -> [u64; COPY_NUMBERS] {
+        let copy = self;
+        let switches = [
+            copy.target_is_zero,
+            copy.compressed,
+            copy.offload,
+            copy.salvage,
+            copy.stops_on_error,
+            copy.shown,
+            copy.len.is_some(),
+            copy.rate.is_some(),
+            copy.hold_max.is_some(),
+            copy.top_layers.is_some(),
+        ];
+        let set = switches.iter().rev().fold(0, |bits, &set| bits << 1 | u64::from(set));
+        let nanos = copy.hold_max.unwrap_or_default().as_nanos();
+        let layers = u64::from(copy.skip_layers) | u64::from(copy.top_layers.unwrap_or(0)) << 8;
+        [
+            set,
+            copy.zeros as u64 | (copy.moment as u64) << 8,
+            layers,
+            copy.source_offset,
+            copy.target_offset,
+            copy.len.unwrap_or(0),
+            copy.unit as u64,
+            copy.in_flight as u64,
+            copy.piece as u64,
+            copy.rate.unwrap_or(0),
+            u64::try_from(nanos).unwrap_or(u64::MAX),
+        ]
+    }
+
+    /// The copy again, of these nodes. `None`: these are no copy's.
+    pub fn from_numbers(
+        source: NodeId,
+        target: NodeId,
+        numbers: [u64; COPY_NUMBERS],
+    ) -> Option<Copy> {
+        let [
+            set,
+            choices,
+            layers,
+            source_offset,
+            target_offset,
+            len,
+            unit,
+            in_flight,
+            piece,
+            rate,
+            nanos,
+        ] = numbers;
+        let is_set = |bit: u32| set >> bit & 1 == 1;
+        let zeros = match choices & 0xff {
+            0 => Zeros::Told,
+            1 => Zeros::Found,
+            2 => Zeros::Written,
+            _ => return None,
+        };
+        let moment = match choices >> 8 {
+            0 => Moment::Any,
+            1 => Moment::Start,
+            2 => Moment::End,
+            _ => return None,
+        };
+        Some(Copy {
+            source,
+            target,
+            source_offset,
+            target_offset,
+            len: is_set(6).then_some(len),
+            target_is_zero: is_set(0),
+            top_layers: is_set(9).then_some((layers >> 8) as u8),
+            skip_layers: layers as u8,
+            compressed: is_set(1),
+            zeros,
+            unit: usize::try_from(unit).ok()?,
+            offload: is_set(2),
+            salvage: is_set(3),
+            stops_on_error: is_set(4),
+            shown: is_set(5),
+            in_flight: usize::try_from(in_flight).ok()?,
+            piece: usize::try_from(piece).ok()?,
+            rate: is_set(7).then_some(rate),
+            moment,
+            hold_max: is_set(8).then(|| Duration::from_nanos(nanos)),
+        })
     }
 }
 

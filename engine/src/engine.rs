@@ -12,7 +12,7 @@ use crate::core::{Core, GO_MAX};
 use crate::guard;
 use crate::life::{self, Drain, Life, Move, Why};
 use crate::limits::Limits;
-use crate::mem::{Mem, Memory};
+use crate::mem::{Looked, Mem, Memory};
 use crate::mutant;
 use crate::op::{Op, OpKind, Segs, Target};
 use crate::ops::Ops;
@@ -234,7 +234,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// This region holds what is a guest's, not tables: of what an op brings into it no more than the first
     /// `looked_at` bytes decide what is done next. So the rest is in no [record](crate::record).
     pub fn holds_data(&mut self, region: RegionId, looked_at: usize) {
-        self.core.mem.set_looked_at(region, looked_at);
+        self.core.mem.set_looked_at(region, Looked::First(looked_at));
     }
 
     /// The tag of a request of a guest's that has not been taken from `poll`. `None`: there is no such request.

@@ -312,14 +312,25 @@ fn is_free(buf: usize, free: &[&[BufId]]) -> bool {
     free.iter().any(|list| list.contains(&BufId(buf as u32)))
 }
 
+/// How much of what is brought into a region the engine or a driver looks at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Looked {
+    /// All: it holds tables.
+    All,
+    /// So many of the first bytes. What is behind them is a guest's.
+    First(usize),
+}
+
 /// All memory that ops can name.
 #[derive(Debug, Default)]
 pub struct Memory {
     guest: Vec<Mem>,
     pool: Vec<Held>,
     regions: Vec<Held>,
-    /// How many bytes of what is brought into each the engine looks at.
-    looked_at: Vec<usize>,
+    /// How much of what is brought into each the engine looks at.
+    looked_at: Vec<Looked>,
+    /// Who runs looks whether what has been read is zeros: so many of them.
+    zero_seekers: u32,
     /// Places in it that nobody has.
     regions_free: Vec<RegionId>,
     /// See [`Memory::copy_but_free`].
@@ -334,6 +345,7 @@ impl Memory {
             pool: (0..buffers).map(|_| Held::untouched(size)).collect(),
             regions: Vec::new(),
             looked_at: Vec::new(),
+            zero_seekers: 0,
             regions_free: Vec::new(),
             is_copy: false,
         }
@@ -346,6 +358,7 @@ impl Memory {
         self.regions.resize_with(source.regions.len(), Held::empty);
         self.regions_free.clone_from(&source.regions_free);
         self.looked_at.clone_from(&source.looked_at);
+        self.zero_seekers = source.zero_seekers;
         self.regions.iter_mut().zip(&source.regions).for_each(|(region, from)| region.copy(from));
         self.pool.resize_with(source.pool.len(), Held::empty);
         for (i, (buf, from)) in self.pool.iter_mut().zip(&source.pool).enumerate() {
@@ -415,23 +428,36 @@ impl Memory {
     pub(crate) fn add_region(&mut self, len: usize) -> RegionId {
         if let Some(id) = self.regions_free.pop() {
             self.regions[id.index()] = Held::zeroed(len);
-            self.looked_at[id.index()] = usize::MAX;
+            self.looked_at[id.index()] = Looked::All;
             return id;
         }
         self.regions.push(Held::zeroed(len));
-        self.looked_at.push(usize::MAX);
+        self.looked_at.push(Looked::All);
         RegionId(self.regions.len() as u32 - 1)
     }
 
-    /// How many of the first bytes that an op brings into this region are looked at by the engine or a driver: what is behind
-    /// them is a guest's. All, if [`Engine::holds_data`](crate::Engine::holds_data) has not said otherwise.
+    /// How much of what an op brings into this region is looked at by the engine or a driver.
     #[inline]
-    pub fn looked_at(&self, id: RegionId) -> usize {
+    pub fn looked_at(&self, id: RegionId) -> Looked {
         self.looked_at[id.index()]
     }
 
-    pub(crate) fn set_looked_at(&mut self, id: RegionId, bytes: usize) {
-        self.looked_at[id.index()] = bytes;
+    pub(crate) fn set_looked_at(&mut self, id: RegionId, looked: Looked) {
+        self.looked_at[id.index()] = looked;
+    }
+
+    /// Does a job look whether what it has read is zeros?
+    #[inline]
+    pub fn are_zeros_sought(&self) -> bool {
+        self.zero_seekers > 0
+    }
+
+    /// One more such job; or one has ended.
+    pub(crate) fn seek_zeros(&mut self, begins: bool) {
+        self.zero_seekers = match begins {
+            true => self.zero_seekers + 1,
+            false => self.zero_seekers - 1,
+        };
     }
 
     /// Places of regions, those that nobody has included.

@@ -27,16 +27,20 @@
 //! | 0x0e | requests were given up | the node's index (u32), how many (u32), the place of each (u32) |
 //! | 0x0d | one that a record does not tell of | length (u8), its name |
 //! | 0x0f | a limit was set | the node's index (u32), what there is of it (u8: 1 a limit, 2 of bytes, 4 of requests), bytes and requests a second, the burst in nanoseconds (u64 each) |
+//! | 0x30 | a copy was started | the nodes' indices (u32 each), what it is (below), how many parts it is of, and one more (u32; 0: of all), from and to of each (u64 each) |
+//! | 0x31 | something was said about a job | what (u8), which (u32) |
+//! | 0x32 | which sectors of what an op brought are zeros, before it came back: while a copy looks for such | how many (u32), a bit for each |
 //! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (u8), memory (u8), offset and length in sectors (u32, u16) |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use crate::backend::{Backend, Called, FileInfo, Harvest, Note, Submission};
+use crate::backend::{Backend, COPY_NUMBERS, Called, FileInfo, Harvest, Note, Submission};
 use crate::held::Rate;
-use crate::mem::{Mem, Memory};
+use crate::mem::{Looked, Mem, Memory};
 use crate::op::{Base, Op, OpKind, Target};
 use crate::ops::OpRecord;
 use crate::request::{Io, IoKind};
@@ -239,6 +243,14 @@ impl Log {
                 requests.iter().for_each(|request| self.put(request.0.to_le_bytes()));
                 return;
             }
+            Called::Start { source, target, copy, parts } => {
+                return self.started([source, target], copy, parts);
+            }
+            Called::Job(what, job) => {
+                self.put([0x31, what as u8]);
+                self.put(job.to_le_bytes());
+                return;
+            }
             Called::SetRate(node, rate) => {
                 let Rate { bytes, requests, burst } = rate.unwrap_or_default();
                 let has = [rate.is_some(), bytes.is_some(), requests.is_some()];
@@ -262,6 +274,32 @@ impl Log {
         };
         self.put([0x0c, which]);
         self.put((node.index() as u32).to_le_bytes());
+    }
+
+    fn started(&mut self, nodes: [NodeId; 2], copy: &[u64], parts: Option<&[Range<u64>]>) {
+        self.put([0x30]);
+        for node in nodes {
+            self.put((node.index() as u32).to_le_bytes());
+        }
+        for number in copy {
+            self.put(number.to_le_bytes());
+        }
+        self.put(parts.map_or(0, |parts| parts.len() as u32 + 1).to_le_bytes());
+        for part in parts.unwrap_or_default() {
+            self.put(part.start.to_le_bytes());
+            self.put(part.end.to_le_bytes());
+        }
+    }
+
+    /// Which sectors of what an op has brought are zeros.
+    fn zeros(&mut self, bytes: &[u8]) {
+        self.put([0x32]);
+        self.put((bytes.len().div_ceil(SECTOR) as u32).to_le_bytes());
+        for eight in bytes.chunks(8 * SECTOR) {
+            let is_zero = |sector: &[u8]| u8::from(sector.iter().all(|&byte| byte == 0));
+            let bits = eight.chunks(SECTOR).enumerate();
+            self.put([bits.fold(0, |bits, (at, sector)| bits | is_zero(sector) << at)]);
+        }
     }
 
     /// Which of the ops that were offered have been taken?
@@ -327,6 +365,11 @@ impl<B: Backend> Backend for Recorder<B> {
         let Harvest { done, ops, mem } = harvest;
         for done in &done[before..] {
             let record = &ops[done.op];
+            if mem.are_zeros_sought()
+                && let Some(bytes) = brought_by(record, mem, done.answer())
+            {
+                log.zeros(bytes);
+            }
             let seen = seen_of(record, mem, done.answer());
             if let Some(bytes) = seen {
                 log.put([0x0a]);
@@ -401,6 +444,22 @@ fn expected_of(record: &OpRecord) -> i64 {
 
 /// What an op has brought that the engine looks at.
 #[inline]
+/// What an op has brought, where that may decide what is done next: whether it is zeros.
+fn brought_by<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u8]> {
+    let seg = match record.op.kind {
+        OpKind::Read => record.op.segs.as_slice().first()?,
+        OpKind::Compute(_) => record.op.segs.as_slice().get(1)?,
+        _ => return None,
+    };
+    let from = seg.off as usize;
+    let bytes = match seg.base {
+        Base::Region(region) if mem.looked_at(region) != Looked::All => mem.region(region),
+        Base::Pool(buf) => mem.pool(buf),
+        _ => return None,
+    };
+    (answer >= 0).then(|| &bytes[from..from + seg.len as usize])
+}
+
 fn seen_of<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u8]> {
     let (seg, moved) = match record.op.kind {
         OpKind::Read => (record.op.segs.as_slice().first()?, answer),
@@ -408,7 +467,10 @@ fn seen_of<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u
         _ => return None,
     };
     let Base::Region(region) = seg.base else { return None };
-    let len = (seg.len as usize).min(mem.looked_at(region));
+    let len = match mem.looked_at(region) {
+        Looked::All => seg.len as usize,
+        Looked::First(most) => most.min(seg.len as usize),
+    };
     let bytes = &mem.region(region)[seg.off as usize..][..len];
     (answer >= 0 && moved >= 0 && !bytes.is_empty()).then_some(bytes)
 }
@@ -514,9 +576,37 @@ pub enum Entry<'r> {
         /// The limit.
         rate: Option<Rate>,
     },
+    /// A copy was started.
+    Started {
+        /// What: see [`Copy::from_numbers`](crate::Copy::from_numbers).
+        copy: [u64; COPY_NUMBERS],
+        /// The source.
+        source: u32,
+        /// The target.
+        target: u32,
+        /// If it is of parts only: from and to of each, of 8 bytes each.
+        parts: Option<&'r [u8]>,
+    },
+    /// Something was said about a job.
+    Job {
+        /// What: as [`JobCall`](crate::backend::JobCall) counts.
+        what: u8,
+        /// The engine's so many'th job, from 0 on.
+        job: u32,
+    },
+    /// Of the op that comes back next: a bit for each of so many sectors, which is set where that is zeros.
+    Zeros {
+        /// How many.
+        sectors: u32,
+        /// The bits.
+        bits: &'r [u8],
+    },
     /// A method that a record does not tell enough of.
     Untold(&'r str),
 }
+
+/// Bytes that are zeros or not.
+pub const SECTOR: usize = 512;
 
 /// Reads a record, entry by entry. Ends where it does, in the middle of an entry too, and at what is no entry.
 #[derive(Clone, Debug)]
@@ -584,6 +674,25 @@ impl<'r> Reader<'r> {
                 let requests = (has & 4 != 0).then_some(requests);
                 let rate = (has & 1 != 0).then_some(Rate { bytes, requests, burst });
                 Entry::Rated { node, rate }
+            }
+            0x30 => {
+                let (source, target) =
+                    (u32::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?));
+                let mut copy = [0; COPY_NUMBERS];
+                for number in &mut copy {
+                    *number = u64::from_le_bytes(take(rest)?);
+                }
+                let count = u32::from_le_bytes(take(rest)?) as usize;
+                let parts = match count.checked_sub(1) {
+                    Some(count) => Some(bytes(rest, count.checked_mul(16)?)?),
+                    None => None,
+                };
+                Entry::Started { copy, source, target, parts }
+            }
+            0x31 => Entry::Job { what: byte(rest)?, job: u32::from_le_bytes(take(rest)?) },
+            0x32 => {
+                let sectors = u32::from_le_bytes(take(rest)?);
+                Entry::Zeros { sectors, bits: bytes(rest, sectors.div_ceil(8) as usize)? }
             }
             0x10..=0x1f => {
                 let kind = kind_of(tag & 0xf)?;

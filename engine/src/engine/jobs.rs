@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::Engine;
-use crate::backend::{Backend, Called};
+use crate::backend::{Backend, Called, JobCall};
 use crate::copy;
-use crate::copy_job::{Copy, CopyJob, JobProgress, Mirror, Moment, Worker};
+use crate::copy_job::{Copy, CopyJob, JobProgress, Mirror, Moment, Worker, Zeros};
 use crate::life::{Drain, Why};
+use crate::mem::Looked;
 use crate::mutant;
 use crate::request::{Io, IoKind};
 use crate::slots::{Cause, Origin, Work};
@@ -50,7 +51,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     }
 
     fn start_copy(&mut self, copy: Copy, parts: Option<&[Range<u64>]>) -> Result<JobId, Why> {
-        self.called(Called::Other("start"));
+        let (source, target) = (copy.source, copy.target);
+        self.called(Called::Start { source, target, copy: &copy.to_numbers(), parts });
         let copy = copy.within_ranges();
         let uses = [copy.source, copy.target];
         if uses.iter().any(|&node| !self.has(node)) {
@@ -89,7 +91,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         core.next_job = core.next_job.wrapping_add(1);
         let lane = copy::memory_of(copy.piece);
         let region = core.mem.add_region(lane * copy.in_flight);
-        core.mem.set_looked_at(region, 0);
+        core.mem.set_looked_at(region, Looked::First(0));
+        if copy.zeros == Zeros::Found {
+            core.mem.seek_zeros(true);
+        }
         let job = CopyJob {
             id,
             copy,
@@ -176,7 +181,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// [`job_read`](Engine::job_read) has been seen: the job goes on with it at the next `run`. False: there was nothing.
     pub fn job_seen(&mut self, job: JobId) -> bool {
-        self.called(Called::Other("job_seen"));
+        self.called(Called::Job(JobCall::Seen, job.serial));
         let core = &mut self.core;
         let found = core.copies.iter().find(|(_, copy)| copy.id == job);
         let seen = found.and_then(|(at, copy)| Some((at, copy.to_be_seen(&core.workers)?)));
@@ -189,7 +194,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// The job begins no more pieces; those in flight run to their end. False: there is no such job.
     pub fn pause_job(&mut self, job: JobId) -> bool {
-        self.called(Called::Other("pause_job"));
+        self.called(Called::Job(JobCall::Pause, job.serial));
         let Some(key) = self.job_mut(job).map(|found| found.key) else { return false };
         self.core.pause_copy(key);
         true
@@ -197,7 +202,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     /// Ends a pause; the job goes on at the next `run`. False: there is no such job.
     pub fn resume_job(&mut self, job: JobId) -> bool {
-        self.called(Called::Other("resume_job"));
+        self.called(Called::Job(JobCall::Resume, job.serial));
         let Some(found) = self.job_mut(job) else { return false };
         found.is_paused = mutant!("resumed_copy_sleeps_on");
         let key = found.key;
@@ -211,7 +216,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// The job is to end: it begins nothing more, what is in flight runs to its end, and then it has
     /// ended with `ECANCELED`. One that is just ending may end well. False: there is no such job.
     pub fn cancel_job(&mut self, job: JobId) -> bool {
-        self.called(Called::Other("cancel_job"));
+        self.called(Called::Job(JobCall::Cancel, job.serial));
         let Some(at) = self.core.copies.iter().find(|(_, copy)| copy.id == job).map(|(at, _)| at)
         else {
             return false;

@@ -128,7 +128,8 @@ impl<H: Host> Host for KeptHost<H> {
 
     fn open(&self, path: &Path, write: bool) -> io::Result<Self::File> {
         let known = self.files.borrow().by_name.get(path).cloned();
-        let below = self.below.as_ref().map(|host| host.open(path, false)).transpose()?;
+        // A name may mean another file to who writes it. Nobody writes to it here.
+        let below = self.below.as_ref().map(|host| host.open(path, write)).transpose()?;
         let kept = match (known, &below) {
             (Some(kept), _) => kept,
             (None, None) => return Err(io::ErrorKind::NotFound.into()),

@@ -8,14 +8,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use cowbell_engine::Engine;
 use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Note, Submission};
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Base, OpKind};
-use cowbell_engine::record::{Entry, Lent, Reader, Sum};
+use cowbell_engine::record::{Entry, Lent, Reader, SECTOR, Sum};
 use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::sys::ram::Ram;
 use cowbell_engine::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
+use cowbell_engine::{Copy, Engine};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
 
@@ -137,7 +137,15 @@ impl<F> Backend for Played<'_, F> {
     }
 
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
-        while let Some(Entry::Done { op, answer, brought }) = self.peek() {
+        loop {
+            let zeros = match self.peek() {
+                Some(Entry::Zeros { sectors, bits }) => {
+                    self.reader.next();
+                    Some((sectors, bits))
+                }
+                _ => None,
+            };
+            let Some(Entry::Done { op, answer, brought }) = self.peek() else { return };
             self.reader.next();
             let Some(moves) = self.in_flight.remove(&op) else {
                 return self.differs(|| format!("{op:?} comes back, and is not in flight"));
@@ -152,6 +160,21 @@ impl<F> Backend for Played<'_, F> {
                 OpKind::Compute(_) => record.op.segs.as_slice().get(1),
                 _ => record.op.segs.as_slice().first(),
             };
+            if let (Some(seg), Some((sectors, bits))) = (seg, zeros) {
+                let (from, len) = (seg.off as usize, seg.len as usize);
+                let bytes = match seg.base {
+                    Base::Region(region) => Some(harvest.mem.region_mut(region)),
+                    Base::Pool(buf) => Some(harvest.mem.pool_mut(buf)),
+                    _ => None,
+                };
+                let told = len.div_ceil(SECTOR) == sectors as usize;
+                if let Some(bytes) = bytes.filter(|_| told) {
+                    // What is no zeros may be anything else.
+                    for (at, sector) in bytes[from..from + len].chunks_mut(SECTOR).enumerate() {
+                        sector.fill(u8::from(bits[at / 8] >> (at % 8) & 1 == 0));
+                    }
+                }
+            }
             if let Some(seg) = seg
                 && let Base::Region(region) = seg.base
                 && brought.len() <= seg.len as usize
@@ -284,7 +307,7 @@ pub fn play<'r, F, D: Driver>(
 ) -> Verdict {
     let nodes: Vec<Option<NodeId>> = engine.nodes().collect();
     let id = |index: u32| nodes.get(index as usize).copied().flatten();
-    let mut tag = 0;
+    let (mut tag, mut jobs) = (0, Vec::new());
     loop {
         let Some(entry) = engine.backend_mut().reader.next() else {
             return Verdict::Same;
@@ -368,13 +391,50 @@ pub fn play<'r, F, D: Driver>(
                     return Verdict::Differs("other requests are given up".into());
                 }
             }
+            Entry::Started { copy, source, target, parts } => {
+                let (Some(source), Some(target)) = (id(source), id(target)) else {
+                    return Verdict::Differs("a disk that is not there is copied".into());
+                };
+                let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+                let part = |pair: &[u8]| number(&pair[..8])..number(&pair[8..]);
+                let parts: Option<Vec<_>> =
+                    parts.map(|parts| parts.chunks_exact(16).map(part).collect());
+                let Some(copy) = Copy::from_numbers(source, target, copy) else {
+                    return Verdict::Differs("a copy is started that is none".into());
+                };
+                if copy.in_flight.saturating_mul(copy.piece) > BYTES_MAX {
+                    return Verdict::Differs("a copy takes too much memory".into());
+                }
+                // Whether it could is recorded by what comes of it.
+                let started = match parts {
+                    Some(parts) => engine.start_parts(copy, &parts),
+                    None => engine.start(copy),
+                };
+                jobs.extend(started);
+            }
+            Entry::Job { what, job } => {
+                let Some(&job) = jobs.get(job as usize) else {
+                    return Verdict::Differs("a job that is not there is spoken of".into());
+                };
+                match what {
+                    0 => engine.job_seen(job),
+                    1 => engine.pause_job(job),
+                    2 => engine.resume_job(job),
+                    3 => engine.cancel_job(job),
+                    _ => return Verdict::Untold(format!("method {what} of a job")),
+                };
+            }
             Entry::Rated { node, rate } => {
                 if !id(node).is_some_and(|node| engine.set_rate(node, rate)) {
                     return Verdict::Differs("a disk that is not there has a limit".into());
                 }
             }
             Entry::Untold(name) => return Verdict::Untold(name.into()),
-            Entry::Clock(_) | Entry::Ran(_) | Entry::Took { .. } | Entry::Done { .. } => {
+            Entry::Clock(_)
+            | Entry::Ran(_)
+            | Entry::Took { .. }
+            | Entry::Zeros { .. }
+            | Entry::Done { .. } => {
                 return Verdict::Differs(format!("{entry:?} comes outside of a run"));
             }
         }

@@ -57,6 +57,10 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD")]
     progress_fd: Option<u32>,
+    /// Record all that the engine is asked and sees in this file, but no byte of the images' data: `replay` does it
+    /// again
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
     /// Go on where the same command was ended before, and leave what there is if this one is, as TARGET.partial
     #[arg(long)]
     resume: bool,
@@ -103,6 +107,7 @@ pub fn run(args: Args, program: Program) -> Result<u8, Fail> {
         progress: args.progress,
         quiet: args.quiet,
         progress_fd: args.progress_fd,
+        record: args.record,
         resume: args.resume,
         checksum: args.checksum,
         incremental: args.incremental,

@@ -10,7 +10,7 @@ use cowbell_engine::{Copy, Zeros};
 use cowbell_formats::chain::driver_named;
 use cowbell_formats::create::{self, CreateOptions};
 use cowbell_formats::vmdk::disk::descriptor::Kind;
-use cowbell_formats::{Chain, Format, LayerMeta, PartialFiles, RunOptions, attach};
+use cowbell_formats::{Chain, Format, Host, LayerMeta, PartialFiles, RunOptions, attach};
 
 use crate::at_snapshot;
 use crate::backup;
@@ -26,8 +26,9 @@ use crate::naming::{Image, Naming, target};
 use crate::number::{count, size};
 use crate::pipe::{Pipes, is_pipe, raw_to_stdout};
 use crate::progress::{Progress, Shown};
+use crate::record::{Head, Told};
 use crate::resume::{self, Left, Notes};
-use crate::session::{Session, Setup};
+use crate::session::{Session, Setup, limits_of};
 use crate::stop::Stop;
 
 /// The options of `convert`.
@@ -113,6 +114,12 @@ pub struct Args {
     /// Say how far it is, as lines of JSON, on this descriptor
     #[arg(long, value_name = "FD", help_heading = "Beyond QEMU")]
     pub(crate) progress_fd: Option<u32>,
+    /// Record all that the engine is asked and sees in this file, but no byte of the images' data: `replay` does it
+    /// again
+    ///
+    /// Not of a snapshot (-l), nor through pipes.
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
+    pub(crate) record: Option<PathBuf>,
     /// Go on where the same command was ended before, and leave what there is if this one is, as TARGET.partial
     ///
     /// Whether by Ctrl-C, an error or a kill. The source must be as it was, and so must the options that say what the target
@@ -249,7 +256,20 @@ pub fn run(args: &Args, program: Program) -> Result<u8, Fail> {
     let progress = Progress::new(shown, total, args.progress_fd)?;
     // It stays open, so that nobody writes it before they are copied.
     let bitmaps = bitmaps.zip(images.first().map(|(image, _)| image.clone()));
-    let copied = (Work { images, target, notes }).run(args, &wanted, progress, &stop, program);
+    let record = args.record.as_ref().map(|path| {
+        let limits = limits_of(&setup(&wanted, &images));
+        let told = match args.no_create {
+            true => tell(Head::new(&limits, None, false), &target, &images),
+            false => {
+                let host = partial.host(Files { direct: false });
+                tell(Head::over(&limits, None, host), &target, &images)
+            }
+        };
+        told.map(|told| (path.clone(), told))
+    });
+    let record = record.transpose()?;
+    let copied =
+        (Work { images, target, notes, record }).run(args, &wanted, progress, &stop, program);
     let copied = copied.and_then(|sum| {
         if let Some((bitmaps, source)) = &bitmaps {
             // A header that is half written cannot be gone on with.
@@ -325,6 +345,14 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
     let refused = [
         (args.copy_range && args.sparse.is_some(), "Cannot enable copy offloading when -S is used"),
         (args.copy_range && args.compress, "Cannot enable copy offloading when -c is used"),
+        (
+            args.record.is_some() && args.snapshot.is_some(),
+            "--record: of a snapshot nothing can be recorded",
+        ),
+        (
+            args.record.is_some() && args.files.iter().any(|name| is_pipe(name)),
+            "--record: what goes through a pipe cannot be done again",
+        ),
         (sources == 0, "Must specify image file name"),
         (
             args.no_create && !args.options.is_empty(),
@@ -358,6 +386,13 @@ fn check(args: &Args, sources: usize) -> Result<(), Fail> {
     }
 }
 
+/// Tells a record's head of the disks, in the order in which they are attached.
+fn tell<H: Host>(mut head: Head<H>, target: &Target, images: &[Source]) -> Result<Told, Fail> {
+    head.disk(&target.image, true)?;
+    images.iter().try_for_each(|(image, _)| head.disk(image, false))?;
+    Ok(head.told())
+}
+
 /// Opens a target that is there.
 fn open(
     args: &Args,
@@ -384,6 +419,20 @@ struct Work {
     images: Vec<Source>,
     target: Target,
     notes: Option<Notes>,
+    record: Option<(PathBuf, Told)>,
+}
+
+/// What its engine is like.
+fn setup(wanted: &Wanted, images: &[Source]) -> Setup {
+    let direct = wanted.cache.direct || wanted.source_cache.direct;
+    Setup {
+        write: true,
+        cache: wanted.cache,
+        how: Some(if direct { How::Native } else { How::Threads }),
+        depth: wanted.in_flight,
+        has_remote: images.iter().any(|(_, chain)| has_remote(chain)),
+        ..Setup::default()
+    }
 }
 
 impl Work {
@@ -396,7 +445,7 @@ impl Work {
         stop: &Stop,
         program: Program,
     ) -> Result<Option<Sum>, Ended> {
-        let Work { images, target: Target { image, chain, is_new }, notes } = self;
+        let Work { images, target: Target { image, chain, is_new }, notes, record } = self;
         let parts = match (&args.incremental, &images[..]) {
             (Some(bitmap), [(image, chain)]) => Some(backup::changed(image, chain, bitmap)?),
             _ => None,
@@ -410,16 +459,7 @@ impl Work {
         // What was copied before, in whole units.
         let there = notes.as_ref().map_or(0, |notes| notes.copied);
         let there = there - there % form.unit as u64;
-        let direct = wanted.cache.direct || wanted.source_cache.direct;
-        let setup = Setup {
-            write: true,
-            cache: wanted.cache,
-            how: Some(if direct { How::Native } else { How::Threads }),
-            depth: wanted.in_flight,
-            has_remote: images.iter().any(|(_, chain)| has_remote(chain)),
-            ..Setup::default()
-        };
-        let mut session = Session::over(&image, chain, &setup)?;
+        let mut session = Session::over(&image, chain, &setup(wanted, &images))?;
         let (target, mut at, mut copies) = (session.node, 0, Vec::new());
         for (image, chain) in images {
             let (start, end) = (at, at + chain.size());
@@ -453,6 +493,9 @@ impl Work {
                 });
                 at = to;
             }
+        }
+        if let Some((path, told)) = record {
+            told.begin(&path, session.engine.backend_mut())?;
         }
         let checksum = args.checksum.map(Checksum::new);
         Run { session, progress, stop, program, checksum, notes }.all(&copies, parts.as_deref())

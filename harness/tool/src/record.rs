@@ -14,8 +14,8 @@ use std::time::Duration;
 use cowbell_engine::backend::FileInfo;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
-use cowbell_formats::attach;
 use cowbell_formats::parts::growth::{Grow, Growth};
+use cowbell_formats::{Host, attach};
 use cowbell_sim::kept::KeptHost;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
@@ -31,14 +31,24 @@ use crate::session::run_options;
 const MAGIC: &str = "cowbell record 1";
 
 /// What comes before the record: how the engine and its disks came to be.
-pub struct Head {
+pub struct Head<H: Host = Files> {
     lines: String,
-    host: KeptHost<Files>,
+    host: KeptHost<H>,
 }
+
+/// A head of which all disks have been told.
+pub struct Told(String);
 
 impl Head {
     /// For an engine with these limits, over disks whose files grow so. `direct`: past the page cache.
     pub fn new(limits: &Limits, growth: Option<Growth>, direct: bool) -> Head {
+        Head::over(limits, growth, Files { direct })
+    }
+}
+
+impl<H: Host> Head<H> {
+    /// The same, over files of this host.
+    pub fn over(limits: &Limits, growth: Option<Growth>, host: H) -> Head<H> {
         let growth = match growth {
             None => "- 0 0".into(),
             Some(Growth { by, step_min, step_max }) => {
@@ -53,7 +63,7 @@ impl Head {
         let Limits { requests, ops, turn, .. } = limits;
         let turn = turn.as_nanos();
         let lines = format!("{MAGIC}\nengine {requests} {ops} {turn} {growth}\n");
-        Head { lines, host: KeptHost::over(Files { direct }) }
+        Head { lines, host: KeptHost::over(host) }
     }
 
     /// The next disk is this image. It is opened for a trial, which writes nothing.
@@ -63,6 +73,13 @@ impl Head {
         Ok(())
     }
 
+    /// These are all disks.
+    pub fn told(self) -> Told {
+        Told(self.lines + &self.host.to_text())
+    }
+}
+
+impl Told {
     /// Makes the file at `path`; from now on all goes there.
     pub fn begin(self, path: &Path, recorder: &mut Recorder<Disk>) -> Result<(), Fail> {
         let writer = Writer::create(path, &self.finish(recorder.infos()))?;
@@ -72,7 +89,7 @@ impl Head {
 
     /// With what the backend said of the files.
     fn finish(self, infos: &[FileInfo]) -> String {
-        let mut text = self.lines + &self.host.to_text();
+        let mut text = self.0;
         for info in infos {
             let FileInfo { request_align, memory_align, hole_align, len, .. } = *info;
             let (grows, holes) = (u8::from(info.can_grow), u8::from(info.knows_holes));

@@ -64,7 +64,7 @@ impl Default for Setup {
 }
 
 /// What an engine may have for an image that is opened so.
-fn limits_of(setup: &Setup) -> Limits {
+pub fn limits_of(setup: &Setup) -> Limits {
     let requests = setup.depth.max(1);
     let (ops, turn) = ((requests * 4).max(1024), setup.turn);
     Limits { requests, ops, turn, ..Limits::default() }
@@ -117,7 +117,7 @@ impl Session {
         let chain = open_chain(image, setup.write, setup.cache.direct)?;
         let mut session = Session::over(image, chain, setup)?;
         if let Some((head, path)) = record {
-            head.begin(path, session.engine.backend_mut())?;
+            head.told().begin(path, session.engine.backend_mut())?;
         }
         Ok(session)
     }

@@ -108,7 +108,7 @@ impl Disks {
             disks.add(disk, opening)?;
         }
         if let Some(path) = opening.record {
-            head.begin(path, disks.engine.backend_mut())?;
+            head.told().begin(path, disks.engine.backend_mut())?;
         }
         disks.limit(opening.limits)?;
         Ok(disks)

@@ -74,6 +74,61 @@ fn as_far_as_is_wanted() {
     assert!(rest.contains("r0 Io { kind: Write") && rest.contains("waits for "), "{rest}");
 }
 
+/// Copies: which sectors of what was read are zeros is known, but no byte of it.
+#[test]
+fn of_conversions_and_backups() {
+    if !have_qemu() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu(
+        "truncate -s 8M a.raw && yes secret-of-a-guest | head -c 2000000 | dd of=a.raw bs=64k seek=7 conv=notrunc status=none
+        head -c 300000 /dev/zero | dd of=a.raw bs=4k seek=200 conv=notrunc status=none
+        printf x | dd of=a.raw bs=1 seek=7000001 conv=notrunc status=none
+        qemu-img convert -f raw -O qcow2 a.raw a.qcow2
+        qemu-img convert -c -f raw -O qcow2 a.raw packed.qcow2
+        qemu-img create -q -f qcow2 -b a.raw -F raw over.qcow2
+        qemu-io -c 'write -q -P 7 1M 300k' -c 'write -q -z 3M 1M' over.qcow2",
+    );
+    let lines = [
+        "convert -f raw -O qcow2 a.raw",
+        "convert -f raw -O qcow2 -c a.raw",
+        "convert -O qcow2 -c -o compression_type=zstd -t none -T none a.qcow2",
+        "convert -O raw --checksum sha256 packed.qcow2",
+        "convert -O qed -S 0 a.qcow2",
+        "convert -O vdi -m 1 packed.qcow2",
+        "convert -O vmdk -o subformat=streamOptimized over.qcow2",
+        "convert -O vmdk -o subformat=twoGbMaxExtentSparse over.qcow2",
+        "convert -f raw -O raw -C a.raw",
+        "convert -O qcow2 -B a.raw -F raw over.qcow2",
+        "convert -O raw -r 100M a.qcow2 over.qcow2",
+        "backup --compressed a.qcow2",
+        "backup --target-cache cached -O raw over.qcow2",
+    ];
+    for line in lines {
+        place.ok(&format!("rm -f made* && cowbell {line} --record t made"));
+        let record = read(&place.path("t"));
+        assert!(!record.windows(10).any(|bytes| bytes == b"secret-of-"), "{line}");
+        let said = place.ok("cowbell replay t");
+        assert!(said.ends_with(&format!("{SAME}\n")), "{line}: {said}");
+        let ops: Vec<&str> = said.split(' ').collect();
+        assert!(ops[6].parse::<u64>().is_ok_and(|ops| ops > 4), "{line}: {said}");
+        // Without the images.
+        place.ok("mkdir -p away && mv *.raw *.qcow2 made* away/");
+        let said = place.ok("cowbell replay t");
+        assert!(said.ends_with(&format!("{SAME}\n")), "{line}: {said}");
+        place.ok("mv away/* .");
+    }
+    for line in
+        ["convert -O raw -l x a.qcow2 --record t made", "convert -O raw a.qcow2 --record t -"]
+    {
+        let out = place.ours(&format!("cowbell {line}"));
+        assert_eq!(out.status.code(), Some(1), "{line}");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(said.contains("--record:"), "{line}: {said}");
+    }
+}
+
 /// What a page and Perfetto show of it: every request once, when it was, and what it waited for.
 #[test]
 fn they_can_be_seen() {
