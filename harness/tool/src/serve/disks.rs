@@ -10,10 +10,11 @@ use cowbell_engine::record::Recorder;
 use cowbell_engine::step::{Driver, Io, IoKind};
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_engine::{Engine, Finished, Limits, NodeLimits};
-use cowbell_formats::{Format, LayerMeta, Locks, Node, RunOptions, attach};
+use cowbell_formats::name::is_remote;
+use cowbell_formats::{Chain, Format, LayerMeta, Locks, Node, RunOptions, attach};
 
 use crate::cache::{Cache, How};
-use crate::disk::Disk;
+use crate::disk::{AnyFile, Disk, address, has_remote};
 use crate::fail::Fail;
 use crate::naming::Naming;
 use crate::record::Head;
@@ -86,14 +87,20 @@ impl Disks {
     /// Opens `images`, each `PATH` or `NAME=PATH`.
     pub fn open(images: &[OsString], opening: &Opening<'_>) -> Result<Disks, Fail> {
         let limits = Limits { requests: REQUESTS, ops: REQUESTS * 4, ..Limits::default() };
-        let backend = Disk::new(opening.how, REQUESTS * 2, false, false)?;
-        let engine = Engine::new(Recorder::new(backend), limits);
         let cache = opening.cache;
         let mut head = Head::new(&limits, None, cache.direct);
+        let mut opened = Vec::<Opened>::new();
+        for given in images {
+            opened.push(Opened::open(given, opening, &opened, &mut head)?);
+        }
+        // Servers' disks want a backend of their own: only now it is known whether there are any.
+        let has_remote = opened.iter().any(|disk| has_remote(&disk.chain));
+        let backend = Disk::new(opening.how, REQUESTS * 2, false, has_remote)?;
+        let engine = Engine::new(Recorder::new(backend), limits);
         let mut disks =
             Disks { engine, served: Vec::new(), memory: Pool::default(), cache, in_flight: 0 };
-        for given in images {
-            disks.add(given, opening, &mut head)?;
+        for disk in opened {
+            disks.add(disk, opening)?;
         }
         if let Some(path) = opening.record {
             head.begin(path, disks.engine.backend_mut())?;
@@ -102,35 +109,9 @@ impl Disks {
         Ok(disks)
     }
 
-    fn add(&mut self, given: &OsStr, opening: &Opening<'_>, head: &mut Head) -> Result<(), Fail> {
-        // Options have a `=` of their own.
-        let is_by_options = opening.naming.is_by_options();
-        let (name, path) = if is_by_options { (None, given) } else { named(given) };
-        let mut image = opening.naming.image(path, opening.format)?;
-        let name = match name {
-            Some(name) => name.to_string(),
-            None => image.path().file_name().unwrap_or(path).to_string_lossy().into_owned(),
-        };
-        if name.len() > cowbell_nbd::wire::STRING_MAX {
-            return Err(Fail::other("a disk's name is too long"));
-        }
-        if self.served.iter().any(|other| other.name == name) {
-            return Err(Fail::other(format!("two disks are called '{name}': say NAME=PATH")));
-        }
-        let mut temporary = None;
-        if opening.snapshot && !opening.read_only {
-            let (overlay, file) = image.overlay()?;
-            (image, temporary) = (overlay, Some(file));
-        }
-        let write = !opening.read_only;
-        if write {
-            image.check_writable()?;
-        }
-        if opening.record.is_some() {
-            head.disk(&image, write)?;
-        }
-        let chain = open_chain(&image, write, opening.cache.direct)?;
-        let at = |error| Fail::open_io(Path::new(path), &error);
+    fn add(&mut self, disk: Opened, opening: &Opening<'_>) -> Result<(), Fail> {
+        let Opened { name, path, chain, temporary } = disk;
+        let at = |error| Fail::open_io(Path::new(&path), &error);
         let formats = chain.layers.iter().map(|layer| layer.format).collect();
         let marks_zeros = match &chain.layers[0].meta {
             LayerMeta::Qed(_) => true,
@@ -139,20 +120,18 @@ impl Disks {
         };
         let locks = chain.locks().map_err(at)?;
         let node = attach(&mut self.engine, chain, &RunOptions::default()).map_err(at)?;
-        let (size, path) = (self.engine.node(node).size(), path.into());
-        let read_only = !write;
         self.served.push(Served {
             name,
-            path,
             formats,
-            size,
-            read_only,
+            size: self.engine.node(node).size(),
+            read_only: opening.read_only,
             marks_zeros,
             node,
             in_flight: 0,
             places: REQUESTS,
             locks,
             temporary,
+            path,
         });
         Ok(())
     }
@@ -235,6 +214,55 @@ impl Disks {
     /// The time now.
     pub fn now(&self) -> Time {
         self.engine.backend().clock()
+    }
+}
+
+/// A disk that is open, and that no engine has yet.
+struct Opened {
+    name: String,
+    path: OsString,
+    chain: Chain<AnyFile>,
+    temporary: Option<fs::File>,
+}
+
+impl Opened {
+    /// Beside `others`.
+    fn open(
+        given: &OsStr,
+        opening: &Opening<'_>,
+        others: &[Opened],
+        head: &mut Head,
+    ) -> Result<Opened, Fail> {
+        // Options have a `=` of their own.
+        let is_by_options = opening.naming.is_by_options();
+        let (name, path) = if is_by_options { (None, given) } else { named(given) };
+        let mut image = opening.naming.image(path, opening.format)?;
+        let name = match name {
+            Some(name) => name.to_string(),
+            // A server's disk has a name already.
+            None if is_remote(image.path()) => address(image.path())?.export,
+            None => image.path().file_name().unwrap_or(path).to_string_lossy().into_owned(),
+        };
+        if name.len() > cowbell_nbd::wire::STRING_MAX {
+            return Err(Fail::other("a disk's name is too long"));
+        }
+        if others.iter().any(|other| other.name == name) {
+            return Err(Fail::other(format!("two disks are called '{name}': say NAME=PATH")));
+        }
+        let mut temporary = None;
+        if opening.snapshot && !opening.read_only {
+            let (overlay, file) = image.overlay()?;
+            (image, temporary) = (overlay, Some(file));
+        }
+        let write = !opening.read_only;
+        if write {
+            image.check_writable()?;
+        }
+        if opening.record.is_some() {
+            head.disk(&image, write)?;
+        }
+        let chain = open_chain(&image, write, opening.cache.direct)?;
+        Ok(Opened { name, path: path.into(), chain, temporary })
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use cowbell_engine::sys::clock;
 
 use crate::common::{COWBELL, Place, Random, have_qemu, read};
+use crate::images_are_served_over_nbd::Serving;
 
 /// A server; killed with this.
 struct Server(Child);
@@ -342,4 +343,46 @@ fn a_copy_whose_server_goes_away_leaves_nothing() {
     let took = Duration::from_nanos(clock().since(began));
     assert!(!out.status.success() && took < Duration::from_secs(5), "{out:?} after {took:?}");
     assert!(!place.path("copy").exists() && !place.path("copy.partial").exists());
+}
+
+/// A server in between: an overlay over another server's disk, and such a disk itself.
+#[test]
+fn what_a_server_has_is_served_again() {
+    with_each(|place, serve| {
+        let mut bytes = random_file(place, "disk", 2 << 20, 4 << 20);
+        let mut server = serve("disk");
+        let below = uri(place);
+        let above = Place::new();
+        let top = format!("'nbd+unix:///top?socket={}'", above.path("s").display());
+        above.ok(&format!("cowbell create -f qcow2 -b {below} -F raw overlay"));
+        let compare = |uri: &str, file: &str| {
+            above.ok(&format!("qemu-img compare -f raw -F raw {uri} {file}"));
+            if have_qemu() {
+                above.qemu(&format!("qemu-img compare -f raw -F raw {uri} {file}"));
+            }
+        };
+        compare(&below, &place.path("disk").display().to_string());
+        // By its address, under the export's name, and written.
+        let serving = Serving::start(&above, &format!("-f raw {}", below.trim_matches('\'')));
+        let disk = top.replace("top?", "disk?");
+        above.ok(&format!("cowbell io -f raw -c 'write -P 5 300k 70k' -c flush {disk}"));
+        bytes[300 << 10..370 << 10].fill(5);
+        std::fs::write(above.path("expected"), &bytes).expect("a file");
+        compare(&disk, "expected");
+        serving.stop();
+        assert!(read(&place.path("disk")) == bytes, "it went through");
+        let serving = Serving::start(&above, "-f qcow2 top=overlay");
+        above.ok(&format!("cowbell io -f raw -c 'write -P 9 1M 192k' -c flush {top}"));
+        bytes[1 << 20..][..192 << 10].fill(9);
+        std::fs::write(above.path("expected"), &bytes).expect("a file");
+        compare(&top, "expected");
+        // The one below goes away: what needs it fails, all else goes on.
+        server.kill();
+        let lost = above.ours(&format!("cowbell io -r -f raw -c 'read 0 64k' {top}"));
+        let said = String::from_utf8_lossy(&lost.stdout).into_owned();
+        assert!(!lost.status.success() && said.contains("Input/output error"), "{said}");
+        above.ok(&format!("cowbell io -f raw -c 'read -P 9 1M 192k' -c 'write -P 8 2M 64k' {top}"));
+        serving.stop();
+        assert!(above.ok("cowbell check -f qcow2 overlay").contains("No errors"));
+    });
 }
