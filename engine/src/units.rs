@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::io::ErrorKind;
 
 macro_rules! id {
     ($name:ident, $letter:literal, $what:literal $(, $hash:ident)?) => {
@@ -230,9 +231,16 @@ impl Errno {
     /// Memory that cannot be written (EFAULT).
     pub const BAD_MEMORY: Errno = Errno(libc::EFAULT);
 
-    /// From an I/O error; one without an error number counts as [`Errno::IO`].
+    /// From an I/O error; one without an error number counts as what its kind is, or as [`Errno::IO`].
     pub fn from_io(error: &std::io::Error) -> Errno {
-        Errno(error.raw_os_error().unwrap_or(libc::EIO))
+        let of_kind = || match error.kind() {
+            ErrorKind::NotFound => libc::ENOENT,
+            ErrorKind::PermissionDenied => libc::EACCES,
+            ErrorKind::InvalidInput => libc::EINVAL,
+            ErrorKind::Unsupported => libc::EOPNOTSUPP,
+            _ => libc::EIO,
+        };
+        Errno(error.raw_os_error().unwrap_or_else(of_kind))
     }
 }
 
