@@ -29,6 +29,12 @@ impl GivenFiles {
         GivenFiles::default()
     }
 
+    /// Is there one of this name?
+    pub fn has(&self, name: impl AsRef<Path>) -> bool {
+        let name = plain(name.as_ref());
+        self.files.iter().any(|(other, _)| *other == name)
+    }
+
     /// One more file, in the place of the one that had the name. An image that is to be written has to be open for
     /// writing.
     pub fn give(&mut self, name: impl AsRef<Path>, file: DiskFile) {

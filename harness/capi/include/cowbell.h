@@ -15,9 +15,9 @@
  *
  * examples/epoll.c is a whole program.
  *
- * WHAT WAITS. cowbell_image_open(), cowbell_image_close() and cowbell_engine_destroy() may wait for a
- * disk, and cowbell_attach() where it fails, since it closes the files. Nothing else does, and nothing
- * calls back.
+ * WHAT WAITS. cowbell_image_open(), cowbell_image_open_given(), cowbell_image_close() and
+ * cowbell_engine_destroy() may wait for a disk, and cowbell_attach() where it fails, since it closes the
+ * files. Nothing else does, and nothing calls back.
  *
  * REQUESTS are cowbell_read() to cowbell_status(). Offsets and lengths are bytes, any will do. `user` is
  * nothing to the library and comes back in the completion: a number, or a pointer as (uintptr_t).
@@ -147,6 +147,11 @@
  * Files are not locked: you answer for it that nobody else writes them.
  */
 #define COWBELL_LOCKING_OFF 2
+
+/**
+ * The most files that cowbell_image_open_given() takes.
+ */
+#define COWBELL_GIVEN_MAX 4096
 
 /**
  * The disk takes no writes: its image was opened without COWBELL_OPEN_WRITE.
@@ -312,6 +317,24 @@ struct cowbell_image_options {
      * COWBELL_LOCKING_*.
      */
     uint32_t locking;
+    /**
+     * 0.
+     */
+    uint32_t reserved;
+};
+
+/**
+ * A file of an image that somebody has opened: see cowbell_image_open_given().
+ */
+struct cowbell_given_file {
+    /**
+     * The name by which the file will be asked for.
+     */
+    const char *name;
+    /**
+     * Its descriptor: a regular file or a block device, open for reading, or for both.
+     */
+    int fd;
     /**
      * 0.
      */
@@ -549,6 +572,32 @@ int cowbell_image_open(const char *path,
                        struct cowbell_image **image,
                        char *error,
                        size_t error_size);
+
+/**
+ * The same as cowbell_image_open() for a program that may open no files itself: all that there are
+ * are these `count` ones. Nothing is looked for in the file system.
+ *
+ * `name` is the image's, and one of theirs. The names of others are asked for as the images' headers have
+ * them, in the folder of the image that names them: "disk", whose header names "base.img", is given as
+ * "disk" and "base.img", "a/disk" as "a/disk" and "a/base.img". "." and ".." are understood, links there are none.
+ * `files` in the options means the same as ever; COWBELL_FILES_ANY leads to no more than what is given.
+ *
+ * Descriptors are duplicated: they stay yours whatever the answer is, and may be closed then. What belongs to an
+ * open file is shared by both: COWBELL_OPEN_DIRECT sets O_DIRECT for it, O_NONBLOCK is taken away, O_NOATIME may be set.
+ * With COWBELL_OPEN_WRITE the image has to be open for both, and not for appending. Its locks
+ * end when the image or disk is closed, whatever descriptors of yours there are.
+ *
+ * As cowbell_image_open(), and: -EBADF: a descriptor that is none; -EINVAL: one that cannot be used, no name, a
+ * name that is there twice, more than COWBELL_GIVEN_MAX; -EACCES: one that is to be written, and is not open for that; -ENOENT:
+ * a file that was not given.
+ */
+int cowbell_image_open_given(const char *name,
+                             const struct cowbell_given_file *files,
+                             size_t count,
+                             const struct cowbell_image_options *options,
+                             struct cowbell_image **image,
+                             char *error,
+                             size_t error_size);
 
 /**
  * Closes an image that was given to no engine. May wait for the file system. NULL is no mistake.

@@ -1,13 +1,17 @@
 //! Opening images, which may wait: before they come to an engine, and on any thread.
 
 use std::ffi::{CStr, OsStr, c_char, c_int};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use cowbell_engine::sys::disk::DiskFile;
+use cowbell_engine::sys::disk::{DiskFile, DiskOptions};
 use cowbell_engine::sys::lock::Locking;
 use cowbell_engine::units::Errno;
-use cowbell_formats::{Chain, DiskHost, Error, Format, OpenOptions, Policy, open};
+use cowbell_formats::{
+    Chain, DiskHost, Error, Format, GivenFiles, Host, OpenOptions, Policy, open,
+};
 
 use crate::handle::{POISONED, answered, caught, code, copied, is_place};
 
@@ -94,14 +98,80 @@ pub unsafe extern "C" fn cowbell_image_open(
     error: *mut c_char,
     error_size: usize,
 ) -> c_int {
-    // SAFETY: the caller lends a buffer of that size.
-    let say = |text: &str| unsafe { put_text(text, error, error_size) };
+    // SAFETY: strings and options are the caller's, and stay for the time of this call.
+    let work = || unsafe { asked(path, options) }.and_then(|asked| asked.open());
+    // SAFETY: as this function's contract.
+    unsafe { put_opened(work, image, error, error_size) }
+}
+
+/// A file of an image that somebody has opened: see cowbell_image_open_given().
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GivenFile {
+    /// The name by which the file will be asked for.
+    pub name: *const c_char,
+    /// Its descriptor: a regular file or a block device, open for reading, or for both.
+    pub fd: c_int,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// The most files that cowbell_image_open_given() takes.
+pub const COWBELL_GIVEN_MAX: usize = 4096;
+
+/// The same as cowbell_image_open() for a program that may open no files itself: all that there are
+/// are these `count` ones. Nothing is looked for in the file system.
+///
+/// `name` is the image's, and one of theirs. The names of others are asked for as the images' headers have
+/// them, in the folder of the image that names them: "disk", whose header names "base.img", is given as
+/// "disk" and "base.img", "a/disk" as "a/disk" and "a/base.img". "." and ".." are understood, links there are none.
+/// `files` in the options means the same as ever; COWBELL_FILES_ANY leads to no more than what is given.
+///
+/// Descriptors are duplicated: they stay yours whatever the answer is, and may be closed then. What belongs to an
+/// open file is shared by both: COWBELL_OPEN_DIRECT sets O_DIRECT for it, O_NONBLOCK is taken away, O_NOATIME may be set.
+/// With COWBELL_OPEN_WRITE the image has to be open for both, and not for appending. Its locks
+/// end when the image or disk is closed, whatever descriptors of yours there are.
+///
+/// As cowbell_image_open(), and: -EBADF: a descriptor that is none; -EINVAL: one that cannot be used, no name, a
+/// name that is there twice, more than COWBELL_GIVEN_MAX; -EACCES: one that is to be written, and is not open for that; -ENOENT:
+/// a file that was not given.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cowbell_image_open_given(
+    name: *const c_char,
+    files: *const GivenFile,
+    count: usize,
+    options: *const ImageOptions,
+    image: *mut *mut Image,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let work = || {
+        // SAFETY: strings and options are the caller's, and stay for the time of this call.
+        let asked = unsafe { asked(name, options) }?;
+        // SAFETY: so are the files.
+        let files = unsafe { given(files, count, &asked) }?;
+        asked.open_on(&files)
+    };
+    // SAFETY: as this function's contract.
+    unsafe { put_opened(work, image, error, error_size) }
+}
+
+/// Puts what `work` opens into `*image`, or what is wrong into `error`.
+///
+/// # Safety
+///
+/// As for `cowbell_image_open`.
+unsafe fn put_opened(
+    work: impl FnOnce() -> Result<Image, Failure>,
+    image: *mut *mut Image,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
     let opened = caught(|| {
         is_place(image).map_err(|errno| (errno, "no place for the image".to_owned()))?;
         // SAFETY: the caller lends the place.
         unsafe { image.write(std::ptr::null_mut()) };
-        // SAFETY: strings and options are the caller's, and stay for the time of this call.
-        unsafe { open_image(path, options) }
+        work()
     });
     let (answer, text) = match opened {
         Some(Ok(opened)) => {
@@ -112,7 +182,8 @@ pub unsafe extern "C" fn cowbell_image_open(
         Some(Err((errno, text))) => (code(errno), text),
         None => (code(POISONED), "a defect of cowbell: it panicked".to_owned()),
     };
-    say(&text);
+    // SAFETY: the caller lends a buffer of that size.
+    unsafe { put_text(&text, error, error_size) };
     answer
 }
 
@@ -130,7 +201,7 @@ pub unsafe extern "C" fn cowbell_image_close(image: *mut Image) -> c_int {
 ///
 /// # Safety
 ///
-/// It is NULL, or was made by `cowbell_image_open` and neither closed nor attached.
+/// It is NULL, or was made by `cowbell_image_open` or `cowbell_image_open_given`, and neither closed nor attached.
 pub(crate) unsafe fn taken(image: *mut Image) -> Option<Box<Image>> {
     // SAFETY: it came out of a box.
     (!image.is_null()).then(|| unsafe { Box::from_raw(image) })
@@ -138,11 +209,37 @@ pub(crate) unsafe fn taken(image: *mut Image) -> Option<Box<Image>> {
 
 type Failure = (Errno, String);
 
+/// What is to be opened, and how.
+struct Asked<'c> {
+    path: &'c Path,
+    options: OpenOptions,
+    direct: bool,
+}
+
+impl Asked<'_> {
+    fn open(&self) -> Result<Image, Failure> {
+        self.open_on(&DiskHost { direct: self.direct })
+    }
+
+    fn open_on(&self, host: &impl Host<File = DiskFile>) -> Result<Image, Failure> {
+        let chain = open(host, self.path, &self.options);
+        let chain = chain.map_err(|why: Error| (why.errno(), why.to_string()))?;
+        Ok(Image { chain })
+    }
+}
+
+fn invalid(why: &str) -> Failure {
+    (Errno::INVALID, why.to_owned())
+}
+
 /// # Safety
 ///
-/// `path` is NULL or a string, `options` NULL or options, their format NULL or a string.
-unsafe fn open_image(path: *const c_char, options: *const ImageOptions) -> Result<Image, Failure> {
-    let invalid = |why: &str| (Errno::INVALID, why.to_owned());
+/// `path` is NULL or a string that lives as long as the answer, `options` NULL or options, their format NULL
+/// or a string.
+unsafe fn asked<'c>(
+    path: *const c_char,
+    options: *const ImageOptions,
+) -> Result<Asked<'c>, Failure> {
     if path.is_null() {
         return Err(invalid("no path"));
     }
@@ -171,14 +268,69 @@ unsafe fn open_image(path: *const c_char, options: *const ImageOptions) -> Resul
             Some(known.ok_or_else(|| (Errno::INVALID, unknown()))?)
         }
     };
-    let (host, options) =
-        open_options(&options, format).ok_or_else(|| invalid("unknown options"))?;
-    let path = Path::new(OsStr::from_bytes(path.to_bytes()));
-    let chain = open(&host, path, &options).map_err(|why: Error| (why.errno(), why.to_string()))?;
-    Ok(Image { chain })
+    let direct = options.flags & COWBELL_OPEN_DIRECT != 0;
+    let options = open_options(&options, format).ok_or_else(|| invalid("unknown options"))?;
+    Ok(Asked { path: Path::new(OsStr::from_bytes(path.to_bytes())), options, direct })
 }
 
-fn open_options(asked: &ImageOptions, format: Option<Format>) -> Option<(DiskHost, OpenOptions)> {
+/// The files that were given, on descriptors of our own.
+///
+/// # Safety
+///
+/// `files` is NULL, or `count` of them can be read there, with names that are NULL or strings.
+unsafe fn given(
+    files: *const GivenFile,
+    count: usize,
+    asked: &Asked<'_>,
+) -> Result<GivenFiles, Failure> {
+    if count > COWBELL_GIVEN_MAX {
+        return Err(invalid("more files than may be given"));
+    }
+    if count > 0 && is_place(files).is_err() {
+        return Err(invalid("no files"));
+    }
+    let mut host = GivenFiles::new();
+    for at in 0..count {
+        // SAFETY: the caller has so many there.
+        let GivenFile { name, fd, reserved } = unsafe { files.add(at).read() };
+        if name.is_null() || reserved != 0 {
+            return Err(invalid("a file without a name, or of a newer version"));
+        }
+        // SAFETY: it is a string.
+        let name = unsafe { CStr::from_ptr(name) };
+        let named = |why: String| format!("{}: {why}", name.to_bytes().escape_ascii());
+        let file = duplicate(fd).and_then(|fd| taken_file(fd, asked));
+        let file = file.map_err(|why| (Errno::from_io(&why), named(why.to_string())))?;
+        let name = Path::new(OsStr::from_bytes(name.to_bytes()));
+        if name.as_os_str().is_empty() || host.has(name) {
+            return Err((Errno::INVALID, named("no name, or one that is there twice".into())));
+        }
+        host.give(name, file);
+    }
+    Ok(host)
+}
+
+/// Another descriptor of the same open file.
+fn duplicate(fd: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: it takes numbers, and says so if the first is no descriptor.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was made just now, and is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// Which file is written, the image says: it takes for writing what can be.
+fn taken_file(fd: OwnedFd, asked: &Asked<'_>) -> io::Result<DiskFile> {
+    // SAFETY: it takes numbers, and the descriptor is open.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    let can_write = flags >= 0 && flags & libc::O_ACCMODE == libc::O_RDWR;
+    let write = asked.options.write && can_write;
+    DiskFile::from_fd(fd, &DiskOptions { write, direct: asked.direct, ..DiskOptions::default() })
+}
+
+fn open_options(asked: &ImageOptions, format: Option<Format>) -> Option<OpenOptions> {
     const KNOWN: u32 = COWBELL_OPEN_WRITE
         | COWBELL_OPEN_DIRECT
         | COWBELL_OPEN_PROBE
@@ -200,7 +352,7 @@ fn open_options(asked: &ImageOptions, format: Option<Format>) -> Option<(DiskHos
         COWBELL_LOCKING_OFF => Locking::Off,
         _ => return None,
     };
-    let options = OpenOptions {
+    Some(OpenOptions {
         format,
         write: has(COWBELL_OPEN_WRITE),
         backing,
@@ -209,8 +361,7 @@ fn open_options(asked: &ImageOptions, format: Option<Format>) -> Option<(DiskHos
         locking,
         force_share: has(COWBELL_OPEN_SHARE),
         ..OpenOptions::default()
-    };
-    Some((DiskHost { direct: has(COWBELL_OPEN_DIRECT) }, options))
+    })
 }
 
 /// Puts `text` into a buffer of C's, cut where a character begins.

@@ -207,6 +207,29 @@ fn disks_are_paused_and_slowed_down() {
 }
 
 #[test]
+fn images_are_opened_by_descriptor() {
+    if !have_qemu() {
+        return;
+    }
+    let folder = folder();
+    let path = folder.path();
+    std::fs::write(path.join("base.img"), vec![7; 1 << 20]).expect("written");
+    std::fs::create_dir(path.join("a")).expect("made");
+    let overlay = ["-f", "qcow2", "-b", "../base.img", "-F", "raw", "a/disk.qcow2"];
+    run("qemu-img", path, &[&["create", "-q"], &overlay[..]].concat());
+    let program = compiled("tests/given.c", path, watched());
+    let said = run(&program, path, &["."]);
+    assert!(said.contains(" checks, 0 failures\n"), "{said}");
+    // It has moved them to where their names do not lead.
+    std::fs::rename(path.join("moved.img"), path.join("base.img")).expect("it is there");
+    std::fs::rename(path.join("moved.qcow2"), path.join("a/disk.qcow2")).expect("it is there");
+    run("qemu-img", path, &["check", "-q", "-f", "qcow2", "a/disk.qcow2"]);
+    run("qemu-img", path, &["convert", "-f", "qcow2", "-O", "raw", "a/disk.qcow2", "flat"]);
+    let flat = std::fs::read(path.join("flat")).expect("it reads");
+    assert!(flat[..4096] == [9; 4096] && flat[4096..] == vec![7; (1 << 20) - 4096]);
+}
+
+#[test]
 fn the_header_is_cpp_too() {
     if !Command::new("c++").arg("--version").output().is_ok_and(|out| out.status.success()) {
         return skipped("there is no c++, nothing compiles the header as C++");
