@@ -1,5 +1,5 @@
 //! Names of images that say more than a path: `file:PATH`, `json:{...}`, lists of options, and the
-//! addresses of disks that servers have (`nbd:...`).
+//! addresses of disks that servers have (`nbd:...`, or options with the driver `nbd`).
 //!
 //! These are what QEMU's programs take on their command lines, and what they write into images as
 //! names of backing files. One way through: each form becomes a list of options with dotted keys
@@ -158,6 +158,20 @@ fn unknown_protocol(name: &OsStr) -> Error {
     Error::Unsupported(format!("Unknown protocol '{}'", Shown(Path::new(name))))
 }
 
+/// As a part of an address: any byte that is more than a letter, a digit or harmless is `%` and two digits.
+fn escaped_in_uri(text: &OsStr) -> String {
+    let mut escaped = String::new();
+    for &byte in text.as_bytes() {
+        match byte {
+            _ if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) => {
+                escaped.push(byte.into());
+            }
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
+}
+
 /// Items between single commas; two commas are one within an item.
 fn split_at_commas(text: &[u8]) -> Vec<Vec<u8>> {
     let mut items = Vec::new();
@@ -218,8 +232,8 @@ impl Options {
         let driver = self.take_text(&key("driver"))?;
         let driver = driver.map(|driver| driver.to_string_lossy().into_owned());
         let Common { read_only, force_share } = self.common(prefix)?;
-        if let Some(driver @ ("file" | "host_device")) = driver.as_deref() {
-            let (path, locking) = self.file(prefix, driver)?;
+        if let Some(driver @ ("file" | "host_device" | "nbd")) = driver.as_deref() {
+            let (path, locking) = self.place(prefix, driver)?;
             let name = Name::plain(path, Some(Format::Raw));
             return Ok(Name { read_only, force_share, locking, ..name });
         }
@@ -236,13 +250,13 @@ impl Options {
             return Err(Error::Invalid(what.into()));
         }
         let protocol = self.take_text(&key("file.driver"))?.unwrap_or_else(|| "file".into());
-        if protocol != "file" && protocol != "host_device" {
+        if !["file", "host_device", "nbd"].contains(&&*protocol.to_string_lossy()) {
             return Err(unknown_protocol(&protocol));
         }
         let file = self.common(&below)?;
         let read_only = file.read_only || read_only;
         let force_share = file.force_share || force_share;
-        let (path, locking) = self.file(&below, &protocol.to_string_lossy())?;
+        let (path, locking) = self.place(&below, &protocol.to_string_lossy())?;
         let backing = match self.take(&key("backing")) {
             Some(Some(node)) if !node.is_empty() => return Err(no_such_node(&node)),
             Some(_) => Backing::Nothing,
@@ -263,8 +277,63 @@ impl Options {
         Ok(Name { path, format, backing, read_only, force_share, locking })
     }
 
-    /// The file whose options start with `prefix`, with nothing left of them; and whether to lock it.
-    fn file(&mut self, prefix: &str, driver: &str) -> Result<(PathBuf, Option<Locking>), Error> {
+    /// The file or the server's disk whose options start with `prefix`, with nothing left of them; and whether
+    /// to lock it.
+    fn place(&mut self, prefix: &str, driver: &str) -> Result<(PathBuf, Option<Locking>), Error> {
+        let place = match driver {
+            "nbd" => (self.address(prefix)?, None),
+            _ => self.file(prefix)?,
+        };
+        match self.0.iter().find(|(option, _)| option.starts_with(prefix)) {
+            None => Ok(place),
+            Some((option, _)) => {
+                let option = Shown(Path::new(&option[prefix.len()..])).to_string();
+                let what =
+                    format!("Block protocol '{driver}' doesn't support the option '{option}'");
+                Err(Error::Unsupported(what))
+            }
+        }
+    }
+
+    /// A server's disk, as an address.
+    fn address(&mut self, prefix: &str) -> Result<PathBuf, Error> {
+        let export = self.take_text(&format!("{prefix}export"))?.unwrap_or_default();
+        let kind = self.take_one_of(&format!("{prefix}server.type"), &["inet", "unix"])?;
+        // The server's own options, or those of the first days, which have no type.
+        let server = format!("{prefix}server.");
+        let prefix = if kind.is_some() || self.has_below(&server) { &server } else { prefix };
+        let mut take = |key: &str| self.take_text(&format!("{prefix}{key}"));
+        let (path, host, port) = (take("path")?, take("host")?, take("port")?);
+        let missing = |key: &str| Error::Invalid(format!("Parameter '{key}' is missing"));
+        let export = escaped_in_uri(&export);
+        match (kind.as_deref(), path, host) {
+            (None, ..) if prefix == server => Err(missing("type")),
+            (Some("unix"), None, _) => Err(missing("path")),
+            (Some("inet"), _, None) => Err(missing("host")),
+            (Some("inet"), None, _) if port.is_none() => Err(missing("port")),
+            (None | Some("unix"), Some(path), None) if port.is_none() => {
+                Ok(format!("nbd+unix:///{export}?socket={}", escaped_in_uri(&path)).into())
+            }
+            (None | Some("inet"), None, Some(host)) => {
+                let port = port.unwrap_or_else(|| "10809".into()).to_string_lossy().into_owned();
+                let host = host.to_string_lossy().into_owned();
+                let is_host = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
+                if host.is_empty() || !host.chars().all(is_host) {
+                    return Err(invalid_value("host", &host));
+                }
+                if port.parse::<u16>().is_err() {
+                    return Err(invalid_value("port", &port));
+                }
+                let host = if host.contains(':') { format!("[{host}]") } else { host };
+                Ok(format!("nbd://{host}:{port}/{export}").into())
+            }
+            (None, None, None) => Err(Error::Invalid("NBD server address missing".into())),
+            _ => Err(Error::Invalid("an NBD server has a path, or a host and a port".into())),
+        }
+    }
+
+    /// The file whose options start with `prefix`; and whether to lock it.
+    fn file(&mut self, prefix: &str) -> Result<(PathBuf, Option<Locking>), Error> {
         let name = self.take_text(&format!("{prefix}filename"))?.unwrap_or_default();
         let path = checked(&name)?;
         let locking = self.take_one_of(&format!("{prefix}locking"), &["auto", "on", "off"])?;
@@ -274,15 +343,7 @@ impl Options {
             _ => Locking::Auto,
         });
         self.take_one_of(&format!("{prefix}aio"), &["threads"])?;
-        match self.0.iter().find(|(option, _)| option.starts_with(prefix)) {
-            None => Ok((path, locking)),
-            Some((option, _)) => {
-                let option = Shown(Path::new(&option[prefix.len()..])).to_string();
-                let what =
-                    format!("Block protocol '{driver}' doesn't support the option '{option}'");
-                Err(Error::Unsupported(what))
-            }
-        }
+        Ok((path, locking))
     }
 
     /// What every node has: names that nothing refers to, hints, values that change nothing; and who
@@ -552,6 +613,32 @@ mod tests {
     }
 
     #[test]
+    fn a_servers_disk_is_an_address() {
+        let unix = "nbd+unix:///a%20b/c?socket=/x%3F";
+        for (text, address) in [
+            (r#"{"driver":"nbd","server":{"type":"unix","path":"/x?"},"export":"a b/c"}"#, unix),
+            (r#"{"driver":"nbd","path":"/x?","export":"a b/c"}"#, unix),
+            (
+                r#"{"driver":"nbd","server":{"type":"inet","host":"::1","port":7}}"#,
+                "nbd://[::1]:7/",
+            ),
+            (r#"{"driver":"nbd","host":"h.x","export":"e"}"#, "nbd://h.x:10809/e"),
+        ] {
+            let raw = Name::plain(address, Some(Format::Raw));
+            assert_eq!(parse(&format!("json:{text}")), Ok(raw.clone()), "{text}");
+            assert!(is_remote(&raw.path));
+            let below = format!("json:{{\"driver\":\"qcow2\",\"file\":{text}}}");
+            assert_eq!(parse(&below), Ok(Name::plain(address, Some(Format::Qcow2))), "{text}");
+        }
+        let text = "driver=qcow2,file.driver=nbd,file.server.type=unix,file.server.path=s,,1,\
+                    file.export=d,read-only=on,backing.driver=nbd,backing.host=h";
+        let named = options(text).expect("legal");
+        assert_eq!(named.path, Path::new("nbd+unix:///d?socket=s%2C1"));
+        let below = Name::plain("nbd://h:10809/", Some(Format::Raw));
+        assert_eq!((named.read_only, named.backing), (true, Backing::Named(Box::new(below))));
+    }
+
+    #[test]
     fn what_is_not_followed_is_refused_by_name() {
         for (text, why) in [
             (r#"{"driver":"qcow2","file.filename":"a","foo":1}"#, "option 'foo'"),
@@ -561,7 +648,22 @@ mod tests {
             (r#"{"driver":"qcow2","file.filename":"a","data-file.filename":"b"}"#, "data-file."),
             (r#"{"driver":"foo","file.filename":"a"}"#, "Unknown driver 'foo'"),
             (r#"{"driver":"vhdx","file.filename":"a"}"#, "VHDX images are not supported"),
-            (r#"{"file":{"driver":"nbd","host":"a"}}"#, "Unknown protocol 'nbd'"),
+            (r#"{"file":{"driver":"ssh","host":"a"}}"#, "Unknown protocol 'ssh'"),
+            (r#"{"driver":"nbd","export":"a"}"#, "NBD server address missing"),
+            (r#"{"driver":"nbd","filename":"nbd://h/"}"#, "NBD server address missing"),
+            (r#"{"driver":"nbd","host":"h","filename":"a"}"#, "'nbd' doesn't support the option"),
+            (r#"{"driver":"nbd","host":"h","tls-creds":"a"}"#, "the option 'tls-creds'"),
+            (r#"{"driver":"nbd","server.path":"a"}"#, "'type' is missing"),
+            (r#"{"driver":"nbd","server":{"type":"inet","host":"h"}}"#, "'port' is missing"),
+            (r#"{"driver":"nbd","server":{"type":"inet","port":"1"}}"#, "'host' is missing"),
+            (r#"{"driver":"nbd","server":{"type":"unix","host":"h"}}"#, "'path' is missing"),
+            (r#"{"driver":"nbd","server":{"type":"vsock","cid":"1"}}"#, "the value 'vsock'"),
+            (r#"{"driver":"nbd","server":{"type":"unix","path":"a","port":"1"}}"#, "or a host"),
+            (r#"{"driver":"nbd","path":"a","host":"h"}"#, "a path, or a host"),
+            (r#"{"driver":"nbd","host":"h/x"}"#, "the value 'h/x'"),
+            (r#"{"driver":"nbd","host":"h","port":"65536"}"#, "the value '65536'"),
+            (r#"{"driver":"nbd","host":"h","path2":"1"}"#, "the option 'path2'"),
+            (r#"{"driver":"nbd","server":{"type":"unix","path":"a"},"host":"b"}"#, "option 'host'"),
             (r#"{"driver":"qcow2"}"#, "A block device must be specified for \"file\""),
             (r#"{"filename":"a"}"#, "Must specify either driver or file"),
             (r#"{"driver":"qcow2","file":"a"}"#, "node-name='a'"),
@@ -593,7 +695,8 @@ mod tests {
 
     quickcheck! {
         fn any_bytes_are_a_name_or_are_refused(bytes: Vec<u8>) -> bool {
-            for start in ["", "json:", "json:{\"file.filename\":", "file:"] {
+            let nbd = "json:{\"driver\":\"nbd\",\"host\":";
+            for start in ["", "json:", "json:{\"file.filename\":", "file:", nbd] {
                 let text = [start.as_bytes(), &bytes].concat();
                 let _ = Name::parse(OsStr::from_bytes(&text));
                 let _ = Name::from_options(OsStr::from_bytes(&text));

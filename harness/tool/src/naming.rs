@@ -87,19 +87,13 @@ impl Naming {
     pub fn image(&self, given: &OsStr, format: Option<&str>) -> Result<Image, Fail> {
         refuse_objects(&self.objects)?;
         let open = |why| Fail::open(Path::new(given), why);
-        let named = if self.image_opts {
+        let mut named = if self.image_opts {
             if format.is_some() {
                 return Err(Fail::other("--image-opts and --format are mutually exclusive"));
             }
             Name::from_options(given).map_err(open)?
         } else {
-            let mut name = Name::parse(given).map_err(open)?;
-            if is_remote(&name.path) {
-                // Early, and in one spelling.
-                let address =
-                    address(&name.path).map_err(|why| Fail::open_io(Path::new(given), &why))?;
-                name.path = address.to_string().into();
-            }
+            let name = Name::parse(given).map_err(open)?;
             if is_remote(&name.path) && !self.more.is_empty() {
                 return Err(open(Error::Unsupported("options beside an address".into())));
             } else if self.more.is_empty() {
@@ -120,6 +114,12 @@ impl Naming {
                 Name::from_options(&OsString::from_vec(options)).map_err(open)?
             }
         };
+        if is_remote(&named.path) {
+            // Early, and in one spelling.
+            let address =
+                address(&named.path).map_err(|why| Fail::open_io(Path::new(given), &why))?;
+            named.path = address.to_string().into();
+        }
         let said = format.map(driver_named).transpose().map_err(open)?;
         Ok(Image {
             given: given.into(),

@@ -2,6 +2,7 @@
 
 mod clients_are_answered;
 mod connections_are_made_again;
+mod every_order_ends_well;
 mod hostile_clients_do_no_harm;
 mod hostile_servers_do_no_harm;
 mod images_lie_on_remote_disks;

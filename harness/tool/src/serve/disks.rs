@@ -91,12 +91,7 @@ impl Disks {
         let mut head = Head::new(&limits, None, cache.direct);
         let mut opened = Vec::<Opened>::new();
         for given in images {
-            let disk = Opened::open(given, opening, &mut head)?;
-            if opened.iter().any(|other| other.name == disk.name) {
-                let what = format!("two disks are called '{}': say NAME=PATH", disk.name);
-                return Err(Fail::other(what));
-            }
-            opened.push(disk);
+            opened.push(Opened::open(given, opening, &opened, &mut head)?);
         }
         // Servers' disks want a backend of their own: only now it is known whether there are any.
         let has_remote = opened.iter().any(|disk| has_remote(&disk.chain));
@@ -231,7 +226,13 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(given: &OsStr, opening: &Opening<'_>, head: &mut Head) -> Result<Opened, Fail> {
+    /// Beside `others`.
+    fn open(
+        given: &OsStr,
+        opening: &Opening<'_>,
+        others: &[Opened],
+        head: &mut Head,
+    ) -> Result<Opened, Fail> {
         // Options have a `=` of their own.
         let is_by_options = opening.naming.is_by_options();
         let (name, path) = if is_by_options { (None, given) } else { named(given) };
@@ -244,6 +245,9 @@ impl Opened {
         };
         if name.len() > cowbell_nbd::wire::STRING_MAX {
             return Err(Fail::other("a disk's name is too long"));
+        }
+        if others.iter().any(|other| other.name == name) {
+            return Err(Fail::other(format!("two disks are called '{name}': say NAME=PATH")));
         }
         let mut temporary = None;
         if opening.snapshot && !opening.read_only {

@@ -214,6 +214,11 @@ fn an_address_in_an_image_is_followed_only_where_images_are_trusted() {
     };
     refused("cowbell map --untrusted overlay", "only plain paths are opened");
     refused("cowbell map overlay", "Could not open backing file");
+    let socket = place.path("s");
+    let file = format!("{{\"driver\":\"nbd\",\"path\":\"{}\"}}", socket.display());
+    place.ok(&format!("cowbell create -f qcow2 -b 'json:{file}' -F raw named 1M -u"));
+    refused("cowbell map --untrusted named", "only plain paths are opened");
+    refused("cowbell map named", "Could not open backing file");
     place.ok("cowbell info overlay");
     let listener = UnixListener::bind(place.path("s")).expect("a socket");
     listener.set_nonblocking(true).expect("a socket");
@@ -385,4 +390,42 @@ fn what_a_server_has_is_served_again() {
         serving.stop();
         assert!(above.ok("cowbell check -f qcow2 overlay").contains("No errors"));
     });
+}
+
+/// Over TCP; by the address, and by options as QEMU has them.
+#[test]
+fn over_tcp_and_by_options() {
+    let place = Place::new();
+    random_file(&place, "source", 3 << 20, 8 << 20);
+    place.ok("cowbell create -f qcow2 image 8M && truncate -s 16M image");
+    let serving = Serving::at(&place, "--nbd tcp:127.0.0.1:0 --nbd unix:s -f raw image");
+    let address = serving.address();
+    let port =
+        address.strip_prefix("nbd://127.0.0.1:").and_then(|rest| rest.strip_suffix("/image"));
+    let port = port.expect("a port");
+    place.ok(&format!("cowbell convert -n -f raw -O qcow2 source {address}"));
+    place.ok(&format!("cowbell io -f qcow2 -c 'write -P 7 1M 192k' -c flush {address}"));
+    place.ok("cowbell io -f raw -c 'write -P 7 1M 192k' source");
+    assert!(place.ok(&format!("cowbell check -f qcow2 {address}")).contains("No errors"));
+    let inet = format!("\"type\":\"inet\",\"host\":\"127.0.0.1\",\"port\":\"{port}\"");
+    let unix = format!("\"type\":\"unix\",\"path\":\"{}\"", place.path("s").display());
+    for server in [inet, unix] {
+        let file = format!("{{\"driver\":\"nbd\",\"export\":\"image\",\"server\":{{{server}}}}}");
+        let name = format!("'json:{{\"driver\":\"qcow2\",\"file\":{file}}}'");
+        place.ok(&format!("cowbell compare {name} source && cowbell info {name}"));
+        if have_qemu() {
+            place.qemu(&format!("qemu-img compare {name} source"));
+            // As QEMU writes it into an overlay.
+            place.qemu(&format!("rm -f top; qemu-img create -q -f qcow2 -b {name} -F qcow2 top"));
+            place.ok("cowbell compare -f qcow2 -F raw top source");
+        }
+        let name = format!("'json:{file}'");
+        place.ok(&format!("cowbell compare -F raw {name} image"));
+    }
+    let host = format!("file.driver=nbd,file.host=127.0.0.1,file.port={port},file.export=image");
+    place.ok(&format!("cowbell check --image-opts driver=qcow2,{host}"));
+    let refused = place.ours(&format!("cowbell check --image-opts driver=qcow2,{host},file.x=1"));
+    assert!(!refused.status.success());
+    serving.stop();
+    place.ok("cowbell compare -f qcow2 -F raw image source");
 }

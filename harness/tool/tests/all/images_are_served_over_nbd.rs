@@ -45,7 +45,8 @@ impl Serving {
         Serving::at(place, &format!("--nbd unix:s {args}"))
     }
 
-    fn at(place: &Place, args: &str) -> Serving {
+    /// The same, on the sockets that these arguments name.
+    pub fn at(place: &Place, args: &str) -> Serving {
         let mut command = Command::new(COWBELL);
         command.arg("serve").args(args.split_whitespace());
         Serving::of(place, &mut command)
@@ -59,6 +60,11 @@ impl Serving {
         said.read_line(&mut first).expect("it says something");
         assert!(!first.is_empty(), "it has ended: {:?}", child.wait());
         Serving { child, said, socket: place.path("s"), first }
+    }
+
+    /// Where the first disk is, on the first socket.
+    pub fn address(&self) -> &str {
+        self.first.trim()
     }
 
     fn signal(&self, name: &str) {
