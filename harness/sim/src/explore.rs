@@ -303,6 +303,10 @@ const DRAWN_IMAGES: u64 = 64;
 
 impl Crash {
     fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+        // What a crash adds to damage is looked for by nobody.
+        if world.is_damaged() {
+            return Ok(());
+        }
         let judge = world.judge_hash();
         let key = splitmix(world.crash_hash()) ^ judge;
         if self.states.insert(key, ()).is_some() {

@@ -8,7 +8,7 @@ use cowbell_engine::step::Driver;
 use cowbell_engine::units::NodeId;
 use cowbell_formats::map::Extent;
 
-use crate::backend::{Device, IsMetadata, SimBackend};
+use crate::backend::{Damaged, Device, IsMetadata, SimBackend};
 use crate::disk::Contents;
 use crate::host::SimHost;
 
@@ -117,6 +117,11 @@ pub trait Subject: Clone + Debug {
 
     /// See [`SimBackend::watch_metadata`].
     fn metadata(&self) -> Option<IsMetadata>;
+
+    /// These sectors of headers and tables were damaged: may the disk be wrong, and nobody notice?
+    fn may_go_unnoticed(&self, _damaged: &[Damaged]) -> bool {
+        false
+    }
 
     /// Reads from the disk in the files of `host`, without the engine.
     fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String>;

@@ -3,6 +3,7 @@
 mod canary;
 mod contract;
 mod cpu_work_completes_when_chosen;
+mod damage_is_noticed;
 mod first_writes_wait_little;
 mod gate;
 mod mutants;
