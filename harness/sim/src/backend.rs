@@ -194,6 +194,8 @@ pub enum Lie {
     ShortIsWhole,
     /// Zeroing zeroes nothing.
     ZeroDoesNothing,
+    /// Every write ends after a sector.
+    SectorAtATime,
 }
 
 /// What kind of device it is.
@@ -850,8 +852,13 @@ impl SimBackend {
     }
 
     fn end_change(&mut self, flying: Flying, outcome: Outcome) -> Result<u64, Errno> {
-        let half = self.half(&flying);
+        let mut half = self.half(&flying);
+        let mut outcome = outcome;
         let moves = flying.kind.has_memory();
+        let is_slow = self.device.lie == Some(Lie::SectorAtATime) && outcome == Outcome::Done;
+        if is_slow && moves && flying.len > SECTOR {
+            (half, outcome) = (SECTOR, Outcome::Short);
+        }
         let change = flying.change.expect("what modifies has a change");
         let is_zero = matches!(flying.kind, OpKind::Zero { .. });
         if is_zero && !self.device.can_zero && outcome == Outcome::Done {

@@ -312,6 +312,7 @@ pub const MUTANTS: &[Mutant] = &[
     lie("device-zero-does-nothing", "the device's zeroing zeroes nothing", Lie::ZeroDoesNothing),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
+    lie("device-a-sector-at-a-time", "a long write takes for ever", Lie::SectorAtATime),
     lie(
         "device-short-is-whole",
         "the device's short writes say they were whole",
@@ -491,14 +492,15 @@ const STAGES: &[(&str, MakeScopes)] = &[
 
 /// A few workloads that are known to be telling.
 pub fn special(format: Format) -> Vec<Scope> {
-    let image = Image { state: State::Warm, ahead: 2, ..Image::new(format) };
+    let cold = Image { ahead: 2, ..Image::new(format) };
+    let warm = Image { state: State::Warm, ..cold };
     let lost = Budget { lost_writes: 1, ..QUIET };
     let telling = |image: &Image| {
         let (new, old) = (image.place(0, 2), image.place(0, 0));
         let requests = [Request::write(new, 1024), Request::zero(old, image.cluster)];
         requests.map(|request| Workload::new([request])).to_vec()
     };
-    [subjects::of(format).special(), scopes_on([image], lost, telling)].concat()
+    [subjects::of(format).special(), scopes_on([cold, warm], lost, telling)].concat()
 }
 
 fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> Option<Trace> {
@@ -510,7 +512,7 @@ fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> 
             }
             let world = base.world(workload, scope.budget);
             activate(mutant, true);
-            let outcome = exhaust(&world, Limit::default());
+            let outcome = exhaust(&world, Limit { calm_in: 1, ..Limit::default() });
             activate(mutant, false);
             if let Err(failure) = outcome {
                 return Some(Trace::of(scope.image, scope.budget, workload, &failure));

@@ -833,6 +833,32 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
+    /// The same world, in which nothing more goes wrong, and nobody wants anything but what is in the workload:
+    /// the device does what it is asked.
+    #[must_use]
+    pub fn calmed(&self) -> World<S> {
+        let mut calmed = self.clone();
+        (calmed.faults, calmed.crashes, calmed.drains, calmed.steps) = (0, 0, 0, 0);
+        (calmed.stalls, calmed.breaks, calmed.mends) = (false, false, false);
+        calmed.ticks = CALM_TICKS;
+        calmed.life = Life { closes: 0, pauses: 0, abandons: 0, ..self.life };
+        (calmed.silence.lost_writes, calmed.silence.bit_rots) = (0, 0);
+        calmed.copying.is_left_alone();
+        let backend = calmed.engine.backend_mut();
+        backend.mend();
+        // Who was left with something to hand over is asked for it again, as by the choice to do so.
+        if backend.is_stalled() {
+            backend.set_stalled(false);
+            calmed.is_behind = true;
+        }
+        calmed
+    }
+
+    /// When faults are over, all is over after so many events.
+    pub fn calm_events_max(&self) -> usize {
+        CALM_EVENTS * self.tasks()
+    }
+
     fn take_finished(&mut self) -> Result<(), String> {
         while let Some(finished) = self.engine.poll() {
             if finished.tag == BESIDE_TAG {
@@ -1160,6 +1186,13 @@ const PROBE_TAG: u64 = 3000;
 
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
+
+/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (which
+/// counts as three) and closing.
+const CALM_EVENTS: usize = 20;
+
+/// Deadlines that may pass meanwhile.
+const CALM_TICKS: u8 = 4;
 
 /// Steps that requests take in one run, for each request there may be: more is a loop.
 const STEPS_PER_RUN: usize = 64;

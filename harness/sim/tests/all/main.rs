@@ -1,5 +1,6 @@
 //! One program with all tests of this crate: it is linked once.
 
+mod all_ends_when_faults_are_over;
 mod canary;
 mod contract;
 mod cpu_work_completes_when_chosen;
