@@ -12,5 +12,6 @@ mod orders_left_out_lead_nowhere_else;
 mod random;
 mod regressions;
 mod runs_can_be_seen;
+mod sleep_sets_leave_out_no_ending;
 mod traces_survive_being_text;
 mod where_a_request_stands_makes_no_difference;
