@@ -400,7 +400,8 @@ impl SimBackend {
                     continue;
                 }
                 let words = sector.bytes().as_chunks::<4>().0.iter().enumerate();
-                let words = words.map(|(at, word)| (start + 4 * at as u64, u32::from_le_bytes(*word)));
+                let words =
+                    words.map(|(at, word)| (start + 4 * at as u64, u32::from_le_bytes(*word)));
                 let (filled, empty): (Vec<_>, Vec<_>) = words.partition(|(_, word)| *word != 0);
                 let mut add = |at: u64, bit: u32| {
                     let (byte, bit) = (at + u64::from(bit / 8), (bit % 8) as u8);

@@ -270,6 +270,34 @@ impl Chooser for Pct {
     }
 }
 
+/// What bytes say, one a choice, for whoever makes schedules out of bytes: a fuzzer, quickcheck. Fewer
+/// bytes or smaller ones are a calmer run: byte `n` is the choice number `n` of those there are, the
+/// calmest first; behind the last all is calm.
+#[derive(Clone, Debug)]
+pub struct Bytes {
+    bytes: std::collections::VecDeque<u8>,
+}
+
+impl Bytes {
+    /// Of these bytes.
+    pub fn new(bytes: impl IntoIterator<Item = u8>) -> Bytes {
+        Bytes { bytes: bytes.into_iter().collect() }
+    }
+}
+
+impl Chooser for Bytes {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        let first = calm(among, false);
+        let byte = usize::from(self.bytes.pop_front().unwrap_or(0)) % among.len();
+        match byte {
+            0 => first,
+            // The others, in their order.
+            n if n <= first => n - 1,
+            n => n,
+        }
+    }
+}
+
 /// What a trace says. Where the trace names nothing that is possible, as after a change of code,
 /// it goes on with the oldest op, which ends well.
 #[derive(Clone, Debug)]

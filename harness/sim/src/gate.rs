@@ -352,7 +352,8 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         lasting_scopes(format),
         scopes_beside(format),
     ];
-    let more = more.into_iter().chain([copy_scopes(format), filter_scopes(format), damage_scopes(format)]);
+    let more =
+        more.into_iter().chain([copy_scopes(format), filter_scopes(format), damage_scopes(format)]);
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 
@@ -615,7 +616,11 @@ pub fn damage_scopes(format: Format) -> Vec<Scope> {
             Format::Vmdk => image.layout != Layout::Split,
             _ => true,
         };
-        subjects::of(format).images().into_iter().filter(is_fit).map(|image| Image { ahead: 2, ..image })
+        subjects::of(format)
+            .images()
+            .into_iter()
+            .filter(is_fit)
+            .map(|image| Image { ahead: 2, ..image })
     };
     let single = |image: &Image| workloads(image, &Shape::ALL, 1);
     let pairs = |image: &Image| workloads(image, &Shape::CORE, 2);

@@ -52,7 +52,9 @@ impl Metrics<'_> {
         }
         for (format, (plain, slept)) in *sleep {
             let factor = *plain as f64 / *slept as f64;
-            line(format!("| {format}: choices that sleep sets would save at best | {factor:.2} times fewer |"));
+            line(format!(
+                "| {format}: choices that sleep sets would save at best | {factor:.2} times fewer |"
+            ));
         }
         let Some(score) = mutants else { return page };
         let killed = score.fates.iter().filter(|fate| fate.killed.is_some()).count();

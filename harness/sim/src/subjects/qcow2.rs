@@ -58,7 +58,8 @@ impl FormatSubject for Qcow2 {
     fn references(&self, image: &Image, _: u64, sector: &Sector) -> Vec<u64> {
         // Bit 0 says that a cluster is zeros, which no other place says.
         let told = if image.old { u64::MAX } else { !1 };
-        let words = sector.bytes().as_chunks().0.iter().map(|word| u64::from_be_bytes(*word) & told);
+        let words =
+            sector.bytes().as_chunks().0.iter().map(|word| u64::from_be_bytes(*word) & told);
         words.filter(|&word| word != 0).collect()
     }
 

@@ -1,9 +1,9 @@
 //! QED images made small: tables of one cluster.
 
-use std::ops::Range;
 use cowbell_formats::parts::growth::Grow;
 use cowbell_formats::qed::rest::open::{Access, open};
 use cowbell_formats::{CreateOptions, Format};
+use std::ops::Range;
 
 use super::{
     CLUSTER, FormatSubject, Image, device_scopes_with_tables, images_with_backing, scope_of,

@@ -8,7 +8,7 @@
 use super::World;
 use crate::backend::{Damaged, OpName};
 use crate::choose::Choice;
-use crate::disk::{Contents, SECTOR};
+use crate::disk::{Contents, SECTOR, Sector};
 use crate::host::{Place, SimHost, Watch};
 use crate::shadow::Found;
 use crate::subject::{Checked, Subject};
@@ -67,9 +67,8 @@ impl<S: Subject> World<S> {
         let host = || SimHost::watched(&subject.files(), files, &watch);
         let (to_read, to_write) = (host(), host());
         let checked = subject.check(&to_read);
-        let is_sound = |checked: &Checked| {
-            !checked.marked && checked.corruptions == 0 && checked.leaks == 0
-        };
+        let is_sound =
+            |checked: &Checked| !checked.marked && checked.corruptions == 0 && checked.leaks == 0;
         let found = self.find(&to_read);
         let is_told = self.silence.is_told
             || !checked.as_ref().is_ok_and(is_sound)
@@ -82,7 +81,7 @@ impl<S: Subject> World<S> {
         }
         let damaged = self.engine.backend().damaged();
         let is_guests = damaged.iter().any(|sector| !sector.is_own);
-        let own = self.damaged_tables(files, is_guests.then_some(&reads));
+        let own = self.damaged_tables(files, &reads, is_guests);
         if own.is_empty() {
             // Bytes of a guest's are wrong, and nothing else is.
             let is_read = |sector: &Damaged| reads.iter().any(|place| place.has(sector));
@@ -95,7 +94,13 @@ impl<S: Subject> World<S> {
         }
         let is_right = found.as_ref().is_ok_and(|found| self.shadow.check_live(found).is_ok());
         let is_wrong = self.silence.is_wrong || !is_right;
-        if !is_wrong || is_told || subject.may_go_unnoticed(&own) {
+        // What held nothing, and is not looked at, is of no consequence.
+        let looked_at = |sector: &&Damaged| {
+            sector.should != Sector::ZEROS || reads.iter().any(|place| place.has(sector))
+        };
+        let some: Vec<Damaged> = own.iter().filter(looked_at).cloned().collect();
+        let may_be = subject.may_go_unnoticed(&own) || subject.may_go_unnoticed(&some);
+        if !is_wrong || is_told || may_be {
             return Ok(());
         }
         let places = own.iter().map(|of| format!("f{} {:#x}", of.file, of.index * SECTOR));
@@ -117,17 +122,18 @@ impl<S: Subject> World<S> {
     }
 
     /// Sectors of headers and tables that were damaged. What has become one since counts while the
-    /// damage is there. If a guest's bytes are wrong anyway, only what is still there does, and is read by
-    /// whoever looks for it: `reads`.
-    fn damaged_tables(&self, files: &[Contents], reads: Option<&Vec<Place>>) -> Vec<Damaged> {
+    /// damage is there; and no other does if a guest's bytes are wrong anyway, whom `is_guests` tells of.
+    /// Nor does then what held nothing.
+    fn damaged_tables(&self, files: &[Contents], reads: &[Place], is_guests: bool) -> Vec<Damaged> {
         let Some(is_metadata) = self.plan.subject.metadata() else { return Vec::new() };
         let is_table = |sector: &&Damaged| {
             let (file, start) = (&files[sector.file], sector.index * SECTOR);
             let is_there = file.sector(sector.index) == sector.is;
             let is_one = sector.is_metadata || is_metadata(file, start, start + SECTOR);
-            match reads {
-                Some(reads) => is_one && is_there && reads.iter().any(|place| place.has(sector)),
-                None => is_one && is_there || sector.is_metadata,
+            let is_read = reads.iter().any(|place| place.has(sector));
+            match is_guests {
+                true => is_one && is_there && is_read && sector.should != Sector::ZEROS,
+                false => is_one && is_there || sector.is_metadata,
             }
         };
         self.engine.backend().damaged().iter().filter(is_table).cloned().collect()

@@ -1,6 +1,7 @@
 //! One program with all tests of this crate: it is linked once.
 
 mod all_ends_when_faults_are_over;
+mod bytes_make_schedules;
 mod canary;
 mod contract;
 mod cpu_work_completes_when_chosen;
