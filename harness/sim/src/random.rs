@@ -195,6 +195,17 @@ fn request(draw: &mut Draw, kinds: &Kinds, image: &Image, size: &mut u64) -> Req
 
 /// Makes runs number `first` to `first + runs`, on `threads` threads.
 pub fn random(first: u64, runs: u64, format: Option<Format>, threads: usize) -> Report {
+    random_for(first, runs, format, threads, None)
+}
+
+/// The same, for at most `seconds`.
+pub fn random_for(
+    first: u64,
+    runs: u64,
+    format: Option<Format>,
+    threads: usize,
+    seconds: Option<f64>,
+) -> Report {
     let watch = Stopwatch::start();
     let mut report = Report { title: "random".into(), threads, ..Report::default() };
     let share = |thread: usize| {
@@ -202,7 +213,8 @@ pub fn random(first: u64, runs: u64, format: Option<Format>, threads: usize) -> 
         let mut failures = Vec::new();
         for seed in (first..first.saturating_add(runs)).skip(thread).step_by(threads) {
             failures.extend(run_twice(seed, format, &mut counts).err().map(|trace| *trace));
-            if failures.len() >= FAILURES_MAX {
+            let is_late = seconds.is_some_and(|limit| watch.seconds() > limit);
+            if failures.len() >= FAILURES_MAX || is_late {
                 break;
             }
         }

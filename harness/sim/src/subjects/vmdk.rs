@@ -42,7 +42,7 @@ impl FormatSubject for Vmdk {
 
     fn only_in_header(&self) -> &'static [Range<usize>] {
         // Of an image in one file the descriptor's size is not looked at: other programs leave others.
-        &[12..20]
+        const { &[Range { start: 12, end: 20 }] }
     }
 
     fn references(&self, _: &Image, index: u64, sector: &Sector) -> Vec<u64> {

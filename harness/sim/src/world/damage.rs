@@ -94,9 +94,11 @@ impl<S: Subject> World<S> {
         }
         let is_right = found.as_ref().is_ok_and(|found| self.shadow.check_live(found).is_ok());
         let is_wrong = self.silence.is_wrong || !is_right;
-        // What held nothing, and is not looked at, is of no consequence.
+        // What held nothing may be of no consequence: if nobody looks there, or a guest's bytes went there
+        // and are missed where they belong.
         let looked_at = |sector: &&Damaged| {
-            sector.should != Sector::ZEROS || reads.iter().any(|place| place.has(sector))
+            let is_read = reads.iter().any(|place| place.has(sector));
+            sector.should != Sector::ZEROS || is_read && !is_guests
         };
         let some: Vec<Damaged> = own.iter().filter(looked_at).cloned().collect();
         let may_be = subject.may_go_unnoticed(&own) || subject.may_go_unnoticed(&some);
@@ -123,7 +125,6 @@ impl<S: Subject> World<S> {
 
     /// Sectors of headers and tables that were damaged. What has become one since counts while the
     /// damage is there; and no other does if a guest's bytes are wrong anyway, whom `is_guests` tells of.
-    /// Nor does then what held nothing.
     fn damaged_tables(&self, files: &[Contents], reads: &[Place], is_guests: bool) -> Vec<Damaged> {
         let Some(is_metadata) = self.plan.subject.metadata() else { return Vec::new() };
         let is_table = |sector: &&Damaged| {
@@ -132,7 +133,7 @@ impl<S: Subject> World<S> {
             let is_one = sector.is_metadata || is_metadata(file, start, start + SECTOR);
             let is_read = reads.iter().any(|place| place.has(sector));
             match is_guests {
-                true => is_one && is_there && is_read && sector.should != Sector::ZEROS,
+                true => is_one && is_there && is_read,
                 false => is_one && is_there || sector.is_metadata,
             }
         };
