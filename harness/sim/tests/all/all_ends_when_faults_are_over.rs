@@ -11,12 +11,14 @@ use cowbell_sim::workload::{Request, Workload};
 use cowbell_sim::world::{Base, Budget, QUIET};
 
 /// Explores it; in every state of `calm_in` the question is asked.
-fn ends(scope: &Scope, calm_in: u64) -> Result<(), Trace> {
+fn ends(scope: &Scope, calm_in: u64) -> Result<(), Box<Trace>> {
     let base = Base::new(scope.image, scope.most_requests()).expect("the image is made");
     for workload in &scope.workloads {
         let limit = Limit { calm_in, ..Limit::default() };
         let explored = exhaust(&base.world(workload, scope.budget), limit);
-        explored.map_err(|failure| Trace::of(scope.image, scope.budget, workload, &failure))?;
+        explored.map_err(|failure| {
+            Box::new(Trace::of(scope.image, scope.budget, workload, &failure))
+        })?;
     }
     Ok(())
 }
