@@ -83,8 +83,8 @@ impl Hold {
 
     /// Would it change bytes that an abandoned write may still change?
     fn overtakes(&self, io: &Io) -> bool {
-        let meets = |&(_, from, to): &(ReqId, u64, u64)| from < io.end() && io.offset < to;
-        io.kind.modifies() && self.abandoned.iter().any(meets)
+        let changes = io.kind.modifies() || io.kind == IoKind::Truncate;
+        changes && self.abandoned.iter().any(|&(_, from, to)| meets(io, from, to))
     }
 
     /// When the next one may begin.
@@ -117,6 +117,12 @@ impl Hold {
 /// Does a limit count it?
 fn is_limited(io: &Io) -> bool {
     io.kind == IoKind::Read || io.kind.modifies()
+}
+
+/// Is a request about bytes of `from..to`? Setting the size is about all behind the new end: a write
+/// from before it would make the disk longer again.
+pub fn meets(io: &Io, from: u64, to: u64) -> bool {
+    io.offset < to && (from < io.end() || io.kind == IoKind::Truncate)
 }
 
 #[cfg(test)]
@@ -187,12 +193,14 @@ mod tests {
             Io::discard(4000, 97),
             Io::flush(),
             Io::zero(8192, 512, false),
+            Io::truncate(512),
+            Io::truncate(8192),
         ];
-        hold.held = (0..6).map(ReqId).collect();
-        assert_eq!(let_go(&mut hold, 0, &ios), [0, 2, 4, 5]);
+        hold.held = (0..8).map(ReqId).collect();
+        assert_eq!(let_go(&mut hold, 0, &ios), [0, 2, 4, 5, 7]);
         assert_eq!(hold.deadline(|_| ios[0]), None, "no time lets them go");
         hold.abandoned.clear();
-        assert_eq!(let_go(&mut hold, 0, &ios), [1, 3]);
+        assert_eq!(let_go(&mut hold, 0, &ios), [1, 3, 6]);
         assert!(!hold.is_needed());
     }
 }

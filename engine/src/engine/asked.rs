@@ -7,6 +7,7 @@ use crate::backend::Backend;
 use crate::copy_job;
 use crate::core::Core;
 use crate::file_job;
+use crate::held::meets;
 use crate::op::{OpKind, Target};
 use crate::request::Io;
 use crate::slots::{Cause, Origin, Slot, Waits, Work};
@@ -146,9 +147,8 @@ impl Core {
 
     fn keeper(&self, id: ReqId, slot: &Slot, on: On) -> Option<ReqId> {
         if on == On::Held {
-            let (from, to) = (slot.io.offset, slot.io.end());
             let abandoned = &self.nodes.get(slot.node.index())?.hold.abandoned;
-            return abandoned.iter().find(|&&(_, a, b)| a < to && from < b).map(|&(by, ..)| by);
+            return abandoned.iter().find(|&&(_, a, b)| meets(&slot.io, a, b)).map(|&(by, ..)| by);
         }
         let Work::Align(key) = slot.work else { return None };
         let job = self.jobs.get(key as usize)?;

@@ -24,7 +24,7 @@ use cowbell_engine::ops::{OpRecord, Ops};
 use cowbell_engine::units::{Errno, FileId, OpId, ReqId, Time, align_down};
 
 use crate::disk::{
-    Change, Contents, File, Length, Mark, Patch, SECTOR, Sites, fixed_hash, splitmix,
+    Change, Contents, File, Length, Mark, Patch, SECTOR, Sector, Sites, fixed_hash, splitmix,
 };
 use crate::host::SimFile;
 
@@ -47,11 +47,17 @@ pub enum Outcome {
     NoSpace,
     /// With EOPNOTSUPP, nothing done: the file system cannot do that, or not any more.
     Unsupported,
+    /// A write: well, it says, and has done nothing but make the file longer.
+    Lost,
+    /// A write: well, it says, and is a sector too far.
+    Astray,
+    /// A write: well, it says, and is eight sectors too far.
+    FarAstray,
 }
 
 impl Outcome {
     /// All outcomes.
-    pub const ALL: [Outcome; 8] = [
+    pub const ALL: [Outcome; 11] = [
         Outcome::Done,
         Outcome::Early,
         Outcome::Short,
@@ -60,7 +66,13 @@ impl Outcome {
         Outcome::FailAll,
         Outcome::NoSpace,
         Outcome::Unsupported,
+        Outcome::Lost,
+        Outcome::Astray,
+        Outcome::FarAstray,
     ];
+
+    /// What may become of a write that nobody is told of.
+    pub const SILENT: [Outcome; 3] = [Outcome::Lost, Outcome::Astray, Outcome::FarAstray];
 
     /// Does it use up a fault?
     pub fn is_fault(self) -> bool {
@@ -69,7 +81,12 @@ impl Outcome {
 
     /// Does the op fail?
     pub fn is_error(self) -> bool {
-        !matches!(self, Outcome::Done | Outcome::Early | Outcome::Short)
+        !matches!(self, Outcome::Done | Outcome::Early | Outcome::Short) && !self.is_silent()
+    }
+
+    /// Does it damage the file, and say that all is well?
+    pub fn is_silent(self) -> bool {
+        Outcome::SILENT.contains(&self)
     }
 
     /// Its name in traces.
@@ -83,6 +100,9 @@ impl Outcome {
             Outcome::FailAll => "eio-all",
             Outcome::NoSpace => "enospc",
             Outcome::Unsupported => "eopnotsupp",
+            Outcome::Lost => "lost",
+            Outcome::Astray => "astray",
+            Outcome::FarAstray => "far-astray",
         }
     }
 
@@ -174,6 +194,8 @@ pub enum Lie {
     ShortIsWhole,
     /// Zeroing zeroes nothing.
     ZeroDoesNothing,
+    /// Every write ends after a sector.
+    SectorAtATime,
 }
 
 /// What kind of device it is.
@@ -216,6 +238,34 @@ impl Default for Device {
     }
 }
 
+/// A sector that was damaged, and nobody was told.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Damaged {
+    /// Of which file.
+    pub file: usize,
+    /// Which.
+    pub index: u64,
+    /// What it should hold.
+    pub should: Sector,
+    /// What it held instead.
+    pub is: Sector,
+    /// Was it part of the format's tables?
+    pub is_metadata: bool,
+    /// Was it to be the format's own, though perhaps not yet part of its tables, or a copy of a guest's?
+    pub is_own: bool,
+}
+
+/// A bit of a file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Bit {
+    /// Which file.
+    pub file: u32,
+    /// Which byte.
+    pub byte: u64,
+    /// Which bit of it: 0 is the lowest.
+    pub bit: u8,
+}
+
 /// Tells whether a range of a file, as it is now, is part of the format's tables.
 pub type IsMetadata = fn(&Contents, u64, u64) -> bool;
 
@@ -238,6 +288,9 @@ struct Flying {
     /// A computation: what it is made from, hashed.
     input: u64,
 }
+
+/// So many words of a sector have a [bit that tells something](SimBackend::telling_bits).
+const WORDS_MAX: usize = 16;
 
 /// The file of an op that is on none.
 const NO_FILE: usize = usize::MAX;
@@ -295,6 +348,8 @@ pub struct SimBackend {
     detached: Vec<usize>,
     /// See [`SimBackend::take_held`].
     held: u64,
+    /// Sectors that were damaged, in order.
+    damaged: Vec<Damaged>,
 }
 
 impl SimBackend {
@@ -314,7 +369,98 @@ impl SimBackend {
             left_behind: false,
             detached: Vec::new(),
             held: 0,
+            damaged: Vec::new(),
         }
+    }
+
+    /// What was damaged so far, and nobody was told.
+    pub fn damaged(&self) -> &[Damaged] {
+        &self.damaged
+    }
+
+    /// The silent ways in which an op in flight may end: only writes have any.
+    pub fn silent_outcomes(&self, name: OpName) -> &'static [Outcome] {
+        let mut flying = self.flying.iter().filter(|flying| flying.name == name);
+        let is_write = |flying: &Flying| {
+            matches!(flying.kind, OpKind::Write { .. }) && flying.file < self.beside_from
+        };
+        if flying.any(is_write) { &Outcome::SILENT } else { &[] }
+    }
+
+    /// Bits of the tables of this disk's files, from file number `first` on, that tell something: of each word that
+    /// is not zero the lowest that is set and one other, and one of a word that is.
+    pub fn telling_bits(&self, first: usize) -> Vec<Bit> {
+        let Some(is_metadata) = self.is_metadata else { return Vec::new() };
+        let files = self.files.iter().enumerate().take(self.beside_from).skip(first);
+        let mut bits = Vec::new();
+        for (file, contents) in files.map(|(at, file)| (at as u32, file.now())) {
+            for index in 0..contents.len() / SECTOR {
+                let (sector, start) = (contents.sector(index), index * SECTOR);
+                if sector == Sector::ZEROS || !is_metadata(contents, start, start + SECTOR) {
+                    continue;
+                }
+                let words = sector.bytes().as_chunks::<4>().0.iter().enumerate();
+                let words =
+                    words.map(|(at, word)| (start + 4 * at as u64, u32::from_le_bytes(*word)));
+                let (filled, empty): (Vec<_>, Vec<_>) = words.partition(|(_, word)| *word != 0);
+                let mut add = |at: u64, bit: u32| {
+                    let (byte, bit) = (at + u64::from(bit / 8), (bit % 8) as u8);
+                    bits.push(Bit { file, byte, bit });
+                };
+                for &(at, word) in filled.iter().step_by(filled.len().div_ceil(WORDS_MAX)) {
+                    add(at, word.trailing_zeros());
+                    add(at, (splitmix(at) % 32) as u32);
+                }
+                empty.first().into_iter().for_each(|&(at, _)| add(at, (splitmix(at) % 32) as u32));
+            }
+        }
+        bits
+    }
+
+    /// A bit that is at rest changes.
+    pub fn flip(&mut self, Bit { file, byte, bit }: Bit) {
+        let contents = self.files[file as usize].now();
+        let index = byte / SECTOR;
+        let should = contents.sector(index);
+        let mut bytes = *should.bytes();
+        bytes[(byte % SECTOR) as usize] ^= 1 << bit;
+        let is = Sector::from_bytes(&bytes);
+        let patch = Patch { index, from: 0, to: SECTOR as u16, data: is };
+        self.harm(file as usize, vec![patch], &[], false);
+    }
+
+    /// Puts `patches` where they do not belong, and not `meant` where they do; or only leaves these out.
+    fn harm(&mut self, file: usize, patches: Vec<Patch>, meant: &[Patch], is_own: bool) {
+        let now = self.files[file].now().clone();
+        let len = now.len();
+        let sector = |index: u64, should: Sector, is: Sector, is_own: bool| {
+            let start = index * SECTOR;
+            let is_metadata = self.is_metadata.is_some_and(|is| is(&now, start, start + SECTOR));
+            Damaged { file, index, should, is, is_metadata, is_own: is_own || is_metadata }
+        };
+        let merged = |sector: &Sector, patch: &Patch| {
+            sector.merged(&patch.data, patch.from as usize, patch.to as usize)
+        };
+        let mut damaged = Vec::new();
+        for patch in meant {
+            let (index, is) = (patch.index, now.sector(patch.index));
+            let should = merged(&is, patch);
+            damaged.push(sector(index, should, is, is_own));
+        }
+        for patch in patches.iter().filter(|patch| patch.index * SECTOR < len) {
+            let (index, should) = (patch.index, now.sector(patch.index));
+            let is = merged(&should, patch);
+            match damaged.iter_mut().find(|known| known.index == index) {
+                Some(known) => known.is = is,
+                None => damaged.push(sector(index, should, is, false)),
+            }
+        }
+        damaged.retain(|sector| sector.should != sector.is);
+        self.damaged.append(&mut damaged);
+        let change = Change::new(patches, Length::Keep, true);
+        self.remember_for_reads(file, &change);
+        // As if it had always been so.
+        self.files[file].complete(change, true);
     }
 
     /// Makes the device panic on reads that overlap a write in flight to what `is_metadata` says.
@@ -546,6 +692,10 @@ impl SimBackend {
     }
 
     fn assert_allowed(&self, new: &Flying) {
+        // Tables that are wrong lead anywhere.
+        if !self.damaged.is_empty() {
+            return;
+        }
         let len = self.files[new.file].now().len();
         let mask = self.device.request_align as u64 - 1;
         if new.kind.has_memory() {
@@ -703,8 +853,13 @@ impl SimBackend {
     }
 
     fn end_change(&mut self, flying: Flying, outcome: Outcome) -> Result<u64, Errno> {
-        let half = self.half(&flying);
+        let mut half = self.half(&flying);
+        let mut outcome = outcome;
         let moves = flying.kind.has_memory();
+        let is_slow = self.device.lie == Some(Lie::SectorAtATime) && outcome == Outcome::Done;
+        if is_slow && moves && flying.len > SECTOR {
+            (half, outcome) = (SECTOR, Outcome::Short);
+        }
         let change = flying.change.expect("what modifies has a change");
         let is_zero = matches!(flying.kind, OpKind::Zero { .. });
         if is_zero && !self.device.can_zero && outcome == Outcome::Done {
@@ -734,10 +889,35 @@ impl SimBackend {
             Outcome::FailAll => (change, false, Err(Errno::IO)),
             Outcome::NoSpace => (change.part(0), false, Err(Errno::NO_SPACE)),
             Outcome::Unsupported => (change.part(0), false, Err(Errno::NOT_SUPPORTED)),
+            Outcome::Lost | Outcome::Astray | Outcome::FarAstray => {
+                let longer = Change::new(Vec::new(), change.length, change.own);
+                self.files[flying.file].complete(longer, fua);
+                let patches = self.led_astray(flying.file, outcome, &change);
+                self.harm(flying.file, patches, &change.patches, change.own);
+                return Ok(flying.len);
+            }
         };
         self.remember_for_reads(flying.file, &done);
         self.files[flying.file].complete(done, fua);
         result
+    }
+
+    /// A write's patches, where they go instead. Nowhere, if the file is too short.
+    fn led_astray(&self, file: usize, outcome: Outcome, change: &Change) -> Vec<Patch> {
+        let far = match outcome {
+            Outcome::Astray => 1,
+            Outcome::FarAstray => 8,
+            _ => return Vec::new(),
+        };
+        let sectors = self.files[file].now().len() / SECTOR;
+        let fits = change.patches.iter().all(|patch| patch.index + far < sectors);
+        let is_above = change.patches.iter().all(|patch| patch.index >= far);
+        let patches = change.patches.iter();
+        let moved = |index: u64| if fits { index + far } else { index - far };
+        if !fits && !is_above {
+            return Vec::new();
+        }
+        patches.map(|patch| Patch { index: moved(patch.index), ..patch.clone() }).collect()
     }
 
     /// What an op does to its file, its bytes as they are now.
@@ -844,6 +1024,7 @@ impl Hash for SimBackend {
     /// the order that they give.
     fn hash<H: Hasher>(&self, h: &mut H) {
         (self.stalled, self.broken, self.mode).hash(h);
+        self.damaged.hash(h);
         let mut order: Vec<&Flying> = self.flying.iter().collect();
         order.sort_unstable_by_key(|flying| flying.name);
         for flying in &order {

@@ -6,8 +6,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::backend::{Breakage, OpName, Outcome};
+use crate::backend::{Bit, Breakage, OpName, Outcome};
 use crate::disk::splitmix;
+use crate::workload::number;
 
 /// One thing that happens.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -48,6 +49,8 @@ pub enum Choice {
     Break(Breakage),
     /// It does it again.
     Mend,
+    /// A bit at rest changes, and nobody is told.
+    Flip(Bit),
     /// All requests have ended that were submitted: the image is to be left clean.
     Drain,
     /// The machine stops, and starts again with what that leaves: 0 nothing that was not stable,
@@ -60,7 +63,7 @@ impl Choice {
     pub fn is_fault(self) -> bool {
         match self {
             Choice::End(_, outcome) => outcome.is_fault(),
-            Choice::Stall | Choice::Break(_) | Choice::Crash(_) => true,
+            Choice::Stall | Choice::Break(_) | Choice::Crash(_) | Choice::Flip(_) => true,
             _ => false,
         }
     }
@@ -87,6 +90,7 @@ impl fmt::Display for Choice {
             Choice::Resume => f.write_str("resume"),
             Choice::Break(breakage) => write!(f, "break {}", breakage.name()),
             Choice::Mend => f.write_str("mend"),
+            Choice::Flip(Bit { file, byte, bit }) => write!(f, "flip {file} {byte:#x} {bit}"),
             Choice::Drain => f.write_str("drain"),
             Choice::Crash(pick) => write!(f, "crash {pick}"),
         }
@@ -124,6 +128,11 @@ impl FromStr for Choice {
             ["resume"] => Ok(Choice::Resume),
             ["break", what] => Ok(Choice::Break(Breakage::from_name(what).ok_or_else(wrong)?)),
             ["mend"] => Ok(Choice::Mend),
+            ["flip", file, byte, bit] => {
+                let file = file.parse().map_err(|_| wrong())?;
+                let bit = bit.parse().ok().filter(|bit| *bit < 8).ok_or_else(wrong)?;
+                Ok(Choice::Flip(Bit { file, byte: number(byte)?, bit }))
+            }
             ["drain"] => Ok(Choice::Drain),
             ["crash", pick] => Ok(Choice::Crash(pick.parse().map_err(|_| wrong())?)),
             _ => Err(wrong()),
@@ -267,6 +276,34 @@ impl Chooser for Pct {
             self.demoted.push(name.request);
         }
         chosen
+    }
+}
+
+/// What bytes say, one a choice, for whoever makes schedules out of bytes: a fuzzer, quickcheck. Fewer
+/// bytes or smaller ones are a calmer run: byte `n` is the choice number `n` of those there are, the
+/// calmest first; behind the last all is calm.
+#[derive(Clone, Debug)]
+pub struct Bytes {
+    bytes: std::collections::VecDeque<u8>,
+}
+
+impl Bytes {
+    /// Of these bytes.
+    pub fn new(bytes: impl IntoIterator<Item = u8>) -> Bytes {
+        Bytes { bytes: bytes.into_iter().collect() }
+    }
+}
+
+impl Chooser for Bytes {
+    fn choose(&mut self, among: &[Choice]) -> usize {
+        let first = calm(among, false);
+        let byte = usize::from(self.bytes.pop_front().unwrap_or(0)) % among.len();
+        match byte {
+            0 => first,
+            // The others, in their order.
+            n if n <= first => n - 1,
+            n => n,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::hash::BuildHasherDefault;
 use std::ops::AddAssign;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::choose::{Choice, Chooser};
+use crate::choose::{Choice, Chooser, Fifo};
 use crate::disk::{Contents, Sites, Sums, fixed_hash, splitmix};
 use crate::subject::{SimEngine, Subject};
 use crate::world::{Inspection, World};
@@ -69,13 +69,18 @@ pub struct Limit {
     pub crashes: bool,
     /// Leave no order out, not even of ends that nobody notices?
     pub all_orders: bool,
+    /// Of so many states one is asked whether all ends well if faults are over; 0: none.
+    pub calm_in: u64,
 }
 
 impl Default for Limit {
     fn default() -> Self {
-        Limit { states: 50_000_000, crashes: true, all_orders: false }
+        Limit { states: 50_000_000, crashes: true, all_orders: false, calm_in: CALM_IN }
     }
 }
+
+/// See [`Limit::calm_in`].
+const CALM_IN: u64 = 64;
 
 #[expect(clippy::disallowed_types, reason = "never iterated; the keys are hashes already")]
 pub(crate) type HashedMap<V> = std::collections::HashMap<u64, V, BuildHasherDefault<Same>>;
@@ -107,6 +112,7 @@ pub fn exhaust<S: Subject>(world: &World<S>, limit: Limit) -> Result<Counts, Box
         path: Vec::new(),
         seen: HashedMap::default(),
         crash: Crash::default(),
+        calm: Calm::default(),
         endings: HashedMap::default(),
         spare: Vec::new(),
     };
@@ -131,6 +137,7 @@ struct Explorer<S: Subject> {
     /// The number of ways from each state to the end; 0 while it is being gone into.
     seen: HashedMap<f64>,
     crash: Crash,
+    calm: Calm,
     /// The files at the end, of all schedules.
     endings: HashedMap<()>,
     /// Worlds that are over, for their memory.
@@ -151,6 +158,9 @@ impl<S: Subject> Explorer<S> {
         self.seen.insert(hash, 0.0);
         if self.limit.crashes {
             self.crash.check(&world)?;
+        }
+        if self.limit.calm_in > 0 && hash.is_multiple_of(self.limit.calm_in) {
+            self.calm.check(&world)?;
         }
         let mut choices = Vec::new();
         world.choices(&mut choices);
@@ -220,8 +230,8 @@ impl<S: Subject> Watcher<S> for () {
     fn failed(&mut self, _: &World<S>, _: &str) {}
 }
 
-/// One run, chosen by `chooser`; crashes are looked at in one state of `crash_in` (0: in none).
-/// Answers a hash of everything that happened.
+/// One run, chosen by `chooser`; crashes are looked at in one state of `crash_in`, and in each whether all
+/// ends well if faults are over (0: neither is, in none). Answers a hash of everything that happened.
 ///
 /// # Errors
 ///
@@ -250,7 +260,7 @@ pub fn run_watched<S: Subject>(
     watcher: &mut dyn Watcher<S>,
 ) -> Result<u64, Box<Failure>> {
     let mut world = world.clone();
-    let mut crash = Crash::default();
+    let (mut crash, mut calm) = (Crash::default(), Calm::default());
     let mut trace = 0;
     let outcome = quietly(|| {
         let mut choices = Vec::new();
@@ -261,6 +271,9 @@ pub fn run_watched<S: Subject>(
                 watcher.crashed(None);
                 crash.check(&world)?;
                 watcher.crashed(Some(crash.counts.crash_images - before));
+            }
+            if crash_in > 0 {
+                calm.check(&world)?;
             }
             world.choices(&mut choices);
             if choices.is_empty() {
@@ -280,6 +293,46 @@ pub fn run_watched<S: Subject>(
         Err(verdict) => {
             watcher.failed(&world, &verdict);
             Err(Box::new(Failure { verdict, path: path.clone() }))
+        }
+    }
+}
+
+/// Asks whether all ends well, and soon, when nothing more goes wrong.
+#[derive(Debug, Default)]
+struct Calm {
+    /// Events to come, by the state of a world that was calmed.
+    known: HashedMap<usize>,
+}
+
+impl Calm {
+    fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+        let mut calmed = world.calmed();
+        let limit = calmed.calm_events_max();
+        let wrong = |why: String| format!("when all is well again: {why}");
+        let (mut path, mut choices) = (Vec::new(), Vec::new());
+        let known = loop {
+            let hash = calmed.state_hash();
+            if let Some(&left) = self.known.get(&hash) {
+                break left;
+            }
+            path.push(hash);
+            calmed.choices(&mut choices);
+            if choices.is_empty() {
+                calmed.finish().map_err(wrong)?;
+                break 0;
+            }
+            if path.len() > limit {
+                break path.len();
+            }
+            let choice = choices[Fifo.choose(&choices)];
+            calmed.apply(choice).map_err(wrong)?;
+        };
+        for (left, hash) in (known..).zip(path.iter().rev()) {
+            self.known.insert(*hash, left + 1);
+        }
+        match known + path.len() > limit {
+            true => Err(wrong(format!("not over after {limit} events\n{}", calmed.dump()))),
+            false => Ok(()),
         }
     }
 }
@@ -308,6 +361,10 @@ impl Crash {
     ///
     /// What one of them would leave, if it is wrong. Who asks again is told again: only what is well is remembered.
     pub(crate) fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+        // What a crash adds to damage is looked for by nobody.
+        if world.is_damaged() {
+            return Ok(());
+        }
         let judge = world.judge_hash();
         let key = splitmix(world.crash_hash()) ^ judge;
         if self.states.contains_key(&key) {

@@ -352,7 +352,8 @@ pub fn gate_scopes_of(format: Format) -> Vec<Scope> {
         lasting_scopes(format),
         scopes_beside(format),
     ];
-    let more = more.into_iter().chain([copy_scopes(format), filter_scopes(format)]);
+    let more =
+        more.into_iter().chain([copy_scopes(format), filter_scopes(format), damage_scopes(format)]);
     of_all.into_iter().chain(pairs).chain(more).flatten().collect()
 }
 
@@ -601,6 +602,44 @@ pub fn filter_scopes(format: Format) -> Vec<Scope> {
     .concat()
 }
 
+/// Writes that are lost or go astray, and bits of tables that change: somebody notices, if anybody can.
+/// Single requests with either, and the most telling pairs with a write that is lost.
+pub fn damage_scopes(format: Format) -> Vec<Scope> {
+    let lost = Budget { lost_writes: 1, ..QUIET };
+    let rots = Budget { bit_rots: 1, ..QUIET };
+    let images = || {
+        // Holes of VDI are leaks, which are not counted where they are wanted. A split image's tables are
+        // smaller than a sector: what is behind them in it nobody reads, and a directory that leads to
+        // a grain of zeros leads to a table in which nothing is.
+        let is_fit = |image: &Image| match format {
+            Format::Vdi => image.state != State::Holes,
+            Format::Vmdk => image.layout != Layout::Split,
+            _ => true,
+        };
+        subjects::of(format)
+            .images()
+            .into_iter()
+            .filter(is_fit)
+            .map(|image| Image { ahead: 2, ..image })
+    };
+    let single = |image: &Image| workloads(image, &Shape::ALL, 1);
+    let pairs = |image: &Image| workloads(image, &Shape::CORE, 2);
+    let few = |image: &Image| {
+        let at = |table, cluster| image.place(table, cluster);
+        vec![
+            Workload::new([Request::write(at(0, 2), 1024)]),
+            Workload::new([Request::read(at(0, 0), 1024)]),
+            Workload::new([Request::zero(at(0, 1), image.cluster())]),
+        ]
+    };
+    [
+        scopes_on(images(), lost, single),
+        scopes_on(images().skip(1).take(1), lost, pairs),
+        scopes_on(images(), rots, few),
+    ]
+    .concat()
+}
+
 /// Runs the gate.
 pub fn gate(threads: usize) -> Report {
     explore(&gate_scopes(), threads, None)
@@ -781,7 +820,7 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
         let requests = scope.workloads.first().map_or(0, |workload| workload.requests.len());
         let Budget { faults, ticks, crashes, drains, breaks, mends, reopens, .. } = scope.budget;
         let drains = if drains > 0 { format!(", {drains} drains") } else { String::new() };
-        let Budget { closes, pauses, quota, abandons, .. } = scope.budget;
+        let Budget { closes, pauses, quota, abandons, lost_writes, bit_rots, .. } = scope.budget;
         let words = [
             (", opened again", reopens),
             (", breaks", breaks),
@@ -790,6 +829,8 @@ pub fn explore(scopes: &[Scope], threads: usize, seconds: Option<f64>) -> Report
             (", paused", pauses > 0),
             (", one at a time", quota),
             (", given up", abandons > 0),
+            (", writes lost", lost_writes > 0),
+            (", bits rot", bit_rots > 0),
             (", copied", scope.budget.copy.is_some()),
         ];
         let more: String = words.iter().filter(|(_, is)| *is).map(|(word, _)| *word).collect();

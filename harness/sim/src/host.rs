@@ -18,6 +18,7 @@ use cowbell_engine::store::{Extent, Store};
 use cowbell_engine::units::Errno;
 use cowbell_formats::Host;
 
+use crate::backend::Damaged;
 use crate::disk::{Contents, SECTOR, splitmix};
 
 /// A part of one of several files: whole sectors, or everything from `first` on, its length
@@ -33,6 +34,11 @@ pub struct Place {
 }
 
 impl Place {
+    /// Is this sector in it?
+    pub fn has(self, sector: &Damaged) -> bool {
+        self.file == sector.file && (self.first..self.end).contains(&sector.index)
+    }
+
     /// A hash of what is there.
     pub fn hash_in(self, files: &[Contents]) -> u64 {
         let contents = &files[self.file];
@@ -49,6 +55,7 @@ pub struct Watch(Rc<RefCell<Seen>>);
 
 #[derive(Debug, Default)]
 struct Seen {
+    looks: u64,
     reads: Vec<Place>,
     writes: Vec<Place>,
 }
@@ -64,7 +71,13 @@ impl Watch {
         self.0.borrow().writes.clone()
     }
 
+    /// How often something was read, or a length asked for.
+    pub fn looks(&self) -> u64 {
+        self.0.borrow().looks
+    }
+
     fn saw_read(&self, place: Place) {
+        self.0.borrow_mut().looks += 1;
         let reads = &mut self.0.borrow_mut().reads;
         if !reads.contains(&place) {
             reads.push(place);

@@ -62,6 +62,7 @@ mod recorder;
 pub mod shadow;
 mod shared;
 pub mod shrink;
+pub mod sleep;
 pub mod subject;
 pub mod subjects;
 pub mod timeline;

@@ -1,6 +1,8 @@
 //! The numbers that are defended, as a page of text. Generated, not typed: see the example
 //! `metrics`.
 
+use cowbell_formats::Format;
+
 use crate::gate::Report;
 use crate::mutants::Score;
 
@@ -15,6 +17,8 @@ pub struct Metrics<'a> {
     pub gate: &'a Report,
     /// Random runs.
     pub random: &'a Report,
+    /// Choices without [sleep sets](crate::sleep) and with them, by format.
+    pub sleep: &'a [(Format, (u64, u64))],
     /// The mutants; `None` when they were not built in.
     pub mutants: Option<&'a Score>,
 }
@@ -22,7 +26,7 @@ pub struct Metrics<'a> {
 impl Metrics<'_> {
     /// The page.
     pub fn page(&self) -> String {
-        let Metrics { commit, machine, gate, random, mutants } = self;
+        let Metrics { commit, machine, gate, random, sleep, mutants } = self;
         let mut page = String::from("# What the simulator does, in numbers\n\n");
         let mut line = |text: String| {
             page.push_str(&text);
@@ -45,6 +49,12 @@ impl Metrics<'_> {
             for (what, value) in rows(report) {
                 line(format!("| {name}: {what} | {value} |"));
             }
+        }
+        for (format, (plain, slept)) in *sleep {
+            let factor = *plain as f64 / *slept as f64;
+            line(format!(
+                "| {format}: choices that sleep sets would save at best | {factor:.2} times fewer |"
+            ));
         }
         let Some(score) = mutants else { return page };
         let killed = score.fates.iter().filter(|fate| fate.killed.is_some()).count();

@@ -13,10 +13,11 @@ use cowbell_formats::Format;
 use crate::backend::Lie;
 use crate::clock::Stopwatch;
 use crate::explore::{Limit, exhaust};
-use crate::gate::{Scope, scopes, scopes_with};
+use crate::gate::{Scope, scopes, scopes_on, scopes_with};
 use crate::random::run_once;
-use crate::subjects;
+use crate::subjects::{self, Image, State};
 use crate::trace::Trace;
+use crate::workload::{Request, Workload};
 use crate::world::{Base, Budget, QUIET};
 
 /// A planted defect.
@@ -191,6 +192,7 @@ pub const MUTANTS: &[Mutant] = &[
     qed("cancelled_pull_lets_writes_pass", "a pull that is cancelled overwrites what came after"),
     qed("pull_leaves_out_a_layer", "a pull leaves out what it is for"),
     qed("zero_cluster_shows_backing", "a write to a zero cluster brings back the backing file"),
+    qed("qed_leaks_not_counted", "a lost write of a table is noticed by nobody"),
     qed("short_backing_not_zeroed", "what lies behind a short backing file is not zeros"),
     vdi("vdi_no_claims", "two requests allocate one block of the disk at once"),
     vdi("vdi_published_early", "an entry leads to data that is not there yet"),
@@ -245,6 +247,7 @@ pub const MUTANTS: &[Mutant] = &[
     vmdk("redundant_tables_not_written", "the redundant tables are never written"),
     vmdk("redundant_tables_before_flush", "a redundant table may know more than the primary"),
     vmdk("failed_writeback_counts_as_written", "a failed write of tables counts as a good one"),
+    vmdk("vmdk_copies_not_compared", "tables that differ from their copies are noticed by nobody"),
     vmdk("writeback_wakes_nobody", "who waits for a writeback waits for ever"),
     qcow2("qcow2_no_claims", "two requests allocate one cluster at once"),
     qcow2("qcow2_claim_short", "a claim does not cover its last cluster"),
@@ -320,6 +323,7 @@ pub const MUTANTS: &[Mutant] = &[
     lie("device-zero-does-nothing", "the device's zeroing zeroes nothing", Lie::ZeroDoesNothing),
     lie("device-flush-does-nothing", "the device's flushes do nothing", Lie::FlushDoesNothing),
     lie("device-fua-does-nothing", "the device's stable writes are not", Lie::FuaDoesNothing),
+    lie("device-a-sector-at-a-time", "a long write takes for ever", Lie::SectorAtATime),
     lie(
         "device-short-is-whole",
         "the device's short writes say they were whole",
@@ -541,7 +545,15 @@ const STAGES: &[(&str, MakeScopes)] = &[
 
 /// A few workloads that are known to be telling.
 pub fn special(format: Format) -> Vec<Scope> {
-    subjects::of(format).special()
+    let cold = Image { ahead: 2, ..Image::new(format) };
+    let warm = Image { state: State::Warm, ..cold };
+    let lost = Budget { lost_writes: 1, ..QUIET };
+    let telling = |image: &Image| {
+        let (new, old) = (image.place(0, 2), image.place(0, 0));
+        let requests = [Request::write(new, 1024), Request::zero(old, image.cluster)];
+        requests.map(|request| Workload::new([request])).to_vec()
+    };
+    [subjects::of(format).special(), scopes_on([cold, warm], lost, telling)].concat()
 }
 
 fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> Option<Trace> {
@@ -553,7 +565,7 @@ fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> 
             }
             let world = base.world(workload, scope.budget);
             activate(mutant, true);
-            let outcome = exhaust(&world, Limit::default());
+            let outcome = exhaust(&world, Limit { calm_in: 1, ..Limit::default() });
             activate(mutant, false);
             if let Err(failure) = outcome {
                 let trace = Trace::of(scope.image, scope.budget, workload, &failure);

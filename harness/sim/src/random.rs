@@ -1,7 +1,8 @@
 //! Random runs: long workloads at depth, on images and with faults drawn from a seed.
 //!
-//! The seed decides the image, the workload and every choice. Some kinds of fault are off
-//! altogether in a given run, so that what they would hide can show. Every run is made twice, and
+//! The seed decides the image, the workload and every choice. Some kinds of requests, faults and
+//! features are off altogether in a given run, so that what they would hide can show (Groce et al.,
+//! "swarm testing"). Every run is made twice, and
 //! what happened is compared: nothing may depend on anything but the seed.
 
 use cowbell_formats::Format;
@@ -92,20 +93,76 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let crashes = if draw.one_in(3) { 1 + draw.below(2) as u8 } else { 0 };
     let ticks = draw.below(4) as u8;
     let stalls = draw.one_in(4);
-    let budget = Budget { faults, ticks, crashes, stalls, ..QUIET };
+    let breaks = draw.one_in(4);
+    let mends = breaks && draw.one_in(2);
+    // What was damaged ends well in few ways: it would hide all else.
+    // What is not noticed of split images is told at `damage_scopes`.
+    let damage = if image.layout == Layout::Split { 12 } else { draw.below(12) };
+    let (lost_writes, bit_rots) = (u8::from(damage == 0), u8::from(damage == 1));
+    let drains = if draw.one_in(4) { 1 + draw.below(2) as u8 } else { 0 };
+    let abandons = u8::from(draw.one_in(6));
+    let lasting = Budget { drains, abandons, lost_writes, bit_rots, ..QUIET };
+    let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
     let count = 4 + draw.below(8);
     let mut size = image.size();
+    let kinds = Kinds::draw(&mut draw);
     let requests: Vec<Request> =
-        (0..count).map(|_| request(&mut draw, &image, &mut size)).collect();
+        (0..count).map(|_| request(&mut draw, &kinds, &image, &mut size)).collect();
     let fault_in = 4 + draw.below(12);
     let turns = draw.one_in(2).then(|| draw.below(4) as usize);
     Plan { image, budget, workload: Workload::new(requests), fault_in, turns }
 }
 
+/// What guests ask for in a run: about half of what there is. Of what is asked for all the time, some
+/// things are never seen.
+#[derive(Clone, Debug)]
+struct Kinds {
+    among: Vec<Kind>,
+    resizes: bool,
+    /// Only whole sectors?
+    whole_sectors: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Status,
+    Write,
+    WriteStable,
+    Zero,
+    Discard,
+    Flush,
+}
+
+impl Kinds {
+    fn draw(draw: &mut Draw) -> Kinds {
+        // How often each is asked for where it is asked for at all.
+        let all = [
+            (Kind::Read, 2),
+            (Kind::Status, 1),
+            (Kind::Write, 4),
+            (Kind::WriteStable, 1),
+            (Kind::Zero, 1),
+            (Kind::Discard, 1),
+            (Kind::Flush, 2),
+        ];
+        let mut among = Vec::new();
+        for (kind, weight) in all {
+            if draw.one_in(2) {
+                among.extend([kind].repeat(weight));
+            }
+        }
+        if !among.iter().any(|kind| !matches!(kind, Kind::Read | Kind::Status | Kind::Flush)) {
+            among.extend([Kind::Write; 4]);
+        }
+        Kinds { among, resizes: draw.one_in(2), whole_sectors: draw.one_in(2) }
+    }
+}
+
 /// A request; `size` is the disk's by then.
-fn request(draw: &mut Draw, image: &Image, size: &mut u64) -> Request {
+fn request(draw: &mut Draw, kinds: &Kinds, image: &Image, size: &mut u64) -> Request {
     let cluster = image.cluster();
-    if image.can_grow() && draw.one_in(12) {
+    if kinds.resizes && image.can_grow() && draw.one_in(6) {
         let unit = draw.of(&[512, cluster]);
         let by = unit * (1 + draw.below(6));
         *size = match image.can_shrink() && draw.one_in(2) {
@@ -122,22 +179,33 @@ fn request(draw: &mut Draw, image: &Image, size: &mut u64) -> Request {
         let borders = [image.place(1, 0), image.place(2, 0), image.size()];
         start = draw.of(&borders) - cluster / 2;
     }
-    let unit = draw.of(&[cluster, 512, 512, 100]);
+    let unit = draw.of(&[cluster, 512, 512, if kinds.whole_sectors { 512 } else { 100 }]);
     let offset = (start + draw.below(cluster / unit) * unit).min(*size - 1);
     let len = (unit * (1 + draw.below(2 * cluster / unit))).min(*size - offset);
-    match draw.below(12) {
-        0..=1 => Request::read(offset, len),
-        2 => Request::status(offset, len),
-        3..=6 => Request::write(offset, len),
-        7 => Request::write_fua(offset, len),
-        8 => Request::zero(offset, len),
-        9 => Request::discard(offset, len),
-        _ => Request::flush(),
+    match draw.of(&kinds.among) {
+        Kind::Read => Request::read(offset, len),
+        Kind::Status => Request::status(offset, len),
+        Kind::Write => Request::write(offset, len),
+        Kind::WriteStable => Request::write_fua(offset, len),
+        Kind::Zero => Request::zero(offset, len),
+        Kind::Discard => Request::discard(offset, len),
+        Kind::Flush => Request::flush(),
     }
 }
 
 /// Makes runs number `first` to `first + runs`, on `threads` threads.
 pub fn random(first: u64, runs: u64, format: Option<Format>, threads: usize) -> Report {
+    random_for(first, runs, format, threads, None)
+}
+
+/// The same, for at most `seconds`.
+pub fn random_for(
+    first: u64,
+    runs: u64,
+    format: Option<Format>,
+    threads: usize,
+    seconds: Option<f64>,
+) -> Report {
     let watch = Stopwatch::start();
     let mut report = Report { title: "random".into(), threads, ..Report::default() };
     let share = |thread: usize| {
@@ -145,7 +213,8 @@ pub fn random(first: u64, runs: u64, format: Option<Format>, threads: usize) -> 
         let mut failures = Vec::new();
         for seed in (first..first.saturating_add(runs)).skip(thread).step_by(threads) {
             failures.extend(run_twice(seed, format, &mut counts).err().map(|trace| *trace));
-            if failures.len() >= FAILURES_MAX {
+            let is_late = seconds.is_some_and(|limit| watch.seconds() > limit);
+            if failures.len() >= FAILURES_MAX || is_late {
                 break;
             }
         }

@@ -3,7 +3,7 @@
 use cowbell_engine::trace::Kind as OpWord;
 use cowbell_engine::units::Time;
 
-use crate::backend::{Breakage, OpName, Outcome};
+use crate::backend::{Bit, Breakage, OpName, Outcome};
 use crate::choose::Choice;
 use crate::explore::{Watcher, quietly};
 use crate::subject::{SimEngine, Subject};
@@ -105,6 +105,9 @@ fn words<S: Subject>(world: &World<S>, choice: Choice) -> (String, EventKind) {
             (format!("the device breaks: each op that would {what} fails"), EventKind::Fault)
         }
         Choice::Mend => ("the device is mended".into(), EventKind::Other),
+        Choice::Flip(Bit { file, byte, bit }) => {
+            (format!("bit {bit} of byte {byte:#x} of file {file} changes"), EventKind::Fault)
+        }
         Choice::Crash(pick) => {
             let left = match pick {
                 0 => "what was stable, and nothing else",
@@ -153,5 +156,8 @@ fn how(outcome: Outcome) -> &'static str {
         Outcome::FailAll => "fails with EIO, although it has done all of it",
         Outcome::NoSpace => "fails with ENOSPC",
         Outcome::Unsupported => "is refused: the device cannot do it",
+        Outcome::Lost => "is done, it says, and nothing is written",
+        Outcome::Astray => "is done, it says, and is written a sector too far",
+        Outcome::FarAstray => "is done, it says, and is written eight sectors too far",
     }
 }

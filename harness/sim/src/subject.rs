@@ -9,7 +9,7 @@ use cowbell_engine::units::NodeId;
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::map::{Extent, Kind};
 
-use crate::backend::{Device, IsMetadata, SimBackend};
+use crate::backend::{Damaged, Device, IsMetadata, SimBackend};
 use crate::disk::Contents;
 use crate::host::SimHost;
 
@@ -151,6 +151,11 @@ pub trait Subject: Clone + Debug {
     /// See [`SimBackend::watch_metadata`].
     fn metadata(&self) -> Option<IsMetadata> {
         None
+    }
+
+    /// These sectors of headers and tables were damaged: may the disk be wrong, and nobody notice?
+    fn may_go_unnoticed(&self, _damaged: &[Damaged]) -> bool {
+        false
     }
 
     /// Reads from the disk in the files of `host`, without the engine. By default from where [`Subject::map`]

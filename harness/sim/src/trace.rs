@@ -166,7 +166,9 @@ impl<S: Subject> Trace<S> {
         let Budget { closes, pauses, quota, abandons, .. } = self.budget;
         let mut more = String::new();
         let counts = [("drains", drains), ("closes", closes), ("pauses", pauses)];
-        for (key, count) in counts.into_iter().chain([("abandons", abandons)]) {
+        let Budget { lost_writes, bit_rots, .. } = self.budget;
+        let silent = [("lost-writes", lost_writes), ("bit-rots", bit_rots)];
+        for (key, count) in counts.into_iter().chain([("abandons", abandons)]).chain(silent) {
             more += &if count > 0 { format!(" {key}={count}") } else { String::new() };
         }
         let set = [("reopens", reopens), ("breaks", breaks), ("mends", mends), ("quota", quota)];
@@ -353,6 +355,8 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
             "closes" => budget.closes = small()?,
             "pauses" => budget.pauses = small()?,
             "abandons" => budget.abandons = small()?,
+            "lost-writes" => budget.lost_writes = small()?,
+            "bit-rots" => budget.bit_rots = small()?,
             "quota" => budget.quota = value == "true",
             "breaks" => budget.breaks = value == "true",
             "mends" => budget.mends = value == "true",

@@ -25,9 +25,11 @@ use crate::verdicts::Verdicts;
 use crate::workload::{Request, Workload, pattern};
 
 mod copying;
+mod damage;
 
 use copying::Copying;
 pub use copying::{CopyPlan, Way};
+use damage::Silence;
 
 /// An image that was made and opened, for any number of worlds to begin with.
 #[derive(Debug)]
@@ -83,6 +85,10 @@ pub struct Budget {
     pub quota: bool,
     /// Times that its guest gives up all that it has in flight.
     pub abandons: u8,
+    /// Writes that are lost or go astray, and nobody is told.
+    pub lost_writes: u8,
+    /// Bits of tables that change at rest.
+    pub bit_rots: u8,
     /// A copy between it and the disk beside.
     pub copy: Option<CopyPlan>,
 }
@@ -101,6 +107,8 @@ pub const QUIET: Budget = Budget {
     pauses: 0,
     quota: false,
     abandons: 0,
+    lost_writes: 0,
+    bit_rots: 0,
     copy: None,
 };
 
@@ -158,7 +166,7 @@ impl<S: Subject> Base<S> {
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
         let (verdicts, verdicts_beside) = (verdicts.clone(), self.verdicts_beside.clone());
         let plan = Plan { subject, workload, cut, verdicts, verdicts_beside };
-        let Budget { closes, pauses, quota, abandons, .. } = budget;
+        let Budget { closes, pauses, quota, abandons, lost_writes, bit_rots, .. } = budget;
         let mut engine = engine.clone();
         if quota {
             engine.set_quota(*node, Some(1));
@@ -172,6 +180,7 @@ impl<S: Subject> Base<S> {
             beside_next: 0,
             beside_ended: 0,
             copying: Copying::new(budget.copy),
+            silence: Silence { lost_writes, bit_rots, ..Silence::default() },
             shadow,
             others,
             next: 0,
@@ -307,6 +316,7 @@ pub struct World<S: Subject> {
     beside_next: u8,
     beside_ended: u8,
     copying: Copying,
+    silence: Silence,
     shadow: Shadow,
     /// The shadow of the disk beside, if something is copied.
     others: Option<Shadow>,
@@ -360,7 +370,7 @@ impl<S: Subject> Clone for World<S> {
         self.plan.clone_from(&source.plan);
         self.shadow.clone_from(&source.shadow);
         self.others.clone_from(&source.others);
-        self.copying = source.copying;
+        (self.copying, self.silence) = (source.copying, source.silence);
         (self.node, self.next, self.ended, self.faults) = (node, next, ended, faults);
         (self.ticks, self.stalls, self.faulted, self.beyond) = (ticks, stalls, faulted, beyond);
         (self.stage, self.now, self.is_behind, self.steps) = (stage, now, is_behind, steps);
@@ -379,7 +389,7 @@ impl<S: Subject> Hash for World<S> {
         (self.crashes, self.crashed, self.drains).hash(h);
         (self.room, self.flush_failed, self.sure).hash(h);
         (self.beside_next, self.beside_ended, self.life).hash(h);
-        (&self.others, self.copying).hash(h);
+        (&self.others, self.copying, self.silence).hash(h);
     }
 }
 
@@ -408,6 +418,7 @@ impl<S: Subject> World<S> {
         for name in names {
             backend.outcomes(name, self.faults > 0, &mut outcomes);
             out.extend(outcomes.drain(..).map(|outcome| Choice::End(name, outcome)));
+            self.silent_ends(name, out);
         }
         if self.is_behind {
             out.push(Choice::Turn);
@@ -425,6 +436,9 @@ impl<S: Subject> World<S> {
         }
         if self.mends && backend.broken().is_some() {
             out.push(Choice::Mend);
+        }
+        if running {
+            self.flips(out);
         }
         let beside = self.beside_next == self.beside_ended;
         let goes_on = matches!(self.stage, Stage::Running | Stage::Closing | Stage::Closed);
@@ -454,7 +468,7 @@ impl<S: Subject> World<S> {
             out.push(Choice::Drain);
         }
         // Before the first request and after the last nothing would follow.
-        if self.crashes > 0 && 0 < self.next && self.next < all {
+        if self.crashes > 0 && 0 < self.next && self.next < all && !self.is_damaged() {
             out.extend((0..CRASH_PICKS).map(Choice::Crash));
         }
     }
@@ -529,7 +543,10 @@ impl<S: Subject> World<S> {
             Choice::SeeCopy => self.see_copy()?,
             Choice::End(name, outcome) => {
                 let is_broken = self.engine.backend().broken().is_some();
-                if outcome.is_fault() && !(is_broken && self.faults == 0) {
+                if outcome.is_silent() {
+                    self.silence.lost_writes -= 1;
+                    self.faulted = true;
+                } else if outcome.is_fault() && !(is_broken && self.faults == 0) {
                     self.faults -= 1;
                 }
                 self.faulted |= outcome.is_error();
@@ -551,6 +568,11 @@ impl<S: Subject> World<S> {
                 self.engine.backend_mut().break_down(breakage);
             }
             Choice::Mend => self.engine.backend_mut().mend(),
+            Choice::Flip(bit) => {
+                self.silence.bit_rots -= 1;
+                self.faulted = true;
+                self.engine.backend_mut().flip(bit);
+            }
             Choice::Crash(pick) => self.crash(pick)?,
             Choice::Drain => {
                 let is_early = self.next < self.plan.workload.requests.len() as u32;
@@ -620,7 +642,7 @@ impl<S: Subject> World<S> {
     fn see_events(&mut self) -> Result<(), String> {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                NodeEvent::Corrupt { .. } => {}
+                NodeEvent::Corrupt { .. } => self.is_told(),
                 NodeEvent::JobError { .. } => self.copying.has_met_error(),
                 NodeEvent::JobEnded { job, result } => self.see_copied(job, result)?,
                 NodeEvent::Paused { node } => {
@@ -774,7 +796,7 @@ impl<S: Subject> World<S> {
         let is_over = self.faults == 0 && backend.broken().is_none() && !backend.is_stalled();
         let is_quiet = self.ended == self.next && backend.in_flight_count() == 0;
         let is_read = request.kind == IoKind::Read && !self.plan.subject.writes_back();
-        is_over && is_quiet && (!self.flush_failed || is_read)
+        is_over && is_quiet && !self.is_damaged() && (!self.flush_failed || is_read)
     }
 
     /// The machine stops and starts again: of what it left, one image is opened. Requests that
@@ -811,6 +833,32 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
+    /// The same world, in which nothing more goes wrong, and nobody wants anything but what is in the workload:
+    /// the device does what it is asked.
+    #[must_use]
+    pub fn calmed(&self) -> World<S> {
+        let mut calmed = self.clone();
+        (calmed.faults, calmed.crashes, calmed.drains, calmed.steps) = (0, 0, 0, 0);
+        (calmed.stalls, calmed.breaks, calmed.mends) = (false, false, false);
+        calmed.ticks = CALM_TICKS;
+        calmed.life = Life { closes: 0, pauses: 0, abandons: 0, ..self.life };
+        (calmed.silence.lost_writes, calmed.silence.bit_rots) = (0, 0);
+        calmed.copying.is_left_alone();
+        let backend = calmed.engine.backend_mut();
+        backend.mend();
+        // Who was left with something to hand over is asked for it again, as by the choice to do so.
+        if backend.is_stalled() {
+            backend.set_stalled(false);
+            calmed.is_behind = true;
+        }
+        calmed
+    }
+
+    /// When faults are over, all is over after so many events.
+    pub fn calm_events_max(&self) -> usize {
+        CALM_EVENTS * self.tasks()
+    }
+
     fn take_finished(&mut self) -> Result<(), String> {
         while let Some(finished) = self.engine.poll() {
             if finished.tag == BESIDE_TAG {
@@ -828,7 +876,7 @@ impl<S: Subject> World<S> {
             let beyond = self.beyond >> which & 1 == 1;
             match finished.result {
                 Err(Errno::NO_SPACE) if self.plan.subject.may_be_full() => {}
-                Err(errno) if self.sure >> which & 1 == 1 && !beyond => {
+                Err(errno) if self.sure >> which & 1 == 1 && !beyond && !self.is_damaged() => {
                     return Err(format!(
                         "request {which} failed although all is well again: {errno}"
                     ));
@@ -842,8 +890,12 @@ impl<S: Subject> World<S> {
                 _ if beyond => continue,
                 _ => {}
             }
+            if finished.result.is_err() {
+                self.is_told();
+            }
             let bytes = finished.mem.into_buf();
-            self.shadow.end(which, finished.result.is_ok(), bytes.as_deref())?;
+            let right = self.shadow.end(which, finished.result.is_ok(), bytes.as_deref());
+            self.is_right(right)?;
         }
         Ok(())
     }
@@ -865,7 +917,7 @@ impl<S: Subject> World<S> {
                     Err(errno) if !self.faulted => {
                         return Err(format!("draining failed although nothing did: {errno}"));
                     }
-                    Err(_) => {}
+                    Err(_) => self.is_told(),
                 }
                 Ok(())
             }
@@ -920,6 +972,9 @@ impl<S: Subject> World<S> {
             found.map_err(|why| format!("the disk beside: {why}"))?;
         }
         let files = if self.copying.has_moved() { beside } else { files };
+        if self.is_damaged() {
+            return self.finish_damaged(&files);
+        }
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;
         if image.is_unfinished {
             return self.judge_crash(&image).map_err(|why| format!("closed: {why}"));
@@ -1131,6 +1186,13 @@ const PROBE_TAG: u64 = 3000;
 
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
+
+/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (which
+/// counts as three) and closing.
+const CALM_EVENTS: usize = 20;
+
+/// Deadlines that may pass meanwhile.
+const CALM_TICKS: u8 = 4;
 
 /// Steps that requests take in one run, for each request there may be: more is a loop.
 const STEPS_PER_RUN: usize = 64;

@@ -12,7 +12,7 @@ use cowbell_sim::mutants::hunt_all;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
 use cowbell_sim::published;
-use cowbell_sim::random::random;
+use cowbell_sim::random::random_for;
 use cowbell_sim::shrink::shrink;
 use cowbell_sim::subjects::Image;
 use cowbell_sim::trace::Trace;
@@ -49,9 +49,9 @@ enum What {
         /// Only images that say this of themselves, such as `state=shared`
         #[arg(long, value_name = "TEXT", default_value = "")]
         images: String,
-        /// Stop after so long
-        #[arg(long)]
-        seconds: Option<f64>,
+        /// Stop after so long: seconds, or with s, m or h behind
+        #[arg(long, visible_alias = "seconds", value_parser = duration)]
+        time: Option<f64>,
         #[command(flatten)]
         how: How,
     },
@@ -66,6 +66,9 @@ enum What {
         /// How many seeds
         #[arg(long, default_value = "1000")]
         runs: u64,
+        /// As many as there is time for: seconds, or with s, m or h behind
+        #[arg(long, conflicts_with = "runs", value_parser = duration)]
+        time: Option<f64>,
         #[command(flatten)]
         how: How,
     },
@@ -137,7 +140,12 @@ enum What {
 #[derive(Debug, clap::Args)]
 struct How {
     /// Threads
-    #[arg(long, default_value = "2", value_parser = clap::value_parser!(u8).range(1..=64))]
+    #[arg(
+        long,
+        visible_alias = "cores",
+        default_value = "2",
+        value_parser = clap::value_parser!(u8).range(1..=64)
+    )]
     threads: u8,
     /// Print JSON
     #[arg(long)]
@@ -164,7 +172,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             out.flush()?;
             Ok(0)
         }
-        What::Explore { format, ops, faults, gate, scopes: each, images, seconds, how } => {
+        What::Explore { format, ops, faults, gate, scopes: each, images, time, how } => {
             let of = |format| match gate {
                 true => gate_scopes_of(format),
                 false => scopes(format, usize::from(*ops), *faults),
@@ -172,7 +180,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             let formats = formats(format.as_deref())?;
             let mut scopes: Vec<_> = formats.into_iter().flat_map(of).collect();
             scopes.retain(|scope| scope.image.to_string().contains(images));
-            let report = explore(&scopes, usize::from(how.threads), *seconds);
+            let report = explore(&scopes, usize::from(how.threads), *time);
             if *each && !how.json {
                 let mut out = Out::new(false);
                 for scope in &report.scopes {
@@ -182,12 +190,13 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             }
             say(&report, how.json, &how.traces)
         }
-        What::Random { format, seed, runs, how } => {
+        What::Random { format, seed, runs, time, how } => {
             let format = match format.as_deref() {
                 Some(name) => formats(Some(name))?.first().copied(),
                 None => None,
             };
-            let report = random(*seed, *runs, format, usize::from(how.threads));
+            let runs = if time.is_some() { u64::MAX } else { *runs };
+            let report = random_for(*seed, runs, format, usize::from(how.threads), *time);
             say(&report, how.json, &how.traces)
         }
         What::Replay { file, json, html, perfetto } => {
@@ -276,6 +285,17 @@ fn published(only: &str, seconds: f64, keep: Option<&Path>) -> Result<u8, Fail> 
     }
     out.flush()?;
     Ok(u8::from(!all_found))
+}
+
+/// `90`, `90s`, `10m` or `8h`, in seconds.
+fn duration(text: &str) -> Result<f64, String> {
+    let units = [("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+    let unit = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)));
+    let (number, unit) = unit.unwrap_or((text, 1.0));
+    let seconds = number.parse::<f64>().ok().map(|number| number * unit);
+    seconds.filter(|seconds| seconds.is_finite() && *seconds >= 0.0).ok_or_else(|| {
+        format!("'{text}' is no time: a number of seconds, or with s, m or h behind")
+    })
 }
 
 fn trace_in(file: &Path) -> Result<Trace, Fail> {

@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 
+use cowbell_engine::mutant;
 use cowbell_engine::store::Store;
 use cowbell_engine::units::HostOffset;
 
@@ -72,6 +73,9 @@ pub fn check<F: Store>(file: &F, repair: Repair) -> Result<Report, Error> {
     report.image_end = used.end << geometry.cluster_bits();
     if repair != Repair::None && report.is_sound() {
         finish(file, &mut header, file_len, &mut report)?;
+    }
+    if mutant!("qed_leaks_not_counted") {
+        report.leaks = 0;
     }
     Ok(report)
 }

@@ -342,6 +342,10 @@ impl Parser {
         let Some((cid, cid_at, cid_len)) = self.cid else {
             return corrupt("invalid VMDK image descriptor: no CID", 0);
         };
+        // The name of none is left out, or empty: who has one has lost the other.
+        if self.parent_cid.is_none() && self.parent.is_some() {
+            return corrupt("invalid VMDK image descriptor: a parent without a parentCID", 0);
+        }
         let parent_cid = self.parent_cid.unwrap_or(NO_PARENT);
         let parent = self.parent.filter(|_| parent_cid != NO_PARENT);
         if parent_cid != NO_PARENT && parent.is_none() {
@@ -414,6 +418,7 @@ mod tests {
             ("CID=0123abcd", "CID=123456789"),
             ("CID=0123abcd", ""),
             ("parentCID=fffffffe", "parentCID="),
+            ("parentCID=fffffffe", "pardntCID=fffffffe"),
             ("createType=\"twoGbMaxExtentFlat\"", ""),
             ("createType=\"twoGbMaxExtentFlat\"", "createType=\"twoGbMaxExtentFlat"),
             ("parentFileNameHint=\"a base.vmdk\"", ""),

@@ -15,6 +15,7 @@
 
 use std::collections::BTreeSet;
 
+use cowbell_engine::mutant;
 use cowbell_engine::store::Store;
 
 use crate::chain::Layer;
@@ -345,7 +346,7 @@ impl<'a, F: Store> Walk<'a, F> {
     fn decide(&mut self, found: u32, other: Option<u32>) -> u32 {
         let is_possible = |raw| self.bounds.entry(raw).is_some();
         let mend = self.repair == Repair::All;
-        let other = other.filter(|&other| other != found);
+        let other = other.filter(|&other| other != found && !mutant!("vmdk_copies_not_compared"));
         let other_is_possible = other.is_some_and(&is_possible);
         let free = other.filter(|&other| mend && other_is_possible && self.is_free(other));
         let report = &mut self.report;

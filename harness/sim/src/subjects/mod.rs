@@ -1,5 +1,6 @@
 //! Images of the formats there are, made small: the subjects of all real tests.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,8 +18,8 @@ use cowbell_formats::{
     CreateOptions, Format, LayerMeta, Node, RunOptions, attach_wrapped, create, map,
 };
 
-use crate::backend::{Device, IsMetadata, Lie, Mode, SimBackend};
-use crate::disk::Contents;
+use crate::backend::{Damaged, Device, IsMetadata, Lie, Mode, SimBackend};
+use crate::disk::{Contents, Sector};
 use crate::filter::{Filter, Over};
 use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
@@ -136,6 +137,18 @@ pub(crate) trait FormatSubject: Sync {
     /// See [`Subject::is_unfinished`].
     fn is_unfinished(&self, _image: &Image, _files: &[Contents]) -> bool {
         false
+    }
+
+    /// Bytes of the header that are the only ones to say what they say: how large the disk is, what is
+    /// below it.
+    fn only_in_header(&self) -> &'static [Range<usize>] {
+        &[]
+    }
+
+    /// What a sector of a table, number `index` of its file, refers to, up to what no check can know of
+    /// it; in any order.
+    fn references(&self, _image: &Image, _index: u64, _sector: &Sector) -> Vec<u64> {
+        Vec::new()
     }
 
     /// What is wrong with an image that a check of the tables does not see.
@@ -601,6 +614,23 @@ impl Subject for Image {
 
     fn metadata(&self) -> Option<IsMetadata> {
         of(self.format).metadata()
+    }
+
+    fn may_go_unnoticed(&self, damaged: &[Damaged]) -> bool {
+        let of = of(self.format);
+        let (mut should, mut is) = (Vec::new(), Vec::new());
+        for sector in damaged {
+            let (mine, found) = (sector.should.bytes(), sector.is.bytes());
+            let differ = |at: &usize| mine[*at] != found[*at];
+            let is_known = |at: usize| !of.only_in_header().iter().any(|only| only.contains(&at));
+            if sector.index > 0 || (0..mine.len()).filter(differ).any(is_known) {
+                should.extend(of.references(self, sector.index, &sector.should));
+                is.extend(of.references(self, sector.index, &sector.is));
+            }
+        }
+        should.sort_unstable();
+        is.sort_unstable();
+        should == is
     }
 
     fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {

@@ -1,5 +1,6 @@
 //! qcow2 images made small.
 
+use std::ops::Range;
 use std::path::Path;
 
 use cowbell_formats::qcow2::disk::layout::L1Entry;
@@ -11,7 +12,7 @@ use super::{
     CLUSTER, FormatSubject, Image, Medium, ROOMY, State, TOP, images_with_backing, scope_of,
 };
 use crate::backend::IsMetadata;
-use crate::disk::Contents;
+use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
 use crate::subject::Subject;
@@ -48,6 +49,18 @@ impl FormatSubject for Qcow2 {
     fn holes(&self, image: &Image, file: &Contents) -> Option<u64> {
         // Refcounts that want clusters of their own are not counted.
         (image.cluster >= CLUSTER).then(|| holes(file))
+    }
+
+    fn only_in_header(&self) -> &'static [Range<usize>] {
+        &[8..20, 24..32]
+    }
+
+    fn references(&self, image: &Image, _: u64, sector: &Sector) -> Vec<u64> {
+        // Bit 0 says that a cluster is zeros, which no other place says.
+        let told = if image.old { u64::MAX } else { !1 };
+        let words =
+            sector.bytes().as_chunks().0.iter().map(|word| u64::from_be_bytes(*word) & told);
+        words.filter(|&word| word != 0).collect()
     }
 
     fn metadata(&self) -> Option<IsMetadata> {

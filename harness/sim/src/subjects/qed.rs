@@ -3,13 +3,14 @@
 use cowbell_formats::parts::growth::Grow;
 use cowbell_formats::qed::rest::open::{Access, open};
 use cowbell_formats::{CreateOptions, Format};
+use std::ops::Range;
 
 use super::{
     CLUSTER, FormatSubject, Image, device_scopes_with_tables, images_with_backing, scope_of,
     special_with_tables,
 };
 use crate::backend::IsMetadata;
-use crate::disk::Contents;
+use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape};
 use crate::host::{SimFile, SimHost};
 use crate::workload::Request;
@@ -25,6 +26,16 @@ impl FormatSubject for Qed {
 
     fn make(&self, image: &Image, host: &SimHost) -> Result<(), String> {
         image.create(host, CreateOptions { table_size: Some(1), ..CreateOptions::default() })
+    }
+
+    fn only_in_header(&self) -> &'static [Range<usize>] {
+        &[0x10..0x18, 0x30..0x38]
+    }
+
+    fn references(&self, _: &Image, _: u64, sector: &Sector) -> Vec<u64> {
+        // 1 says that a cluster is zeros, which no other place says.
+        let words = sector.bytes().as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
+        words.filter(|&word| word > 1).collect()
     }
 
     fn metadata(&self) -> Option<IsMetadata> {

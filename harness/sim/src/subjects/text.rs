@@ -30,6 +30,7 @@ impl fmt::Display for Image {
             Some(Lie::FuaDoesNothing) => "fua-does-nothing",
             Some(Lie::ShortIsWhole) => "short-is-whole",
             Some(Lie::ZeroDoesNothing) => "zero-does-nothing",
+            Some(Lie::SectorAtATime) => "sector-at-a-time",
         };
         let layout = match self.layout {
             Layout::Plain => "",
@@ -147,6 +148,7 @@ impl FromStr for Image {
                         "fua-does-nothing" => Some(Lie::FuaDoesNothing),
                         "short-is-whole" => Some(Lie::ShortIsWhole),
                         "zero-does-nothing" => Some(Lie::ZeroDoesNothing),
+                        "sector-at-a-time" => Some(Lie::SectorAtATime),
                         _ => return Err(wrong()),
                     };
                 }

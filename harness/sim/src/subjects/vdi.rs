@@ -11,7 +11,7 @@ use cowbell_formats::{CreateOptions, Format, Host};
 use super::device_scopes_with_tables;
 use super::{FormatSubject, HOLES, Image, Layout, Medium, ROOMY, State, TOP};
 use crate::backend::IsMetadata;
-use crate::disk::Contents;
+use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape};
 use crate::host::{SimFile, SimHost};
 use crate::workload::{Request, Workload};
@@ -42,6 +42,16 @@ impl FormatSubject for Vdi {
 
     fn holes(&self, image: &Image, _: &Contents) -> Option<u64> {
         (image.state != State::Holes).then_some(0)
+    }
+
+    fn references(&self, _: &Image, _: u64, sector: &Sector) -> Vec<u64> {
+        // How many blocks are used is in the header, which ones nowhere; and two numbers of no block
+        // say that it is zeros. Behind the map there are zeros.
+        let bytes = sector.bytes();
+        let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        let words = bytes[..end.next_multiple_of(4)].as_chunks().0.iter();
+        let words = words.map(|word| u32::from_le_bytes(*word));
+        words.filter(|&word| word < u32::MAX - 1).map(|_| 1).collect()
     }
 
     fn metadata(&self) -> Option<IsMetadata> {

@@ -5,12 +5,13 @@ use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::vmdk::disk::layout::{Header, MAGIC, SECTOR};
 use cowbell_formats::vmdk::rest::create::{Options, write_file};
 use cowbell_formats::{Format, Host, LayerMeta};
+use std::ops::Range;
 use std::path::Path;
 
 use super::{BACKING, CLUSTER, FormatSubject, Image, Layout, SEED, State, TOP};
 use super::{device_scopes_with_tables, special_with_tables};
 use crate::backend::IsMetadata;
-use crate::disk::Contents;
+use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape, scopes_on};
 use crate::host::{SimFile, SimHost};
 use crate::subject::Subject;
@@ -37,6 +38,17 @@ impl FormatSubject for Vmdk {
 
     fn filled(&self, image: &Image, host: &SimHost) -> Result<(), String> {
         put_id_back(image, host)
+    }
+
+    fn only_in_header(&self) -> &'static [Range<usize>] {
+        // Of an image in one file the descriptor's size is not looked at: other programs leave others.
+        const { &[Range { start: 12, end: 20 }] }
+    }
+
+    fn references(&self, _: &Image, index: u64, sector: &Sector) -> Vec<u64> {
+        let words = sector.bytes().as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
+        // The copy says which entry is where.
+        words.filter(|&word| word != 0).map(|word| index << 32 | u64::from(word)).collect()
     }
 
     fn metadata(&self) -> Option<IsMetadata> {
@@ -271,5 +283,6 @@ fn header<F: Store>(file: &F) -> Result<Header, String> {
 /// taken for grains.
 fn is_metadata(contents: &Contents, start: u64, _end: u64) -> bool {
     let file = SimFile::new(contents.clone(), false);
-    header(&file).is_ok_and(|header| start < header.overhead * SECTOR)
+    let is_descriptor = contents.sector(0).bytes().starts_with(b"# Disk DescriptorFile");
+    is_descriptor || header(&file).is_ok_and(|header| start < header.overhead * SECTOR)
 }

@@ -153,6 +153,13 @@ impl Copying {
         self.phase == Phase::Ended || self.runs() && plan.drains
     }
 
+    /// Nobody pauses or cancels it any more.
+    pub fn is_left_alone(&mut self) {
+        if let Some(plan) = &mut self.plan {
+            (plan.pauses, plan.cancels, plan.drains) = (0, false, false);
+        }
+    }
+
     /// The engine is being drained: it is to end.
     pub fn is_drained(&mut self) {
         if self.runs() {

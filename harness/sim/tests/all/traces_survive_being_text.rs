@@ -1,7 +1,7 @@
 //! A trace is its text: what is written is read back as it was.
 
 use cowbell_formats::Format;
-use cowbell_sim::backend::{OpName, Outcome};
+use cowbell_sim::backend::{Bit, OpName, Outcome};
 use cowbell_sim::choose::Choice;
 use cowbell_sim::random::plan;
 use cowbell_sim::trace::Trace;
@@ -9,13 +9,14 @@ use quickcheck::quickcheck;
 
 fn choice(draw: (u8, u32, u32)) -> Choice {
     let (kind, request, ordinal) = draw;
-    match kind % 12 {
+    match kind % 17 {
         0 => Choice::Submit(request),
         1 => Choice::Tick,
         2 => Choice::Stall,
         3 => Choice::Resume,
         4 => Choice::Drain,
-        n => Choice::End(OpName { request, ordinal }, Outcome::ALL[n as usize - 5]),
+        5 => Choice::Flip(Bit { file: request, byte: ordinal.into(), bit: request as u8 % 8 }),
+        n => Choice::End(OpName { request, ordinal }, Outcome::ALL[n as usize - 6]),
     }
 }
 

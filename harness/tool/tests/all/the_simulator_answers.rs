@@ -25,6 +25,17 @@ fn random_runs_are_made_by_seed() {
 }
 
 #[test]
+fn runs_end_when_time_is_over() {
+    let place = Place::new();
+    let said = place.ok("cowbell sim random --time 0.2s --cores 1");
+    assert!(said.contains("on 1 threads") && said.contains("no failure"), "{said}");
+    let said = place.ok("cowbell sim explore -f raw --time 0m");
+    assert!(said.contains("stopped before the end"), "{said}");
+    let out = place.ours("cowbell sim random --time 3d");
+    assert_eq!(out.status.code(), Some(1));
+}
+
+#[test]
 fn a_recorded_trace_is_run_again() {
     let place = Place::new();
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../sim/regressions");
