@@ -1188,8 +1188,8 @@ const PROBE_TAG: u64 = 3000;
 const CRASH_PICKS: u32 = 4;
 
 /// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (which
-/// counts as three) and closing.
-const CALM_EVENTS: usize = 20;
+/// counts as three) and closing. A disk that grows far writes a table of some forty pieces.
+const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
 const CALM_TICKS: u8 = 4;

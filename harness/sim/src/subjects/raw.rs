@@ -97,7 +97,7 @@ impl FormatSubject for Raw {
         let (zero_last, last) = (Request::zero(2 * CLUSTER, 1024), head(0, 2));
         vec![
             // Of many sectors.
-            scope(image, 0, 0, &[Request::write(0, 7 * CLUSTER)]),
+            scope(image, 0, 0, &[Request::write(0, 12 * CLUSTER)]),
             scope(image, 0, 0, &[head(0, 0), flush]),
             scope(image, 1, 0, &[Request::write(0, 2048), flush]),
             scope(image, 0, 0, &[Request::write_fua(0, 1024)]),

@@ -53,11 +53,11 @@ fn of_devices_that_break() {
 #[test]
 fn what_ends_too_late_is_seen_by_nothing_else() {
     let image = Image { lie: Some(Lie::SectorAtATime), ..Image::new(Format::Raw) };
-    let workloads = vec![Workload::new([Request::write(0, 7 * 4096)])];
+    let workloads = vec![Workload::new([Request::write(0, 12 * 4096)])];
     let scope = Scope { image, budget: QUIET, workloads };
     ends(&scope, 0).expect("it ends");
     let trace = ends(&scope, 1).expect_err("it ends late");
     let verdict = trace.verdict.clone().expect("it has failed");
-    assert!(verdict.starts_with("when all is well again: not over after 40 events"), "{verdict}");
+    assert!(verdict.starts_with("when all is well again: not over after 64 events"), "{verdict}");
     assert_eq!(trace.replay().expect_err("it still does").verdict, verdict);
 }
