@@ -159,9 +159,8 @@ impl<S: Subject> Explorer<S> {
         if self.limit.crashes {
             self.crash.check(&world)?;
         }
-        if self.limit.calm_in > 0 && hash.is_multiple_of(self.limit.calm_in) {
-            self.calm.check(&world)?;
-        }
+        let is_asked = self.limit.calm_in > 0 && hash.is_multiple_of(self.limit.calm_in);
+        let to_calm = is_asked.then(|| self.copy(&world));
         let mut choices = Vec::new();
         world.choices(&mut choices);
         if let Some(op) = world.unnoticed().filter(|_| !self.limit.all_orders) {
@@ -180,6 +179,11 @@ impl<S: Subject> Explorer<S> {
             ways += self.go(next, choice)?;
         }
         ways += self.go(world, last)?;
+        // Last: what goes wrong of itself is better seen as it does.
+        if let Some(world) = to_calm {
+            self.calm.check(&world)?;
+            self.spare.push(world);
+        }
         self.seen.insert(hash, ways);
         Ok(ways)
     }
@@ -259,8 +263,9 @@ pub fn run_watched<S: Subject>(
     path: &mut Vec<Choice>,
     watcher: &mut dyn Watcher<S>,
 ) -> Result<u64, Box<Failure>> {
+    let (begins, made) = (world, path.len());
     let mut world = world.clone();
-    let (mut crash, mut calm) = (Crash::default(), Calm::default());
+    let mut crash = Crash::default();
     let mut trace = 0;
     let outcome = quietly(|| {
         let mut choices = Vec::new();
@@ -271,9 +276,6 @@ pub fn run_watched<S: Subject>(
                 watcher.crashed(None);
                 crash.check(&world)?;
                 watcher.crashed(Some(crash.counts.crash_images - before));
-            }
-            if crash_in > 0 {
-                calm.check(&world)?;
             }
             world.choices(&mut choices);
             if choices.is_empty() {
@@ -288,6 +290,14 @@ pub fn run_watched<S: Subject>(
     });
     *counts += crash.counts;
     counts.runs += 1;
+    // What goes wrong of itself is seen as it does; only then it is asked what would follow if nothing more went wrong.
+    let outcome = outcome.and_then(|()| match crash_in {
+        0 => Ok(()),
+        _ => {
+            world.clone_from(begins);
+            calm_all_along(&mut world, path, made)
+        }
+    });
     match outcome {
         Ok(()) => Ok(trace),
         Err(verdict) => {
@@ -295,6 +305,28 @@ pub fn run_watched<S: Subject>(
             Err(Box::new(Failure { verdict, path: path.clone() }))
         }
     }
+}
+
+/// Makes the choices of `path` from number `made` on again, and asks in each state whether all would end well if nothing more went wrong. Where
+/// it would not, the path ends.
+fn calm_all_along<S: Subject>(
+    world: &mut World<S>,
+    path: &mut Vec<Choice>,
+    mut made: usize,
+) -> Result<(), String> {
+    let mut calm = Calm::default();
+    let outcome = quietly(|| {
+        loop {
+            calm.check(world)?;
+            let Some(&choice) = path.get(made) else { return Ok(()) };
+            world.apply(choice)?;
+            made += 1;
+        }
+    });
+    if outcome.is_err() {
+        path.truncate(made);
+    }
+    outcome
 }
 
 /// Asks whether all ends well, and soon, when nothing more goes wrong.
