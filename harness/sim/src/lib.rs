@@ -59,6 +59,7 @@ pub mod played;
 pub mod published;
 pub mod random;
 mod recorder;
+pub mod resumed;
 pub mod shadow;
 mod shared;
 pub mod shrink;

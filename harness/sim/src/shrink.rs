@@ -30,7 +30,7 @@ pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
 }
 
 /// What kind of failure it is: the verdict without numbers.
-fn class_of(verdict: &str) -> String {
+pub(crate) fn class_of(verdict: &str) -> String {
     let line = verdict.lines().next().unwrap_or_default();
     let line = line.strip_prefix("seed ").map_or(line, |rest| rest.trim_start_matches(digit));
     let words = line.split(|c: char| c.is_ascii_digit() || c == '[' || c == '{').next();

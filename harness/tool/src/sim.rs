@@ -1,7 +1,7 @@
 //! `sim`: the simulator. What it finds is written as traces that `sim replay` runs again.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use cowbell_formats::Format;
@@ -13,6 +13,7 @@ use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
 use cowbell_sim::published;
 use cowbell_sim::random::random_for;
+use cowbell_sim::resumed::{Extent, Outcome, State};
 use cowbell_sim::shrink::shrink;
 use cowbell_sim::subjects::Image;
 use cowbell_sim::trace::Trace;
@@ -69,6 +70,10 @@ enum What {
         /// As many as there is time for: seconds, or with s, m or h behind
         #[arg(long, conflicts_with = "runs", value_parser = duration)]
         time: Option<f64>,
+        /// Go on where the run that kept this file ended: it says which seed is next, and has what failed. That is
+        /// tried again first: what does not fail any more is mended, what does is known, the rest is new
+        #[arg(long, value_name = "FILE", conflicts_with = "seed")]
+        state: Option<PathBuf>,
         #[command(flatten)]
         how: How,
     },
@@ -190,12 +195,16 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             }
             say(&report, how.json, &how.traces)
         }
-        What::Random { format, seed, runs, time, how } => {
+        What::Random { format, seed, runs, time, state, how } => {
             let format = match format.as_deref() {
                 Some(name) => formats(Some(name))?.first().copied(),
                 None => None,
             };
             let runs = if time.is_some() { u64::MAX } else { *runs };
+            if let Some(file) = state {
+                let threads = usize::from(how.threads);
+                return go_on(file, format, Extent { runs, seconds: *time, threads }, how);
+            }
             let report = random_for(*seed, runs, format, usize::from(how.threads), *time);
             say(&report, how.json, &how.traces)
         }
@@ -285,6 +294,40 @@ fn published(only: &str, seconds: f64, keep: Option<&Path>) -> Result<u8, Fail> 
     }
     out.flush()?;
     Ok(u8::from(!all_found))
+}
+
+fn go_on(file: &Path, format: Option<Format>, extent: Extent, how: &How) -> Result<u8, Fail> {
+    let at = |why: io::Error| Fail::at(file, why);
+    let mut state = match fs::read_to_string(file) {
+        Ok(text) => text.parse().map_err(|what: String| Fail::at(file, what))?,
+        Err(why) if why.kind() == io::ErrorKind::NotFound => State::default(),
+        Err(why) => return Err(at(why)),
+    };
+    // Who is killed leaves the state before, or this one.
+    let mut beside = file.as_os_str().to_owned();
+    beside.push(".new");
+    let mut keep = |state: &State| {
+        fs::write(&beside, state.to_string()).and_then(|()| fs::rename(&beside, file)).map_err(at)
+    };
+    let (report, outcome) = state.go_on(format, extent, &mut keep)?;
+    if !how.json {
+        let mut out = Out::new(false);
+        for (what, traces) in [("mended", &outcome.mended), ("known", &outcome.known)] {
+            for trace in traces {
+                writeln!(out, "{what}: {}", trace.verdict.as_deref().unwrap_or_default())?;
+            }
+        }
+        let Outcome { new, known, mended } = &outcome;
+        let (new, known, mended) = (new.len(), known.len(), mended.len());
+        writeln!(
+            out,
+            "next seed {}; failures: {new} new, {known} known, {mended} mended",
+            state.next
+        )?;
+        out.flush()?;
+    }
+    let code = say(&report, how.json, &how.traces)?;
+    Ok(code.max(u8::from(!outcome.known.is_empty())))
 }
 
 /// `90`, `90s`, `10m` or `8h`, in seconds.

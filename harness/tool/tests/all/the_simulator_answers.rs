@@ -94,3 +94,34 @@ fn the_cause_of_a_failure_is_told() {
     assert_eq!(out.status.code(), Some(1), "{said}");
     assert!(said.contains("planted only in a build with the feature 'mutants'"), "{said}");
 }
+
+/// Runs go on where they stopped; what failed is tried again, and told apart from what is new.
+#[test]
+fn long_runs_go_on() {
+    let place = Place::new();
+    let said = place.ok("cowbell sim random -f raw --runs 200 --state s");
+    assert!(said.contains("next seed 200; failures: 0 new, 0 known, 0 mended"), "{said}");
+    let said = place.ok("cowbell sim random -f raw --runs 100 --state s");
+    assert!(said.contains("next seed 300; "), "{said}");
+    // One that fails still, for its device lies, and one that does not any more.
+    let failing = "cowbell trace 1\nimage format=raw lie=flush-does-nothing\nbudget faults=0 ticks=0\n\
+        request write 0x0+0x400\nrequest flush\nverdict a crash left what was there before\n";
+    let mended = "cowbell trace 1\nimage format=raw\nbudget faults=0 ticks=0\n\
+        request write 0x0+0x400\nverdict after a crash: 1 leaks\n";
+    let state = format!("cowbell runs 1\nnext 300\ntrace\n{failing}end\ntrace\n{mended}end\n");
+    std::fs::write(place.path("s"), &state).expect("it is written");
+    let out = place.ours("cowbell sim random -f raw --runs 50 --state s");
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("next seed 350; failures: 0 new, 1 known, 1 mended"), "{said}");
+    assert!(said.contains("known: a crash left what was there before"), "{said}");
+    assert!(said.contains("mended: after a crash: 1 leaks"), "{said}");
+    let kept = std::fs::read_to_string(place.path("s")).expect("it is there");
+    assert!(kept.contains("lie=flush-does-nothing") && !kept.contains("1 leaks"), "{kept}");
+    for junk in ["", "cowbell runs 1\n", "cowbell runs 1\nnext 5\ntrace\njunk\nend\n"] {
+        std::fs::write(place.path("s"), junk).expect("it is written");
+        let out = place.ours("cowbell sim random -f raw --runs 50 --state s");
+        assert_eq!(out.status.code(), Some(1), "{junk}");
+        assert_eq!(String::from_utf8_lossy(&out.stderr).lines().count(), 1, "{junk}");
+    }
+}
