@@ -14,21 +14,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "checks.h"
 #include "cowbell.h"
 
-#define IS(call, wanted) is(#call, __LINE__, (long long)(call), (long long)(wanted))
 #define LEN (64 << 10)
-
-static int failures, checks;
-
-static void is(const char *call, int line, long long answer, long long wanted)
-{
-    checks++;
-    if (answer == wanted)
-        return;
-    fprintf(stderr, "line %d: %s answered %lld, not %lld\n", line, call, answer, wanted);
-    failures++;
-}
 
 static struct cowbell_engine *engine;
 static char memory[LEN];

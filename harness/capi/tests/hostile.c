@@ -14,20 +14,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "checks.h"
 #include "cowbell.h"
-
-#define IS(call, wanted) is(#call, __LINE__, (long long)(call), (long long)(wanted))
-
-static int failures, checks;
-
-static void is(const char *call, int line, long long answer, long long wanted)
-{
-    checks++;
-    if (answer == wanted)
-        return;
-    fprintf(stderr, "line %d: %s answered %lld, not %lld\n", line, call, answer, wanted);
-    failures++;
-}
 
 static char error[256];
 
