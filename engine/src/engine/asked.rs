@@ -77,6 +77,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     pub fn requests(&self) -> impl Iterator<Item = RequestInfo> {
         self.core.ops.slots().map(|(id, slot)| {
             let (awaits, keeper) = self.core.awaits(id, slot);
+            let apart = match slot.work {
+                Work::Align(key) => self.core.jobs.get(key as usize).map(|job| &job.op),
+                _ => None,
+            };
             let asker = match slot.origin {
                 Origin::Guest => Asker::Guest(slot.tag),
                 Origin::Abandoned => Asker::GivenUp(slot.tag),
@@ -87,11 +91,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 id,
                 number: slot.serial,
                 node: Some(slot.node).filter(|&node| node != NodeId::NONE),
-                io: slot.io,
-                apart: match slot.work {
-                    Work::Align(key) => self.core.jobs.get(key as usize).map(|job| job.op.kind),
-                    _ => None,
-                },
+                io: apart.map_or(slot.io, |op| Io { offset: op.offset, len: op.len, ..slot.io }),
+                apart: apart.map(|op| op.kind),
                 asker,
                 state: self.core.state_name(slot, D::STATES),
                 awaits,

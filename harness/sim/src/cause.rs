@@ -184,9 +184,9 @@ impl Cause {
     /// In words.
     fn in_a_sentence(&self) -> String {
         let tried = match self.drawn {
-            0 => format!("in none of the {} states that may follow", self.states),
+            0 => format!("every run that goes on from here fails ({} states)", self.states),
             drawn => format!(
-                "in none of {} states that may follow, and in none of {drawn} runs that were drawn",
+                "every run that was tried from here fails ({} states, and {drawn} runs that were drawn)",
                 self.states
             ),
         };
@@ -195,7 +195,8 @@ impl Cause {
             Some(format!(" The nearest run that ends well does this instead: {}.", event.what))
         });
         let instead = instead.unwrap_or_default();
-        format!("From here on it could only go wrong: {tried} it could still end well.{instead}")
+        let hint = "The mistake may have been made before, or be made later.";
+        format!("From here on it could only go wrong: {tried}. {hint}{instead}")
     }
 }
 

@@ -535,6 +535,8 @@ function tell() {
     if (kind === "by") item(changes, `${nameOf(requests[what[1].by])} lets ${nameOf(requests[what[0]])} go on`, "", what[0]);
     if (kind === "end") item(changes, `${titleOf(requests[what])}: ${endOf(requests[what])}`, isBad(requests[what]) ? "bad" : "", what);
     if (kind === "from") item(changes, `${opName(what)} is submitted: ${opWhat(what)}`, "", what.request);
+    if (kind === "from") inTheWayOf(what).forEach((other) =>
+      item(changes, `${opName(what)} overlaps ${opName(other)} (${opWhat(other)}), which is in flight`, "bad", other.request));
     if (kind === "to") item(changes, `${opName(what)} (${opWhat(what)}): ${howOf(what)}`, failed(what) ? "bad" : "", what.request);
     if (kind === "try") item(changes, `${opName(what[0])}: ${hows[what[1]] || what[1]}; it goes on`, "bad", what[0].request);
   });
@@ -590,6 +592,14 @@ function nextHit(step) {
   id("hits").textContent = `${hit + 1} of ${hits.length}`;
   go(hits[hit].n);
   choose(hits[hit].r);
+}
+
+// Ops in flight when this one is submitted that touch the same bytes, where one of the two changes them.
+function inTheWayOf(op) {
+  const changes = (it) => !["read", "flush", "compute", "hole"].includes(it.kind);
+  return ops.filter((it) => it !== op && it.file && it.file === op.file && !it.flush && !op.flush &&
+    it.from < op.from && (it.to === null || it.to > op.from) && (changes(it) || changes(op)) &&
+    it.offset < op.offset + op.len && op.offset < it.offset + it.len);
 }
 
 // ---- the frame ----
