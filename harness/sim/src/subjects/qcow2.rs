@@ -183,6 +183,11 @@ fn special() -> Vec<Scope> {
         scope(overlay, 0, &[middle(0, 0), Request::zero(at(0, 0), 4096)]),
         scope(shared, 0, &[head(0, 0), flush]),
         scope(shared, 1, &[head(0, 0), head(0, 1), flush]),
+        scope(
+            Image { ahead: 1, ..shared },
+            0,
+            &[middle(0, 0), flush, Request::write(at(0, 2), 8192)],
+        ),
         scope(holes, 0, &[head(2, 0), flush]),
         scope(holes, 0, &[head(2, 0), head(2, 1)]),
         scope(long, 0, &[Request::truncate(image.size() + 8192)]),
