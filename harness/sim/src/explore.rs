@@ -80,7 +80,7 @@ impl Default for Limit {
 }
 
 /// See [`Limit::calm_in`].
-const CALM_IN: u64 = 64;
+const CALM_IN: u64 = 512;
 
 #[expect(clippy::disallowed_types, reason = "never iterated; the keys are hashes already")]
 pub(crate) type HashedMap<V> = std::collections::HashMap<u64, V, BuildHasherDefault<Same>>;

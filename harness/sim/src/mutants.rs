@@ -565,7 +565,12 @@ fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> 
             }
             let world = base.world(workload, scope.budget);
             activate(mutant, true);
-            let outcome = exhaust(&world, Limit { calm_in: 1, ..Limit::default() });
+            // A device that only delays shows in nothing else.
+            let how_far = match mutant.lie {
+                Some(_) => Limit { calm_in: 1, ..Limit::default() },
+                None => Limit::default(),
+            };
+            let outcome = exhaust(&world, how_far);
             activate(mutant, false);
             if let Err(failure) = outcome {
                 let trace = Trace::of(scope.image, scope.budget, workload, &failure);
