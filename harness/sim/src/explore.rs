@@ -430,11 +430,7 @@ impl Picks {
         }
     }
 
-    fn some<E>(
-        &self,
-        key: u64,
-        mut look: impl FnMut(&[usize]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn some<E>(&self, key: u64, mut look: impl FnMut(&[usize]) -> Result<(), E>) -> Result<(), E> {
         let (none, all) = (self.with(|_, _| 0), self.with(|_, options| options - 1));
         for whole in [&none, &all] {
             look(whole)?;

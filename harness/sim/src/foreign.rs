@@ -80,8 +80,14 @@ impl<R: Read + Seek> Log<R> {
     /// It is no such log, or cannot be read.
     pub fn new(mut from: R) -> Result<Log<R>, String> {
         let len = from.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
-        let mut log =
-            Log { from: BufReader::new(from), len, sector_bytes: 512, entries: 0, number: 0, next: 0 };
+        let mut log = Log {
+            from: BufReader::new(from),
+            len,
+            sector_bytes: 512,
+            entries: 0,
+            number: 0,
+            next: 0,
+        };
         log.rewind()?;
         Ok(log)
     }
@@ -696,7 +702,8 @@ where
         self.report.images += 1;
         let (len, places) = (self.len, self.places);
         let mut image = CrashImage { device: self.device, len, places, contents };
-        let what = (self.check)(&mut image).map_err(|what| format!("entry {}: {what}", self.entry))?;
+        let what =
+            (self.check)(&mut image).map_err(|what| format!("entry {}: {what}", self.entry))?;
         let Some(what) = what else { return Ok(()) };
         self.report.wrong += 1;
         if self.report.failures.len() < TOLD {
@@ -718,11 +725,7 @@ where
 }
 
 /// The options that show these writes and no others.
-fn options_with(
-    sites: &Sites,
-    waiting: &[Waiting],
-    chosen: impl Fn(usize) -> bool,
-) -> Vec<usize> {
+fn options_with(sites: &Sites, waiting: &[Waiting], chosen: impl Fn(usize) -> bool) -> Vec<usize> {
     let mut options = vec![0; sites.sites.len()];
     for (_, write) in waiting.iter().enumerate().filter(|(i, _)| chosen(*i)) {
         for patch in write.patches() {
@@ -734,4 +737,210 @@ fn options_with(
         }
     }
     options
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use quickcheck::quickcheck;
+
+    use super::*;
+
+    const ALL: Limits = Limits { every: Every::Write, images: 1 << 20, size: None };
+
+    /// A log with sectors of 512 bytes: place, flags, data (of a discard: its length).
+    fn log(entries: &[(u64, u64, &[u8])]) -> Vec<u8> {
+        let mut log = [MAGIC, 1, entries.len() as u64, 512].map(u64::to_le_bytes).concat();
+        log.resize(512, 0);
+        for &(sector, flags, data) in entries {
+            let (sectors, text) = match flags & MARK {
+                0 => (data.len() as u64 / 512, 0),
+                _ => (0, data.len() as u64),
+            };
+            log.extend([sector, sectors, flags, text].map(u64::to_le_bytes).concat());
+            if flags & DISCARD == 0 {
+                log.extend(data);
+            }
+            log.resize(log.len().next_multiple_of(512), 0);
+        }
+        log
+    }
+
+    type Seen = (Report<()>, Vec<Vec<u8>>);
+
+    fn images(log: &[u8], base: &[u8], limits: &Limits) -> Result<Seen, String> {
+        let mut seen = Vec::new();
+        let mut log = Log::new(Cursor::new(log))?;
+        let mut device = Device::of(Cursor::new(base.to_vec())).expect("it is in memory");
+        let report = crash(&mut log, &mut device, limits, |image| {
+            let mut bytes = Cursor::new(vec![0; image.len() as usize]);
+            image.write_to(&mut bytes).expect("it is in memory");
+            // A sector's first byte stands for it.
+            seen.push(bytes.into_inner().chunks(512).map(|sector| sector[0]).collect());
+            Ok(None)
+        })?;
+        seen.sort();
+        Ok((report, seen))
+    }
+
+    fn all(log: &[u8]) -> Vec<Vec<u8>> {
+        images(log, &[], &ALL).expect("it is sound").1
+    }
+
+    const fn sector(byte: u8) -> [u8; 512] {
+        [byte; 512]
+    }
+
+    #[test]
+    fn any_part_of_what_is_not_flushed_is_there_and_all_that_is() {
+        let (one, two) = (sector(1), sector(2));
+        let without = [(0, 0, &one[..]), (2, 0, &two[..])];
+        assert_eq!(all(&log(&without)), [[0, 0, 0], [0, 0, 2], [1, 0, 0], [1, 0, 2]]);
+        let flushed = [(0, 0, &one[..]), (0, FLUSH, &[]), (2, 0, &two[..])];
+        assert_eq!(all(&log(&flushed)), [[0, 0, 0], [1, 0, 0], [1, 0, 2]]);
+        // The flush goes before the write that carries it.
+        let carried = [(0, 0, &one[..]), (2, FLUSH | METADATA, &two[..])];
+        assert_eq!(all(&log(&carried)), [[0, 0, 0], [1, 0, 0], [1, 0, 2]]);
+    }
+
+    #[test]
+    fn a_write_tears_at_every_sector() {
+        let both = [sector(1), sector(2)].concat();
+        assert_eq!(all(&log(&[(0, 0, &both)])), [[0, 0], [0, 2], [1, 0], [1, 2]]);
+        // Also one that is to be stable when it ends; then it is.
+        let then = log(&[(0, FUA, &both), (2, 0, &sector(3))]);
+        let torn = [[0, 0, 0], [0, 2, 0], [1, 0, 0], [1, 2, 0], [1, 2, 3]];
+        assert_eq!(all(&then), torn);
+    }
+
+    #[test]
+    fn a_write_through_does_not_wait_and_takes_nobody_along() {
+        let entries = log(&[(0, 0, &sector(1)), (1, FUA, &sector(2)), (2, 0, &sector(3))]);
+        let seen = all(&entries);
+        for image in [[0, 0, 0], [1, 0, 0], [0, 2, 0], [1, 2, 0], [0, 2, 3], [1, 2, 3]] {
+            assert!(seen.contains(&image.to_vec()), "{image:?}");
+        }
+        assert_eq!(seen.len(), 6);
+        // The same without a look at each write: nothing is missed but what is in flight at the end.
+        let rare = images(&entries, &[], &Limits { every: Every::Flush, ..ALL });
+        assert_eq!(rare.expect("it is sound").1, seen);
+    }
+
+    #[test]
+    fn a_discard_is_a_write_of_zeros_however_long() {
+        let base = [sector(7), sector(8), sector(0), sector(9)].concat();
+        let mut entries = log(&[(1, DISCARD, &[0; 512])]);
+        // Up to two exbibytes; only what holds something counts.
+        entries[512 + 8..512 + 16].copy_from_slice(&(1_u64 << 52).to_le_bytes());
+        let limits = Limits { size: Some(2048), ..ALL };
+        let refused = images(&entries, &base, &limits).expect_err("it is too long");
+        assert!(refused.contains("behind the device's end"), "{refused}");
+        let mut log = Log::new(Cursor::new(&entries)).expect("a log");
+        let mut device = Device::of(Cursor::new(base)).expect("a device");
+        let report = crash(&mut log, &mut device, &ALL, |image| {
+            assert_eq!(image.len(), ((1 << 52) + 1) * 512);
+            Ok(None::<()>)
+        });
+        assert_eq!(report.expect("it is sound").images, 4, "two sectors, each old or gone");
+    }
+
+    #[test]
+    fn of_many_images_whole_writes_are_tried_first_and_all_states_have_a_share() {
+        let data = vec![5; 512 * 40];
+        let entries = log(&[(0, 0, &data), (64, 0, &data), (0, FLUSH, &[]), (128, 0, &sector(6))]);
+        let (report, seen) = images(&entries, &[], &Limits { images: 20, ..ALL }).expect("sound");
+        assert_eq!((report.selected, report.cut_off), (2, 2));
+        assert!(report.images <= 20, "{}", report.images);
+        let wanted = |first: u8, second: u8, last: u8| {
+            seen.iter().any(|image| {
+                image[..40].iter().all(|&byte| byte == first)
+                    && image[64..104].iter().all(|&byte| byte == second)
+                    && image[128] == last
+            })
+        };
+        assert!(wanted(5, 0, 0) && wanted(0, 5, 0) && wanted(5, 5, 0) && wanted(5, 5, 6));
+    }
+
+    #[test]
+    fn a_failure_tells_what_was_there_and_the_last_mark() {
+        let two = [sector(1), sector(2)].concat();
+        let entries =
+            log(&[(0, MARK, b"begins"), (0, 0, &two), (4, 0, &sector(3)), (0, MARK, b"ends")]);
+        let mut log = Log::new(Cursor::new(&entries)).expect("a log");
+        let report = crash(&mut log, &mut Device::<Cursor<Vec<u8>>>::zeros(), &ALL, |image| {
+            let mut bytes = Cursor::new(vec![0; image.len() as usize]);
+            image.write_to(&mut bytes).expect("it is in memory");
+            let bytes = bytes.into_inner();
+            Ok((bytes[0] == 0 && bytes[512] == 2 && bytes[2048] == 3).then_some("torn"))
+        });
+        let report = report.expect("it is sound");
+        assert_eq!((report.wrong, report.failures.len()), (1, 1));
+        let failure = &report.failures[0];
+        assert_eq!((failure.entry, failure.mark.as_deref()), (2, Some("begins")));
+        let there: Vec<_> = failure.writes.iter().map(|w| (w.entry, w.there, w.counted)).collect();
+        assert_eq!(there, [(1, 1, 2), (2, 1, 1)]);
+    }
+
+    #[test]
+    fn damaged_logs_are_refused() {
+        let sound = log(&[(0, 0, &sector(1)), (3, FLUSH, &[]), (0, MARK, b"m")]);
+        let with = |at: usize, value: u64| {
+            let mut log = sound.clone();
+            log[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            images(&log, &[], &ALL).map(|_| ()).expect_err("it is damaged")
+        };
+        for (at, value, said) in [
+            (0, 1, "no log"),
+            (8, 2, "version 2"),
+            (16, 4, "entry 3: the log ends too early"),
+            (16, u64::MAX, "entry 3: the log ends too early"),
+            (24, 511, "511 bytes"),
+            (24, 1 << 31, "make no sense"),
+            (512, u64::MAX, "entry 0: it lies behind"),
+            (520, u64::MAX, "entry 0: it lies behind"),
+            (520, 1 << 40, "entry 0: the log ends within"),
+            (528, 32, "entry 0: flags 0x20"),
+            (528, MARK, "entry 0: a mark that writes"),
+            (512 * 4 + 24, 481, "entry 2: the text"),
+        ] {
+            let what = with(at, value);
+            assert!(what.contains(said), "{at}, {value}: {what}");
+        }
+        for len in 0..sound.len() - 512 {
+            assert!(images(&sound[..len], &[], &ALL).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn a_log_of_a_device_that_changes_too_much_is_refused() {
+        // All the data is there: a file with a hole would do.
+        let mut head = log(&[(0, 0, &[])]);
+        head[520..528].copy_from_slice(&(SECTORS_MAX + 1).to_le_bytes());
+        head.resize(1024 + (SECTORS_MAX as usize + 1) * 512, 0);
+        let what = images(&head, &[], &ALL).expect_err("it is too much");
+        assert!(what.contains("more than 256 MiB"), "{what}");
+    }
+
+    quickcheck! {
+        fn a_changed_log_never_panics(changes: Vec<(u16, u8)>) -> bool {
+            let mut entries = log(&[
+                (0, 0, &sector(1)),
+                (1, FUA, &sector(2)),
+                (0, MARK, b"mark"),
+                (3, DISCARD, &sector(0)),
+                (0, FLUSH, &[]),
+                (2, FLUSH | FUA | METADATA, &sector(3)),
+            ]);
+            // Heads rather than data.
+            let count = entries.len() / 512;
+            for (at, byte) in changes {
+                let at = usize::from(at);
+                entries[at % count * 512 + at / count % 32] = byte;
+            }
+            let limits = Limits { images: 50, size: Some(1 << 20), ..ALL };
+            let _ = images(&entries, &[], &limits);
+            true
+        }
+    }
 }
