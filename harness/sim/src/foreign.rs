@@ -323,7 +323,7 @@ pub struct Unflushed {
     pub sectors: u64,
     /// A discard?
     pub discard: bool,
-    /// Of its sectors, so many count: not those that became stable otherwise, and of a discard those that had data.
+    /// Of its sectors, so many count: those that differ from crash to crash.
     pub counted: u64,
     /// So many of these hold what it wrote.
     pub there: u64,
@@ -681,7 +681,7 @@ where
             if is_new {
                 this.seen.insert(sums.of(options, 0));
                 let contents = sites.image(|site| options[site], 0);
-                this.check(&contents, waiting).map_err(Halt::Failed)?;
+                this.check(&contents, sites, waiting).map_err(Halt::Failed)?;
             }
             Ok(())
         };
@@ -698,7 +698,12 @@ where
         picks.each(key, |picked| one(self, &picked[..sites.sites.len()]))
     }
 
-    fn check(&mut self, contents: &Contents, waiting: &[Waiting]) -> Result<(), String> {
+    fn check(
+        &mut self,
+        contents: &Contents,
+        sites: &Sites,
+        waiting: &[Waiting],
+    ) -> Result<(), String> {
         self.report.images += 1;
         let (len, places) = (self.len, self.places);
         let mut image = CrashImage { device: self.device, len, places, contents };
@@ -708,9 +713,11 @@ where
         self.report.wrong += 1;
         if self.report.failures.len() < TOLD {
             let told = |write: &Waiting| {
+                let differs = |patch: &&Patch| site_of(sites, patch).is_some();
                 let holds = |patch: &&Patch| contents.sector(patch.index) == patch.data;
-                let there = write.patches().filter(holds).count() as u64;
-                Unflushed { counted: write.patches().count() as u64, there, ..write.told }
+                let there = write.patches().filter(differs).filter(holds).count() as u64;
+                let counted = write.patches().filter(differs).count() as u64;
+                Unflushed { counted, there, ..write.told }
             };
             self.report.failures.push(Failure {
                 entry: self.entry,
@@ -724,14 +731,17 @@ where
     }
 }
 
+/// Where the choice of a patch's sector stands; `None`: it is the same after every crash.
+fn site_of(sites: &Sites, patch: &Patch) -> Option<usize> {
+    sites.sites.binary_search_by_key(&patch.index, |site| site.options[0][0].0).ok()
+}
+
 /// The options that show these writes and no others.
 fn options_with(sites: &Sites, waiting: &[Waiting], chosen: impl Fn(usize) -> bool) -> Vec<usize> {
     let mut options = vec![0; sites.sites.len()];
     for (_, write) in waiting.iter().enumerate().filter(|(i, _)| chosen(*i)) {
         for patch in write.patches() {
-            let at = sites.sites.binary_search_by_key(&patch.index, |site| site.options[0][0].0);
-            // A sector that no crash changes has no site.
-            let Ok(at) = at else { continue };
+            let Some(at) = site_of(sites, patch) else { continue };
             let holds = |option: &Vec<(u64, Sector)>| option[0].1 == patch.data;
             options[at] = sites.sites[at].options.iter().rposition(holds).unwrap_or(0);
         }

@@ -217,7 +217,11 @@ fn print(report: &Report<Wrong>, to: &mut String) -> std::fmt::Result {
         writeln!(to, "of {} states a selection of their images", report.selected)?;
     }
     if report.cut_off > 0 {
-        writeln!(to, "cut off: of {} states some images were not looked at", report.cut_off)?;
+        writeln!(
+            to,
+            "cut off: of {} states some images were not looked at (--images)",
+            report.cut_off
+        )?;
     }
     for failure in report.failures.iter().take(PRINTED) {
         write!(to, "\nwrong: a crash at entry {}", failure.entry)?;
@@ -231,6 +235,7 @@ fn print(report: &Report<Wrong>, to: &mut String) -> std::fmt::Result {
         for write in &failure.writes {
             let kind = if write.discard { "discard" } else { "write" };
             let share = match (write.there, write.counted) {
+                (_, 0) => "makes no difference".to_owned(),
                 (0, _) => "lost".to_owned(),
                 (there, counted) if there == counted => "there".to_owned(),
                 (there, counted) => format!("{there} of {counted} sectors there"),
