@@ -33,7 +33,7 @@ const TOLD: usize = 100;
 /// Sectors of a write that make one change: the model looks through a change from its start.
 const PIECE: u64 = 128;
 
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;
@@ -419,7 +419,7 @@ impl Pieces {
 }
 
 fn too_many() -> String {
-    format!("it changes more than {} MiB", SECTORS_MAX * SECTOR >> 20)
+    format!("it changes more than {} MiB", (SECTORS_MAX * SECTOR) >> 20)
 }
 
 /// What a log changes, and how often a crash will be tried.
