@@ -421,49 +421,7 @@ impl Crash {
         self.counts.crash_states += 1;
         let sums: Vec<Sums> = files.iter().map(Sites::sums).collect();
         let at = CrashAt { world, judge, files, sums: &sums };
-        let count = files.iter().fold(1_u64, |n, sites| n.saturating_mul(sites.count()));
-        if count <= ALL_IMAGES {
-            let mut picks = Picks::new(files);
-            loop {
-                self.check_image(&at, &picks.picked)?;
-                if !picks.next() {
-                    return Ok(());
-                }
-            }
-        }
-        self.check_some(&at, key)
-    }
-
-    /// Checks a selection of images: there are too many.
-    fn check_some<S: Subject>(&mut self, at: &CrashAt<'_, S>, key: u64) -> Result<(), String> {
-        let picks = Picks::new(at.files);
-        let (none, all) = (picks.with(|_, _| 0), picks.with(|_, options| options - 1));
-        for whole in [&none, &all] {
-            self.check_image(at, whole)?;
-        }
-        for i in 0..none.len() {
-            for option in 1..picks.options[i] {
-                // Each alone, each missing, and (sites go up the file) all up to it, all from it.
-                let ways = [
-                    picks.with(|j, _| if j == i { option } else { 0 }),
-                    picks.with(|j, n| if j == i { option - 1 } else { n - 1 }),
-                    picks.with(|j, n| if j < i { n - 1 } else { 0 }),
-                    picks.with(|j, n| if j < i { 0 } else { n - 1 }),
-                ];
-                for picked in &ways {
-                    self.check_image(at, picked)?;
-                }
-            }
-        }
-        let mut state = key;
-        for _ in 0..DRAWN_IMAGES {
-            let picked = picks.with(|_, options| {
-                state = splitmix(state);
-                (state % options as u64) as usize
-            });
-            self.check_image(at, &picked)?;
-        }
-        Ok(())
+        Picks::new(files).each(key, |picked| self.check_image(&at, picked))
     }
 
     fn check_image<S: Subject>(
@@ -521,19 +479,68 @@ impl<S: Subject> CrashAt<'_, S> {
 }
 
 /// An odometer over the options of all sites of all files, and each file's lengths.
-struct Picks {
+pub(crate) struct Picks {
     options: Vec<usize>,
     picked: Vec<usize>,
+    /// How many ways there are.
+    count: u64,
 }
 
 impl Picks {
-    fn new(files: &[Sites]) -> Picks {
+    pub(crate) fn new(files: &[Sites]) -> Picks {
         let mut options = Vec::new();
         for sites in files {
             options.extend(sites.sites.iter().map(|site| site.options.len()));
             options.push(sites.lengths.len());
         }
-        Picks { picked: vec![0; options.len()], options }
+        let count = files.iter().fold(1_u64, |n, sites| n.saturating_mul(sites.count()));
+        Picks { picked: vec![0; options.len()], options, count }
+    }
+
+    /// Too many to look at each?
+    pub(crate) fn are_many(&self) -> bool {
+        self.count > ALL_IMAGES
+    }
+
+    /// Hands out every way to pick, or a selection that depends on `key` if there are too many.
+    pub(crate) fn each<E>(
+        mut self,
+        key: u64,
+        mut look: impl FnMut(&[usize]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.are_many() {
+            return self.some(key, look);
+        }
+        loop {
+            look(&self.picked)?;
+            if !self.next() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn some<E>(&self, key: u64, mut look: impl FnMut(&[usize]) -> Result<(), E>) -> Result<(), E> {
+        let (none, all) = (self.with(|_, _| 0), self.with(|_, options| options - 1));
+        for whole in [&none, &all] {
+            look(whole)?;
+        }
+        for i in 0..none.len() {
+            for option in 1..self.options[i] {
+                // Each alone, each missing, and (sites go up the file) all up to it, all from it.
+                look(&self.with(|j, _| if j == i { option } else { 0 }))?;
+                look(&self.with(|j, n| if j == i { option - 1 } else { n - 1 }))?;
+                look(&self.with(|j, n| if j < i { n - 1 } else { 0 }))?;
+                look(&self.with(|j, n| if j < i { 0 } else { n - 1 }))?;
+            }
+        }
+        let mut state = key;
+        for _ in 0..DRAWN_IMAGES {
+            look(&self.with(|_, options| {
+                state = splitmix(state);
+                (state % options as u64) as usize
+            }))?;
+        }
+        Ok(())
     }
 
     fn next(&mut self) -> bool {

@@ -47,6 +47,7 @@ mod clock;
 pub mod disk;
 pub mod explore;
 pub mod filter;
+pub mod foreign;
 pub mod gate;
 pub mod host;
 pub mod kept;

@@ -23,6 +23,7 @@ mod demo;
 mod device;
 mod disk;
 mod fail;
+mod import;
 mod info;
 mod io;
 mod json;

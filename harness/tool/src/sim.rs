@@ -19,6 +19,7 @@ use cowbell_sim::subjects::Image;
 use cowbell_sim::trace::Trace;
 
 use crate::fail::Fail;
+use crate::import;
 use crate::out::Out;
 
 /// The options of `sim`.
@@ -102,6 +103,9 @@ enum What {
         #[arg(long, value_name = "OUT")]
         html: Option<PathBuf>,
     },
+    /// Crash under another program, whose writes were logged, in every state, and let a command look at what is
+    /// left. Exit code 1: something was wrong; 2: an error
+    Import(import::Args),
     /// Make the trace of a failure smaller, as long as it fails in the same way
     Shrink {
         /// The trace
@@ -234,6 +238,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             out.flush()?;
             Ok(0)
         }
+        What::Import(args) => import::run(args),
         What::Shrink { file } => {
             let small = shrink(&trace_in(file)?);
             let small = small.ok_or_else(|| Fail::at(file, "this trace does not fail"))?;

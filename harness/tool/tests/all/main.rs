@@ -12,6 +12,7 @@ mod defects_of_qemu_do_not_occur;
 mod disks_are_backed_up;
 mod disks_are_resized_as_qemu_resizes_them;
 mod disks_of_servers_are_images;
+mod foreign_writes_are_crashed;
 mod guests_are_served_over_vhost_user;
 mod images_are_converted;
 mod images_are_locked_as_qemu_locks_them;
