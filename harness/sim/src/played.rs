@@ -14,7 +14,7 @@ use cowbell_engine::op::{Base, OpKind};
 use cowbell_engine::record::{Entry, Lent, Reader, SECTOR, Sum};
 use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::sys::ram::Ram;
-use cowbell_engine::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
+use cowbell_engine::units::{Errno, FileId, JobId, NodeId, OpId, ReqId, Time};
 use cowbell_engine::{Copy, Engine};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
@@ -182,18 +182,18 @@ impl<F> Backend for Played<'_, F> {
                 let bytes = harvest.mem.region_mut(region);
                 bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
             }
+            let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
+            let result = u64::try_from(answer).map_err(|_| Errno(errno));
             if let Some(came_back) = &mut self.came_back {
-                let how = match answer {
-                    ..0 => format!("{}", Errno(-answer as i32)),
-                    _ if (answer as u64) < moves => "short".into(),
-                    _ => "ok".into(),
+                let how = match result {
+                    Err(errno) => errno.to_string(),
+                    Ok(moved) if moved < moves => "short".into(),
+                    Ok(_) => "ok".into(),
                 };
                 let is_bad = how != "ok";
                 let number = harvest.ops.serial(record.owner.request);
                 came_back.push(Ended { number, ordinal: record.owner.ordinal, how, is_bad });
             }
-            let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
-            let result = u64::try_from(answer).map_err(|_| Errno(errno));
             harvest.done.push(Completion::new(op, result));
         }
     }
@@ -307,7 +307,7 @@ pub fn play<'r, F, D: Driver>(
 ) -> Verdict {
     let nodes: Vec<Option<NodeId>> = engine.nodes().collect();
     let id = |index: u32| nodes.get(index as usize).copied().flatten();
-    let (mut tag, mut jobs) = (0, Vec::new());
+    let (mut tag, mut jobs) = (0, Vec::<JobId>::new());
     loop {
         let Some(entry) = engine.backend_mut().reader.next() else {
             return Verdict::Same;
@@ -402,8 +402,9 @@ pub fn play<'r, F, D: Driver>(
                 let Some(copy) = Copy::from_numbers(source, target, copy) else {
                     return Verdict::Differs("a copy is started that is none".into());
                 };
-                if copy.in_flight.saturating_mul(copy.piece) > BYTES_MAX {
-                    return Verdict::Differs("a copy takes too much memory".into());
+                let runs = |job: &&JobId| engine.job_progress(**job).is_some();
+                if jobs.iter().filter(runs).count() >= JOBS_MAX {
+                    return Verdict::Differs("more copies at a time than a program has".into());
                 }
                 // Whether it could is recorded by what comes of it.
                 let started = match parts {
@@ -443,6 +444,9 @@ pub fn play<'r, F, D: Driver>(
         }
     }
 }
+
+/// More copies at a time nobody has. Each takes 128 MiB at most, whatever the record says.
+const JOBS_MAX: usize = 16;
 
 /// No request has more memory.
 const BYTES_MAX: usize = 1 << 28;

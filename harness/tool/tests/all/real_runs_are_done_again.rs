@@ -278,6 +278,60 @@ fn another_way_is_noticed() {
     }
 }
 
+/// A record of a copy is input like any other, also where it is drawn.
+#[test]
+fn changed_records_of_copies_harm_nobody() {
+    let place = Place::new();
+    place.ok("truncate -s 4M a && cowbell io -f raw -c 'write -P 7 1M 300k' a");
+    place.ok("cowbell convert -f raw -O qcow2 a b --record t");
+    let record = read(&place.path("t"));
+    let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
+    let replayed = |changed: &[u8]| {
+        fs::write(place.path("u"), changed).expect("it is written");
+        let out = place.ours("cowbell replay u --html page --perfetto json");
+        let code = out.status.code().expect("it ends by itself");
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        assert!(code <= 1 && !said.contains("panic"), "{code}: {said}");
+        said
+    };
+    // Where entries begin, and what they are.
+    let mut reader = Reader::new(&record[begin..]);
+    let (mut at, mut done, mut started) = (begin, None, None);
+    while let Some(entry) = reader.next() {
+        match entry {
+            Entry::Done { answer: None, brought: [], .. } => done = done.or(Some(at)),
+            Entry::Started { .. } => started = started.or(Some(at)),
+            _ => {}
+        }
+        at = record.len() - reader.left();
+    }
+    // An answer that no disk gives.
+    let done = done.expect("an op came back");
+    let op = &record[done + 1..done + 5];
+    let answer = [&[9][..], op, &i64::MIN.to_le_bytes()].concat();
+    replayed(&[&record[..done], &answer, &record[done + 5..]].concat());
+    // Copies without end: each takes memory for as long as it runs.
+    let started = started.expect("a copy was started");
+    let copy = &record[started..started + 1 + 8 + 11 * 8 + 4];
+    let said = replayed(&[&record[..started], &copy.repeat(1000)].concat());
+    assert!(said.contains("more copies at a time"), "{said}");
+    let mut random = Random(11);
+    for _ in 0..80 {
+        let mut changed = record.clone();
+        for _ in 0..=random.below(3) {
+            let at = begin + random.below((record.len() - begin) as u64) as usize;
+            changed[at] ^= 1 << random.below(8);
+        }
+        replayed(&changed);
+    }
+    // The copy itself, which is a small part of it.
+    for at in started..started + copy.len() {
+        let mut changed = record.clone();
+        changed[at] ^= 1 << random.below(8);
+        replayed(&changed);
+    }
+}
+
 #[test]
 fn what_is_no_record_is_refused() {
     let place = Place::new();
