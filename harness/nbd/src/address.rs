@@ -73,10 +73,13 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export = encoded(self.export.as_bytes());
         match &self.place {
-            Place::Tcp { host, port } if host.contains(':') => {
-                write!(f, "nbd://[{host}]:{port}/{export}")
+            Place::Tcp { host, port } => {
+                let text = encoded(host.as_bytes()).replace('/', "%2F");
+                match host.contains(':') {
+                    true => write!(f, "nbd://[{}]:{port}/{export}", text.replace("%3A", ":")),
+                    false => write!(f, "nbd://{text}:{port}/{export}"),
+                }
             }
-            Place::Tcp { host, port } => write!(f, "nbd://{host}:{port}/{export}"),
             Place::Unix(path) => {
                 let path = encoded(path.as_os_str().as_encoded_bytes());
                 write!(f, "nbd+unix:///{export}?socket={path}")
@@ -142,7 +145,8 @@ fn decoded(text: &str) -> Result<String, &'static str> {
     String::from_utf8(bytes).map_err(|_| "not UTF-8")
 }
 
-fn encoded(bytes: &[u8]) -> String {
+/// As a part of an address: any byte that is more than a letter, a digit or harmless is `%` and two digits.
+pub fn encoded(bytes: &[u8]) -> String {
     let mut text = String::new();
     for &byte in bytes {
         match byte {
@@ -171,6 +175,8 @@ mod tests {
             ("nbd://host:5/a%20b/c", tcp("host", 5, "a b/c")),
             ("nbd://[::1]:7/x", tcp("::1", 7, "x")),
             ("nbd://[::1]/x", tcp("::1", 10809, "x")),
+            ("nbd://a%2Fb%3Ac%40d/x", tcp("a/b:c@d", 10809, "x")),
+            ("nbd://a%20b:8/", tcp("a b", 8, "")),
             ("nbd+unix:///?socket=/tmp/s", unix("/tmp/s", "")),
             ("nbd+unix:///d%C3%A9?socket=a%3f", unix("a?", "dé")),
             ("nbd:unix:/tmp/a:b", unix("/tmp/a:b", "")),

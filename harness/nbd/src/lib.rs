@@ -65,7 +65,7 @@ mod requests;
 mod slots;
 pub mod wire;
 
-pub use address::{Address, Place};
+pub use address::{Address, Place, encoded};
 pub use client::{Client, Complaint, Event, ExportInfo};
 pub use connection::{Connection, Limits, Want};
 pub use exports::Export;

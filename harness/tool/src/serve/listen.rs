@@ -9,6 +9,7 @@ use std::os::unix::net as unix;
 use std::path::{Path, PathBuf};
 use std::{fs, str};
 
+use cowbell_nbd::encoded;
 use listenfd::ListenFd;
 use mio::event::Source;
 use mio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -100,7 +101,7 @@ impl Listener {
         bound: Option<SocketPath>,
     ) -> io::Result<Listener> {
         socket.set_nonblocking(true)?;
-        let uri = format!("nbd+unix:///{{}}?socket={}", escaped(path.as_os_str().as_bytes()));
+        let uri = format!("nbd+unix:///{{}}?socket={}", encoded(path.as_os_str().as_bytes()));
         let socket = ListenerSocket::Unix(UnixListener::from_std(socket));
         Ok(Listener { socket, path: bound, uri })
     }
@@ -140,7 +141,7 @@ impl Listener {
 
     /// What a client is told to connect to `name` here.
     pub fn uri(&self, name: &str) -> String {
-        self.uri.replacen("{}", &escaped(name.as_bytes()), 1)
+        self.uri.replacen("{}", &encoded(name.as_bytes()), 1)
     }
 
     /// The next client; `WouldBlock`: none.
@@ -230,20 +231,6 @@ impl Stream {
     pub fn write(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
         either!(self, stream => stream.write_vectored(from))
     }
-}
-
-/// A part of a URI.
-fn escaped(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for &byte in bytes {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
-                text.push(byte.into());
-            }
-            _ => text += &format!("%{byte:02X}"),
-        }
-    }
-    text
 }
 
 #[cfg(test)]
