@@ -721,6 +721,38 @@ fn hostile_messages_lose_the_connection_alone() {
 }
 
 #[test]
+fn a_limited_disk_waits_for_its_time() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 d 64M");
+    let began = clock();
+    let serving = Serving::start(&place, "--iops 20 --burst 0 d");
+    let mut guest = Guest::new(&serving, true);
+    for _ in 0..5 {
+        guest.ask(0, &Ask::read(0, 4096), 1, false);
+    }
+    guest.kick(0);
+    // The first may come at once, each other one a twentieth of a second after the one before.
+    let mut done = 0;
+    while done < 5 {
+        let all = guest.wait(0);
+        assert!(all.iter().all(|one| one.1 == 0));
+        done += all.len();
+    }
+    let took = clock().since(began);
+    assert!(took >= 200_000_000, "five requests took {took} ns");
+    // What waits for its time at the end is done at once.
+    for _ in 0..SLOTS {
+        guest.ask(1, &Ask::read(0, 4096), 1, false);
+    }
+    guest.kick(1);
+    sleep(Duration::from_millis(100));
+    serving.stop();
+    let done = guest.done(1);
+    assert!(done.iter().all(|one| one.1 == 0));
+    assert!(done.len() > 4, "{}", done.len());
+}
+
+#[test]
 fn guests_that_go_leave_nothing_behind_and_an_end_leaves_the_image_clean() {
     let place = Place::new();
     place.ok("cowbell create -f qcow2 d 64M");

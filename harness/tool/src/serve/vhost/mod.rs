@@ -42,8 +42,9 @@ use crate::serve::vhost::session::Session;
 
 /// Queues of a device.
 pub const QUEUES_MAX: u64 = 64;
-/// Requests of a device that are begun before it is the others' turn.
-const SHARE: usize = 64;
+/// Requests of a device that are begun before what has ended is looked at, and it is the others' turn. Few: a guest that
+/// hears of many at once asks for many at once, and then device, server and guest wait for one another.
+const SHARE: usize = 4;
 /// Requests of a device in flight: the others have places too.
 const IN_FLIGHT_MAX: usize = 256;
 /// Messages that are read before it is the others' turn.
