@@ -162,6 +162,16 @@ impl Op {
         Op { kind: OpKind::Read, target, offset, len: segs.len(), segs }
     }
 
+    /// The first memory that it brings something into.
+    #[inline]
+    pub fn brings_into(&self) -> Option<&Seg> {
+        match self.kind {
+            OpKind::Read => self.segs.as_slice().first(),
+            OpKind::Compute(_) => self.segs.as_slice().get(1),
+            _ => None,
+        }
+    }
+
     /// Write from `segs`.
     #[inline]
     pub fn write(file: FileId, offset: u64, segs: Segs) -> Op {

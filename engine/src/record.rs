@@ -54,7 +54,7 @@ pub trait Sink {
     fn take(&mut self, chunk: Vec<u8>) -> Option<Vec<u8>>;
 }
 
-/// Bytes in a chunk, about.
+/// Bytes in a chunk, about, if nothing else is said.
 pub const CHUNK: usize = 256 << 10;
 
 /// A sum over all that was done, order included.
@@ -107,6 +107,8 @@ pub struct Recorder<B> {
 struct Log {
     sink: Box<dyn Sink>,
     chunk: Vec<u8>,
+    /// Bytes of a chunk that is handed over.
+    enough: usize,
     /// The last time that was recorded.
     time: Time,
     sum: Sum,
@@ -124,9 +126,15 @@ impl<B> Recorder<B> {
 
     /// From now on all is recorded. Nothing is in flight, and the clock stands at `now` or after it.
     pub fn start(&mut self, sink: Box<dyn Sink>) {
-        let chunk = Vec::with_capacity(CHUNK + CHUNK / 4);
-        let (time, sum) = (Time(0), Sum::default());
-        self.log = Some(Box::new(Log { sink, chunk, time, sum, polled: 0, offered: Vec::new() }));
+        self.start_with(sink, CHUNK);
+    }
+
+    /// The same, with chunks of about so many bytes.
+    pub fn start_with(&mut self, sink: Box<dyn Sink>, enough: usize) {
+        let chunk = Vec::with_capacity(enough + enough / 4);
+        let (time, sum, offered) = (Time(0), Sum::default(), Vec::new());
+        let log = Log { sink, chunk, enough, time, sum, polled: 0, offered };
+        self.log = Some(Box::new(log));
     }
 
     /// Hands what has been recorded to the sink, and records no more.
@@ -135,6 +143,16 @@ impl<B> Recorder<B> {
             log.write_polled();
             let chunk = std::mem::take(&mut log.chunk);
             log.sink.take(chunk);
+        }
+    }
+
+    /// Hands what has been recorded so far to the sink, as it does when there is enough of it.
+    pub fn hand_over(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.write_polled();
+            if !log.chunk.is_empty() && !log.hands_over() {
+                self.log = None;
+            }
         }
     }
 
@@ -321,9 +339,11 @@ impl Log {
 
     /// Hands over the chunk if it is full. False: nothing more is recorded.
     fn is_going_on(&mut self) -> bool {
-        if self.chunk.len() < CHUNK {
-            return true;
-        }
+        self.chunk.len() < self.enough || self.hands_over()
+    }
+
+    /// False: nothing more is recorded.
+    fn hands_over(&mut self) -> bool {
         match self.sink.take(std::mem::take(&mut self.chunk)) {
             Some(chunk) => self.chunk = chunk,
             None => return false,
@@ -442,15 +462,9 @@ fn expected_of(record: &OpRecord) -> i64 {
     }
 }
 
-/// What an op has brought that the engine looks at.
-#[inline]
 /// What an op has brought, where that may decide what is done next: whether it is zeros.
 fn brought_by<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u8]> {
-    let seg = match record.op.kind {
-        OpKind::Read => record.op.segs.as_slice().first()?,
-        OpKind::Compute(_) => record.op.segs.as_slice().get(1)?,
-        _ => return None,
-    };
+    let seg = record.op.brings_into()?;
     let from = seg.off as usize;
     let bytes = match seg.base {
         Base::Region(region) if mem.looked_at(region) != Looked::All => mem.region(region),
@@ -460,19 +474,17 @@ fn brought_by<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m
     (answer >= 0).then(|| &bytes[from..from + seg.len as usize])
 }
 
+/// What an op has brought that the engine looks at.
+#[inline]
 fn seen_of<'m>(record: &OpRecord, mem: &'m Memory, answer: i64) -> Option<&'m [u8]> {
-    let (seg, moved) = match record.op.kind {
-        OpKind::Read => (record.op.segs.as_slice().first()?, answer),
-        OpKind::Compute(_) => (record.op.segs.as_slice().get(1)?, 0),
-        _ => return None,
-    };
+    let seg = record.op.brings_into()?;
     let Base::Region(region) = seg.base else { return None };
     let len = match mem.looked_at(region) {
         Looked::All => seg.len as usize,
         Looked::First(most) => most.min(seg.len as usize),
     };
     let bytes = &mem.region(region)[seg.off as usize..][..len];
-    (answer >= 0 && moved >= 0 && !bytes.is_empty()).then_some(bytes)
+    (answer >= 0 && !bytes.is_empty()).then_some(bytes)
 }
 
 fn code_of(kind: IoKind) -> u8 {
@@ -618,7 +630,17 @@ pub struct Reader<'r> {
 impl<'r> Reader<'r> {
     /// From the first entry on.
     pub fn new(record: &'r [u8]) -> Reader<'r> {
-        Reader { rest: record, time: Time(0) }
+        Reader::after(Time(0), record)
+    }
+
+    /// Of what a record goes on with after this time.
+    pub fn after(time: Time, rest: &'r [u8]) -> Reader<'r> {
+        Reader { rest, time }
+    }
+
+    /// The last time that was read.
+    pub fn time(&self) -> Time {
+        self.time
     }
 
     /// Bytes that are not read yet: 0 at the end of a record that is whole.
@@ -629,9 +651,9 @@ impl<'r> Reader<'r> {
     fn entry(&mut self, rest: &mut &'r [u8]) -> Option<Entry<'r>> {
         let tag = byte(rest)?;
         Some(match tag {
-            0x01 => Entry::Run(self.after(rest)?),
+            0x01 => Entry::Run(self.later(rest)?),
             0x02 => Entry::Run(Time(u64::from_le_bytes(take(rest)?))),
-            0x03 => Entry::Clock(self.after(rest)?),
+            0x03 => Entry::Clock(self.later(rest)?),
             0x04 => Entry::Clock(Time(u64::from_le_bytes(take(rest)?))),
             0x05 => Entry::Ran(u32::from_le_bytes(take(rest)?)),
             0x06 => Entry::Took { count: u16::from_le_bytes(take(rest)?), places: None },
@@ -715,7 +737,7 @@ impl<'r> Reader<'r> {
         })
     }
 
-    fn after(&self, rest: &mut &'r [u8]) -> Option<Time> {
+    fn later(&self, rest: &mut &'r [u8]) -> Option<Time> {
         let delta = i32::from_le_bytes(take(rest)?);
         Some(Time(self.time.0.wrapping_add_signed(delta.into())))
     }

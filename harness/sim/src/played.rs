@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Note, Submission};
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Base, OpKind};
+use cowbell_engine::ops::OpRecord;
 use cowbell_engine::record::{Entry, Lent, Reader, SECTOR, Sum};
 use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::sys::ram::Ram;
@@ -19,10 +21,37 @@ use cowbell_engine::{Copy, Engine};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
 
+/// What is left of a record.
+#[derive(Clone, Debug, Default)]
+struct Rest {
+    record: Arc<Vec<u8>>,
+    /// Where what is left begins.
+    at: usize,
+    /// The last time before that.
+    time: Time,
+}
+
+impl Rest {
+    fn reader(&self) -> Reader<'_> {
+        Reader::after(self.time, &self.record[self.at..])
+    }
+
+    fn peek(&self) -> Option<Entry<'_>> {
+        self.reader().next()
+    }
+
+    /// Goes on behind the next entry.
+    fn skip(&mut self) {
+        let mut reader = self.reader();
+        reader.next();
+        (self.at, self.time) = (self.record.len() - reader.left(), reader.time());
+    }
+}
+
 /// What was recorded, as a backend.
 #[derive(Debug)]
-pub struct Played<'r, F> {
-    reader: Reader<'r>,
+pub struct Played<F> {
+    rest: Rest,
     /// What the real backend said of its files, in the order in which they came.
     infos: Vec<FileInfo>,
     files: BTreeMap<FileId, F>,
@@ -65,11 +94,11 @@ pub enum Verdict {
     Differs(String),
 }
 
-impl<'r, F> Played<'r, F> {
+impl<F> Played<F> {
     /// The record, and what the real backend said of its files, in the order in which they were attached.
-    pub fn new(record: &'r [u8], infos: Vec<FileInfo>) -> Played<'r, F> {
+    pub fn new(record: Vec<u8>, infos: Vec<FileInfo>) -> Played<F> {
         Played {
-            reader: Reader::new(record),
+            rest: Rest { record: Arc::new(record), ..Rest::default() },
             infos,
             files: BTreeMap::new(),
             sum: Sum::default(),
@@ -86,16 +115,12 @@ impl<'r, F> Played<'r, F> {
         self.time
     }
 
-    fn peek(&self) -> Option<Entry<'r>> {
-        self.reader.clone().next()
-    }
-
     fn differs(&mut self, how: impl FnOnce() -> String) {
         self.differs.get_or_insert_with(how);
     }
 }
 
-impl<F> Backend for Played<'_, F> {
+impl<F> Backend for Played<F> {
     type File = F;
 
     fn attach(&mut self, id: FileId, file: F) -> io::Result<FileInfo> {
@@ -113,10 +138,11 @@ impl<F> Backend for Played<'_, F> {
         for &op in &offered {
             self.sum.takes(op, &submission.ops[op]);
         }
-        let Some(Entry::Took { count, places }) = self.peek() else {
+        let rest = self.rest.clone();
+        let Some(Entry::Took { count, places }) = rest.peek() else {
             return self.differs(|| format!("{} ops are offered, and none were", offered.len()));
         };
-        self.reader.next();
+        self.rest.skip();
         let place = |pair: &[u8]| usize::from(pair[0]) | usize::from(pair[1]) << 8;
         let places: Vec<usize> = match places {
             None => (0..usize::from(count)).collect(),
@@ -137,29 +163,28 @@ impl<F> Backend for Played<'_, F> {
     }
 
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
+        let record = Arc::clone(&self.rest.record);
         loop {
-            let zeros = match self.peek() {
-                Some(Entry::Zeros { sectors, bits }) => {
-                    self.reader.next();
-                    Some((sectors, bits))
-                }
-                _ => None,
-            };
-            let Some(Entry::Done { op, answer, brought }) = self.peek() else { return };
-            self.reader.next();
+            let mut reader = Reader::after(self.rest.time, &record[self.rest.at..]);
+            let mut next = reader.next();
+            let mut zeros = None;
+            if let Some(Entry::Zeros { sectors, bits }) = next {
+                zeros = Some((sectors, bits));
+                self.rest.skip();
+                next = reader.next();
+            }
+            let Some(Entry::Done { op, answer, brought }) = next else { return };
+            self.rest.skip();
             let Some(moves) = self.in_flight.remove(&op) else {
                 return self.differs(|| format!("{op:?} comes back, and is not in flight"));
             };
             let answer = answer.unwrap_or(moves as i64);
-            let record = &harvest.ops[op];
-            let is_hole = matches!(record.op.kind, OpKind::Hole);
+            let OpRecord { op: what, owner, .. } = &harvest.ops[op];
+            let is_hole = matches!(what.kind, OpKind::Hole);
             if answer > moves as i64 && !is_hole {
                 return self.differs(|| format!("{op:?} moves {answer} bytes, and has {moves}"));
             }
-            let seg = match record.op.kind {
-                OpKind::Compute(_) => record.op.segs.as_slice().get(1),
-                _ => record.op.segs.as_slice().first(),
-            };
+            let seg = what.brings_into();
             if let (Some(seg), Some((sectors, bits))) = (seg, zeros) {
                 let (from, len) = (seg.off as usize, seg.len as usize);
                 let bytes = match seg.base {
@@ -191,8 +216,8 @@ impl<F> Backend for Played<'_, F> {
                     Ok(_) => "ok".into(),
                 };
                 let is_bad = how != "ok";
-                let number = harvest.ops.serial(record.owner.request);
-                came_back.push(Ended { number, ordinal: record.owner.ordinal, how, is_bad });
+                let number = harvest.ops.serial(owner.request);
+                came_back.push(Ended { number, ordinal: owner.ordinal, how, is_bad });
             }
             harvest.done.push(Completion::new(op, result));
         }
@@ -203,7 +228,7 @@ impl<F> Backend for Played<'_, F> {
     }
 
     fn clock(&self) -> Time {
-        match self.peek() {
+        match self.rest.peek() {
             Some(Entry::Clock(time)) => time,
             _ => self.time,
         }
@@ -211,10 +236,10 @@ impl<F> Backend for Played<'_, F> {
 
     fn note(&mut self, note: Note<'_>) {
         match note {
-            Note::Clock(_) => match self.peek() {
+            Note::Clock(_) => match self.rest.peek() {
                 Some(Entry::Clock(time)) => {
                     self.time = time;
-                    self.reader.next();
+                    self.rest.skip();
                 }
                 Some(_) => self.differs(|| "the clock is looked at, and was not".into()),
                 // The record has ended in the middle of a run.
@@ -225,9 +250,9 @@ impl<F> Backend for Played<'_, F> {
                 self.done.waits += 1;
             }
             Note::Polled(result) => self.sum.ends(result),
-            Note::Ran => match self.peek() {
+            Note::Ran => match self.rest.peek() {
                 Some(Entry::Ran(sum)) => {
-                    self.reader.next();
+                    self.rest.skip();
                     if sum != self.sum.short() {
                         self.differs(|| "states, ops or answers are others".into());
                     }
@@ -252,72 +277,122 @@ pub enum Moment {
 }
 
 /// What to do after each moment: go on?
-pub type Each<'a, D, B> = &'a mut dyn FnMut(&Engine<D, B>, Moment) -> bool;
+pub type Each<'a, D, F> = &'a mut dyn FnMut(&Engine<D, Played<F>>, Moment) -> bool;
 
-/// The same as [`play`], and what happens from turn `from` on is noted. `title` and `about`: of what.
-pub fn play_seen<'r, F, D: Driver>(
-    engine: &mut Engine<D, Played<'r, F>>,
-    (title, about): (String, Vec<String>),
-    from: u64,
-    each: Each<'_, D, Played<'r, F>>,
-) -> (Verdict, Timeline) {
-    let mut observer = Observer::new(title, about);
-    engine.backend_mut().came_back = Some(Vec::new());
-    let mut begun = from == 0;
-    if begun {
-        observer.begin(engine, engine.backend().time);
-    }
-    let verdict = play(engine, &mut |engine, moment| {
-        let Played { time, done, came_back, .. } = engine.backend();
-        if done.runs >= from {
-            if !std::mem::replace(&mut begun, true) {
-                observer.begin(engine, *time);
-            }
-            let came_back = came_back.as_deref().unwrap_or_default();
-            let (what, kind) = match moment {
-                Moment::Submitted(io) => {
-                    (format!("the guest submits: {}", words(&io)), EventKind::Submit)
-                }
-                Moment::Ran => {
-                    let bad = came_back.iter().any(|ended| ended.is_bad);
-                    let kind = if bad { EventKind::Fault } else { EventKind::Complete };
-                    (format!("turn {}: {} ops come back", done.runs, came_back.len()), kind)
-                }
-                Moment::Called => ("the embedder calls".into(), EventKind::Life),
-            };
-            let ended = came_back.iter().filter(|_| moment == Moment::Ran).cloned();
-            observer.happens(what, kind, ended);
-            observer.look(engine, *time);
-        }
-        each(engine, moment)
-    });
-    if let Verdict::Differs(how) = &verdict {
-        observer.went_wrong(how.as_str(), false);
-    }
-    let mut timeline = observer.finish();
-    timeline.is_timed = true;
-    (verdict, timeline)
+/// A run that is done again.
+#[derive(Debug)]
+pub struct Player<D: Driver, F> {
+    engine: Engine<D, Played<F>>,
+    /// The disks, as they were attached before anything was done.
+    nodes: Vec<Option<NodeId>>,
+    /// The last request's tag.
+    tag: u64,
+    /// The copies that were started.
+    jobs: Vec<JobId>,
 }
 
-/// Does all that was recorded on this engine, to which the images have been attached as they were then, until `each`, which is
-/// asked after everything that was done, says that it is enough.
-pub fn play<'r, F, D: Driver>(
-    engine: &mut Engine<D, Played<'r, F>>,
-    each: Each<'_, D, Played<'r, F>>,
-) -> Verdict {
-    let nodes: Vec<Option<NodeId>> = engine.nodes().collect();
-    let id = |index: u32| nodes.get(index as usize).copied().flatten();
-    let (mut tag, mut jobs) = (0, Vec::<JobId>::new());
-    loop {
-        let Some(entry) = engine.backend_mut().reader.next() else {
-            return Verdict::Same;
-        };
+impl<D: Driver, F> Player<D, F> {
+    /// On this engine, to which the images have been attached as they were then.
+    pub fn new(engine: Engine<D, Played<F>>) -> Player<D, F> {
+        let nodes = engine.nodes().collect();
+        Player { engine, nodes, tag: 0, jobs: Vec::new() }
+    }
+
+    /// The engine, as it is now.
+    pub fn engine(&self) -> &Engine<D, Played<F>> {
+        &self.engine
+    }
+
+    /// The record goes on with this, if all that came before has been done. Whole chunks, as a
+    /// [`Sink`](cowbell_engine::record::Sink) gets them.
+    pub fn goes_on(&mut self, record: Vec<u8>) {
+        let rest = &mut self.engine.backend_mut().rest;
+        (rest.record, rest.at) = (Arc::new(record), 0);
+    }
+
+    /// Does all that is left of the record, until `each`, which is asked after everything that was done, says that it
+    /// is enough.
+    pub fn play(&mut self, each: Each<'_, D, F>) -> Verdict {
+        loop {
+            let rest = self.engine.backend().rest.clone();
+            let Some(entry) = rest.peek() else { return Verdict::Same };
+            self.engine.backend_mut().rest.skip();
+            let moment = match self.does(entry) {
+                Ok(None) => continue,
+                Ok(Some(moment)) => moment,
+                Err(verdict) => return verdict,
+            };
+            let goes_on = each(&self.engine, moment);
+            if let Some(how) = self.engine.backend_mut().differs.take() {
+                return Verdict::Differs(how);
+            }
+            if !goes_on {
+                return Verdict::Same;
+            }
+        }
+    }
+
+    /// The same, and what happens from turn `from` on is noted. `title` and `about`: of what.
+    pub fn play_seen(
+        &mut self,
+        (title, about): (String, Vec<String>),
+        from: u64,
+        each: Each<'_, D, F>,
+    ) -> (Verdict, Timeline) {
+        let mut observer = Observer::new(title, about);
+        self.engine.backend_mut().came_back = Some(Vec::new());
+        let mut begun = from <= self.engine.backend().done.runs;
+        if begun {
+            observer.begin(&self.engine, self.engine.backend().time);
+        }
+        let verdict = self.play(&mut |engine, moment| {
+            let Played { time, done, came_back, .. } = engine.backend();
+            if done.runs >= from {
+                if !std::mem::replace(&mut begun, true) {
+                    observer.begin(engine, *time);
+                }
+                let came_back = came_back.as_deref().unwrap_or_default();
+                let (what, kind) = match moment {
+                    Moment::Submitted(io) => {
+                        (format!("the guest submits: {}", words(&io)), EventKind::Submit)
+                    }
+                    Moment::Ran => {
+                        let bad = came_back.iter().any(|ended| ended.is_bad);
+                        let kind = if bad { EventKind::Fault } else { EventKind::Complete };
+                        (format!("turn {}: {} ops come back", done.runs, came_back.len()), kind)
+                    }
+                    Moment::Called => ("the embedder calls".into(), EventKind::Life),
+                };
+                let ended = came_back.iter().filter(|_| moment == Moment::Ran).cloned();
+                observer.happens(what, kind, ended);
+                observer.look(engine, *time);
+            }
+            each(engine, moment)
+        });
+        self.engine.backend_mut().came_back = None;
+        if let Verdict::Differs(how) = &verdict {
+            observer.went_wrong(how.as_str(), false);
+        }
+        let mut timeline = observer.finish();
+        timeline.is_timed = true;
+        (verdict, timeline)
+    }
+
+    fn node(&self, index: u32, what: &str) -> Result<NodeId, Verdict> {
+        let node = self.nodes.get(index as usize).copied().flatten();
+        node.ok_or_else(|| Verdict::Differs(format!("a disk that is not there {what}")))
+    }
+
+    /// Does what this entry says. `None`: of what comes of it there is nothing to be seen.
+    fn does(&mut self, entry: Entry<'_>) -> Result<Option<Moment>, Verdict> {
+        let differs = |how: &str| Err(Verdict::Differs(how.into()));
         match entry {
             Entry::Submitted { node, io, lent, bytes } => {
+                let node = self.node(node, "is asked")?;
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-                let Some(node) = id(node).filter(|_| bytes <= BYTES_MAX) else {
-                    return Verdict::Differs("a request is to a disk that is not there".into());
-                };
+                if bytes > BYTES_MAX {
+                    return differs("a request has more memory than any has");
+                }
                 let mem = match lent {
                     Lent::Nothing => Mem::None,
                     Lent::Buffer => Buf::zeroed(bytes).into(),
@@ -326,122 +401,106 @@ pub fn play<'r, F, D: Driver>(
                         Mem::Ram(if read_only { ram.read_only() } else { ram })
                     }
                 };
-                tag += 1;
-                if let Err(refused) = engine.submit(node, io, mem, tag) {
-                    return Verdict::Differs(format!("a request is refused: {:?}", refused.why));
+                self.tag += 1;
+                if let Err(refused) = self.engine.submit(node, io, mem, self.tag) {
+                    return differs(&format!("a request is refused: {:?}", refused.why));
                 }
-                engine.backend_mut().done.requests += 1;
-                if !each(engine, Moment::Submitted(io)) {
-                    return Verdict::Same;
-                }
-                continue;
+                self.engine.backend_mut().done.requests += 1;
+                return Ok(Some(Moment::Submitted(io)));
             }
             Entry::Run(now) => {
-                let backend = engine.backend_mut();
+                let backend = self.engine.backend_mut();
                 backend.time = now;
                 backend.done.runs += 1;
                 backend.came_back.iter_mut().for_each(Vec::clear);
-                engine.run(now);
-                let goes_on = each(engine, Moment::Ran);
-                if let Some(how) = engine.backend_mut().differs.take() {
-                    return Verdict::Differs(how);
-                }
-                if !goes_on {
-                    return Verdict::Same;
-                }
-                continue;
+                self.engine.run(now);
+                return Ok(Some(Moment::Ran));
             }
             Entry::Polled(count) => {
                 for _ in 0..count {
-                    if engine.poll().is_none() {
-                        return Verdict::Differs("fewer requests have ended".into());
+                    if self.engine.poll().is_none() {
+                        return differs("fewer requests have ended");
                     }
-                    engine.backend_mut().done.ended += 1;
+                    self.engine.backend_mut().done.ended += 1;
                 }
-                continue;
+                return Ok(None);
             }
             Entry::Called { which: 1, .. } => {
-                engine.poll_event();
-                continue;
+                self.engine.poll_event();
+                return Ok(None);
             }
-            Entry::Called { which: 0, .. } => engine.drain(),
+            Entry::Called { which: 0, .. } => self.engine.drain(),
             Entry::Called { which, node } => {
-                let Some(node) = id(node) else {
-                    return Verdict::Differs("a disk that is not there is asked for".into());
-                };
+                let node = self.node(node, "is asked for")?;
                 // Whether it could is recorded by what comes of it.
                 match which {
-                    2 => drop(engine.close(node)),
-                    3 => drop(engine.close_filter(node)),
-                    4 => drop(engine.pause(node)),
-                    5 => drop(engine.resume(node)),
-                    6 => drop(engine.take_files(node)),
-                    _ => return Verdict::Untold(format!("method {which}")),
+                    2 => drop(self.engine.close(node)),
+                    3 => drop(self.engine.close_filter(node)),
+                    4 => drop(self.engine.pause(node)),
+                    5 => drop(self.engine.resume(node)),
+                    6 => drop(self.engine.take_files(node)),
+                    _ => return Err(Verdict::Untold(format!("method {which}"))),
                 }
             }
             Entry::Abandoned { node, requests } => {
-                let Some(node) = id(node) else {
-                    return Verdict::Differs("a disk that is not there gives up requests".into());
-                };
+                let node = self.node(node, "gives up requests")?;
                 let place = |bytes: &[u8]| bytes.try_into().map_or(0, u32::from_le_bytes);
                 let places = requests.chunks_exact(4).map(|bytes| ReqId(place(bytes)));
-                let tags: Vec<Option<u64>> = places.map(|id| engine.tag_of(id)).collect();
-                let given_up = engine.abandon(node, |tag| tags.contains(&Some(tag)));
+                let tags: Vec<Option<u64>> = places.map(|id| self.engine.tag_of(id)).collect();
+                let given_up = self.engine.abandon(node, |tag| tags.contains(&Some(tag)));
                 if given_up.len() != tags.len() {
-                    return Verdict::Differs("other requests are given up".into());
+                    return differs("other requests are given up");
                 }
             }
             Entry::Started { copy, source, target, parts } => {
-                let (Some(source), Some(target)) = (id(source), id(target)) else {
-                    return Verdict::Differs("a disk that is not there is copied".into());
-                };
+                let source = self.node(source, "is copied")?;
+                let target = self.node(target, "is copied to")?;
                 let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
                 let part = |pair: &[u8]| number(&pair[..8])..number(&pair[8..]);
                 let parts: Option<Vec<_>> =
                     parts.map(|parts| parts.chunks_exact(16).map(part).collect());
                 let Some(copy) = Copy::from_numbers(source, target, copy) else {
-                    return Verdict::Differs("a copy is started that is none".into());
+                    return differs("a copy is started that is none");
                 };
-                let runs = |job: &&JobId| engine.job_progress(**job).is_some();
-                if jobs.iter().filter(runs).count() >= JOBS_MAX {
-                    return Verdict::Differs("more copies at a time than a program has".into());
+                let runs = |job: &&JobId| self.engine.job_progress(**job).is_some();
+                if self.jobs.iter().filter(runs).count() >= JOBS_MAX {
+                    return differs("more copies at a time than a program has");
                 }
                 // Whether it could is recorded by what comes of it.
                 let started = match parts {
-                    Some(parts) => engine.start_parts(copy, &parts),
-                    None => engine.start(copy),
+                    Some(parts) => self.engine.start_parts(copy, &parts),
+                    None => self.engine.start(copy),
                 };
-                jobs.extend(started);
+                self.jobs.extend(started);
             }
             Entry::Job { what, job } => {
-                let Some(&job) = jobs.get(job as usize) else {
-                    return Verdict::Differs("a job that is not there is spoken of".into());
+                let Some(&job) = self.jobs.get(job as usize) else {
+                    return differs("a job that is not there is spoken of");
                 };
                 match what {
-                    0 => engine.job_seen(job),
-                    1 => engine.pause_job(job),
-                    2 => engine.resume_job(job),
-                    3 => engine.cancel_job(job),
-                    _ => return Verdict::Untold(format!("method {what} of a job")),
+                    0 => self.engine.job_seen(job),
+                    1 => self.engine.pause_job(job),
+                    2 => self.engine.resume_job(job),
+                    3 => self.engine.cancel_job(job),
+                    _ => return Err(Verdict::Untold(format!("method {what} of a job"))),
                 };
             }
             Entry::Rated { node, rate } => {
-                if !id(node).is_some_and(|node| engine.set_rate(node, rate)) {
-                    return Verdict::Differs("a disk that is not there has a limit".into());
+                let node = self.node(node, "has a limit")?;
+                if !self.engine.set_rate(node, rate) {
+                    return differs("a disk that is gone has a limit");
                 }
             }
-            Entry::Untold(name) => return Verdict::Untold(name.into()),
+            Entry::Untold(name) => return Err(Verdict::Untold(name.into())),
             Entry::Clock(_)
             | Entry::Ran(_)
             | Entry::Took { .. }
             | Entry::Zeros { .. }
             | Entry::Done { .. } => {
-                return Verdict::Differs(format!("{entry:?} comes outside of a run"));
+                return differs(&format!("{entry:?} comes outside of a run"));
             }
         }
-        if !each(engine, Moment::Called) {
-            return Verdict::Same;
-        }
+        Ok(Some(Moment::Called))
     }
 }
 

@@ -15,13 +15,13 @@ use cowbell_engine::backend::FileInfo;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::{Host, attach};
-use cowbell_sim::kept::KeptHost;
+use cowbell_formats::{Host, Node, attach};
+use cowbell_sim::kept::{KeptFile, KeptHost};
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
-use cowbell_sim::played::{Done, Moment, Played, Verdict, play, play_seen};
+use cowbell_sim::played::{Done, Moment, Played, Player, Verdict};
 
-use crate::disk::{Disk, Files};
+use crate::disk::{AnyFile, Disk, Files};
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
@@ -192,6 +192,24 @@ struct Recorded<'f> {
     record: &'f [u8],
 }
 
+impl Recorded<'_> {
+    /// What it is of, in lines.
+    fn about(&self) -> Vec<String> {
+        self.disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect()
+    }
+
+    /// An engine with these disks as they were, over the record.
+    fn player(self) -> Result<Player<Node, KeptFile<AnyFile>>, Fail> {
+        let Recorded { limits, growth, disks, infos, host, record } = self;
+        let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
+        for (image, write) in disks {
+            let chain = image.open(&host, write)?;
+            attach(&mut engine, chain, &run_options(growth))?;
+        }
+        Ok(Player::new(engine))
+    }
+}
+
 fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
     let mark = b"\nbegin\n";
     let found = file.windows(mark.len()).position(|window| window == mark);
@@ -266,31 +284,27 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let at = |what: String| Fail::at(&args.file, what);
     let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
     let recorded = parse(&bytes).map_err(at)?;
-    let Recorded { limits, growth, disks, infos, host, record } = recorded;
-    let mut engine = Engine::new(Played::new(record, infos), limits);
-    let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
-    for (image, write) in disks {
-        let chain = image.open(&host, write)?;
-        attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
-    }
+    let about = recorded.about();
+    let mut player = recorded.player()?;
     let until = args.until.unwrap_or(u64::MAX);
     let mut is_there = false;
-    let mut each = |engine: &Engine<_, Played<'_, _>>, moment| {
+    let mut each = |engine: &Engine<_, Played<_>>, moment| {
         let mut waiting = args.break_at.iter().filter(|_| moment == Moment::Ran);
         is_there = waiting.any(|state| engine.requests().any(|request| request.state == state));
         !is_there && (engine.backend().done.runs < until || moment != Moment::Ran)
     };
     let verdict = if args.html.is_some() || args.perfetto.is_some() {
         let title = format!("The run recorded as {}", args.file.display());
-        let (verdict, timeline) = play_seen(&mut engine, (title, about), args.from, &mut each);
+        let (verdict, timeline) = player.play_seen((title, about), args.from, &mut each);
         let keep =
             |path: &PathBuf, text| std::fs::write(path, text).map_err(|why| Fail::at(path, why));
         args.html.iter().try_for_each(|path| keep(path, to_html(&timeline)))?;
         args.perfetto.iter().try_for_each(|path| keep(path, to_json(&timeline)))?;
         verdict
     } else {
-        play(&mut engine, &mut each)
+        player.play(&mut each)
     };
+    let engine = player.engine();
     let Done { runs, requests, ended, ops, waits } = engine.backend().done;
     let mut out = Out::new(false);
     writeln!(
