@@ -88,7 +88,7 @@ impl Told {
     }
 
     /// With what the backend said of the files.
-    fn finish(self, infos: &[FileInfo]) -> String {
+    pub fn finish(self, infos: &[FileInfo]) -> String {
         let mut text = self.0;
         for info in infos {
             let FileInfo { request_align, memory_align, hole_align, len, .. } = *info;
@@ -182,7 +182,7 @@ pub struct Args {
 }
 
 /// What a record says of how it was made.
-struct Recorded<'f> {
+pub struct Recorded<'f> {
     limits: Limits,
     growth: Option<Growth>,
     /// The disks, and whether each may be written.
@@ -194,12 +194,12 @@ struct Recorded<'f> {
 
 impl Recorded<'_> {
     /// What it is of, in lines.
-    fn about(&self) -> Vec<String> {
+    pub fn about(&self) -> Vec<String> {
         self.disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect()
     }
 
     /// An engine with these disks as they were, over the record.
-    fn player(self) -> Result<Player<Node, KeptFile<AnyFile>>, Fail> {
+    pub fn player(self) -> Result<Player<Node, KeptFile<AnyFile>>, Fail> {
         let Recorded { limits, growth, disks, infos, host, record } = self;
         let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
         for (image, write) in disks {
@@ -210,7 +210,8 @@ impl Recorded<'_> {
     }
 }
 
-fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
+/// A record's head, and where the record begins.
+pub fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
     let mark = b"\nbegin\n";
     let found = file.windows(mark.len()).position(|window| window == mark);
     let (head, record) = match found {

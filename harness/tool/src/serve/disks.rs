@@ -18,6 +18,7 @@ use crate::disk::{AnyFile, Disk, address, has_remote};
 use crate::fail::Fail;
 use crate::naming::Naming;
 use crate::record::Head;
+use crate::serve::flight::Flight;
 use crate::serve::limit::Limits as Limited;
 use crate::serve::memory::Pool;
 use crate::session::open_chain;
@@ -41,6 +42,8 @@ pub struct Opening<'a> {
     pub how: How,
     /// Where all that is asked and seen is recorded.
     pub record: Option<&'a Path>,
+    /// Where the last that was done is drawn, and how many bytes of a record are kept for that.
+    pub flight: Option<(&'a Path, u64)>,
     /// How much each may do.
     pub limits: &'a Limited,
 }
@@ -81,6 +84,8 @@ pub struct Disks {
     cache: Cache,
     /// Requests submitted and not polled.
     in_flight: usize,
+    /// Behind the engine: it wants the last that this has recorded.
+    flight: Option<Flight>,
 }
 
 impl Disks {
@@ -97,13 +102,22 @@ impl Disks {
         let has_remote = opened.iter().any(|disk| has_remote(&disk.chain));
         let backend = Disk::new(opening.how, REQUESTS * 2, false, has_remote)?;
         let engine = Engine::new(Recorder::new(backend), limits);
-        let mut disks =
-            Disks { engine, served: Vec::new(), memory: Pool::default(), cache, in_flight: 0 };
+        let mut disks = Disks {
+            engine,
+            served: Vec::new(),
+            memory: Pool::default(),
+            cache,
+            in_flight: 0,
+            flight: None,
+        };
         for disk in opened {
             disks.add(disk, opening)?;
         }
+        let recorder = disks.engine.backend_mut();
         if let Some(path) = opening.record {
-            head.told().begin(path, disks.engine.backend_mut())?;
+            head.told().begin(path, recorder)?;
+        } else if let Some((path, kept)) = opening.flight {
+            disks.flight = Some(Flight::begin(path, kept, head.told(), recorder)?);
         }
         disks.limit(opening.limits)?;
         Ok(disks)
@@ -197,7 +211,18 @@ impl Disks {
     /// The next request that has finished. Whoever knows of which disk it is says so to
     /// [`ended`](Disks::ended).
     pub fn poll(&mut self) -> Option<Finished> {
-        self.engine.poll()
+        let finished = self.engine.poll()?;
+        if let (Err(errno), Some(flight)) = (finished.result, &mut self.flight) {
+            flight.failed(&format!("a request has failed: {errno}"), self.engine.backend_mut());
+        }
+        Some(finished)
+    }
+
+    /// The last that was done is drawn, if it is kept. `why`: what has happened.
+    pub fn draw(&mut self, why: &str) {
+        if let Some(flight) = &mut self.flight {
+            flight.draw(why, self.engine.backend_mut());
+        }
     }
 
     /// A request of the disk of this number was polled: there is room for another one.
@@ -258,7 +283,7 @@ impl Opened {
         if write {
             image.check_writable()?;
         }
-        if opening.record.is_some() {
+        if opening.record.is_some() || opening.flight.is_some() {
             head.disk(&image, write)?;
         }
         let chain = open_chain(&image, write, opening.cache.direct)?;

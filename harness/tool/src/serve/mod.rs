@@ -18,6 +18,7 @@
 //! is more to do, and the loop comes round again without waiting.
 
 mod disks;
+mod flight;
 mod limit;
 mod listen;
 mod memory;
@@ -47,7 +48,7 @@ use crate::cache::{Cache, How};
 use crate::fail::Fail;
 use crate::json::Json;
 use crate::naming::Naming;
-use crate::number::count;
+use crate::number::{count, size};
 use crate::out::Out;
 use crate::serve::disks::{Disks, Opening};
 use crate::serve::limit::Limits;
@@ -125,6 +126,23 @@ pub struct Args {
     /// Record all that the engine is asked and sees into this file, without a byte of data: see `replay`
     #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
     record: Option<PathBuf>,
+    /// Keep the last that the engine was asked and saw in memory, and draw it into this file (.html: a page; .json: a
+    /// trace for Perfetto) when a request fails for the first time, an image is found corrupt, on SIGUSR1 and after a panic
+    ///
+    /// Each time into a file of its own: LAST.html, LAST.2.html, up to 100. No byte of data is kept.
+    #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU", conflicts_with = "record")]
+    flight: Option<PathBuf>,
+    /// How much of it is kept, in bytes of a record: 64k to 16M. A request takes some 20; where thousands
+    /// are in flight, pages are large
+    #[arg(
+        long,
+        value_name = "SIZE",
+        help_heading = "Beyond QEMU",
+        default_value = "256k",
+        requires = "flight",
+        allow_hyphen_values = true
+    )]
+    flight_size: String,
     #[command(flatten)]
     naming: Naming,
     /// The images: PATH, or NAME=PATH (not with --image-opts); by default the name is the file's. Who
@@ -189,6 +207,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let devices = devices.collect::<Result<Vec<_>, Fail>>()?;
     let limits = Limits::parse(&args.bps, &args.iops, &args.burst)?;
     let queues = count("number of queues", &args.queues, 1, QUEUES_MAX)?;
+    let flight_size = size("flight size", &args.flight_size, flight::KEPT_MIN, flight::KEPT_MAX)?;
     // Before anything is made that has to be removed.
     let stop = Stop::on_signals()?;
     let (signals, status_asked) = on_signals()?;
@@ -200,6 +219,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         cache,
         how,
         record: args.record.as_deref(),
+        flight: args.flight.as_deref().map(|path| (path, flight_size)),
         limits: &limits,
     };
     let disks = Disks::open(&args.images, &opening)?;
@@ -317,12 +337,15 @@ impl Server {
         more |= self.vhost.send(now, &mut self.disks);
         while let Some(event) = self.disks.engine.poll_event() {
             if let NodeEvent::Corrupt { what, at, .. } = event {
-                eprint_quietly(&format!("cowbell serve: an image is corrupt: {what}, at {at}\n"));
+                let what = format!("an image is corrupt: {what}, at {at}");
+                eprint_quietly(&format!("cowbell serve: {what}\n"));
+                self.disks.draw(&what);
             }
         }
         if self.status_asked.swap(false, Ordering::Relaxed) {
             // Nobody may be listening any more; clients are served all the same.
             let _ = self.say_status();
+            self.disks.draw("asked for by SIGUSR1");
         }
         let (counts, clients) = (self.counts(), self.clients());
         if let Some((rates, due)) = &mut self.rates

@@ -137,10 +137,9 @@ fn they_can_be_seen() {
     place.ok("cowbell bench -q -w -f qcow2 -c 300 -d 8 -s 4k -S 68k -t none -n --record t i");
     let said = place.ok("cowbell replay t --html page --perfetto json");
     assert!(said.ends_with(&format!("{SAME}\n")), "{said}");
-    let page = String::from_utf8(read(&place.path("page"))).expect("it is text");
+    let page = read(&place.path("page"));
     let json = String::from_utf8(read(&place.path("json"))).expect("it is text");
-    let data = page.split("id=\"data\">").nth(1).and_then(|rest| rest.split("</script>").next());
-    let data: Value = serde_json::from_str(data.expect("it has data")).expect("it is JSON");
+    let data = timeline_of(&page);
     assert_eq!(data["timed"], Value::Bool(true));
     let requests = data["requests"].as_array().expect("requests");
     let of_guests: Vec<&Value> = requests.iter().filter(|one| !one["guest"].is_null()).collect();
@@ -232,6 +231,102 @@ fn of_a_server_and_several_disks() {
     assert!(said.ends_with(&format!("{SAME}\n")), "{said}");
     let requests: u64 = said.split(' ').next().and_then(|word| word.parse().ok()).expect("a count");
     assert!(requests >= 4000, "{said}");
+}
+
+/// The timeline in a page.
+fn timeline_of(page: &[u8]) -> Value {
+    let page = std::str::from_utf8(page).expect("it is text");
+    let data = page.split("id=\"data\">").nth(1).and_then(|rest| rest.split("</script>").next());
+    serde_json::from_str(data.expect("it has data")).expect("it is JSON")
+}
+
+/// Waits for a file that is written at once.
+fn drawn(place: &Place, name: &str) -> Vec<u8> {
+    for _ in 0..3000 {
+        if let Ok(bytes) = fs::read(place.path(name))
+            && bytes.trim_ascii_end().ends_with(if name.ends_with("html") { b">" } else { b"}" })
+        {
+            return bytes;
+        }
+        sleep(Duration::from_millis(10));
+    }
+    panic!("{name} is not drawn");
+}
+
+/// The last that a server did is drawn when it is asked for: what is kept, and no more.
+#[test]
+fn the_last_of_a_server_is_drawn() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 256M");
+    let server = Serving::start(&place, "-t none --flight last.html --flight-size 64k i");
+    let load = "cowbell bench -q -w -f raw -c 20000 -d 16 -s 4k -S 12k 'nbd+unix:///?socket=s'";
+    place.ok(load);
+    server.signal("USR1");
+    let line = timeline_of(&drawn(&place, "last.html"));
+    assert_eq!((&line["verdict"], &line["timed"]), (&Value::Null, &Value::Bool(true)));
+    assert_eq!(line["title"], "asked for by SIGUSR1");
+    let requests = line["requests"].as_array().expect("requests");
+    let of_guests: Vec<&Value> = requests.iter().filter(|one| !one["guest"].is_null()).collect();
+    // 64 KiB of a record tell of some three thousand.
+    assert!((500..8000).contains(&of_guests.len()), "{}", of_guests.len());
+    assert!(of_guests.iter().all(|one| one["result"] == "ok"));
+    let last = of_guests.iter().filter_map(|one| one["guest"].as_u64()).max();
+    // The client's flush at the end may be one more.
+    assert!(matches!(last, Some(20_000..=20_002)), "{last:?}");
+    // The next one begins where that ended.
+    place.ok("cowbell io -f raw -c 'write 1M 64k' -c 'read 1M 64k' 'nbd+unix:///?socket=s'");
+    server.signal("USR1");
+    let line = timeline_of(&drawn(&place, "last.2.html"));
+    let requests = line["requests"].as_array().expect("requests");
+    let of_guests = requests.iter().filter(|one| !one["guest"].is_null()).count();
+    assert!((2..10).contains(&of_guests), "{of_guests}");
+    server.stop();
+    place.ok("cowbell check -q i");
+}
+
+/// A request that fails is a reason to draw, without anybody asking. So is a damaged table.
+#[test]
+fn what_led_to_a_failure_is_drawn() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 64M && cowbell io -f qcow2 -c 'write 0 64k' i");
+    // The first entry of the L2 table at 0x40000 leads to an odd place.
+    let mut image = read(&place.path("i"));
+    assert_eq!(image[0x40000], 0x80, "the L2 table is here");
+    image[0x40006] = 2;
+    fs::write(place.path("i"), image).expect("it is written");
+    for (name, extension) in [("a.json", "json"), ("b.html", "html")] {
+        let server = Serving::start(&place, &format!("-r --flight {name} i"));
+        let reads = "-c 'read 1M 64k' -c 'read 0 64k'";
+        let failed = place.ours(&format!("cowbell io -r -f raw {reads} 'nbd+unix:///?socket=s'"));
+        assert!(!failed.status.success(), "{failed:?}");
+        let first = drawn(&place, name);
+        let second = drawn(&place, &name.replace(extension, &format!("2.{extension}")));
+        drop(server);
+        if extension == "html" {
+            let (first, second) = (timeline_of(&first), timeline_of(&second));
+            let titles = [&first["title"], &second["title"]].map(|title| title.to_string());
+            assert!(
+                titles.iter().any(|title| title.contains("a request has failed")),
+                "{titles:?}"
+            );
+            assert!(titles.iter().any(|title| title.contains("an image is corrupt")), "{titles:?}");
+            let requests = first["requests"].as_array().expect("requests");
+            let of_guests = requests.iter().filter(|one| !one["guest"].is_null());
+            assert!(of_guests.count() >= 2);
+        } else {
+            let trace: Value = serde_json::from_slice(&first).expect("it is JSON");
+            assert!(trace["traceEvents"].as_array().is_some_and(|events| !events.is_empty()));
+        }
+    }
+    for (options, why) in [
+        ("--flight x.txt", "is drawn as .html or .json"),
+        ("--flight x.html --flight-size 1k", "Invalid flight size specified."),
+        ("--flight x.html --record t", "cannot be used with"),
+    ] {
+        let refused = place.ours(&format!("cowbell serve --nbd unix:s {options} i"));
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && said.contains(why), "{options}: {said}");
+    }
 }
 
 /// Where a record and what is done differ, it is said in which turn. Whatever else is wrong with a record, the
