@@ -22,6 +22,12 @@ const opWhat = (o) => {
   if (!o.file) return o.kind;
   return `${o.kind} ${hex(o.offset)}+${hex(o.len)} of ${o.file}`;
 };
+// The same for a bar: the longest first.
+const short = (n) => n && n % 1048576 === 0 ? `${n / 1048576}M` : n && n % 1024 === 0 ? `${n / 1024}K` : hex(n);
+const opShort = (o) => o.flush ? [`flush ${o.file}`, "flush"]
+  : o.kind === "truncate" ? [`${o.file} to length ${hex(o.offset)}`, `length ${hex(o.offset)}`, "length"]
+  : o.file ? [`${o.kind} ${o.file} ${hex(o.offset)}+${short(o.len)}`, `${o.kind} ${hex(o.offset)}+${short(o.len)}`, `${o.kind} ${hex(o.offset)}`, o.kind]
+  : [o.kind];
 const hows = { ok: "done", early: "done, with older bytes", short: "half of it done", eio: "failed (EIO), nothing done",
   "eio-part": "failed (EIO), half of it done", "eio-all": "failed (EIO), but all of it done", enospc: "failed (ENOSPC)",
   eopnotsupp: "refused, not supported", crash: "cut off by the crash" };
@@ -50,7 +56,7 @@ ops.forEach((o) => { put(o.from, "from", o); if (o.to !== null) put(o.to, "to", 
 // ---- lanes ----
 // One for each request, pieces below what they are pieces of. Where there are very many, requests that follow
 // each other share a lane.
-const LANES_OWN = 400, BAR = 18, OP = 9, GAP = 9, AXIS = 40;
+const LANES_OWN = 400, BAR = 18, OP = 14, GAP = 9, AXIS = 40;
 const endAt = (r) => r.end === null ? count : Math.max(r.end, r.begin);
 const lanes = [], laneOf = new Int32Array(requests.length);
 if (requests.length <= LANES_OWN) {
@@ -122,7 +128,7 @@ const states = new Map();
 requests.forEach((r) => r.stays.forEach((s) => { if (!states.has(s.state)) states.set(s.state, states.size); }));
 const readLook = () => {
   const css = getComputedStyle(document.documentElement);
-  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "flush", "other", "wait", "bar-l", "bar-s", "bar-text"]) {
+  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "flush", "other", "wait", "bar-l", "bar-s", "bar-text", "op-text"]) {
     look[name] = css.getPropertyValue("--" + name).trim();
   }
   const tile = document.createElement("canvas");
@@ -273,10 +279,18 @@ function drawLane(lane, y, first, final) {
       if (x2 < last + 0.7) continue;
       last = x2;
       ctx.fillStyle = opColour(o);
-      bar(x1 + 1, x2 - 1, top + 1, OP - 4);
+      bar(x1 + 1, x2 - 1, top, OP - 2);
       if (view.scale < 5) continue;
       // Down to the disk, and back.
       ctx.fillRect(x1, top - 2 - k * OP, 1.5, OP * (k + 1) - 2);
+      const left = Math.max(x1, gutter), room = x2 - left - 10;
+      if (room > 24) {
+        ctx.font = "10.5px system-ui, sans-serif";
+        ctx.fillStyle = look["op-text"];
+        const words = opShort(o);
+        label(words.find((text) => ctx.measureText(text).width <= room) ?? words[words.length - 1], left + 4, top + OP / 2 - 0.5, room);
+        ctx.font = "12px system-ui, sans-serif";
+      }
       if (o.to !== null) {
         const bad = failed(o);
         ctx.fillStyle = bad ? look.bad : opColour(o);
@@ -285,7 +299,7 @@ function drawLane(lane, y, first, final) {
         ctx.lineTo(x2 - 3.5, top + 4);
         ctx.lineTo(x2 + 3.5, top + 4);
         ctx.fill();
-        if (bad) { ctx.font = "bold 13px system-ui, sans-serif"; ctx.fillText("✖", x2 - 14, top + 3); ctx.font = "12px system-ui, sans-serif"; }
+        if (bad) { ctx.font = "bold 13px system-ui, sans-serif"; ctx.fillText("✖", x2 + 3, top + 6); ctx.font = "12px system-ui, sans-serif"; }
       }
       ctx.fillStyle = look.bad;
       o.tries.forEach(([when]) => ctx.fillRect(X(when) - 1, top, 3, OP - 2));
