@@ -543,6 +543,8 @@ function tell() {
   const changes = id("changes"), flying = id("flying");
   changes.replaceChildren();
   flying.replaceChildren();
+  if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
+  if (cause && cause.at === now) item(changes, cause.text, "bad");
   (at[now] || []).slice(0, SHOWN).forEach(([kind, what]) => {
     if (kind === "begin") item(changes, `${titleOf(requests[what])} begins (${whoOf(requests[what])})`, "", what);
     if (kind === "stay") item(changes, `${nameOf(requests[what[0]])} is in state “${what[1].state}”: ${waitOf(what[1])}`, "", what[0]);
@@ -560,8 +562,6 @@ function tell() {
   if (e.images) item(changes, `what a crash would leave now was looked at: ${plural(e.images, "image")}, none wrong`);
   if (data.timed) item(changes, `at ${timeOf(e.time - events[0].time)} of the run`);
   else if (e.deadline !== null) item(changes, `time ${timeOf(e.time)}; the engine wants to be woken at ${timeOf(e.deadline)}`);
-  if (cause && cause.at === now) item(changes, cause.text, "bad");
-  if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
   let alive = 0;
   requests.forEach((r, i) => {
     if (r.begin > now || (r.end !== null && r.end <= now)) return;
@@ -622,19 +622,16 @@ id("sentence").textContent = `${data.title}. What happened, event by event from 
   `${requests.filter((r) => r.guest === null).length} of the engine's own, ${plural(ops.length, "op")} on the disk's files.`;
 const box = id("verdict");
 box.hidden = false;
+const say = (text) => { const line = document.createElement("p"); line.textContent = text; box.append(line); };
 if (verdict) {
   const where = verdict.crash ? `What a crash after event ${verdict.at} may leave is wrong: ` : `It went wrong in event ${verdict.at}: `;
-  box.textContent = where + verdict.text.replace(/^after a crash: /, "");
-  if (cause) {
-    const line = document.createElement("div");
-    line.textContent = `Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`;
-    box.append(line);
-  }
+  say(where + verdict.text.replace(/^after a crash: /, ""));
+  if (cause) say(`Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`);
 } else {
   box.classList.add("good");
-  box.textContent = data.recorded
+  say(data.recorded
     ? `Nothing went wrong. When this trace was recorded, it did: “${data.recorded}”. Run again now, it does not.`
-    : "Nothing went wrong.";
+    : "Nothing went wrong.");
 }
 if (data.missed) id("notes").textContent = `${plural(data.missed, "choice")} of the trace could not be made and were left out. Where the trace ends, the oldest op ends well.`;
 data.about.forEach((line) => item(id("about"), line));
