@@ -128,7 +128,7 @@ const states = new Map();
 requests.forEach((r) => r.stays.forEach((s) => { if (!states.has(s.state)) states.set(s.state, states.size); }));
 const readLook = () => {
   const css = getComputedStyle(document.documentElement);
-  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "flush", "other", "wait", "bar-l", "bar-s", "bar-text", "op-text"]) {
+  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "discard", "flush", "other", "wait", "bar-l", "bar-s", "bar-text", "op-text"]) {
     look[name] = css.getPropertyValue("--" + name).trim();
   }
   const tile = document.createElement("canvas");
@@ -147,8 +147,8 @@ const fillOf = (state) => {
   const n = states.get(state) ?? 0;
   return `hsl(${Math.round(35 + ((n * 0.618034 + 0.55) % 1) * 290)} ${look["bar-s"]} ${look["bar-l"]})`;
 };
-const opColour = (o) => o.flush ? look.flush : o.kind === "read" ? look.read
-  : /write|zero|unmap/.test(o.kind) ? look.write : look.other;
+const opColour = (o) => look[o.flush ? "flush" : o.kind === "read" ? "read" : o.kind === "discard" ? "discard"
+  : /write|zero|unmap/.test(o.kind) ? "write" : "other"];
 const eventMark = { submit: "▼", complete: "●", fault: "✖", deadline: "◷", crash: "⚡", life: "■", other: "·" };
 const eventColour = (kind) => kind === "fault" || kind === "crash" ? look.bad : kind === "submit" ? look.accent
   : kind === "complete" ? look.good : look.text;
@@ -661,7 +661,7 @@ function legend() {
   if (has("life")) entry("drained, closed, paused …", symbol("life"));
   entry("a request; its colour and name: the state it is in", (pen) => { pen.fillStyle = `hsl(200 ${look["bar-s"]} ${look["bar-l"]})`; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.dim; pen.strokeRect(0.5, 1.5, 25, 11); });
   entry("it waits for others", (pen) => { pen.fillStyle = look.hatch; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.wait; pen.strokeRect(0.5, 1.5, 25, 11); });
-  for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: flush", "flush"], ["op: other", "other"]]) {
+  for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: discard", "discard"], ["op: flush", "flush"], ["op: other", "other"]]) {
     entry(text, (pen) => { pen.fillStyle = look[colour]; pen.fillRect(2, 5, 22, 5); });
   }
   entry("a flush, over all: what had been written before is safe at its double line", (pen) => { pen.fillStyle = look.flush; pen.globalAlpha = 0.15; pen.fillRect(0, 0, 18, 14); pen.globalAlpha = 1; pen.fillRect(17, 0, 1, 14); pen.fillRect(20, 0, 1, 14); });
