@@ -83,7 +83,7 @@ pub fn to_json(line: &Timeline) -> String {
         let tries = op.tries.iter().map(|(at, how)| format!("[{at},{}]", quoted(how)));
         format!(
             "{{\"request\":{},\"ordinal\":{},\"kind\":{},\"flush\":{},\"file\":{},\"offset\":{},\"len\":{},\
-             \"from\":{},\"to\":{},\"how\":{},\"bad\":{},\"tries\":{}}}",
+             \"from\":{},\"to\":{},\"how\":{},\"bad\":{},\"tries\":{},\"unsafe\":{},\"safe\":{}}}",
             op.request,
             op.ordinal,
             quoted(op.kind),
@@ -95,7 +95,9 @@ pub fn to_json(line: &Timeline) -> String {
             maybe(op.to.map(u64::from)),
             quoted(&op.how),
             op.is_bad,
-            list(tries.collect())
+            list(tries.collect()),
+            maybe(op.unsafe_until.map(u64::from)),
+            op.is_safe
         )
     });
     let verdict = line.verdict.as_ref().map_or("null".into(), |verdict| {

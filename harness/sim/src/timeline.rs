@@ -234,6 +234,8 @@ pub struct Op {
     pub kind: &'static str,
     /// Is it a flush?
     pub is_flush: bool,
+    /// Does it change its file?
+    pub changes: bool,
     /// The file, as the engine prints it; empty: none.
     pub file: String,
     /// The first byte in it.
@@ -250,6 +252,11 @@ pub struct Op {
     pub is_bad: bool,
     /// Earlier ends that did not do all of it, so that it went on: when, and how.
     pub tries: Vec<(At, String)>,
+    /// It is done, and has changed its file: until then a crash could take that away. Behind the last moment: to the
+    /// end. `None`: there was nothing that it could take away.
+    pub unsafe_until: Option<At>,
+    /// Was it safe then? If not, the run was over, or the machine stopped.
+    pub is_safe: bool,
 }
 
 /// What is told of the end of an op: whose it is, by number, which of them, and how it ended.
@@ -427,11 +434,13 @@ impl Observer {
             self.ops.insert(key, self.line.ops.len());
             let op = &record.op;
             let is_flush = op.kind == OpKind::Flush;
+            let changes = op.kind.modifies();
             self.line.ops.push(Op {
                 request,
                 ordinal: record.owner.ordinal,
                 kind: OpWord::of(op.kind).name(),
                 is_flush,
+                changes,
                 file: match op.target {
                     Target::File(file) => format!("{file:?}"),
                     Target::Node(_) | Target::Cpu => String::new(),
@@ -443,6 +452,8 @@ impl Observer {
                 how: String::new(),
                 is_bad: false,
                 tries: Vec::new(),
+                unsafe_until: None,
+                is_safe: false,
             });
         }
         for place in left.into_values() {
@@ -535,7 +546,61 @@ impl Observer {
                 last.to = at;
             }
         }
+        self.line.find_what_is_safe();
         self.line
+    }
+}
+
+impl Timeline {
+    /// From when on is what each op has changed safe? A flush makes safe what was done when it began, and FUA at once.
+    /// After one that failed nothing does. In a real run a flush that begins in the turn in which an op comes
+    /// back counts as begun after that.
+    fn find_what_is_safe(&mut self) {
+        let end = self.events.len() as At;
+        let is_crash =
+            |(at, event): (usize, &Event)| (event.kind == EventKind::Crash).then_some(at as At);
+        let crashes: Vec<At> = self.events.iter().enumerate().filter_map(is_crash).collect();
+        // Of each file: flushes by their beginning; and the end of the one, begun then or later, that ends first.
+        let mut flushes: BTreeMap<(u32, &str), Vec<(At, At, bool)>> = BTreeMap::new();
+        for op in self.ops.iter().filter(|op| op.is_flush && op.how != "crash") {
+            let Some(to) = op.to else { continue };
+            let file = (self.requests[op.request].life, op.file.as_str());
+            flushes.entry(file).or_default().push((op.from, to, !op.is_bad));
+        }
+        for flushes in flushes.values_mut() {
+            flushes.sort_unstable();
+            let mut first = (At::MAX, true);
+            for (_, to, is_well) in flushes.iter_mut().rev() {
+                if first.0 <= *to {
+                    (*to, *is_well) = first;
+                }
+                first = (*to, *is_well);
+            }
+        }
+        let of = |op: &Op| {
+            let done = op.to.filter(|_| op.changes && op.how != "crash")?;
+            // A device that says so has done nothing; one that lies has no more to lose.
+            let nothing = ["eio", "enospc", "eopnotsupp", "lost", "astray", "far-astray"];
+            let is_nothing = op.tries.is_empty() && nothing.contains(&op.how.as_str());
+            if is_nothing || op.kind == OpWord::StableWrite.name() && !op.is_bad {
+                return None;
+            }
+            let life = self.requests[op.request].life;
+            let stops = crashes.get(life as usize).copied().unwrap_or(end);
+            let flushes = flushes.get(&(life, op.file.as_str())).map_or(&[][..], Vec::as_slice);
+            let next = flushes.partition_point(|&(from, ..)| from < done);
+            match flushes.get(next) {
+                Some(&(_, to, true)) => Some((to, true)),
+                _ => Some((stops, false)),
+            }
+        };
+        let found: Vec<_> = self.ops.iter().map(of).collect();
+        for (op, found) in self.ops.iter_mut().zip(found) {
+            (op.unsafe_until, op.is_safe) = match found {
+                Some((at, is_safe)) => (Some(at), is_safe),
+                None => (None, false),
+            };
+        }
     }
 }
 

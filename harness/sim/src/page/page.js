@@ -32,6 +32,8 @@ const hows = { ok: "done", early: "done, with older bytes", short: "half of it d
   "eio-part": "failed (EIO), half of it done", "eio-all": "failed (EIO), but all of it done", enospc: "failed (ENOSPC)",
   eopnotsupp: "refused, not supported", crash: "cut off by the crash" };
 const howOf = (o) => o.to === null ? "never came back" : (hows[o.how] || o.how || "done");
+const safeOf = (o) => o.unsafe == null ? "" : o.safe ? `; a crash could take it away until event ${o.unsafe}`
+  : "; not flushed: a crash could take it away";
 const endOf = (r) => r.end === null ? "has not ended" : r.result === "ok" ? "ended well"
   : r.result === "crash" ? "cut off by the crash" : r.result === "" ? "ended" : `ended with: ${r.result}`;
 const isBad = (r) => r.end !== null && r.result !== "ok" && r.result !== "" && r.result !== "crash";
@@ -51,7 +53,7 @@ requests.forEach((r, i) => {
   r.stays.forEach((s) => { if (s.from < s.to || r.end === null) put(s.from, "stay", [i, s]); if (s.by !== null) put(s.to, "by", [i, s]); });
   if (r.end !== null) put(r.end, "end", i);
 });
-ops.forEach((o) => { put(o.from, "from", o); if (o.to !== null) put(o.to, "to", o); o.tries.forEach(([when, how]) => put(when, "try", [o, how])); });
+ops.forEach((o) => { put(o.from, "from", o); if (o.to !== null) put(o.to, "to", o); if (o.safe) put(o.unsafe, "safe", o); o.tries.forEach(([when, how]) => put(when, "try", [o, how])); });
 
 // ---- lanes ----
 // One for each request, pieces below what they are pieces of. Where there are very many, requests that follow
@@ -89,17 +91,19 @@ requests.forEach((r, i) => {
     stays.push({ from: s.from, to: open ? count : Math.max(s.to, s.from + 0.5), s, r: i, open });
   });
 });
-const ROWS = 12;
+// What is done and may still be lost has a tail, up to where it is safe; where there are very many, there is no room for them.
+const ROWS = 12, hasTails = ops.length <= 1500;
 ops.forEach((o) => {
   const lane = lanes[laneOf[o.request]];
   const to = o.to === null ? count : Math.max(o.to, o.from + 0.5);
+  const end = hasTails && o.unsafe != null ? Math.max(to, o.unsafe) : to;
   let row = lane.ends.findIndex((until) => until <= o.from);
   if (row < 0) {
     row = lane.rows.length < ROWS ? lane.rows.length : ROWS - 1;
     lane.rows[row] ??= [];
   }
-  lane.ends[row] = Math.max(lane.ends[row] ?? 0, to);
-  lane.rows[row].push({ from: o.from, to, o });
+  lane.ends[row] = Math.max(lane.ends[row] ?? 0, end);
+  lane.rows[row].push({ from: o.from, to, end, o });
 });
 let height = 0;
 lanes.forEach((lane) => { lane.y = height; lane.h = BAR + lane.rows.length * OP + GAP; height += lane.h; });
@@ -272,10 +276,11 @@ function drawLane(lane, y, first, final) {
   lane.rows.forEach((row, k) => {
     const top = y + BAR + 2 + k * OP;
     let last = -1;
-    for (let n = lower(row, first, (b) => b.to); n < row.length; n++) {
-      const { from, to, o } = row[n];
+    for (let n = lower(row, first, (b) => b.end); n < row.length; n++) {
+      const { from, to, end, o } = row[n];
       if (from > final) break;
       const x1 = X(from), x2 = X(to);
+      if (end > to) drawTail(x2, X(end), top, o);
       if (x2 < last + 0.7) continue;
       last = x2;
       ctx.fillStyle = opColour(o);
@@ -305,6 +310,19 @@ function drawLane(lane, y, first, final) {
       o.tries.forEach(([when]) => ctx.fillRect(X(when) - 1, top, 3, OP - 2));
     }
   });
+}
+// Done, and a crash may still take it away.
+function drawTail(x1, x2, top, o) {
+  ctx.fillStyle = ctx.strokeStyle = opColour(o);
+  ctx.globalAlpha = 0.25;
+  ctx.fillRect(x1, top + 2, x2 - x1, OP - 6);
+  ctx.globalAlpha = 0.9;
+  ctx.lineWidth = 1;
+  ctx.setLineDash([3, 3]);
+  ctx.strokeRect(x1 + 0.5, top + 2.5, Math.max(1, x2 - x1 - 1), OP - 7);
+  ctx.setLineDash([]);
+  ctx.globalAlpha = 1;
+  if (o.safe) { ctx.fillStyle = look.flush; ctx.fillRect(x2 - 2, top, 3, OP - 2); }
 }
 const failed = (o) => o.to !== null && o.bad;
 
@@ -492,7 +510,7 @@ function under(x, y) {
   const inside = y - AXIS + view.top - lane.y;
   const slack = 2 / view.scale;
   const find = (list) => {
-    const n = lower(list, when - slack, (b) => b.to);
+    const n = lower(list, when - slack, (b) => b.end ?? b.to);
     return n < list.length && list[n].from <= when + slack ? list[n] : null;
   };
   if (inside < BAR) {
@@ -515,7 +533,7 @@ function tipFor(found) {
   }
   if (found.op) {
     const { op: o } = found;
-    return `${opName(o)}: ${opWhat(o)}\n${whenWords(o.from, o.to)}\n${howOf(o)}` +
+    return `${opName(o)}: ${opWhat(o)}\n${whenWords(o.from, o.to)}\n${howOf(o)}${safeOf(o)}` +
       o.tries.map(([when, how]) => `\nat event ${when}: ${hows[how] || how}; it went on`).join("") +
       `\nfor ${titleOf(requests[o.request])}`;
   }
@@ -554,6 +572,7 @@ function tell() {
     if (kind === "from") inTheWayOf(what).forEach((other) =>
       item(changes, `${opName(what)} overlaps ${opName(other)} (${opWhat(other)}), which is in flight`, "bad", other.request));
     if (kind === "to") item(changes, `${opName(what)} (${opWhat(what)}): ${howOf(what)}`, failed(what) ? "bad" : "", what.request);
+    if (kind === "safe") item(changes, `${opName(what)} (${opWhat(what)}) is safe now: no crash takes it away`, "", what.request);
     if (kind === "try") item(changes, `${opName(what[0])}: ${hows[what[1]] || what[1]}; it goes on`, "bad", what[0].request);
   });
   const more = (at[now] || []).length - SHOWN;
@@ -571,7 +590,11 @@ function tell() {
   });
   if (alive > SHOWN) item(flying, `and ${alive - SHOWN} more`);
   const inFlight = ops.reduce((n, o) => n + (o.from <= now && (o.to === null || o.to > now)), 0);
-  id("moment").textContent = `After it: ${plural(alive, "request")} and ${plural(inFlight, "op")} in flight`;
+  const loose = ops.filter((o) => o.unsafe != null && o.to <= now && o.unsafe > now);
+  loose.slice(0, SHOWN).forEach((o) => item(flying, `${opName(o)} (${opWhat(o)}): done, and a crash may still take it away`, "", o.request));
+  if (loose.length > SHOWN) item(flying, `and ${loose.length - SHOWN} more`);
+  id("moment").textContent = `After it: ${plural(alive, "request")} and ${plural(inFlight, "op")} in flight` +
+    (loose.length ? `, ${plural(loose.length, "op")} done and not flushed` : "");
 }
 let told = 0;
 const go = (when, far) => {
@@ -664,6 +687,10 @@ function legend() {
   for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: discard", "discard"], ["op: flush", "flush"], ["op: other", "other"]]) {
     entry(text, (pen) => { pen.fillStyle = look[colour]; pen.fillRect(2, 5, 22, 5); });
   }
+  if (hasTails && ops.some((o) => o.unsafe != null)) entry("its tail: done, not flushed yet, so that a crash may take it away", (pen) => {
+    pen.fillStyle = pen.strokeStyle = look.write; pen.fillRect(0, 2, 8, 10); pen.globalAlpha = 0.25; pen.fillRect(8, 4, 16, 6);
+    pen.globalAlpha = 1; pen.setLineDash([3, 3]); pen.strokeRect(8.5, 4.5, 15, 5); pen.fillStyle = look.flush; pen.fillRect(23, 2, 3, 10);
+  });
   entry("a flush, over all: what had been written before is safe at its double line", (pen) => { pen.fillStyle = look.flush; pen.globalAlpha = 0.15; pen.fillRect(0, 0, 18, 14); pen.globalAlpha = 1; pen.fillRect(17, 0, 1, 14); pen.fillRect(20, 0, 1, 14); });
   const arrow = (colour, dash) => (pen) => {
     pen.strokeStyle = pen.fillStyle = look[colour]; pen.lineWidth = 2; pen.setLineDash(dash);
