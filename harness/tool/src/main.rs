@@ -43,6 +43,7 @@ mod scratch;
 mod serve;
 mod session;
 mod sim;
+mod slowest;
 mod snapshot;
 mod stop;
 

@@ -15,7 +15,7 @@ use cowbell_engine::backend::FileInfo;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::{Host, attach};
+use cowbell_formats::{Host, Node, attach};
 use cowbell_sim::kept::KeptHost;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
@@ -26,6 +26,7 @@ use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
 use crate::session::run_options;
+use crate::slowest::Kept;
 
 /// The first line.
 const MAGIC: &str = "cowbell record 1";
@@ -85,6 +86,12 @@ impl Told {
         let writer = Writer::create(path, &self.finish(recorder.infos()))?;
         recorder.start(Box::new(writer));
         Ok(())
+    }
+
+    /// From now on all is kept in memory.
+    pub fn keep(self, kept: &Kept, recorder: &mut Recorder<Disk>) {
+        let sink = kept.begin(&self.finish(recorder.infos()));
+        recorder.start(sink);
     }
 
     /// With what the backend said of the files.
@@ -261,18 +268,26 @@ fn info_of(words: &str) -> Option<FileInfo> {
     })
 }
 
-/// Runs it.
-pub fn run(args: &Args) -> Result<u8, Fail> {
-    let at = |what: String| Fail::at(&args.file, what);
-    let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
-    let recorded = parse(&bytes).map_err(at)?;
-    let Recorded { limits, growth, disks, infos, host, record } = recorded;
+/// An engine over what was recorded.
+type Again<'f> = Engine<Node, Played<'f, <KeptHost<Files> as Host>::File>>;
+
+/// An engine that does again what `bytes`, of the file `name`, record; and a line of each of its disks.
+pub fn again<'f>(bytes: &'f [u8], name: &Path) -> Result<(Again<'f>, Vec<String>), Fail> {
+    let at = |what: String| Fail::at(name, what);
+    let Recorded { limits, growth, disks, infos, host, record } = parse(bytes).map_err(at)?;
     let mut engine = Engine::new(Played::new(record, infos), limits);
     let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
     for (image, write) in disks {
         let chain = image.open(&host, write)?;
         attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
     }
+    Ok((engine, about))
+}
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<u8, Fail> {
+    let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
+    let (mut engine, about) = again(&bytes, &args.file)?;
     let until = args.until.unwrap_or(u64::MAX);
     let mut is_there = false;
     let mut each = |engine: &Engine<_, Played<'_, _>>, moment| {
