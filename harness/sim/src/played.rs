@@ -295,7 +295,7 @@ pub fn play_seen<'r, F, D: Driver>(
         observer.went_wrong(how.as_str(), false);
     }
     let mut timeline = observer.finish();
-    timeline.is_timed = true;
+    timeline.has_times();
     (verdict, timeline)
 }
 

@@ -631,6 +631,15 @@ type Flushed = (At, At, bool);
 const NAMED: usize = 12;
 
 impl Timeline {
+    /// Its times are those of a real run. Before the first turn nobody had looked at a clock: that is as it were in it.
+    pub(crate) fn has_times(&mut self) {
+        self.is_timed = true;
+        let first = self.events.iter().map(|event| event.time).find(|time| *time > 0);
+        for event in self.events.iter_mut().take_while(|event| event.time == 0) {
+            event.time = first.unwrap_or(0);
+        }
+    }
+
     /// What a crash has kept and lost: three lines at most.
     fn in_words(&self, left: &[Left]) -> Vec<String> {
         if left.is_empty() {

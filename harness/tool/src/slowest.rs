@@ -105,11 +105,9 @@ pub fn draw(kept: &Kept, path: &Path, out: &mut Out) -> Result<(), Fail> {
         words(&slow.io),
         duration(slow.nanos)
     )];
-    lines.extend(
-        stays(&timeline, &timeline.requests[mine])
-            .into_iter()
-            .map(|(state, waits, nanos)| format!("  {state:<13} {:>8}  {waits}", duration(nanos))),
-    );
+    lines.extend(stays(&timeline, &timeline.requests[mine]).into_iter().map(
+        |(state, waits, nanos)| format!("  {} in {state}: waits for {waits}", duration(nanos)),
+    ));
     lines.push(match last + AFTER > until {
         true => format!("Drawn are turns {from} to {until} of the loop; it ended in {last}."),
         false => format!("Drawn are turns {from} to {until} of the loop."),
@@ -138,6 +136,8 @@ fn slowest(bytes: &[u8], path: &Path) -> Result<Option<(Slow, u64)>, Fail> {
                 there.insert(tag, (io, now, turn));
             }
             Moment::Ran => {
+                // Before the first turn nobody had looked at a clock.
+                there.values_mut().filter(|(_, since, _)| *since == 0).for_each(|it| it.1 = now);
                 for request in engine.requests() {
                     let (Asker::Guest(tag), Awaits::Poll(_)) = (request.asker, request.awaits)
                     else {
