@@ -683,7 +683,9 @@ box.hidden = false;
 const say = (text) => { const line = document.createElement("p"); line.textContent = text; box.append(line); };
 if (verdict) {
   const where = verdict.crash ? `What a crash after event ${verdict.at} may leave is wrong: ` : `It went wrong in event ${verdict.at}: `;
-  say(where + verdict.text.replace(/^after a crash: /, ""));
+  const [first, ...rest] = verdict.text.replace(/^after a crash: /, "").split("\n");
+  say(where + first);
+  if (rest.length) say(rest.join("\n"));
   verdict.more.forEach(say);
   if (cause) say(`Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`);
 } else if (data.focus) {
