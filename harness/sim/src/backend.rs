@@ -19,12 +19,12 @@ use std::os::fd::BorrowedFd;
 
 use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Submission};
 use cowbell_engine::mem::Memory;
-use cowbell_engine::op::{Base, Compute, OpKind, Seg};
+use cowbell_engine::op::{Base, Compute, OpKind, OpOwner, Seg};
 use cowbell_engine::ops::{OpRecord, Ops};
 use cowbell_engine::units::{Errno, FileId, OpId, ReqId, Time, align_down};
 
 use crate::disk::{
-    Change, Contents, File, Length, Mark, Patch, SECTOR, Sector, Sites, fixed_hash, splitmix,
+    Change, Contents, File, Left, Length, Mark, Patch, SECTOR, Sector, Sites, fixed_hash, splitmix,
 };
 use crate::host::SimFile;
 
@@ -580,6 +580,17 @@ impl SimBackend {
         file.crash_sites(mine.filter_map(|flying| flying.change.as_ref()))
     }
 
+    /// What images that a crash has left of these files, or those of the disk beside, have of each change.
+    pub fn left(&self, beside: bool, images: &[Contents]) -> Vec<Left> {
+        let is_mine = |&(at, _): &(usize, &File)| (at >= self.beside_from) == beside;
+        let files = self.files.iter().enumerate().filter(is_mine).zip(images);
+        let left = files.flat_map(|((at, file), image)| {
+            let mine = self.flying.iter().filter(move |flying| flying.file == at);
+            file.left(mine.filter_map(|flying| flying.change.as_ref()), image)
+        });
+        left.collect()
+    }
+
     /// A hash of all that [`SimBackend::crash_sites`] follows from, or those of the disk beside.
     pub fn crash_hash(&self, beside: bool) -> u64 {
         let is_mine = |file: usize| (file >= self.beside_from) == beside;
@@ -644,6 +655,16 @@ impl SimBackend {
             }
             OpKind::Compute(_) => out.push(Outcome::Fail),
             OpKind::Hole => {}
+        }
+    }
+
+    /// How an op in flight ends if this is chosen: a device that cannot zero refuses.
+    pub fn becomes(&self, name: OpName, outcome: Outcome) -> Outcome {
+        let is_zero = |it: &Flying| it.name == name && matches!(it.kind, OpKind::Zero { .. });
+        let refuses = !self.device.can_zero && outcome == Outcome::Done;
+        match refuses && self.flying.iter().any(is_zero) {
+            true => Outcome::Unsupported,
+            false => outcome,
         }
     }
 
@@ -958,7 +979,9 @@ impl SimBackend {
             OpKind::Truncate => (Vec::new(), Length::Exactly(op.offset), true),
             OpKind::Allocate => (Vec::new(), Length::AtLeast(op.end()), true),
         };
-        Some(Change::new(patches, length, own))
+        let OpOwner { request, ordinal } = record.owner;
+        let name = OpName { request: ops.serial(request), ordinal };
+        Some(Change::new(patches, length, own).of(name))
     }
 
     /// What a write does to its file's length: nothing, if it lies within.

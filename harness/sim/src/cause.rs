@@ -10,7 +10,7 @@
 use std::fmt;
 
 use crate::choose::{Choice, Random, Replay, calm_order};
-use crate::explore::{Counts, Crash, HashedMap, quietly, run};
+use crate::explore::{CALM, Calm, Counts, Crash, HashedMap, quietly, run};
 use crate::mutants::planted;
 use crate::subject::Subject;
 use crate::timeline::{Mark, Timeline, Wait};
@@ -45,12 +45,14 @@ const DRAWN: u64 = 300;
 ///
 /// When the trace does not fail, or its image cannot be made.
 pub fn cause<S: Subject>(trace: &Trace<S>, states: u64) -> Result<Cause, String> {
-    let path = match trace.replay() {
+    let (path, verdict) = match trace.replay() {
         Ok(_) => return Err("this trace does not fail".into()),
-        Err(failure) => failure.path,
+        Err(failure) => (failure.path, failure.verdict),
     };
+    let asks_calm = verdict.starts_with(CALM);
     let root = trace.world()?;
-    let Found { at, way, tried, drawn } = planted(trace.plant, || find(root, &path, states));
+    let Found { at, way, tried, drawn } =
+        planted(trace.plant, || find(root, &path, asks_calm, states));
     let with = |choices: Vec<Choice>| Trace { choices, ..trace.clone() }.timeline();
     let failing = with(path.clone())?;
     let Some(at) = at else {
@@ -72,7 +74,7 @@ struct Found {
     drawn: u64,
 }
 
-fn find<S: Subject>(root: World<S>, path: &[Choice], states: u64) -> Found {
+fn find<S: Subject>(root: World<S>, path: &[Choice], asks_calm: bool, states: u64) -> Found {
     let mut worlds = vec![root];
     for &choice in path {
         let mut next = worlds[worlds.len() - 1].clone();
@@ -81,7 +83,9 @@ fn find<S: Subject>(root: World<S>, path: &[Choice], states: u64) -> Found {
         }
         worlds.push(next);
     }
-    let mut search = Search { seen: HashedMap::default(), crash: Crash::default(), left: states };
+    let calm = asks_calm.then(Calm::default);
+    let mut search =
+        Search { seen: HashedMap::default(), crash: Crash::default(), calm, left: states };
     let (mut tried, mut drawn) = (0, 0);
     let mut way = Vec::new();
     for at in (0..worlds.len()).rev() {
@@ -107,6 +111,8 @@ struct Search {
     /// States from which no run that was tried ends well.
     seen: HashedMap<()>,
     crash: Crash,
+    /// The failure is that it does not end well although nothing more goes wrong: so that is asked.
+    calm: Option<Calm>,
     /// So many more may be tried.
     left: u64,
 }
@@ -119,6 +125,11 @@ impl Search {
         }
         self.left = self.left.checked_sub(1)?;
         if quietly(|| self.crash.check(world)).is_err() {
+            return Some(false);
+        }
+        if let Some(calm) = &mut self.calm
+            && quietly(|| calm.check(world)).is_err()
+        {
             return Some(false);
         }
         let mut choices = Vec::new();
@@ -204,6 +215,9 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verdict = self.failing.verdict.as_ref().map_or("", |verdict| verdict.text.as_str());
         writeln!(f, "It fails: {}", verdict.lines().next().unwrap_or_default())?;
+        for line in self.failing.verdict.iter().flat_map(|verdict| &verdict.more) {
+            writeln!(f, "  {line}")?;
+        }
         let Some(at) = self.at else {
             return writeln!(f, "It fails whatever happens ({} states).", self.states);
         };
@@ -211,7 +225,10 @@ impl fmt::Display for Cause {
         writeln!(f, "Of its {} events number {} made that certain:", events.len() - 1, at + 1)?;
         writeln!(f, "  {}", events[at + 1].what)?;
         writeln!(f, "{}", self.in_a_sentence())?;
-        writeln!(f, "\nJust before it:")?;
+        writeln!(
+            f,
+            "\nJust before it (request 0: as the guest counts; #0: as the engine counts, op #0.1 is the second of #0's):"
+        )?;
         for (place, request) in self.failing.requests.iter().enumerate() {
             let at = at as u32;
             let Some(stay) = request.stays.iter().find(|stay| stay.from <= at && at <= stay.to)
@@ -231,13 +248,8 @@ impl fmt::Display for Cause {
             let mine = self.failing.ops.iter().filter(|op| op.request == place);
             if stay.wait == Wait::Ops {
                 for op in mine.filter(|op| op.from <= at && op.to.is_none_or(|to| at < to)) {
-                    let what = if op.is_flush {
-                        format!("flush of {}", op.file)
-                    } else {
-                        format!("{} {:#x}+{:#x} of {}", op.kind, op.offset, op.len, op.file)
-                    };
                     let comma = if ops.is_empty() { ": " } else { ", " };
-                    ops += &format!("{comma}{what}");
+                    ops += &format!("{comma}{}", self.failing.op_name(op));
                 }
             }
             writeln!(

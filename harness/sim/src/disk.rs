@@ -20,9 +20,12 @@
 #![expect(clippy::disallowed_types, reason = "sectors are shared between millions of worlds")]
 
 use std::hash::{BuildHasher, Hash, Hasher};
+use std::ops::Range;
 use std::rc::Rc;
 
 use foldhash::fast::FixedState;
+
+use crate::backend::OpName;
 
 /// Bytes that a disk writes whole or not at all.
 pub const SECTOR: u64 = 512;
@@ -348,6 +351,8 @@ pub struct Change {
     pub length: Length,
     /// Are these bytes the format's own, not a guest's? Their sectors tear independently.
     pub own: bool,
+    /// Whose it is. Nothing follows from it.
+    pub by: Option<OpName>,
 }
 
 /// How an op changes a file's length.
@@ -387,7 +392,13 @@ impl Hash for Change {
 impl Change {
     /// A change; see its fields.
     pub fn new(patches: Vec<Patch>, length: Length, own: bool) -> Change {
-        Change { digest: fixed_hash(&patches), patches: Rc::new(patches), length, own }
+        Change { digest: fixed_hash(&patches), patches: Rc::new(patches), length, own, by: None }
+    }
+
+    /// The same, of this op.
+    #[must_use]
+    pub fn of(self, op: OpName) -> Change {
+        Change { by: Some(op), ..self }
     }
 
     /// The first part of it: `share` of its sectors, and the length that these need.
@@ -399,7 +410,7 @@ impl Change {
             }
             _ => Length::Keep,
         };
-        Change::new(patches, length, self.own)
+        Change { by: self.by, ..Change::new(patches, length, self.own) }
     }
 
     /// Are these the bytes that it writes from `offset` on?
@@ -632,6 +643,56 @@ impl File {
         Sites { sites: sites_of(&full, &changes), base: full, lengths }
     }
 
+    /// What an image that a crash has left of this file has of each change that was not stable, with these in
+    /// flight.
+    pub fn left<'a>(
+        &'a self,
+        in_flight: impl Iterator<Item = &'a Change>,
+        image: &Contents,
+    ) -> Vec<Left> {
+        let done = self.uncovered.iter().map(|entry| &entry.change);
+        let changes: Vec<&Change> = done.chain(in_flight).collect();
+        let left = changes.iter().enumerate().map(|(which, change)| {
+            let mut left = Left { by: change.by, ..Left::default() };
+            if change.patches.is_empty() {
+                let (was, len) = (self.stable.len(), change.length.of(self.stable.len()));
+                let is_there = match change.length {
+                    Length::Exactly(len) => image.len() == len,
+                    _ => image.len() >= len,
+                };
+                left.length = (was != len).then_some(is_there);
+            }
+            for patch in change.patches.iter() {
+                let start = patch.index * SECTOR;
+                let range = start + u64::from(patch.from)..start + u64::from(patch.to);
+                let bytes = |sector: &Sector| {
+                    sector.bytes()[usize::from(patch.from)..usize::from(patch.to)].to_vec()
+                };
+                let (new, is) = (bytes(&patch.data), bytes(&image.sector(patch.index)));
+                if new == bytes(&self.stable.sector(patch.index)) {
+                    continue;
+                }
+                let mut newer = changes[which + 1..].iter().flat_map(|newer| newer.patches.iter());
+                let is_under = |newer: &Patch| newer.covers(patch) && bytes(&newer.data) == is;
+                if new == is {
+                    add(&mut left.kept, range);
+                } else if !newer.any(is_under) {
+                    add(&mut left.lost, range);
+                }
+            }
+            left
+        });
+        left.collect()
+    }
+
+    /// Changes that are done and not stable: whose they are.
+    pub fn uncovered(&self) -> impl Iterator<Item = OpName> + '_ {
+        let is_any = |entry: &&Entry| {
+            !entry.change.patches.is_empty() || entry.change.length != Length::Keep
+        };
+        self.uncovered.iter().filter(is_any).filter_map(|entry| entry.change.by)
+    }
+
     /// The lengths that a crash may leave. Completed changes of length become stable in order;
     /// those in flight, each or not.
     fn lengths(&self, changes: &[&Change], completed: usize) -> Vec<u64> {
@@ -648,6 +709,27 @@ impl File {
         lengths.sort_unstable();
         lengths.dedup();
         lengths
+    }
+}
+
+/// What a crash has left of a change that was not stable.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Whose change it was.
+    pub by: Option<OpName>,
+    /// Bytes of the file that it changed, and that are as it left them.
+    pub kept: Vec<Range<u64>>,
+    /// Those that are not, and were not changed again.
+    pub lost: Vec<Range<u64>>,
+    /// If it changed the length alone: is that so?
+    pub length: Option<bool>,
+}
+
+/// Adds a range behind others.
+fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
     }
 }
 
@@ -825,6 +907,33 @@ mod tests {
         assert_eq!(file.stable().sector(1), Sector::noise(1, 1));
         assert_eq!(file.now().sector(1), Sector::from_bytes(&[2; 512]));
         assert_eq!(file.crash_sites(std::iter::empty()).count(), 2);
+    }
+
+    #[test]
+    fn what_a_crash_has_left_is_told_of_each_change() {
+        let mut file = File::new(Contents::noise(1, 4096));
+        let named = |ordinal, change: Change| change.of(OpName { request: 0, ordinal });
+        file.complete(named(0, write(0, &[1; 1024])), false);
+        file.complete(named(1, write(512, &[2; 1024])), false);
+        let resize = Change::new(Vec::new(), Length::Exactly(8192), true);
+        let in_flight = [named(2, write(2048, &[3; 512])), named(3, resize)];
+        let names: Vec<u32> = file.uncovered().map(|name| name.ordinal).collect();
+        assert_eq!(names, [0, 1]);
+        let mut image = file.stable().clone();
+        image.write(512, &[2; 512]);
+        image.write(2048, &[3; 512]);
+        let left = file.left(in_flight.iter(), &image);
+        let told = |left: &Left| format!("kept {:?} lost {:?}", left.kept, left.lost);
+        // Its second sector was written again, and that is there.
+        assert_eq!(told(&left[0]), "kept [] lost [0..512]");
+        assert_eq!(told(&left[1]), "kept [512..1024] lost [1024..1536]");
+        assert_eq!(told(&left[2]), "kept [2048..2560] lost []");
+        assert_eq!((left[2].length, left[3].length), (None, Some(false)));
+        // It is not, so this one was lost, whatever is there of the one before.
+        image.write(512, &[1; 512]);
+        let left = file.left(in_flight.iter(), &image);
+        assert_eq!(told(&left[0]), "kept [512..1024] lost [0..512]");
+        assert_eq!(told(&left[1]), "kept [] lost [512..1536]");
     }
 
     #[test]

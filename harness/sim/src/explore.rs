@@ -222,7 +222,17 @@ pub trait Watcher<S: Subject> {
     /// being asked.
     fn crashed(&mut self, images: Option<u64>);
 
-    /// The run has failed; `world` is as it was then.
+    /// It is wrong what a crash would leave: these files. Comes behind [`Watcher::failed`].
+    fn left(&mut self, world: &World<S>, files: &[Contents]);
+
+    /// All that was seen counts no more: it is seen again from `world`, and only as far as a state was met from which it would
+    /// not end well if nothing more went wrong. No: it is not to be shown again.
+    fn begins_again(&mut self, world: &World<S>) -> bool;
+
+    /// That state is reached. From now on nothing more goes wrong in `world`.
+    fn calms(&mut self, world: &World<S>);
+
+    /// The run has failed, in what happened last; `world` is as it was then.
     fn failed(&mut self, world: &World<S>, verdict: &str);
 }
 
@@ -231,6 +241,11 @@ impl<S: Subject> Watcher<S> for () {
     fn before(&mut self, _: &World<S>, _: Choice) {}
     fn after(&mut self, _: &SimEngine<S::Driver>) {}
     fn crashed(&mut self, _: Option<u64>) {}
+    fn left(&mut self, _: &World<S>, _: &[Contents]) {}
+    fn begins_again(&mut self, _: &World<S>) -> bool {
+        false
+    }
+    fn calms(&mut self, _: &World<S>) {}
     fn failed(&mut self, _: &World<S>, _: &str) {}
 }
 
@@ -295,13 +310,21 @@ pub fn run_watched<S: Subject>(
         0 => Ok(()),
         _ => {
             world.clone_from(begins);
-            calm_all_along(&mut world, path, made)
+            let outcome = calm_all_along(&mut world, path, made);
+            if outcome.is_err() && watcher.begins_again(begins) {
+                world.clone_from(begins);
+                watch_calm(&mut world, &path[made..], watcher);
+            }
+            outcome
         }
     });
     match outcome {
         Ok(()) => Ok(trace),
         Err(verdict) => {
             watcher.failed(&world, &verdict);
+            if let Some(files) = crash.wrong.take() {
+                watcher.left(&world, &files);
+            }
             Err(Box::new(Failure { verdict, path: path.clone() }))
         }
     }
@@ -329,18 +352,47 @@ fn calm_all_along<S: Subject>(
     outcome
 }
 
+/// Makes these choices, and then lets all go well, as far as that goes; `watcher` looks on.
+fn watch_calm<S: Subject>(world: &mut World<S>, path: &[Choice], watcher: &mut dyn Watcher<S>) {
+    // It fails as it was found to.
+    let _ = quietly(|| {
+        for &choice in path {
+            watcher.before(world, choice);
+            world.apply_watched(choice, |engine| watcher.after(engine))?;
+        }
+        *world = world.calmed();
+        watcher.calms(world);
+        let mut choices = Vec::new();
+        for _ in 0..world.calm_events_max() {
+            world.choices(&mut choices);
+            if choices.is_empty() {
+                break;
+            }
+            let choice = choices[Fifo.choose(&choices)];
+            watcher.before(world, choice);
+            world.apply_watched(choice, |engine| watcher.after(engine))?;
+        }
+        Ok(())
+    });
+}
+
 /// Asks whether all ends well, and soon, when nothing more goes wrong.
 #[derive(Debug, Default)]
-struct Calm {
+pub(crate) struct Calm {
     /// Events to come, by the state of a world that was calmed.
     known: HashedMap<usize>,
 }
 
 impl Calm {
-    fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
+    /// Asks it.
+    ///
+    /// # Errors
+    ///
+    /// What goes wrong instead. Begins with [`CALM`].
+    pub(crate) fn check<S: Subject>(&mut self, world: &World<S>) -> Result<(), String> {
         let mut calmed = world.calmed();
         let limit = calmed.calm_events_max();
-        let wrong = |why: String| format!("when all is well again: {why}");
+        let wrong = |why: String| format!("{CALM}{why}");
         let (mut path, mut choices) = (Vec::new(), Vec::new());
         let known = loop {
             let hash = calmed.state_hash();
@@ -369,9 +421,14 @@ impl Calm {
     }
 }
 
+/// So begins what [`Calm`] has found.
+pub(crate) const CALM: &str = "when all is well again: ";
+
 /// Crashes the disk in every way; remembers what it has seen.
 #[derive(Debug, Default)]
 pub(crate) struct Crash {
+    /// The files that were found wrong, or were being looked at when somebody panicked.
+    wrong: Option<Vec<Contents>>,
     /// States, by what a crash may leave and how it would be judged.
     states: HashedMap<()>,
     /// Images that were legal under an oracle.
@@ -438,11 +495,16 @@ impl Crash {
             Some(found) => found,
             None => {
                 self.counts.crash_images_distinct += 1;
-                let inspection = at.world.inspect_crash(&at.image(picked))?;
+                let files = self.wrong.insert(at.image(picked));
+                let inspection = at.world.inspect_crash(files)?;
+                self.wrong = None;
                 self.found.entry(image).or_insert(inspection)
             }
         };
-        at.world.judge_crash(found)?;
+        if let Err(verdict) = at.world.judge_crash(found) {
+            self.wrong = Some(at.image(picked));
+            return Err(verdict);
+        }
         self.legal.insert(image ^ at.judge, ());
         Ok(())
     }

@@ -65,6 +65,7 @@ pub mod shadow;
 mod shared;
 pub mod shrink;
 pub mod sleep;
+pub mod states;
 pub mod subject;
 pub mod subjects;
 pub mod timeline;

@@ -4,7 +4,11 @@
 //! which no `<` is left, so that nothing that a trace says ends the script or becomes part of the page; the
 //! code puts text into the page as text only.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use crate::gate::quoted;
+use crate::states::meaning;
 use crate::timeline::{By, Timeline};
 
 const PAGE: &str = include_str!("page/page.html");
@@ -83,7 +87,7 @@ pub fn to_json(line: &Timeline) -> String {
         let tries = op.tries.iter().map(|(at, how)| format!("[{at},{}]", quoted(how)));
         format!(
             "{{\"request\":{},\"ordinal\":{},\"kind\":{},\"flush\":{},\"file\":{},\"offset\":{},\"len\":{},\
-             \"from\":{},\"to\":{},\"how\":{},\"bad\":{},\"tries\":{}}}",
+             \"from\":{},\"to\":{},\"how\":{},\"bad\":{},\"tries\":{},\"unsafe\":{},\"safe\":{}}}",
             op.request,
             op.ordinal,
             quoted(op.kind),
@@ -95,24 +99,50 @@ pub fn to_json(line: &Timeline) -> String {
             maybe(op.to.map(u64::from)),
             quoted(&op.how),
             op.is_bad,
-            list(tries.collect())
+            list(tries.collect()),
+            maybe(op.unsafe_until.map(u64::from)),
+            op.is_safe
         )
     });
     let verdict = line.verdict.as_ref().map_or("null".into(), |verdict| {
         let what = quoted(&verdict.text);
-        format!("{{\"at\":{},\"crash\":{},\"text\":{what}}}", verdict.at, verdict.is_crash)
+        let ranges = |ranges: &[Range<u64>]| {
+            list(ranges.iter().map(|range| format!("[{},{}]", range.start, range.end)).collect())
+        };
+        let left = verdict.left.iter().map(|left| {
+            let (kept, lost) = (ranges(&left.kept), ranges(&left.lost));
+            format!("{{\"op\":{},\"kept\":{kept},\"lost\":{lost}}}", left.op)
+        });
+        format!(
+            "{{\"at\":{},\"crash\":{},\"text\":{what},\"left\":{},\"more\":{}}}",
+            verdict.at,
+            verdict.is_crash,
+            list(left.collect()),
+            list(verdict.more.iter().map(|line| quoted(line)).collect())
+        )
     });
     let cause = line.cause.as_ref().map_or("null".into(), |cause| {
         format!("{{\"at\":{},\"text\":{}}}", cause.at, quoted(&cause.text))
     });
+    let focus = line.focus.as_ref().map_or("null".into(), |focus| {
+        let lines = list(focus.lines.iter().map(|line| quoted(line)).collect());
+        format!("{{\"request\":{},\"lines\":{lines}}}", focus.request)
+    });
+    let names: BTreeSet<&str> =
+        line.requests.iter().flat_map(|request| &request.stays).map(|stay| stay.state).collect();
+    let states = names.into_iter().filter_map(|name| Some((name, meaning(name)?)));
+    let states = states.map(|(name, words)| format!("{}:{}", quoted(name), quoted(words)));
     let json = format!(
-        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"cause\":{cause},\"timed\":{},\"recorded\":{},\"missed\":{},\n\
+        "{{\"title\":{},\"about\":{},\"verdict\":{verdict},\"cause\":{cause},\"calm\":{},\"focus\":{focus},\"timed\":{},\"recorded\":{},\"missed\":{},\n\
+         \"states\":{{{}}},\n\
          \"events\":[{}],\n\"requests\":[{}],\n\"ops\":[{}]}}",
         quoted(&line.title),
         list(line.about.iter().map(|line| quoted(line)).collect()),
+        maybe(line.calm_from.map(u64::from)),
         line.is_timed,
         text(&line.recorded),
         line.missed,
+        states.collect::<Vec<_>>().join(","),
         events.collect::<Vec<_>>().join(",\n"),
         requests.collect::<Vec<_>>().join(",\n"),
         ops.collect::<Vec<_>>().join(",\n")

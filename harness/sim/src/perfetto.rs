@@ -73,7 +73,7 @@ pub fn to_json(line: &Timeline) -> String {
         spans(line, &times, place, request, &mut events);
     }
     for (place, op) in line.ops.iter().enumerate() {
-        let name = format!("op {}.{} {}", line.requests[op.request].number, op.ordinal, op.kind);
+        let name = format!("op #{}.{} {}", line.requests[op.request].number, op.ordinal, op.kind);
         let how = if op.to.is_none() { "never came back" } else { &op.how };
         let args = format!(
             "{{\"file\":{},\"offset\":{},\"len\":{},\"how\":{}}}",

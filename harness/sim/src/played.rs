@@ -374,7 +374,7 @@ impl<D: Driver, F> Player<D, F> {
             observer.went_wrong(how.as_str(), false);
         }
         let mut timeline = observer.finish();
-        timeline.is_timed = true;
+        timeline.has_times();
         (verdict, timeline)
     }
 

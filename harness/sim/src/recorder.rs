@@ -5,6 +5,7 @@ use cowbell_engine::units::Time;
 
 use crate::backend::{Bit, Breakage, OpName, Outcome};
 use crate::choose::Choice;
+use crate::disk::Contents;
 use crate::explore::{Watcher, quietly};
 use crate::subject::{SimEngine, Subject};
 use crate::timeline::{Ended, EventKind, Observer, Timeline};
@@ -13,6 +14,8 @@ use crate::world::World;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Recorder {
+    title: String,
+    about: Vec<String>,
     observer: Observer,
     now: Time,
     is_looked_at: bool,
@@ -22,9 +25,10 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Of a run that begins with `world`.
     pub fn new<S: Subject>(title: String, about: Vec<String>, world: &World<S>) -> Recorder {
-        let mut observer = Observer::new(title, about);
+        let mut observer = Observer::new(title.clone(), about.clone());
         observer.begin(world.engine(), world.now());
-        Recorder { observer, now: world.now(), is_looked_at: true, is_crashing: false }
+        let now = world.now();
+        Recorder { title, about, observer, now, is_looked_at: true, is_crashing: false }
     }
 
     pub fn finish(self) -> Timeline {
@@ -34,6 +38,12 @@ impl Recorder {
 
 impl<S: Subject> Watcher<S> for Recorder {
     fn before(&mut self, world: &World<S>, choice: Choice) {
+        let choice = match choice {
+            Choice::End(name, outcome) => {
+                Choice::End(name, world.engine().backend().becomes(name, outcome))
+            }
+            other => other,
+        };
         let (what, kind) = words(world, choice);
         let ended = match choice {
             Choice::End(OpName { request, ordinal }, outcome) => Some(Ended {
@@ -60,6 +70,30 @@ impl<S: Subject> Watcher<S> for Recorder {
     fn crashed(&mut self, images: Option<u64>) {
         self.is_crashing = images.is_none();
         self.observer.crashes_looked_at(images.unwrap_or(0));
+    }
+
+    fn left(&mut self, world: &World<S>, files: &[Contents]) {
+        // Who has panicked in looking at them would do so again.
+        let wrong = quietly(|| Ok(world.wrong_byte(files))).ok().flatten();
+        let more = wrong.map(|(at, place)| match place {
+            Some((file, host)) => {
+                format!("Wrong is, first of all, byte {at:#x} of the disk, which is then byte {host:#x} of f{file}.")
+            }
+            None => format!("Wrong is, first of all, byte {at:#x} of the disk, which is then in no file: it reads as zeros."),
+        });
+        self.observer.crash_left(&world.left_by_crash(files), more);
+    }
+
+    fn begins_again(&mut self, world: &World<S>) -> bool {
+        *self = Recorder::new(self.title.clone(), self.about.clone(), world);
+        true
+    }
+
+    fn calms(&mut self, world: &World<S>) {
+        let what = "from here on nothing more goes wrong: the device does what it is asked, the oldest op ends first";
+        self.observer.happens(what.into(), EventKind::Other, None);
+        self.observer.look(world.engine(), self.now);
+        self.observer.is_calm();
     }
 
     fn failed(&mut self, world: &World<S>, verdict: &str) {
@@ -89,7 +123,7 @@ fn words<S: Subject>(world: &World<S>, choice: Choice) -> (String, EventKind) {
                 true => EventKind::Fault,
                 false => EventKind::Complete,
             };
-            (format!("op {name} ({}) {}", op(world, name), how(outcome)), kind)
+            (format!("op #{name} ({}) {}", op(world, name), how(outcome)), kind)
         }
         Choice::Turn => ("the loop goes on with what the last turn left".into(), EventKind::Other),
         Choice::Tick => ("time passes, until the next deadline".into(), EventKind::Deadline),

@@ -670,10 +670,20 @@ impl Shadow {
         let found_size = found.0.last().copied().unwrap_or(0);
         // Who failed to set it may have left any.
         if found_size & legal(size) == 0 && legal(size) & self.failed == 0 {
-            let (found, legal) = (names(found_size), names(legal(size)));
-            return Err(format!("{verb} the size of {found}; legal: {legal}"));
+            let legal = names(legal(size));
+            return Err(match found_size {
+                0 => format!("{verb} a size that nobody set; legal: {legal}"),
+                _ => format!("{verb} the size of {}; legal: {legal}", names(found_size)),
+            });
         }
         Ok(())
+    }
+
+    /// The first byte that may not be so after a crash.
+    pub fn first_wrong(&self, found: &Found) -> Option<u64> {
+        let mut pieces = self.cut.pieces.iter().zip(&found.0);
+        let wrong = pieces.find(|(piece, found)| self.cells[piece.cell].crash & *found == 0);
+        wrong.map(|(piece, _)| piece.start)
     }
 
     /// Is something else there than before, and must be after any crash?
@@ -715,7 +725,7 @@ fn whole_units(request: &Request, unit: u64, sizes: &[(u64, Writers)]) -> Reques
 
 fn wrong(verb: &str, piece: &Piece, found: Writers, legal: Writers) -> String {
     let (start, end) = (piece.start, piece.end);
-    format!("{verb} {} at {start:#x}..{end:#x}; legal: {}", names(found), names(legal))
+    format!("{verb} {} at {start:#x}..{end:#x} of the disk; legal: {}", names(found), names(legal))
 }
 
 fn names(writers: Writers) -> String {

@@ -9,6 +9,7 @@
 //! step that it entered it with.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use cowbell_engine::backend::Backend;
 use cowbell_engine::op::{OpKind, Target};
@@ -17,6 +18,8 @@ use cowbell_engine::trace::Kind as OpWord;
 use cowbell_engine::units::{ReqId, Time};
 use cowbell_engine::wait::On;
 use cowbell_engine::{Asker, Awaits, Engine, RequestInfo};
+
+use crate::disk;
 
 /// An event, by its number.
 pub type At = u32;
@@ -34,6 +37,10 @@ pub struct Timeline {
     pub verdict: Option<Verdict>,
     /// From when on it could only go wrong, if that was [asked](crate::cause).
     pub cause: Option<Mark>,
+    /// From when on nothing more went wrong, and still it did not end well.
+    pub calm_from: Option<At>,
+    /// What it is shown for, if that is one request.
+    pub focus: Option<Focus>,
     /// What the trace says went wrong when it was recorded.
     pub recorded: Option<String>,
     /// Choices of the trace that were not possible any more.
@@ -44,6 +51,15 @@ pub struct Timeline {
     pub requests: Vec<Request>,
     /// The ops that were seen, in the order in which they were submitted.
     pub ops: Vec<Op>,
+}
+
+/// A request to be looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Focus {
+    /// Which: a place.
+    pub request: usize,
+    /// What is to be said of it, a line each.
+    pub lines: Vec<String>,
 }
 
 /// Something to be said of an event.
@@ -64,6 +80,21 @@ pub struct Verdict {
     pub text: String,
     /// Is it what a crash in that moment would leave?
     pub is_crash: bool,
+    /// Then: what that crash has kept and lost of what was not safe.
+    pub left: Vec<Left>,
+    /// More of it in words, a line each.
+    pub more: Vec<String>,
+}
+
+/// What the crash has left of an op's change. What was there already before, or was changed again, is in neither.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// Which op: a place.
+    pub op: usize,
+    /// The bytes of its file that are as it left them.
+    pub kept: Vec<Range<u64>>,
+    /// Those that are not.
+    pub lost: Vec<Range<u64>>,
 }
 
 /// What kind of event it was.
@@ -234,6 +265,8 @@ pub struct Op {
     pub kind: &'static str,
     /// Is it a flush?
     pub is_flush: bool,
+    /// Does it change its file?
+    pub changes: bool,
     /// The file, as the engine prints it; empty: none.
     pub file: String,
     /// The first byte in it.
@@ -250,6 +283,11 @@ pub struct Op {
     pub is_bad: bool,
     /// Earlier ends that did not do all of it, so that it went on: when, and how.
     pub tries: Vec<(At, String)>,
+    /// It is done, and has changed its file: until then a crash could take that away. Behind the last moment: to the
+    /// end. `None`: there was nothing that it could take away.
+    pub unsafe_until: Option<At>,
+    /// Was it safe then? If not, the run was over, or the machine stopped.
+    pub is_safe: bool,
 }
 
 /// What is told of the end of an op: whose it is, by number, which of them, and how it ended.
@@ -427,11 +465,13 @@ impl Observer {
             self.ops.insert(key, self.line.ops.len());
             let op = &record.op;
             let is_flush = op.kind == OpKind::Flush;
+            let changes = op.kind.modifies();
             self.line.ops.push(Op {
                 request,
                 ordinal: record.owner.ordinal,
                 kind: OpWord::of(op.kind).name(),
                 is_flush,
+                changes,
                 file: match op.target {
                     Target::File(file) => format!("{file:?}"),
                     Target::Node(_) | Target::Cpu => String::new(),
@@ -443,6 +483,8 @@ impl Observer {
                 how: String::new(),
                 is_bad: false,
                 tries: Vec::new(),
+                unsafe_until: None,
+                is_safe: false,
             });
         }
         for place in left.into_values() {
@@ -521,7 +563,49 @@ impl Observer {
 
     /// It went wrong in the last event; `is_crash`: in what a crash after it would leave.
     pub fn went_wrong(&mut self, text: impl Into<String>, is_crash: bool) {
-        self.line.verdict = Some(Verdict { at: self.at(), text: text.into(), is_crash });
+        let (at, text) = (self.at(), text.into());
+        let (left, more) = (Vec::new(), Vec::new());
+        self.line.verdict = Some(Verdict { at, text, is_crash, left, more });
+    }
+
+    /// From the last event on nothing more goes wrong.
+    pub fn is_calm(&mut self) {
+        self.line.calm_from = Some(self.at());
+    }
+
+    /// The crash by which it went wrong has left this; `more`: what else is to be said of it.
+    pub fn crash_left(&mut self, changes: &[disk::Left], more: Option<String>) {
+        let mut left: Vec<Left> = Vec::new();
+        for change in changes {
+            let is_it = |op: &Op| {
+                let request = &self.line.requests[op.request];
+                change.by.is_some_and(|by| (by.request, by.ordinal) == (request.number, op.ordinal))
+                    && request.life == self.life
+            };
+            let Some(op) = self.line.ops.iter().rposition(is_it) else { continue };
+            let (mut kept, mut lost) = (change.kept.clone(), change.lost.clone());
+            let whole = self.line.ops[op].offset
+                ..self.line.ops[op].offset.saturating_add(self.line.ops[op].len);
+            match change.length {
+                Some(true) => kept.push(whole),
+                Some(false) => lost.push(whole),
+                None => {}
+            }
+            match left.iter_mut().find(|known| known.op == op) {
+                // It did a part at first.
+                Some(known) => {
+                    known.kept.append(&mut kept);
+                    known.lost.append(&mut lost);
+                }
+                None => left.push(Left { op, kept, lost }),
+            }
+        }
+        left.retain(|left| !left.kept.is_empty() || !left.lost.is_empty());
+        let mut lines = self.line.in_words(&left);
+        lines.extend(more);
+        if let Some(verdict) = &mut self.line.verdict {
+            (verdict.left, verdict.more) = (left, lines);
+        }
     }
 
     /// All that was seen.
@@ -535,17 +619,137 @@ impl Observer {
                 last.to = at;
             }
         }
+        self.line.find_what_is_safe();
         self.line
     }
 }
 
+/// A flush: its begin, its end, and whether that was well.
+type Flushed = (At, At, bool);
+
+/// So many ops are named in one line.
+const NAMED: usize = 12;
+
+impl Timeline {
+    /// Its times are those of a real run. Before the first turn nobody had looked at a clock: that is as it were in it.
+    pub(crate) fn has_times(&mut self) {
+        self.is_timed = true;
+        let first = self.events.iter().map(|event| event.time).find(|time| *time > 0);
+        for event in self.events.iter_mut().take_while(|event| event.time == 0) {
+            event.time = first.unwrap_or(0);
+        }
+    }
+
+    /// What a crash has kept and lost: three lines at most.
+    fn in_words(&self, left: &[Left]) -> Vec<String> {
+        if left.is_empty() {
+            return vec!["What it kept or lost of writes made no difference.".into()];
+        }
+        let of = |is_it: fn(&Left) -> bool| left.iter().filter(move |left| is_it(left));
+        let list = |what: &str, ops: &mut dyn Iterator<Item = String>| {
+            let names: Vec<String> = ops.collect();
+            let more = names.len().saturating_sub(NAMED);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let names = names[..names.len().min(NAMED)].join(", ");
+            (!names.is_empty()).then(|| format!("{what} {names}{more}."))
+        };
+        let name = |left: &Left| self.op_name(&self.ops[left.op]);
+        let ranges = |ranges: &[Range<u64>]| {
+            let mut names: Vec<String> = ranges
+                .iter()
+                .take(NAMED)
+                .map(|range| format!("{:#x}+{:#x}", range.start, range.end - range.start))
+                .collect();
+            names.extend((ranges.len() > NAMED).then(|| "...".to_string()));
+            names.join(" ")
+        };
+        let mut kept = of(|left| left.lost.is_empty()).map(name);
+        let mut lost = of(|left| left.kept.is_empty()).map(name);
+        let mut both = of(|left| !left.kept.is_empty() && !left.lost.is_empty()).map(|left| {
+            format!("{}: kept {}, lost {}", name(left), ranges(&left.kept), ranges(&left.lost))
+        });
+        let lines = [
+            list("Of what could be lost the crash kept", &mut kept),
+            list("It lost", &mut lost),
+            list("It kept a part of", &mut both),
+        ];
+        lines.into_iter().flatten().collect()
+    }
+
+    /// An op, as people name it, and what it does.
+    pub fn op_name(&self, op: &Op) -> String {
+        let what = match op.kind {
+            kind if op.file.is_empty() => kind.to_string(),
+            _ if op.is_flush => format!("flush of {}", op.file),
+            "truncate" => format!("set the length of {} to {:#x}", op.file, op.offset),
+            kind => format!("{kind} {:#x}+{:#x} of {}", op.offset, op.len, op.file),
+        };
+        format!("op #{}.{} ({what})", self.requests[op.request].number, op.ordinal)
+    }
+
+    /// From when on is what each op has changed safe? A flush makes safe what was done when it began, and FUA at once.
+    /// After one that failed nothing does. In a real run a flush that begins in the turn in which an op comes
+    /// back counts as begun after that.
+    fn find_what_is_safe(&mut self) {
+        let end = self.events.len() as At;
+        let is_crash =
+            |(at, event): (usize, &Event)| (event.kind == EventKind::Crash).then_some(at as At);
+        let crashes: Vec<At> = self.events.iter().enumerate().filter_map(is_crash).collect();
+        // Of each file: flushes by their beginning; and the end of the one, begun then or later, that ends first.
+        let mut flushes = BTreeMap::<(u32, &str), Vec<Flushed>>::new();
+        for op in self.ops.iter().filter(|op| op.is_flush && op.how != "crash") {
+            let Some(to) = op.to else { continue };
+            let file = (self.requests[op.request].life, op.file.as_str());
+            flushes.entry(file).or_default().push((op.from, to, !op.is_bad));
+        }
+        for flushes in flushes.values_mut() {
+            flushes.sort_unstable();
+            let mut first = (At::MAX, true);
+            for (_, to, is_well) in flushes.iter_mut().rev() {
+                if first.0 <= *to {
+                    (*to, *is_well) = first;
+                }
+                first = (*to, *is_well);
+            }
+        }
+        let of = |op: &Op| {
+            let done = op.to.filter(|_| op.changes && op.how != "crash")?;
+            // A device that says so has done nothing; one that lies has no more to lose.
+            let nothing = ["eio", "enospc", "eopnotsupp", "lost", "astray", "far-astray"];
+            let is_nothing = op.tries.is_empty() && nothing.contains(&op.how.as_str());
+            if is_nothing || op.kind == OpWord::StableWrite.name() && !op.is_bad {
+                return None;
+            }
+            let life = self.requests[op.request].life;
+            let stops = crashes.get(life as usize).copied().unwrap_or(end);
+            let flushes = flushes.get(&(life, op.file.as_str())).map_or(&[][..], Vec::as_slice);
+            let next = flushes.partition_point(|&(from, ..)| from < done);
+            match flushes.get(next) {
+                Some(&(_, to, true)) => Some((to, true)),
+                _ => Some((stops, false)),
+            }
+        };
+        let found: Vec<_> = self.ops.iter().map(of).collect();
+        for (op, found) in self.ops.iter_mut().zip(found) {
+            (op.unsafe_until, op.is_safe) = match found {
+                Some((at, is_safe)) => (Some(at), is_safe),
+                None => (None, false),
+            };
+        }
+    }
+}
+
 impl Request {
-    /// What people call it: a guest's by what the guest calls it, others by their number.
+    /// What people call it. `request 2`: as the guest counts, of whom it is. `#5`: as the engine counts, whoever asked; its
+    /// ops are named so, too.
     pub fn name(&self) -> String {
-        match (self.by, self.life) {
-            (By::Guest(tag), _) => format!("request {tag}"),
-            (_, 0) => format!("#{}", self.number),
-            (_, life) => format!("#{} after crash {life}", self.number),
+        let number = match self.life {
+            0 => format!("#{}", self.number),
+            life => format!("#{} after crash {life}", self.number),
+        };
+        match self.by {
+            By::Guest(tag) => format!("request {tag} ({number})"),
+            _ => number,
         }
     }
 
@@ -580,7 +784,7 @@ impl Request {
 }
 
 /// What is asked for, in plain words; numbers in bytes.
-pub(crate) fn words(io: &Io) -> String {
+pub fn words(io: &Io) -> String {
     let Io { kind, offset, len } = *io;
     let verb = match kind {
         IoKind::Read => "read",

@@ -16,7 +16,7 @@ use cowbell_engine::{Limits, NodeEvent, Progress, Why};
 
 use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
-use crate::disk::{Contents, Sites, fixed_hash, splitmix};
+use crate::disk::{Contents, Left, Sites, fixed_hash, splitmix};
 use crate::host::SimHost;
 use crate::shadow::{Cut, Found, OTHERS_WRITE, Other, Shadow};
 use crate::shared::Shared;
@@ -1018,6 +1018,25 @@ impl<S: Subject> World<S> {
             true => self.engine.backend().crash_sites_beside(),
             false => self.engine.backend().crash_sites(),
         }
+    }
+
+    /// What images that a crash has left of the files that it is looked at of have of each change.
+    pub fn left_by_crash(&self, images: &[Contents]) -> Vec<Left> {
+        self.engine.backend().left(self.copying.has_moved(), images)
+    }
+
+    /// The first byte of the disk that a crash may not leave as it is in these files, and where that lies: in which file
+    /// and where in it, if it does.
+    pub fn wrong_byte(&self, files: &[Contents]) -> Option<(u64, Option<(usize, u64)>)> {
+        let image = self.inspect(files).ok().filter(|image| !image.is_unfinished)?;
+        let at = self.shadow.first_wrong(&image.found)?;
+        let verdicts = match self.copying.has_moved() {
+            true => &self.plan.verdicts_beside,
+            false => &self.plan.verdicts,
+        };
+        let verdict = verdicts.of(&self.disk_now(), files).ok()?;
+        let place = (!verdict.has_compressed()).then(|| verdict.locate(at, files.len()).0);
+        Some((at, place.flatten()))
     }
 
     /// What the guest writes to: the disk, or the one beside, if that has taken its place.

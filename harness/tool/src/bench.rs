@@ -23,11 +23,13 @@ use crate::beside::Backup;
 use crate::cache::{Cache, How};
 use crate::device;
 use crate::fail::Fail;
+use crate::form::Form;
 use crate::json::Json;
 use crate::naming::Naming;
 use crate::number::{count, duration, human, size};
 use crate::out::Out;
 use crate::session::{Session, Setup};
+use crate::slowest::{Kept, draw};
 use crate::stop::Stop;
 
 /// The options of `bench`.
@@ -102,6 +104,18 @@ pub struct Args {
     /// Record all that the engine is asked and sees into this file, without a byte of data: see `replay`
     #[arg(long, value_name = "FILE", help_heading = "Beyond QEMU")]
     record: Option<PathBuf>,
+    /// Say which request was slowest and where its time went, and draw that: a page for a browser, OUT.html, or a
+    /// trace that Perfetto opens, OUT.json
+    ///
+    /// For this the run is recorded in memory, 64 MiB of it at most: some millions of requests. What comes after is
+    /// not looked at.
+    #[arg(
+        long,
+        value_name = "OUT",
+        help_heading = "Beyond QEMU",
+        conflicts_with_all = ["record", "backup", "is_asked"]
+    )]
+    trace: Option<PathBuf>,
     /// The result as JSON
     #[arg(long, help_heading = "Beyond QEMU")]
     json: bool,
@@ -149,6 +163,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
         return device::run(&args.device, &given(args, cache, how)?);
     }
     let Some(file) = &args.file else { return Err(Fail::other("Expecting one image file name")) };
+    args.trace.as_deref().map(Form::of).transpose()?;
     let (plan, setup) = plan(args, cache, how)?;
     let stop = Stop::on_signals()?;
     let image = args.naming.image(file, args.format.as_deref())?;
@@ -182,7 +197,9 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let stats = session.engine.stats().clone();
     let goes_on = sent.is_ok() && !stop.is_asked();
     let copied = backup.as_mut().filter(|_| goes_on).map(|backup| backup.wait(&mut session));
+    let is_whole = setup.kept.is_some() && session.engine.backend().is_recording();
     let closed = session.drain();
+    session.engine.backend_mut().stop();
     let sent = sent?;
     closed?;
     let copied = copied.transpose()?;
@@ -198,6 +215,15 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     }
     if args.latency && !args.json {
         report(&mut out, &stats, sent, nanos, plan.len)?;
+    }
+    if let (Some(path), Some(kept)) = (&args.trace, &setup.kept) {
+        if !is_whole {
+            writeln!(
+                out,
+                "The run was longer than what is recorded of one: this is of its first part."
+            )?;
+        }
+        draw(kept, path, &mut out)?;
     }
     out.flush()?;
     if args.json {
@@ -309,6 +335,7 @@ fn plan(args: &Args, cache: Cache, how: Option<How>) -> Result<(Plan, Setup), Fa
         depth: depth as usize + 1,
         growth,
         record: args.record.clone(),
+        kept: args.trace.is_some().then(Kept::default),
         has_remote: false,
     };
     Ok((plan, setup))

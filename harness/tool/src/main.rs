@@ -23,6 +23,7 @@ mod demo;
 mod device;
 mod disk;
 mod fail;
+mod form;
 mod import;
 mod info;
 mod io;
@@ -43,6 +44,7 @@ mod scratch;
 mod serve;
 mod session;
 mod sim;
+mod slowest;
 mod snapshot;
 mod stop;
 

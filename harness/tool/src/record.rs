@@ -26,6 +26,7 @@ use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
 use crate::session::run_options;
+use crate::slowest::Kept;
 
 /// The first line.
 const MAGIC: &str = "cowbell record 1";
@@ -85,6 +86,12 @@ impl Told {
         let writer = Writer::create(path, &self.finish(recorder.infos()))?;
         recorder.start(Box::new(writer));
         Ok(())
+    }
+
+    /// From now on all is kept in memory.
+    pub fn keep(self, kept: &Kept, recorder: &mut Recorder<Disk>) {
+        let sink = kept.begin(&self.finish(recorder.infos()));
+        recorder.start(sink);
     }
 
     /// With what the backend said of the files.
@@ -182,7 +189,7 @@ pub struct Args {
 }
 
 /// What a record says of how it was made.
-pub struct Recorded<'f> {
+struct Recorded<'f> {
     limits: Limits,
     growth: Option<Growth>,
     /// The disks, and whether each may be written.
@@ -192,26 +199,23 @@ pub struct Recorded<'f> {
     record: &'f [u8],
 }
 
-impl Recorded<'_> {
-    /// What it is of, in lines.
-    pub fn about(&self) -> Vec<String> {
-        self.disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect()
-    }
+/// A run that is done again, over files as they were.
+pub type Again = Player<Node, KeptFile<AnyFile>>;
 
-    /// An engine with these disks as they were, over the record.
-    pub fn player(self) -> Result<Player<Node, KeptFile<AnyFile>>, Fail> {
-        let Recorded { limits, growth, disks, infos, host, record } = self;
-        let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
-        for (image, write) in disks {
-            let chain = image.open(&host, write)?;
-            attach(&mut engine, chain, &run_options(growth))?;
-        }
-        Ok(Player::new(engine))
+/// Does again what `bytes`, of the file `name`, record; and a line of each of its disks.
+pub fn again(bytes: &[u8], name: &Path) -> Result<(Again, Vec<String>), Fail> {
+    let at = |what: String| Fail::at(name, what);
+    let Recorded { limits, growth, disks, infos, host, record } = parse(bytes).map_err(at)?;
+    let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
+    let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
+    for (image, write) in disks {
+        let chain = image.open(&host, write)?;
+        attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
     }
+    Ok((Player::new(engine), about))
 }
 
-/// A record's head, and where the record begins.
-pub fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
+fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
     let mark = b"\nbegin\n";
     let found = file.windows(mark.len()).position(|window| window == mark);
     let (head, record) = match found {
@@ -282,11 +286,8 @@ fn info_of(words: &str) -> Option<FileInfo> {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
-    let at = |what: String| Fail::at(&args.file, what);
     let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
-    let recorded = parse(&bytes).map_err(at)?;
-    let about = recorded.about();
-    let mut player = recorded.player()?;
+    let (mut player, about) = again(&bytes, &args.file)?;
     let until = args.until.unwrap_or(u64::MAX);
     let mut is_there = false;
     let mut each = |engine: &Engine<_, Played<_>>, moment| {

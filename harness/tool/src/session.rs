@@ -23,6 +23,7 @@ use crate::fail::Fail;
 use crate::locking;
 use crate::naming::Image;
 use crate::record::Head;
+use crate::slowest::Kept;
 
 /// How to open an image and run it.
 #[derive(Clone, Debug)]
@@ -43,6 +44,8 @@ pub struct Setup {
     pub growth: Option<Growth>,
     /// Where all that the engine is asked and sees is recorded, of an image that [`Session::open`] opens.
     pub record: Option<PathBuf>,
+    /// The same, kept in memory.
+    pub kept: Option<Kept>,
     /// Disks of servers will be attached to its engine besides.
     pub has_remote: bool,
 }
@@ -58,6 +61,7 @@ impl Default for Setup {
             depth: 64,
             growth: None,
             record: None,
+            kept: None,
             has_remote: false,
         }
     }
@@ -108,16 +112,21 @@ impl Session {
                        specified.";
             return Err(image.failed(Error::Invalid(why.into())));
         }
-        let record = setup.record.as_ref().map(|path| {
+        let is_recorded = setup.record.is_some() || setup.kept.is_some();
+        let head = is_recorded.then(|| {
             // Before anything is repaired.
             let mut head = Head::new(&limits_of(setup), setup.growth, setup.cache.direct);
-            head.disk(image, setup.write).map(|()| (head, path))
+            head.disk(image, setup.write).map(|()| head.told())
         });
-        let record = record.transpose()?;
+        let head = head.transpose()?;
         let chain = open_chain(image, setup.write, setup.cache.direct)?;
         let mut session = Session::over(image, chain, setup)?;
-        if let Some((head, path)) = record {
-            head.told().begin(path, session.engine.backend_mut())?;
+        if let Some(told) = head {
+            match (&setup.record, &setup.kept) {
+                (Some(path), _) => told.begin(path, session.engine.backend_mut())?,
+                (None, Some(kept)) => told.keep(kept, session.engine.backend_mut()),
+                (None, None) => {}
+            }
         }
         Ok(session)
     }

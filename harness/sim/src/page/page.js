@@ -15,19 +15,36 @@ const nameOf = (r) => r.name;
 const titleOf = (r) => `${nameOf(r)}: ${r.what}`;
 const whoOf = (r) => r.guest !== null ? "asked by the guest"
   : r.parent !== null ? `part of ${nameOf(requests[r.parent])}` : "nobody asked";
-const opName = (o) => `op ${requests[o.request].number}.${o.ordinal}`;
+const opName = (o) => `op #${requests[o.request].number}.${o.ordinal}`;
 const opWhat = (o) => {
   if (o.flush) return `flush of ${o.file}`;
   if (o.kind === "truncate") return `set the length of ${o.file} to ${hex(o.offset)}`;
   if (!o.file) return o.kind;
   return `${o.kind} ${hex(o.offset)}+${hex(o.len)} of ${o.file}`;
 };
+// The same for a bar: the longest first.
+const short = (n) => n && n % 1048576 === 0 ? `${n / 1048576}M` : n && n % 1024 === 0 ? `${n / 1024}K` : hex(n);
+const opShort = (o) => o.flush ? [`flush ${o.file}`, "flush"]
+  : o.kind === "truncate" ? [`${o.file} to length ${hex(o.offset)}`, `length ${hex(o.offset)}`, "length"]
+  : o.file ? [`${o.kind} ${o.file} ${hex(o.offset)}+${short(o.len)}`, `${o.kind} ${hex(o.offset)}+${short(o.len)}`, `${o.kind} ${hex(o.offset)}`, o.kind]
+  : [o.kind];
 const hows = { ok: "done", early: "done, with older bytes", short: "half of it done", eio: "failed (EIO), nothing done",
   "eio-part": "failed (EIO), half of it done", "eio-all": "failed (EIO), but all of it done", enospc: "failed (ENOSPC)",
   eopnotsupp: "refused, not supported", crash: "cut off by the crash" };
 const howOf = (o) => o.to === null ? "never came back" : (hows[o.how] || o.how || "done");
+// What the crash has left of an op, by its place.
+const fates = new Map(verdict && verdict.left ? verdict.left.map((l) => [ops[l.op], l]) : []);
+const leftMark = (l) => !l.lost.length ? "✔ kept" : !l.kept.length ? "✘ lost" : "◐ a part kept";
+const leftOf = (o) => {
+  const l = fates.get(o), spans = (list) => list.map(([from, to]) => `${hex(from)}+${hex(to - from)}`).join(" ");
+  if (!l) return "";
+  return `\nthe crash ${[l.kept.length ? `kept ${spans(l.kept)}` : "", l.lost.length ? `lost ${spans(l.lost)}` : ""].filter(Boolean).join(" and ")}`;
+};
+const safeOf = (o) => o.unsafe == null ? "" : o.safe ? `; a crash could take it away until event ${o.unsafe}`
+  : "; not flushed: a crash could take it away";
 const endOf = (r) => r.end === null ? "has not ended" : r.result === "ok" ? "ended well"
   : r.result === "crash" ? "cut off by the crash" : r.result === "" ? "ended" : `ended with: ${r.result}`;
+const meaningOf = (state) => data.states && data.states[state] ? ` (${data.states[state]})` : "";
 const isBad = (r) => r.end !== null && r.result !== "ok" && r.result !== "" && r.result !== "crash";
 const timeOf = (ns) => `${(ns / 1e6).toLocaleString("en", { maximumFractionDigits: 3 })} ms`;
 const waitOf = (s) => {
@@ -45,12 +62,12 @@ requests.forEach((r, i) => {
   r.stays.forEach((s) => { if (s.from < s.to || r.end === null) put(s.from, "stay", [i, s]); if (s.by !== null) put(s.to, "by", [i, s]); });
   if (r.end !== null) put(r.end, "end", i);
 });
-ops.forEach((o) => { put(o.from, "from", o); if (o.to !== null) put(o.to, "to", o); o.tries.forEach(([when, how]) => put(when, "try", [o, how])); });
+ops.forEach((o) => { put(o.from, "from", o); if (o.to !== null) put(o.to, "to", o); if (o.safe) put(o.unsafe, "safe", o); o.tries.forEach(([when, how]) => put(when, "try", [o, how])); });
 
 // ---- lanes ----
 // One for each request, pieces below what they are pieces of. Where there are very many, requests that follow
 // each other share a lane.
-const LANES_OWN = 400, BAR = 18, OP = 9, GAP = 9, AXIS = 40;
+const LANES_OWN = 400, BAR = 18, OP = 14, GAP = 9, AXIS = 40;
 const endAt = (r) => r.end === null ? count : Math.max(r.end, r.begin);
 const lanes = [], laneOf = new Int32Array(requests.length);
 if (requests.length <= LANES_OWN) {
@@ -83,17 +100,19 @@ requests.forEach((r, i) => {
     stays.push({ from: s.from, to: open ? count : Math.max(s.to, s.from + 0.5), s, r: i, open });
   });
 });
-const ROWS = 12;
+// What is done and may still be lost has a tail, up to where it is safe; where there are very many, there is no room for them.
+const ROWS = 12, hasTails = ops.length <= 1500;
 ops.forEach((o) => {
   const lane = lanes[laneOf[o.request]];
   const to = o.to === null ? count : Math.max(o.to, o.from + 0.5);
+  const end = hasTails && o.unsafe != null ? Math.max(to, o.unsafe) : to;
   let row = lane.ends.findIndex((until) => until <= o.from);
   if (row < 0) {
     row = lane.rows.length < ROWS ? lane.rows.length : ROWS - 1;
     lane.rows[row] ??= [];
   }
-  lane.ends[row] = Math.max(lane.ends[row] ?? 0, to);
-  lane.rows[row].push({ from: o.from, to, o });
+  lane.ends[row] = Math.max(lane.ends[row] ?? 0, end);
+  lane.rows[row].push({ from: o.from, to, end, o });
 });
 let height = 0;
 lanes.forEach((lane) => { lane.y = height; lane.h = BAR + lane.rows.length * OP + GAP; height += lane.h; });
@@ -122,7 +141,7 @@ const states = new Map();
 requests.forEach((r) => r.stays.forEach((s) => { if (!states.has(s.state)) states.set(s.state, states.size); }));
 const readLook = () => {
   const css = getComputedStyle(document.documentElement);
-  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "flush", "other", "wait", "bar-l", "bar-s", "bar-text"]) {
+  for (const name of ["back", "lane", "text", "dim", "line", "accent", "bad", "good", "read", "write", "discard", "flush", "other", "wait", "bar-l", "bar-s", "bar-text", "op-text"]) {
     look[name] = css.getPropertyValue("--" + name).trim();
   }
   const tile = document.createElement("canvas");
@@ -141,8 +160,9 @@ const fillOf = (state) => {
   const n = states.get(state) ?? 0;
   return `hsl(${Math.round(35 + ((n * 0.618034 + 0.55) % 1) * 290)} ${look["bar-s"]} ${look["bar-l"]})`;
 };
-const opColour = (o) => o.flush ? look.flush : o.kind === "read" ? look.read
-  : /write|zero|unmap/.test(o.kind) ? look.write : look.other;
+const sortOf = (o) => o.flush ? "flush" : o.kind === "read" ? "read" : o.kind === "discard" ? "discard"
+  : /write|zero|unmap/.test(o.kind) ? "write" : "other";
+const opColour = (o) => look[sortOf(o)];
 const eventMark = { submit: "▼", complete: "●", fault: "✖", deadline: "◷", crash: "⚡", life: "■", other: "·" };
 const eventColour = (kind) => kind === "fault" || kind === "crash" ? look.bad : kind === "submit" ? look.accent
   : kind === "complete" ? look.good : look.text;
@@ -227,6 +247,7 @@ function draw() {
   for (let l = firstLane; l < lanes.length && Y(lanes[l]) < h; l++) drawLane(lanes[l], Y(lanes[l]), first, final);
   drawArrows(first, final, Y);
   drawCrashes(h);
+  drawLeft();
   ctx.restore();
   drawGutter(firstLane, Y, h);
   drawAxis(first, final, w, h);
@@ -266,17 +287,27 @@ function drawLane(lane, y, first, final) {
   lane.rows.forEach((row, k) => {
     const top = y + BAR + 2 + k * OP;
     let last = -1;
-    for (let n = lower(row, first, (b) => b.to); n < row.length; n++) {
-      const { from, to, o } = row[n];
+    for (let n = lower(row, first, (b) => b.end); n < row.length; n++) {
+      const { from, to, end, o } = row[n];
       if (from > final) break;
       const x1 = X(from), x2 = X(to);
+      if (end > to) drawTail(x2, X(end), top, o);
+      if (fates.has(o)) marks.push([o, top]);
       if (x2 < last + 0.7) continue;
       last = x2;
       ctx.fillStyle = opColour(o);
-      bar(x1 + 1, x2 - 1, top + 1, OP - 4);
+      bar(x1 + 1, x2 - 1, top, OP - 2);
       if (view.scale < 5) continue;
       // Down to the disk, and back.
       ctx.fillRect(x1, top - 2 - k * OP, 1.5, OP * (k + 1) - 2);
+      const left = Math.max(x1, gutter), room = x2 - left - 10;
+      if (room > 24) {
+        ctx.font = "10.5px system-ui, sans-serif";
+        ctx.fillStyle = look["op-text"];
+        const words = opShort(o);
+        label(words.find((text) => ctx.measureText(text).width <= room) ?? words[words.length - 1], left + 4, top + OP / 2 - 0.5, room);
+        ctx.font = "12px system-ui, sans-serif";
+      }
       if (o.to !== null) {
         const bad = failed(o);
         ctx.fillStyle = bad ? look.bad : opColour(o);
@@ -285,12 +316,42 @@ function drawLane(lane, y, first, final) {
         ctx.lineTo(x2 - 3.5, top + 4);
         ctx.lineTo(x2 + 3.5, top + 4);
         ctx.fill();
-        if (bad) { ctx.font = "bold 13px system-ui, sans-serif"; ctx.fillText("✖", x2 - 14, top + 3); ctx.font = "12px system-ui, sans-serif"; }
+        if (bad) { ctx.font = "bold 13px system-ui, sans-serif"; ctx.fillText("✖", x2 + 3, top + 6); ctx.font = "12px system-ui, sans-serif"; }
       }
       ctx.fillStyle = look.bad;
       o.tries.forEach(([when]) => ctx.fillRect(X(when) - 1, top, 3, OP - 2));
     }
   });
+}
+// What the failing crash has kept and lost, at its line.
+let marks = [];
+function drawLeft() {
+  ctx.font = "bold 11px system-ui, sans-serif";
+  for (const [o, top] of marks) {
+    const l = fates.get(o), words = leftMark(l), width = ctx.measureText(words).width + 8;
+    const x = Math.min(X(verdict.at + 0.5) - width / 2, view.w - width - 2);
+    ctx.fillStyle = look.back;
+    ctx.fillRect(x - 1, top - 1, width + 2, OP);
+    ctx.fillStyle = !l.lost.length ? look.good : !l.kept.length ? look.bad : look.wait;
+    ctx.fillRect(x, top, width, OP - 2);
+    ctx.fillStyle = look.back;
+    ctx.fillText(words, x + 4, top + OP / 2 - 0.5);
+  }
+  marks = [];
+  ctx.font = "12px system-ui, sans-serif";
+}
+// Done, and a crash may still take it away.
+function drawTail(x1, x2, top, o) {
+  ctx.fillStyle = ctx.strokeStyle = opColour(o);
+  ctx.globalAlpha = 0.25;
+  ctx.fillRect(x1, top + 2, x2 - x1, OP - 6);
+  ctx.globalAlpha = 0.9;
+  ctx.lineWidth = 1;
+  ctx.setLineDash([3, 3]);
+  ctx.strokeRect(x1 + 0.5, top + 2.5, Math.max(1, x2 - x1 - 1), OP - 7);
+  ctx.setLineDash([]);
+  ctx.globalAlpha = 1;
+  if (o.safe) { ctx.fillStyle = look.flush; ctx.fillRect(x2 - 2, top, 3, OP - 2); }
 }
 const failed = (o) => o.to !== null && o.bad;
 
@@ -352,6 +413,7 @@ function drawCrashes(h) {
   ctx.fillStyle = look.bad;
   for (const when of crashes) ctx.fillRect(X(when) - 1, AXIS, 2, h);
   if (cause) drawCause(h);
+  if (data.calm != null) drawLine(data.calm, h, "● from here on nothing more goes wrong", look.accent);
   if (!verdict) return;
   const x = X(verdict.at + (verdict.crash ? 0.5 : 0));
   ctx.strokeStyle = look.bad;
@@ -378,9 +440,13 @@ function drawCause(h) {
   ctx.globalAlpha = 0.08;
   ctx.fillRect(Math.max(x, gutter), AXIS, Math.max(0, Math.min(X(verdict ? verdict.at : count), view.w) - Math.max(x, gutter)), h);
   ctx.globalAlpha = 1;
+  drawLine(cause.at, h, "● from here on it could only go wrong", look.bad);
+}
+function drawLine(when, h, words, colour) {
+  const x = X(when);
   if (x < gutter - 5 || x > view.w + 5) return;
+  ctx.fillStyle = colour;
   ctx.fillRect(x - 1.25, AXIS, 2.5, h);
-  const words = "● from here on it could only go wrong";
   ctx.font = "bold 12px system-ui, sans-serif";
   const width = ctx.measureText(words).width + 12;
   const left = Math.max(gutter, Math.min(x + 4, view.w - width - 2));
@@ -408,7 +474,7 @@ function drawGutter(firstLane, Y, h) {
     if (lane.rows.length && !shared) {
       ctx.font = "10.5px system-ui, sans-serif";
       ctx.fillStyle = look.dim;
-      label(`${whoOf(r)}; ops ${r.number}.x; ${endOf(r)}`, x, y + BAR + 6, gutter - x - 10);
+      label(`${whoOf(r)}; ${endOf(r)}`, x, y + BAR + 6, gutter - x - 10);
     }
   }
   ctx.restore();
@@ -478,7 +544,7 @@ function under(x, y) {
   const inside = y - AXIS + view.top - lane.y;
   const slack = 2 / view.scale;
   const find = (list) => {
-    const n = lower(list, when - slack, (b) => b.to);
+    const n = lower(list, when - slack, (b) => b.end ?? b.to);
     return n < list.length && list[n].from <= when + slack ? list[n] : null;
   };
   if (inside < BAR) {
@@ -493,7 +559,8 @@ function laneUnder(y) {
   const n = lower(lanes, y - AXIS + view.top + 1e-9, (lane) => lane.y + lane.h);
   return n < lanes.length ? lanes[n] : null;
 }
-const whenWords = (from, to) => `from event ${from} ${to === null ? "on, to no end" : `to event ${to}`}`;
+const whenWords = (from, to) => `from event ${from} ${to === null ? "on, to no end" : `to event ${to}`}` +
+  (data.timed && to !== null && to < count ? ` (${timeOf(events[to].time - events[from].time)})` : "");
 function tipFor(found) {
   if (found.event !== undefined) {
     const e = events[found.event];
@@ -501,14 +568,14 @@ function tipFor(found) {
   }
   if (found.op) {
     const { op: o } = found;
-    return `${opName(o)}: ${opWhat(o)}\n${whenWords(o.from, o.to)}\n${howOf(o)}` +
+    return `${opName(o)}: ${opWhat(o)}\n${whenWords(o.from, o.to)}\n${howOf(o)}${safeOf(o)}${leftOf(o)}` +
       o.tries.map(([when, how]) => `\nat event ${when}: ${hows[how] || how}; it went on`).join("") +
       `\nfor ${titleOf(requests[o.request])}`;
   }
   const r = requests[found.request], { stay: s } = found;
-  let text = `${titleOf(r)}\n${whoOf(r)}; the engine counts it as ${r.number}${r.node ? `; disk or layer ${r.node}` : ""}\n${whenWords(r.begin, r.end)}; ${endOf(r)}`;
+  let text = `${titleOf(r)}\n${whoOf(r)}${r.node ? `; disk or layer ${r.node}` : ""}\n${whenWords(r.begin, r.end)}; ${endOf(r)}`;
   if (s) {
-    text += `\n\nstate “${s.state}”, ${whenWords(s.from, s.to)}\n${waitOf(s)}`;
+    text += `\n\nstate “${s.state}”${meaningOf(s.state)}, ${whenWords(s.from, s.to)}\n${waitOf(s)}`;
     if (s.by !== null) text += `\nlet go on by ${nameOf(requests[s.by])}`;
   }
   return text;
@@ -529,6 +596,8 @@ function tell() {
   const changes = id("changes"), flying = id("flying");
   changes.replaceChildren();
   flying.replaceChildren();
+  if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
+  if (cause && cause.at === now) item(changes, cause.text, "bad");
   (at[now] || []).slice(0, SHOWN).forEach(([kind, what]) => {
     if (kind === "begin") item(changes, `${titleOf(requests[what])} begins (${whoOf(requests[what])})`, "", what);
     if (kind === "stay") item(changes, `${nameOf(requests[what[0]])} is in state “${what[1].state}”: ${waitOf(what[1])}`, "", what[0]);
@@ -538,6 +607,7 @@ function tell() {
     if (kind === "from") inTheWayOf(what).forEach((other) =>
       item(changes, `${opName(what)} overlaps ${opName(other)} (${opWhat(other)}), which is in flight`, "bad", other.request));
     if (kind === "to") item(changes, `${opName(what)} (${opWhat(what)}): ${howOf(what)}`, failed(what) ? "bad" : "", what.request);
+    if (kind === "safe") item(changes, `${opName(what)} (${opWhat(what)}) is safe now: no crash takes it away`, "", what.request);
     if (kind === "try") item(changes, `${opName(what[0])}: ${hows[what[1]] || what[1]}; it goes on`, "bad", what[0].request);
   });
   const more = (at[now] || []).length - SHOWN;
@@ -546,8 +616,6 @@ function tell() {
   if (e.images) item(changes, `what a crash would leave now was looked at: ${plural(e.images, "image")}, none wrong`);
   if (data.timed) item(changes, `at ${timeOf(e.time - events[0].time)} of the run`);
   else if (e.deadline !== null) item(changes, `time ${timeOf(e.time)}; the engine wants to be woken at ${timeOf(e.deadline)}`);
-  if (cause && cause.at === now) item(changes, cause.text, "bad");
-  if (verdict && verdict.at === now) item(changes, `WRONG: ${verdict.text.split("\n")[0]}`, "bad");
   let alive = 0;
   requests.forEach((r, i) => {
     if (r.begin > now || (r.end !== null && r.end <= now)) return;
@@ -557,7 +625,11 @@ function tell() {
   });
   if (alive > SHOWN) item(flying, `and ${alive - SHOWN} more`);
   const inFlight = ops.reduce((n, o) => n + (o.from <= now && (o.to === null || o.to > now)), 0);
-  id("moment").textContent = `After it: ${plural(alive, "request")} and ${plural(inFlight, "op")} in flight`;
+  const loose = ops.filter((o) => o.unsafe != null && o.to <= now && o.unsafe > now);
+  loose.slice(0, SHOWN).forEach((o) => item(flying, `${opName(o)} (${opWhat(o)}): done, and a crash may still take it away`, "", o.request));
+  if (loose.length > SHOWN) item(flying, `and ${loose.length - SHOWN} more`);
+  id("moment").textContent = `After it: ${plural(alive, "request")} and ${plural(inFlight, "op")} in flight` +
+    (loose.length ? `, ${plural(loose.length, "op")} done and not flushed` : "");
 }
 let told = 0;
 const go = (when, far) => {
@@ -578,7 +650,7 @@ let hay = null, hits = [], hit = -1;
 function search(text) {
   hay ??= [
     ...events.map((e, n) => ({ n, r: -1, text: `event ${n} ${e.kind} ${e.what}`.toLowerCase() })),
-    ...requests.map((r, i) => ({ n: r.begin, r: i, text: `${titleOf(r)} #${r.number} ${endOf(r)} ${whoOf(r)} ${r.stays.map((s) => `${s.state} ${s.wait}`).join(" ")}`.toLowerCase() })),
+    ...requests.map((r, i) => ({ n: r.begin, r: i, text: `${titleOf(r)} ${endOf(r)} ${whoOf(r)} ${r.stays.map((s) => `${s.state} ${s.wait}`).join(" ")}`.toLowerCase() })),
     ...ops.map((o) => ({ n: o.from, r: o.request, text: `${opName(o)} ${opWhat(o)} ${o.how} ${howOf(o)}`.toLowerCase() })),
   ].sort((a, b) => a.n - b.n);
   const words = text.toLowerCase().trim();
@@ -603,26 +675,36 @@ function inTheWayOf(op) {
 }
 
 // ---- the frame ----
-id("sentence").textContent = `${data.title}. What happened, event by event from left to right: ${plural(count - 1, "event")}, ` +
+id("sentence").textContent = `${data.title}. From left to right ${plural(count - 1, "event")}, ` +
   `${plural(requests.filter((r) => r.guest !== null).length, "request")} of guests, ` +
-  `${requests.filter((r) => r.guest === null).length} of the engine's own, ${plural(ops.length, "op")} on the disk's files.`;
+  `${requests.filter((r) => r.guest === null).length} of the engine's own, ${plural(ops.length, "op")}.`;
 const box = id("verdict");
 box.hidden = false;
+const say = (text) => { const line = document.createElement("p"); line.textContent = text; box.append(line); };
 if (verdict) {
   const where = verdict.crash ? `What a crash after event ${verdict.at} may leave is wrong: ` : `It went wrong in event ${verdict.at}: `;
-  box.textContent = where + verdict.text.replace(/^after a crash: /, "");
-  if (cause) {
-    const line = document.createElement("div");
-    line.textContent = `Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`;
-    box.append(line);
-  }
+  const [first, ...rest] = verdict.text.replace(/^after a crash: /, "").split("\n");
+  say(where + first);
+  if (rest.length) say(rest.join("\n"));
+  verdict.more.forEach(say);
+  if (cause) say(`Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`);
+} else if (data.focus) {
+  box.classList.add("good");
+  data.focus.lines.forEach(say);
 } else {
   box.classList.add("good");
-  box.textContent = data.recorded
+  say(data.recorded
     ? `Nothing went wrong. When this trace was recorded, it did: “${data.recorded}”. Run again now, it does not.`
-    : "Nothing went wrong.";
+    : "Nothing went wrong.");
 }
 if (data.missed) id("notes").textContent = `${plural(data.missed, "choice")} of the trace could not be made and were left out. Where the trace ends, the oldest op ends well.`;
+// What the states mean that occur here.
+for (const [name, words] of Object.entries(data.states || {})) {
+  const term = document.createElement("dt"), meaning = document.createElement("dd");
+  term.textContent = name;
+  meaning.textContent = words;
+  id("states").append(term, meaning);
+}
 data.about.forEach((line) => item(id("about"), line));
 document.title = `cowbell: ${data.title}`;
 
@@ -649,10 +731,15 @@ function legend() {
   if (has("crash")) entry("the machine crashes", symbol("crash"));
   if (has("life")) entry("drained, closed, paused …", symbol("life"));
   entry("a request; its colour and name: the state it is in", (pen) => { pen.fillStyle = `hsl(200 ${look["bar-s"]} ${look["bar-l"]})`; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.dim; pen.strokeRect(0.5, 1.5, 25, 11); });
+  entry("request 2 (#4): the guest’s number 2, the engine’s #4; op #4.1: the second op of #4", (pen) => { pen.fillStyle = look.text; pen.font = "bold 12px system-ui"; pen.fillText("#", 13, 7); });
   entry("it waits for others", (pen) => { pen.fillStyle = look.hatch; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.wait; pen.strokeRect(0.5, 1.5, 25, 11); });
-  for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: flush", "flush"], ["op: other", "other"]]) {
-    entry(text, (pen) => { pen.fillStyle = look[colour]; pen.fillRect(2, 5, 22, 5); });
+  for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: discard", "discard"], ["op: flush", "flush"], ["op: other", "other"]]) {
+    if (ops.some((o) => sortOf(o) === colour)) entry(text, (pen) => { pen.fillStyle = look[colour]; pen.fillRect(2, 3, 22, 8); });
   }
+  if (hasTails && ops.some((o) => o.unsafe != null)) entry("its tail: done, not flushed yet, so that a crash may take it away", (pen) => {
+    pen.fillStyle = pen.strokeStyle = look.write; pen.fillRect(0, 2, 8, 10); pen.globalAlpha = 0.25; pen.fillRect(8, 4, 16, 6);
+    pen.globalAlpha = 1; pen.setLineDash([3, 3]); pen.strokeRect(8.5, 4.5, 15, 5); pen.fillStyle = look.flush; pen.fillRect(23, 2, 3, 10);
+  });
   entry("a flush, over all: what had been written before is safe at its double line", (pen) => { pen.fillStyle = look.flush; pen.globalAlpha = 0.15; pen.fillRect(0, 0, 18, 14); pen.globalAlpha = 1; pen.fillRect(17, 0, 1, 14); pen.fillRect(20, 0, 1, 14); });
   const arrow = (colour, dash) => (pen) => {
     pen.strokeStyle = pen.fillStyle = look[colour]; pen.lineWidth = 2; pen.setLineDash(dash);
@@ -661,6 +748,10 @@ function legend() {
   };
   entry("waits for that request", arrow("wait", [4, 3]));
   entry("lets that request go on", arrow("good", []));
+  const is = new Set([...fates.values()].map(leftMark));
+  for (const [text, colour] of [["✔ the crash kept it", "good"], ["✘ the crash lost it", "bad"], ["◐ a part of it was kept", "wait"]]) {
+    if ([...is].some((mark) => mark[0] === text[0])) entry(text.slice(2), (pen) => { pen.fillStyle = look[colour]; pen.fillRect(4, 0, 18, 14); pen.fillStyle = look.back; pen.font = "bold 11px system-ui"; pen.fillText(text[0], 13, 7.5); });
+  }
   if (verdict) entry("here it goes wrong", (pen) => { pen.strokeStyle = look.bad; pen.lineWidth = 2.5; pen.setLineDash(verdict.crash ? [4, 3] : []); pen.beginPath(); pen.moveTo(13, 0); pen.lineTo(13, 14); pen.stroke(); });
   if (arrows.some((a) => a.kind === "piece")) entry("a piece of it", (pen) => { pen.strokeStyle = look.dim; pen.setLineDash([1, 3]); pen.beginPath(); pen.moveTo(2, 7); pen.lineTo(24, 7); pen.stroke(); });
 }
@@ -745,7 +836,8 @@ readLook();
 legend();
 resize();
 const asked = parseInt(location.hash.slice(1), 10);
-go(Number.isNaN(asked) ? (verdict ? verdict.at : 0) : asked, false);
+go(Number.isNaN(asked) ? (verdict ? verdict.at : data.focus ? requests[data.focus.request].begin : 0) : asked, false);
+if (data.focus) choose(data.focus.request);
 // For who checks the page without looking at it.
 Object.assign(document.body.dataset, { ready: "yes", events: count, requests: requests.length, ops: ops.length, lanes: lanes.length });
 })();

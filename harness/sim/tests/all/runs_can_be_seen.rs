@@ -1,13 +1,19 @@
 //! A timeline tells all that happened in a run, and what is written from it is what it should be: JSON that
 //! can be read, spans that nest, and no text that becomes part of a page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use cowbell_engine::step::Driver;
+use cowbell_engine::units::FileId;
 use cowbell_engine::wait::On;
+use cowbell_formats::Node;
+use cowbell_sim::choose::{Choice, Replay};
+use cowbell_sim::explore::{Counts, run};
 use cowbell_sim::page;
 use cowbell_sim::perfetto;
+use cowbell_sim::states::{STATES, meaning};
 use cowbell_sim::timeline::{By, EventKind, Op, Timeline, Verdict, Wait};
 use cowbell_sim::trace::Trace;
 use serde_json::Value;
@@ -207,6 +213,140 @@ fn deadlines_and_ends_that_did_a_part_are_noted() {
     let line = seen(&LIE.replace("flush-does-nothing", "none").replace("ticks=0", "ticks=1"));
     assert_eq!(line.verdict, None);
     assert!(line.events.iter().any(|event| event.deadline.is_some()));
+}
+
+/// What is done and not flushed: the timeline finds it from what came before what, the simulated disk knows it.
+#[test]
+fn what_is_not_safe_yet_is_what_the_disk_says() {
+    let mut seen = [0; 2];
+    let honest = |(_, trace): &(String, Trace)| trace.image.lie.is_none();
+    for (name, trace) in traces().into_iter().filter(honest) {
+        let mut path = Vec::new();
+        let mut chooser = Replay::new(trace.choices.iter().copied());
+        let mut world = trace.world().expect("the image can be made");
+        let _ = run(&world, &mut chooser, 1, &mut Counts::default(), &mut path);
+        let line = trace.timeline().expect("the image can be made");
+        // A stable write takes older ones to the same sectors with it.
+        let is_plain = line.ops.iter().all(|op| op.kind != "stable write");
+        let mut life = 0;
+        for (at, &choice) in path.iter().enumerate() {
+            life += u32::from(matches!(choice, Choice::Crash(_)));
+            if world.apply(choice).is_err() {
+                break;
+            }
+            let at = at as u32 + 1;
+            let backend = world.engine().backend();
+            let files = (0..backend.file_count()).map(|file| backend.file(FileId(file as u32)));
+            let known: BTreeSet<(u32, u32)> = files
+                .flat_map(|file| file.uncovered())
+                .map(|op| (op.request, op.ordinal))
+                .collect();
+            let is_loose = |op: &&Op| {
+                line.requests[op.request].life == life
+                    && op.to.is_some_and(|to| to <= at)
+                    && op.unsafe_until.is_some_and(|until| at < until)
+            };
+            let loose = line.ops.iter().filter(is_loose);
+            let told: BTreeSet<(u32, u32)> =
+                loose.map(|op| (line.requests[op.request].number, op.ordinal)).collect();
+            // Of an op that has done a part so far the disk has that part.
+            let begun = line.ops.iter().filter(|op| !op.tries.is_empty());
+            let begun: BTreeSet<(u32, u32)> =
+                begun.map(|op| (line.requests[op.request].number, op.ordinal)).collect();
+            let known: BTreeSet<_> = known.difference(&begun).copied().collect();
+            let told: BTreeSet<_> = told.difference(&begun).copied().collect();
+            assert!(known.is_subset(&told), "{name}: after event {at}: {known:?} {told:?}");
+            if is_plain {
+                assert_eq!(told, known, "{name}: after event {at}: {:#?}", line.ops);
+            }
+            seen[0] += known.len();
+            seen[1] += usize::from(is_plain);
+        }
+    }
+    assert!(seen.iter().all(|count| *count > 50), "{seen:?}");
+}
+
+#[test]
+fn a_flush_that_comes_too_early_makes_nothing_safe() {
+    let line = seen(&format!(
+        "{RAW}\nbudget faults=0 ticks=0 stalls=false\nrequest write 0x0+0x200\nrequest write 0x1000+0x200\n\
+         request flush\nchoice submit 0\nchoice submit 1\nchoice end 0.0 ok\nchoice submit 2\n\
+         choice end 1.0 ok\nchoice end 2.0 ok"
+    ));
+    let flushes: Vec<&Op> = line.ops.iter().filter(|op| op.is_flush).collect();
+    let told = |which: usize| (line.ops[which].unsafe_until, line.ops[which].is_safe);
+    assert_eq!(told(0), (flushes[0].to, true), "{:#?}", line.ops);
+    assert_eq!((told(1).0 > flushes[0].to, told(1).1), (true, true), "the drain flushes it");
+    // Nobody flushes after a flush that has failed.
+    let line = seen(&format!(
+        "{RAW}\nbudget faults=1 ticks=0 stalls=false\nrequest write 0x0+0x200\nrequest flush\n\
+         choice submit 0\nchoice end 0.0 ok\nchoice submit 1\nchoice end 1.0 eio"
+    ));
+    let end = line.events.len() as u32;
+    assert_eq!((line.ops[0].unsafe_until, line.ops[0].is_safe), (Some(end), false));
+}
+
+#[test]
+fn it_is_told_what_the_failing_crash_has_kept_and_lost() {
+    let line = seen(LIE);
+    let verdict = line.verdict.as_ref().expect("it fails");
+    assert!(verdict.is_crash && !verdict.left.is_empty(), "{verdict:?}");
+    let words = verdict.more.join("\n");
+    for left in &verdict.left {
+        let op = &line.ops[left.op];
+        let of_op = op.offset..op.offset + op.len;
+        let ranges = left.kept.iter().chain(&left.lost);
+        for range in ranges {
+            assert!(range.start >= of_op.start && range.end <= of_op.end, "{range:?} of {op:?}");
+        }
+        assert!(words.contains(&line.op_name(op)), "{words}");
+    }
+    assert!(verdict.left.iter().any(|left| !left.lost.is_empty()), "{words}");
+    let data = data_of(&page::to_html(&line));
+    assert_eq!(count(&data["verdict"]["left"]), verdict.left.len());
+    assert_eq!(count(&data["verdict"]["more"]), verdict.more.len());
+}
+
+/// The state that was asked is marked, and what came of it is shown behind.
+#[test]
+fn what_does_not_end_well_when_all_is_well_is_shown_from_there() {
+    let lines = format!(
+        "{}\nbudget faults=0 ticks=0 stalls=false\nrequest write 0x0+0xc000",
+        RAW.replace("lie=none", "lie=sector-at-a-time")
+    );
+    let line = seen(&lines);
+    let verdict = line.verdict.as_ref().expect("it ends late");
+    assert!(verdict.text.starts_with("when all is well again: not over after 64"), "{verdict:?}");
+    let asked = line.calm_from.expect("it is known when it was asked");
+    let failed = trace(&lines).replay().expect_err("it fails");
+    assert_eq!(asked as usize, failed.path.len() + 1);
+    assert_eq!((verdict.at, verdict.at - asked), (line.events.len() as u32 - 1, 64));
+    assert_eq!(data_of(&page::to_html(&line))["calm"], asked);
+    let cause = cowbell_sim::cause::cause(&trace(&lines), 1000).expect("it fails");
+    assert_eq!(cause.at, None, "{cause}");
+}
+
+/// The names of states are in the drivers and the engine, what they mean is in one list.
+#[test]
+fn each_state_has_a_meaning_and_each_meaning_a_state() {
+    let mut names: BTreeSet<&str> = <Node as Driver>::STATES.iter().copied().collect();
+    let engine = concat!(env!("CARGO_MANIFEST_DIR"), "/../../engine/src/engine/asked.rs");
+    let engine = fs::read_to_string(engine).expect("the engine's names are there");
+    names.extend(
+        engine
+            .lines()
+            .filter(|line| !line.trim().starts_with("//"))
+            .flat_map(|line| line.split('"').skip(1).step_by(2)),
+    );
+    let told: BTreeSet<&str> = STATES.iter().map(|(name, _)| *name).collect();
+    assert_eq!(told.len(), STATES.len(), "none is there twice");
+    assert_eq!(told, names);
+    let line = seen(LIE);
+    let data = data_of(&page::to_html(&line));
+    for stay in line.requests.iter().flat_map(|request| &request.stays) {
+        assert_eq!(data["states"][stay.state].as_str(), meaning(stay.state), "{}", stay.state);
+        assert!(meaning(stay.state).is_some());
+    }
 }
 
 #[test]

@@ -9,21 +9,17 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use cowbell_engine::record::{Recorder, Sink};
-use cowbell_formats::Node;
-use cowbell_sim::kept::KeptFile;
-use cowbell_sim::page::to_html;
-use cowbell_sim::perfetto::to_json;
-use cowbell_sim::played::{Player, Verdict};
+use cowbell_sim::played::Verdict;
 
-use crate::disk::{AnyFile, Disk};
+use crate::disk::Disk;
 use crate::fail::Fail;
-use crate::record::{Told, parse};
+use crate::form::Form;
+use crate::record::{Again, Told, again};
 use crate::session::eprint_quietly;
 
 /// Bytes that are kept at least: 16, for a request, are few.
@@ -78,19 +74,15 @@ impl Flight {
         told: Told,
         recorder: &mut Recorder<Disk>,
     ) -> Result<Flight, Fail> {
-        let is_json = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("html") => false,
-            Some("json") => true,
-            _ => return Err(Fail::at(path, "is drawn as .html or .json")),
-        };
+        let form = Form::of(path)?;
         let size = kept as usize / PIECES;
         let (tell, messages) = sync_channel(AHEAD);
         let head = told.finish(recorder.infos());
         let path = path.to_path_buf();
         // An engine of this kind stays on its thread. Here it is seen that there can be one.
-        Follower::new(&head, path.clone(), is_json, kept)?;
+        Follower::new(&head, path.clone(), form, kept)?;
         let follow = move || {
-            if let Ok(follower) = Follower::new(&head, path, is_json, kept) {
+            if let Ok(follower) = Follower::new(&head, path, form, kept) {
                 follower.follow(&messages);
             }
         };
@@ -131,7 +123,7 @@ impl Drop for Flight {
 
 /// The engine on the thread.
 struct Follower {
-    player: Player<Node, KeptFile<AnyFile>>,
+    player: Again,
     /// What it has not done yet.
     kept: VecDeque<Vec<u8>>,
     /// Bytes of it, and how many these may be.
@@ -141,19 +133,16 @@ struct Follower {
     verdict: Verdict,
     about: Vec<String>,
     path: PathBuf,
-    is_json: bool,
+    form: Form,
     /// Times that it has drawn.
     drawn: u32,
 }
 
 impl Follower {
-    fn new(head: &str, path: PathBuf, is_json: bool, most: u64) -> Result<Follower, Fail> {
-        let recorded = parse(head.as_bytes()).map_err(Fail::other)?;
-        let about = recorded.about();
-        let (kept, most) = (VecDeque::new(), most as usize);
-        let player = recorded.player()?;
-        let verdict = Verdict::Same;
-        Ok(Follower { player, kept, len: 0, most, verdict, about, path, is_json, drawn: 0 })
+    fn new(head: &str, path: PathBuf, form: Form, most: u64) -> Result<Follower, Fail> {
+        let (player, about) = again(head.as_bytes(), &path)?;
+        let (kept, most, verdict) = (VecDeque::new(), most as usize, Verdict::Same);
+        Ok(Follower { player, kept, len: 0, most, verdict, about, path, form, drawn: 0 })
     }
 
     /// Until nobody tells it anything.
@@ -200,11 +189,10 @@ impl Follower {
         if let Verdict::Untold(name) = &self.verdict {
             timeline.about.push(format!("what came after a call of {name} is not known"));
         }
-        let text = if self.is_json { to_json(&timeline) } else { to_html(&timeline) };
         let path = self.next_path();
-        match fs::write(&path, text) {
+        match self.form.draw(&timeline, &path) {
             Ok(()) => say(&format!("{why}: see {}", path.display())),
-            Err(error) => say(&format!("{}: {error}", path.display())),
+            Err(_) => say(&format!("{why}: {} cannot be written", path.display())),
         }
     }
 
@@ -213,7 +201,7 @@ impl Follower {
         match self.drawn {
             1 => self.path.clone(),
             number => {
-                let extension = if self.is_json { "json" } else { "html" };
+                let extension = self.path.extension().unwrap_or_default().display();
                 self.path.with_extension(format!("{number}.{extension}"))
             }
         }
@@ -226,6 +214,7 @@ fn say(what: &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use clap::Parser;

@@ -319,7 +319,7 @@ fn what_led_to_a_failure_is_drawn() {
         }
     }
     for (options, why) in [
-        ("--flight x.txt", "is drawn as .html or .json"),
+        ("--flight x.txt", "is drawn as a page, .html, or for Perfetto, .json"),
         ("--flight x.html --flight-size 1k", "Invalid flight size specified."),
         ("--flight x.html --record t", "cannot be used with"),
     ] {

@@ -77,6 +77,60 @@ fn a_browser_draws_it_and_runs_nothing_that_a_trace_says() {
     assert!(page.contains("<title>cowbell: 2 requests"), "{page}");
 }
 
+/// `bench --trace`: the request that took longest is named, its time is told by states, and it is drawn.
+#[test]
+fn a_benchmark_draws_its_slowest_request() {
+    let place = Place::new();
+    place.ok("cowbell create -f qcow2 disk.qcow2 16M");
+    let bench = "cowbell bench -f qcow2 -w -c 300 -d 8 --flush-interval 50 -s 8k -S 72k";
+    let said = place.ok(&format!("{bench} --trace slow.html disk.qcow2"));
+    let lines: Vec<&str> = said.lines().collect();
+    let at = lines.iter().position(|line| line.starts_with("Slowest of "));
+    let at = at.unwrap_or_else(|| panic!("{said}"));
+    // 300 writes, and a flush after each 50.
+    let total: u64 =
+        lines[at].split(' ').nth(2).and_then(|word| word.parse().ok()).expect("so many");
+    assert!((300..=310).contains(&total), "{said}");
+
+    let data = data_of(&text_of(&place, "slow.html"));
+    let focus = &data["focus"];
+    let request = &data["requests"][focus["request"].as_u64().expect("a place") as usize];
+    assert!(!request["guest"].is_null() && !request["end"].is_null(), "{request}");
+    assert!(lines[at].contains(request["name"].as_str().expect("a name")), "{said}");
+    for (line, told) in focus["lines"].as_array().expect("a list").iter().zip(&lines[at..]) {
+        assert_eq!(line.as_str(), Some(*told));
+    }
+    let states = request["stays"].as_array().expect("a list");
+    assert!(!states.is_empty());
+    for stay in states {
+        let name = stay["state"].as_str().expect("a name");
+        assert!(
+            lines[at..].iter().any(|line| line.contains(&format!(" in {name}: "))),
+            "{name}: {said}"
+        );
+    }
+    // Nothing that was drawn took longer.
+    let time = |event: &Value| {
+        let at = event.as_u64().expect("an event") as usize;
+        data["events"][at]["time"].as_u64().expect("a time")
+    };
+    let took = |request: &Value| time(&request["end"]) - time(&request["begin"]);
+    let ended = |request: &&Value| !request["guest"].is_null() && !request["end"].is_null();
+    let begun = |request: &&Value| request["begin"].as_u64() > Some(0);
+    let requests = data["requests"].as_array().expect("a list");
+    let most = requests.iter().filter(ended).filter(begun).map(took).max();
+    assert_eq!(most, Some(took(request)), "{said}");
+    assert!(took(request) < 60_000_000_000, "{said}");
+
+    place.ok(&format!("{bench} --trace slow.json disk.qcow2"));
+    let run: Value = serde_json::from_str(&text_of(&place, "slow.json")).expect("it is JSON");
+    assert!(run["traceEvents"].as_array().is_some_and(|events| events.len() > 10), "{run}");
+    let out = place.ours(&format!("{bench} --trace slow.txt disk.qcow2"));
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && said.contains("is drawn as a page"), "{said}");
+    assert!(place.ok("cowbell check -f qcow2 disk.qcow2").contains("No errors"));
+}
+
 /// A hundred thousand events: only what is seen is drawn. A frame takes a few milliseconds; half a second is allowed.
 #[test]
 fn a_browser_draws_a_long_run() {
