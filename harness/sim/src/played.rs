@@ -18,6 +18,7 @@ use cowbell_engine::units::{Errno, FileId, JobId, NodeId, OpId, ReqId, Time};
 use cowbell_engine::{Copy, Engine};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
+use crate::vary::Tables;
 
 /// What was recorded, as a backend.
 #[derive(Debug)]
@@ -35,6 +36,8 @@ pub struct Played<'r, F> {
     pub done: Done,
     /// How the ops of this `run` came back, if somebody wants to see it.
     came_back: Option<Vec<Ended>>,
+    /// What is learnt of the files, if somebody wants it.
+    pub tables: Option<Tables>,
     /// What was not as recorded.
     differs: Option<String>,
 }
@@ -77,6 +80,7 @@ impl<'r, F> Played<'r, F> {
             in_flight: BTreeMap::new(),
             done: Done::default(),
             came_back: None,
+            tables: None,
             differs: None,
         }
     }
@@ -84,6 +88,11 @@ impl<'r, F> Played<'r, F> {
     /// The time of the record.
     pub fn time(&self) -> Time {
         self.time
+    }
+
+    /// What the real backend said of the file that is attached next.
+    pub fn next_info(&self) -> Option<FileInfo> {
+        self.infos.get(self.files.len()).copied()
     }
 
     fn peek(&self) -> Option<Entry<'r>> {
@@ -99,7 +108,7 @@ impl<F> Backend for Played<'_, F> {
     type File = F;
 
     fn attach(&mut self, id: FileId, file: F) -> io::Result<FileInfo> {
-        let info = self.infos.get(self.files.len()).copied();
+        let info = self.next_info();
         self.files.insert(id, file);
         info.ok_or_else(|| io::Error::other("more files than were recorded"))
     }
@@ -129,6 +138,7 @@ impl<F> Backend for Played<'_, F> {
         };
         for &op in &taken {
             let record = &submission.ops[op];
+            self.tables.iter_mut().for_each(|tables| tables.take(record));
             let moves = matches!(record.op.kind, OpKind::Read | OpKind::Write { .. });
             self.in_flight.insert(op, if moves { record.remaining() } else { 0 });
         }
@@ -182,6 +192,7 @@ impl<F> Backend for Played<'_, F> {
                 let bytes = harvest.mem.region_mut(region);
                 bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
             }
+            self.tables.iter_mut().for_each(|tables| tables.bring(record, brought));
             let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
             let result = u64::try_from(answer).map_err(|_| Errno(errno));
             if let Some(came_back) = &mut self.came_back {

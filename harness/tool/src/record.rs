@@ -15,17 +15,21 @@ use cowbell_engine::backend::FileInfo;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
-use cowbell_formats::{Host, attach};
-use cowbell_sim::kept::KeptHost;
+use cowbell_formats::{Host, Node, attach};
+use cowbell_sim::kept::{KeptFile, KeptHost};
+use cowbell_sim::mutants::MUTANTS;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
 use cowbell_sim::played::{Done, Moment, Played, Verdict, play, play_seen};
+use cowbell_sim::subjects::recorded::Parts;
+use cowbell_sim::vary::{Variation, Varied, vary};
 
 use crate::disk::{Disk, Files};
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
 use crate::session::run_options;
+use crate::sim::{duration, say};
 
 /// The first line.
 const MAGIC: &str = "cowbell record 1";
@@ -177,8 +181,73 @@ pub struct Args {
     /// Show what happened from this turn on. Of a long run a page is large: some ten thousand turns are well
     #[arg(long, value_name = "N", default_value = "0")]
     from: u64,
+    /// Search around it: other orders of its last requests, faults, crashes. Exit code 1: something was found
+    #[arg(long, conflicts_with_all = ["until", "break_at", "dump", "html", "perfetto", "from"])]
+    vary: bool,
+    #[command(flatten)]
+    variation: Varying,
     /// The record
     file: PathBuf,
+}
+
+/// The options of `replay --vary`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "With --vary")]
+struct Varying {
+    /// The last of the requests that are varied is the last one submitted in this turn, or before
+    #[arg(long, value_name = "TURN", requires = "vary")]
+    near: Option<u64>,
+    /// How many requests are varied
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "12",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(1..=61)
+    )]
+    requests: u8,
+    /// Faults in a run, at most
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "1",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(0..=4)
+    )]
+    faults: u8,
+    /// Crashes after which a run goes on, at most
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(0..=4)
+    )]
+    crashes: u8,
+    /// The first seed
+    #[arg(long, value_name = "N", default_value = "0", requires = "vary")]
+    seed: u64,
+    /// How many seeds
+    #[arg(long, value_name = "N", default_value = "1000", requires = "vary")]
+    runs: u64,
+    /// Stop after so long: seconds, or with s, m or h behind
+    #[arg(long, default_value = "10", requires = "vary", value_parser = duration)]
+    time: f64,
+    /// Of a run with several disks: which, from 0 on; that of the last request if not said
+    #[arg(long, value_name = "N", requires = "vary")]
+    disk: Option<usize>,
+    /// Where the trace of what is found goes
+    #[arg(long, value_name = "DIR", default_value = ".", requires = "vary")]
+    traces: PathBuf,
+    /// A defect that is planted, in a build with the feature `mutants`
+    #[arg(long, value_name = "NAME", hide = true, requires = "vary", value_parser = defect)]
+    plant: Option<&'static str>,
+}
+
+/// The name of a planted defect.
+fn defect(name: &str) -> Result<&'static str, String> {
+    let known = MUTANTS.iter().find(|mutant| mutant.name == name && cfg!(feature = "mutants"));
+    known.map(|mutant| mutant.name).ok_or_else(|| "no such defect is planted".into())
 }
 
 /// What a record says of how it was made.
@@ -269,9 +338,17 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let Recorded { limits, growth, disks, infos, host, record } = recorded;
     let mut engine = Engine::new(Played::new(record, infos), limits);
     let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
+    let mut parts = Vec::new();
     for (image, write) in disks {
         let chain = image.open(&host, write)?;
+        if args.vary {
+            let align = engine.backend().next_info().map_or(512, |info| info.request_align);
+            parts.push(Parts::of(&chain, align, growth).map_err(at)?);
+        }
         attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
+    }
+    if args.vary {
+        return search(args, &mut engine, record, &parts);
     }
     let until = args.until.unwrap_or(u64::MAX);
     let mut is_there = false;
@@ -327,4 +404,47 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     out.flush()?;
     Ok(code)
+}
+
+/// Searches around a run.
+fn search(
+    args: &Args,
+    engine: &mut Engine<Node, Played<'_, KeptFile<<Files as Host>::File>>>,
+    record: &[u8],
+    disks: &[Parts],
+) -> Result<u8, Fail> {
+    let Varying { near, requests, faults, crashes, seed, runs, time, disk, ref traces, plant } =
+        args.variation;
+    let requests = usize::from(requests);
+    let how = Variation { near, requests, faults, crashes, seed, runs, seconds: time, disk, plant };
+    let varied = vary(engine, record, disks, &how).map_err(|what| Fail::at(&args.file, what))?;
+    let Varied { disk, before, window, exhausted, drawn, failed_seed, report } = &varied;
+    let mut out = Out::new(false);
+    writeln!(
+        out,
+        "Disk {disk}: {} requests are varied, behind {before} that are done as they were:",
+        window.requests.len()
+    )?;
+    for (which, request) in window.requests.iter().enumerate() {
+        writeln!(out, "  {which}: {request}")?;
+    }
+    match exhausted {
+        0 => writeln!(out, "Not every order was tried of any; there was no time.")?,
+        1 => writeln!(out, "Everything was tried that can happen with the last one.")?,
+        _ => writeln!(out, "Everything was tried that can happen with the last {exhausted}.")?,
+    }
+    match (drawn, failed_seed) {
+        (0, _) => {}
+        (_, Some(failed)) => {
+            writeln!(
+                out,
+                "Of all, {drawn} runs were drawn; the last one, of --seed {failed}, failed."
+            )?;
+        }
+        (_, None) => {
+            writeln!(out, "Of all, {drawn} runs were drawn, from --seed {seed} on.")?;
+        }
+    }
+    out.flush()?;
+    say(report, false, traces)
 }
