@@ -23,7 +23,7 @@ fn kept(format: Format) -> Recorded {
     let image =
         Recorded::new(Parts::of(&chain, 512, None).expect("it is small")).expect("it is one");
     let written = [Request::write(0, 4096), Request::write(200_000, 512)];
-    image.after(written.into_iter(), [0..65536].to_vec()).expect("it goes on")
+    image.after(written.into_iter(), vec![0..65536, 196_608..262_144]).expect("it goes on")
 }
 
 #[test]
