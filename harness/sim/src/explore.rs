@@ -12,6 +12,7 @@ use std::ops::AddAssign;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::choose::{Choice, Chooser, Fifo};
+use crate::clock::Stopwatch;
 use crate::disk::{Contents, Sites, Sums, fixed_hash, splitmix};
 use crate::subject::{SimEngine, Subject};
 use crate::world::{Inspection, World};
@@ -36,6 +37,8 @@ pub struct Counts {
     pub crash_images: u64,
     /// Those of them that were opened, checked and read: distinct within their workload.
     pub crash_images_distinct: u64,
+    /// Workloads of which not everything was tried: time ran out first.
+    pub cut_short: u64,
 }
 
 impl AddAssign for Counts {
@@ -48,6 +51,7 @@ impl AddAssign for Counts {
         self.crash_states += other.crash_states;
         self.crash_images += other.crash_images;
         self.crash_images_distinct += other.crash_images_distinct;
+        self.cut_short += other.cut_short;
     }
 }
 
@@ -71,11 +75,13 @@ pub struct Limit {
     pub all_orders: bool,
     /// Of so many states one is asked whether all ends well if faults are over; 0: none.
     pub calm_in: u64,
+    /// Stop after so many milliseconds of one workload; [`Counts::cut_short`] says so then. 0: never.
+    pub millis: u64,
 }
 
 impl Default for Limit {
     fn default() -> Self {
-        Limit { states: 50_000_000, crashes: true, all_orders: false, calm_in: CALM_IN }
+        Limit { states: 50_000_000, crashes: true, all_orders: false, calm_in: CALM_IN, millis: 0 }
     }
 }
 
@@ -115,6 +121,8 @@ pub fn exhaust<S: Subject>(world: &World<S>, limit: Limit) -> Result<Counts, Box
         calm: Calm::default(),
         endings: HashedMap::default(),
         spare: Vec::new(),
+        watch: Stopwatch::start(),
+        is_late: false,
     };
     let root = Box::new(world.clone());
     let outcome = quietly(|| explorer.visit(root));
@@ -125,6 +133,7 @@ pub fn exhaust<S: Subject>(world: &World<S>, limit: Limit) -> Result<Counts, Box
             counts.schedules = schedules;
             counts.states = explorer.seen.len() as u64;
             counts.endings = explorer.endings.len() as u64;
+            counts.cut_short = u64::from(explorer.is_late);
             Ok(counts)
         }
         Err(verdict) => Err(Box::new(Failure { verdict, path: explorer.path })),
@@ -143,10 +152,18 @@ struct Explorer<S: Subject> {
     /// Worlds that are over, for their memory.
     #[expect(clippy::vec_box, reason = "worlds are handed on, and large")]
     spare: Vec<Box<World<S>>>,
+    watch: Stopwatch,
+    /// There is no more time.
+    is_late: bool,
 }
 
 impl<S: Subject> Explorer<S> {
     fn visit(&mut self, world: Box<World<S>>) -> Result<f64, String> {
+        let limit = self.limit.millis;
+        self.is_late |= limit > 0 && self.watch.seconds() * 1e3 > limit as f64;
+        if self.is_late {
+            return Ok(0.0);
+        }
         let hash = world.state_hash();
         if let Some(&ways) = self.seen.get(&hash) {
             self.spare.push(world);
@@ -177,6 +194,9 @@ impl<S: Subject> Explorer<S> {
         for &choice in others {
             let next = self.copy(&world);
             ways += self.go(next, choice)?;
+            if self.is_late {
+                return Ok(ways);
+            }
         }
         ways += self.go(world, last)?;
         // Last: what goes wrong of itself is better seen as it does.

@@ -646,8 +646,8 @@ pub fn gate(threads: usize) -> Report {
 }
 
 /// What a run came to. Prints as a few lines, or as JSON.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
+#[derive(Clone, Debug)]
+pub struct Report<S: Subject = Image> {
     /// What was run.
     pub title: String,
     /// How much was done.
@@ -659,7 +659,7 @@ pub struct Report {
     /// False: time ran out first.
     pub complete: bool,
     /// What failed, as traces; no more than [`FAILURES_MAX`].
-    pub failures: Vec<Trace>,
+    pub failures: Vec<Trace<S>>,
     /// Scopes, with what was done in each.
     pub scopes: Vec<Done>,
 }
@@ -686,7 +686,21 @@ impl fmt::Display for Done {
 /// After so many failures a run stops.
 pub const FAILURES_MAX: usize = 8;
 
-impl Report {
+impl<S: Subject> Default for Report<S> {
+    fn default() -> Self {
+        Report {
+            title: String::new(),
+            counts: Counts::default(),
+            seconds: 0.0,
+            threads: 0,
+            complete: false,
+            failures: Vec::new(),
+            scopes: Vec::new(),
+        }
+    }
+}
+
+impl<S: Subject> Report<S> {
     /// Did everything hold?
     pub fn is_good(&self) -> bool {
         self.failures.is_empty()
@@ -730,7 +744,7 @@ pub(crate) fn quoted(text: &str) -> String {
     out + "\""
 }
 
-impl fmt::Display for Report {
+impl<S: Subject> fmt::Display for Report<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { counts, seconds, threads, .. } = self;
         let cpu = seconds * *threads as f64;
@@ -761,7 +775,7 @@ impl fmt::Display for Report {
         }
         for trace in &self.failures {
             writeln!(f, "FAILED: {}", trace.verdict.as_deref().unwrap_or_default())?;
-            writeln!(f, "{}", trace.explained())?;
+            writeln!(f, "{}", trace.shown())?;
         }
         write!(f, "  {}", if self.is_good() { "no failure" } else { "FAILURES" })
     }

@@ -264,4 +264,4 @@ impl Store for SimFile {
 }
 
 /// Simulated files are small: a length beyond this is somebody's mistake.
-const LEN_MAX: u64 = 1 << 30;
+pub(crate) const LEN_MAX: u64 = 1 << 30;

@@ -54,6 +54,7 @@ pub struct KeptHost<H> {
 /// A file of a [`KeptHost`].
 #[derive(Debug)]
 pub struct KeptFile<F> {
+    name: PathBuf,
     below: Option<F>,
     kept: Rc<RefCell<Kept>>,
     is_writable: bool,
@@ -141,7 +142,7 @@ impl<H: Host> Host for KeptHost<H> {
                 kept
             }
         };
-        Ok(KeptFile { below, kept, is_writable: write })
+        Ok(KeptFile { name: path.into(), below, kept, is_writable: write })
     }
 
     fn create_new(&self, _path: &Path) -> io::Result<Self::File> {
@@ -163,6 +164,18 @@ impl<H: Host> Host for KeptHost<H> {
 
     fn identity(&self, file: &Self::File) -> io::Result<(u64, u64)> {
         Ok((0, Rc::as_ptr(&file.kept).addr() as u64))
+    }
+}
+
+impl<F> KeptFile<F> {
+    /// Under which name it was opened.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
+    /// Its sectors, as far as they were read, with their numbers.
+    pub fn sectors(&self) -> BTreeMap<u64, [u8; 512]> {
+        self.kept.borrow().read.clone()
     }
 }
 
@@ -260,13 +273,13 @@ impl<F: Store> Store for KeptFile<F> {
 }
 
 /// Bytes as hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble & 15)]);
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
 }
 
 /// The bytes again.
-fn unhex(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(2) {
         return None;
     }

@@ -70,6 +70,7 @@ pub mod subject;
 pub mod subjects;
 pub mod timeline;
 pub mod trace;
+pub mod vary;
 pub mod verdicts;
 pub mod workload;
 pub mod world;

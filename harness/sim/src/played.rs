@@ -20,6 +20,7 @@ use cowbell_engine::units::{Errno, FileId, JobId, NodeId, OpId, ReqId, Time};
 use cowbell_engine::{Copy, Engine};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
+use crate::vary::Tables;
 
 /// What is left of a record.
 #[derive(Clone, Debug, Default)]
@@ -64,6 +65,8 @@ pub struct Played<F> {
     pub done: Done,
     /// How the ops of this `run` came back, if somebody wants to see it.
     came_back: Option<Vec<Ended>>,
+    /// What is learnt of the files, if somebody wants it.
+    tables: Option<Tables>,
     /// What was not as recorded.
     differs: Option<String>,
 }
@@ -106,6 +109,7 @@ impl<F> Played<F> {
             in_flight: BTreeMap::new(),
             done: Done::default(),
             came_back: None,
+            tables: None,
             differs: None,
         }
     }
@@ -113,6 +117,11 @@ impl<F> Played<F> {
     /// The time of the record.
     pub fn time(&self) -> Time {
         self.time
+    }
+
+    /// What the real backend said of the file that is attached next.
+    pub fn next_info(&self) -> Option<FileInfo> {
+        self.infos.get(self.files.len()).copied()
     }
 
     fn differs(&mut self, how: impl FnOnce() -> String) {
@@ -124,7 +133,7 @@ impl<F> Backend for Played<F> {
     type File = F;
 
     fn attach(&mut self, id: FileId, file: F) -> io::Result<FileInfo> {
-        let info = self.infos.get(self.files.len()).copied();
+        let info = self.next_info();
         self.files.insert(id, file);
         info.ok_or_else(|| io::Error::other("more files than were recorded"))
     }
@@ -155,6 +164,7 @@ impl<F> Backend for Played<F> {
         };
         for &op in &taken {
             let record = &submission.ops[op];
+            self.tables.iter_mut().for_each(|tables| tables.take(record));
             let moves = matches!(record.op.kind, OpKind::Read | OpKind::Write { .. });
             self.in_flight.insert(op, if moves { record.remaining() } else { 0 });
         }
@@ -207,6 +217,7 @@ impl<F> Backend for Played<F> {
                 let bytes = harvest.mem.region_mut(region);
                 bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
             }
+            self.tables.iter_mut().for_each(|tables| tables.bring(&harvest.ops[op], brought));
             let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
             let result = u64::try_from(answer).map_err(|_| Errno(errno));
             if let Some(came_back) = &mut self.came_back {
@@ -301,6 +312,11 @@ impl<D: Driver, F> Player<D, F> {
     /// The engine, as it is now.
     pub fn engine(&self) -> &Engine<D, Played<F>> {
         &self.engine
+    }
+
+    /// Where what is learnt of tables is put, if somebody wants to know it.
+    pub fn tables(&mut self) -> &mut Option<Tables> {
+        &mut self.engine.backend_mut().tables
     }
 
     /// The record goes on with this, if all that came before has been done. Whole chunks, as a

@@ -10,7 +10,7 @@ use crate::explore::{Failure, Limit, exhaust};
 use crate::mutants::planted;
 use crate::subject::Subject;
 use crate::trace::Trace;
-use crate::workload::{Request, Workload};
+use crate::workload::Request;
 
 /// The smallest trace that was found to fail as `trace` does; `None` if it does not fail at all.
 pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
@@ -100,8 +100,9 @@ fn leave_out<T: Clone>(mut items: Vec<T>, mut keep: impl FnMut(&[T]) -> bool) {
 }
 
 fn fewer_requests<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
-    leave_out(best.workload.requests.clone(), |requests: &[Request]| {
-        let workload = Workload::new(requests.iter().copied());
+    let all = best.workload.clone();
+    leave_out((0..all.requests.len()).collect(), |kept: &[usize]| {
+        let workload = all.only(kept);
         let found = fails_somehow(&Trace { workload, ..best.clone() }, class);
         let better = found.is_some();
         best = found.unwrap_or_else(|| best.clone());
@@ -119,15 +120,14 @@ fn fewer_flushes<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
             continue;
         }
         for changed in 0..flush {
-            let mut requests = best.workload.requests.clone();
-            let request = &mut requests[changed];
+            let mut workload = best.workload.clone();
+            let request = &mut workload.requests[changed];
             request.kind = match request.kind {
                 IoKind::Write { compressed, .. } => IoKind::Write { fua: true, compressed },
                 IoKind::Zero { .. } | IoKind::Discard => IoKind::Zero { unmap: true, fua: true },
                 _ => continue,
             };
-            requests.remove(flush);
-            let workload = Workload::new(requests);
+            let workload = workload.without(flush);
             if let Some(found) = fails_somehow(&Trace { workload, ..best.clone() }, class) {
                 best = found;
                 break;

@@ -29,6 +29,16 @@ pub trait Subject: Clone + Debug {
     /// Its options in one line, as traces have them.
     fn text(&self) -> String;
 
+    /// The same for people, if it is too much for them.
+    fn about(&self) -> String {
+        self.text()
+    }
+
+    /// What a trace may make of the disk's size in bytes, at most. Files are simulated in memory.
+    fn size_max(&self) -> u64 {
+        1 << 26
+    }
+
     /// The same with one option less: what [`shrink`](crate::shrink) tries.
     fn plainer(&self) -> Vec<Self> {
         Vec::new()

@@ -6,12 +6,14 @@
 //! budget faults=1 ticks=1 crashes=0 stalls=false
 //! request write 0x0+0x400
 //! request flush
+//! after 0
 //! choice submit 0 # write 0x0+0x400
 //! choice end 0.0 ok # Write { fua: false } f0 0x0+0x200
 //! verdict after a crash: invalid L2 entry
 //! ```
 //!
-//! What follows a `#` is for people. A choice that is not possible when the trace is run again is
+//! `after` belongs to the request above it: its guest submits it only when those have ended; what is missing
+//! in the list may be in flight still. What follows a `#` is for people. A choice that is not possible when the trace is run again is
 //! left out, and where the trace ends the oldest op ends well: so old traces stay useful.
 
 use std::fmt;
@@ -139,7 +141,7 @@ impl<S: Subject> Trace<S> {
     }
 
     fn about(&self) -> Vec<String> {
-        let mut lines = vec![format!("image {}", self.image.text())];
+        let mut lines = vec![format!("image {}", self.image.about())];
         let requests = self.workload.requests.iter().enumerate();
         lines.extend(requests.map(|(which, request)| format!("request {which}: {request}")));
         lines
@@ -147,7 +149,16 @@ impl<S: Subject> Trace<S> {
 
     /// The text, with each choice explained by running it once more.
     pub fn explained(&self) -> String {
-        let mut lines = self.head();
+        self.explained_of(&self.image.text())
+    }
+
+    /// The same for people: of the image only what they want to know.
+    pub fn shown(&self) -> String {
+        self.explained_of(&self.image.about())
+    }
+
+    fn explained_of(&self, image: &str) -> String {
+        let mut lines = self.head(image);
         let mut world = self.world().ok();
         planted(self.plant, || {
             for choice in &self.choices {
@@ -160,7 +171,7 @@ impl<S: Subject> Trace<S> {
         lines.join("\n") + "\n"
     }
 
-    fn head(&self) -> Vec<String> {
+    fn head(&self, image: &str) -> Vec<String> {
         let Budget { faults, ticks, crashes, drains, stalls, reopens, breaks, mends, .. } =
             self.budget;
         let Budget { closes, pauses, quota, abandons, .. } = self.budget;
@@ -203,11 +214,19 @@ impl<S: Subject> Trace<S> {
         }
         let mut lines = vec![
             MAGIC.to_string(),
-            format!("image {}", self.image.text()),
+            format!("image {image}"),
             format!("budget faults={faults} ticks={ticks} crashes={crashes} stalls={stalls}{more}"),
         ];
         lines.extend(self.plant.map(|name| format!("plant {name}")));
-        lines.extend(self.workload.requests.iter().map(|request| format!("request {request}")));
+        for (which, request) in self.workload.requests.iter().enumerate() {
+            lines.push(format!("request {request}"));
+            let others = self.workload.waits_for(which);
+            let others = (0..which).filter(|other| others >> other & 1 == 1);
+            let others: Vec<String> = others.map(|other| other.to_string()).collect();
+            if !others.is_empty() {
+                lines.push(format!("after {}", others.join(" ")));
+            }
+        }
         lines
     }
 
@@ -217,16 +236,16 @@ impl<S: Subject> Trace<S> {
     }
 }
 
-impl Trace {
+impl<S: Subject> Trace<S> {
     /// Runs it again and says what came of it, as other runs do.
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> Report<S> {
         let watch = Stopwatch::start();
         let mut report = Report { title: "replayed".into(), threads: 1, ..Report::default() };
         report.complete = true;
         match self.replay() {
             Ok(counts) => report.counts = counts,
             Err(failure) => {
-                let trace = Trace::of(self.image, self.budget, &self.workload, &failure);
+                let trace = Trace::of(self.image.clone(), self.budget, &self.workload, &failure);
                 report.failures.push(Trace { plant: self.plant, ..trace });
             }
         }
@@ -249,7 +268,7 @@ const MAGIC: &str = "cowbell trace 1";
 
 impl<S: Subject> fmt::Display for Trace<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut lines = self.head();
+        let mut lines = self.head(&self.image.text());
         lines.extend(self.choices.iter().map(|choice| format!("choice {choice}")));
         lines.extend(self.tail());
         writeln!(f, "{}", lines.join("\n"))
@@ -267,6 +286,7 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
         let (mut image, mut plant) = (None, None);
         let mut budget = Budget::default();
         let (mut requests, mut choices, mut verdict) = (Vec::new(), Vec::new(), None);
+        let mut waits = Vec::new();
         for (at, line) in lines.enumerate() {
             let line = line.split('#').next().unwrap_or_default().trim();
             if line.is_empty() {
@@ -284,6 +304,7 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
                     None => Err(format!("'{rest}' is no planted defect")),
                 },
                 "request" => rest.parse::<Request>().map(|request| requests.push(request)),
+                "after" => others(rest).map(|others| waits.push((requests.len(), others))),
                 "choice" => rest.parse::<Choice>().map(|choice| choices.push(choice)),
                 "verdict" => {
                     verdict = Some(rest.to_string());
@@ -297,9 +318,13 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
             return Err(format!("more than {REQUESTS_MAX} requests"));
         }
         let image: S = image.ok_or("the trace names no image")?;
-        let workload = Workload::new(requests);
+        let mut workload = Workload::new(requests);
+        for (behind, others) in waits {
+            let which = behind.checked_sub(1).ok_or("'after' comes before all requests")?;
+            workload.submit_after(which, others);
+        }
         let size = workload.largest_size(image.size());
-        if size > SIZE_MAX {
+        if size > image.size_max() {
             return Err(format!("{size} bytes are too many"));
         }
         if let Some(bad) = workload.requests.iter().find(|request| !fits(request, size)) {
@@ -312,8 +337,13 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
 /// So many requests a title names.
 const TITLE_REQUESTS: usize = 4;
 
-/// Files are simulated in memory.
-const SIZE_MAX: u64 = 1 << 26;
+/// Numbers of requests, as bits.
+fn others(text: &str) -> Result<u64, String> {
+    text.split_whitespace().try_fold(0, |bits, word| match word.parse::<usize>() {
+        Ok(which) if which < REQUESTS_MAX => Ok(bits | 1 << which),
+        _ => Err(format!("'{word}' is no request's number")),
+    })
+}
 
 fn fits(request: &Request, size: u64) -> bool {
     request.offset.checked_add(request.len).is_some_and(|end| end <= size)

@@ -186,6 +186,8 @@ impl FromStr for Request {
 pub struct Workload {
     /// They. At most [`REQUESTS_MAX`].
     pub requests: Vec<Request>,
+    /// For each, bit `n`: its guest submits it only when request number `n` has ended. Where there is nothing: it waits for none.
+    after: Vec<u64>,
 }
 
 /// Requests in a workload at most: who wrote what is kept in the bits of a word; one bit is for what
@@ -197,7 +199,44 @@ impl Workload {
     pub fn new(requests: impl IntoIterator<Item = Request>) -> Workload {
         let requests: Vec<Request> = requests.into_iter().collect();
         assert!(requests.len() <= REQUESTS_MAX, "{} requests are too many", requests.len());
-        Workload { requests }
+        Workload { requests, after: Vec::new() }
+    }
+
+    /// Request number `which` is submitted only when those before it have ended whose bits are set.
+    pub fn submit_after(&mut self, which: usize, others: u64) {
+        let others = others & !(u64::MAX << which.min(63));
+        if others != 0 && which < self.requests.len() {
+            self.after.resize(self.after.len().max(which + 1), 0);
+            self.after[which] |= others;
+        }
+    }
+
+    /// Bit `n`: request number `which` is submitted only when number `n` has ended.
+    pub fn waits_for(&self, which: usize) -> u64 {
+        self.after.get(which).copied().unwrap_or(0)
+    }
+
+    /// Only these of them, in ascending order. Who waits for one that is left out waits for what that has waited for.
+    #[must_use]
+    pub fn only(&self, kept: &[usize]) -> Workload {
+        let mut only = Workload::new(kept.iter().map(|&which| self.requests[which]));
+        for (place, &which) in kept.iter().enumerate() {
+            // Submissions are in order: what one has waited for, those behind it have waited for, too.
+            let waited = (0..=which).fold(0, |all, which| all | self.waits_for(which));
+            let bit = |(at, other): (usize, &usize)| (waited >> other & 1) << at;
+            only.submit_after(
+                place,
+                kept.iter().enumerate().map(bit).fold(0, |all, bit| all | bit),
+            );
+        }
+        only
+    }
+
+    /// All but one.
+    #[must_use]
+    pub fn without(&self, which: usize) -> Workload {
+        let kept: Vec<usize> = (0..self.requests.len()).filter(|&other| other != which).collect();
+        self.only(&kept)
     }
 }
 

@@ -12,7 +12,7 @@ use std::hash::{Hash, Hasher};
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, IoKind};
 use cowbell_engine::units::{Errno, NodeId, Time};
-use cowbell_engine::{Limits, NodeEvent, Progress, Why};
+use cowbell_engine::{Asker, Limits, NodeEvent, Progress, RequestInfo, Why};
 
 use crate::backend::{Breakage, Mode, OpName, SimBackend};
 use crate::choose::Choice;
@@ -484,7 +484,20 @@ impl<S: Subject> World<S> {
         if self.life.is_paused || self.life.quota && !alone {
             return false;
         }
-        alone || !shrinks(&requests[next]) && !shrinks(&requests[next - 1])
+        alone
+            || !shrinks(&requests[next])
+                && !shrinks(&requests[next - 1])
+                && !self.waits_for_one(next)
+    }
+
+    /// Is there one in flight without whose end the guest does not submit this?
+    fn waits_for_one(&self, which: usize) -> bool {
+        let others = self.plan.workload.waits_for(which);
+        let is_one = |request: RequestInfo| match request.asker {
+            Asker::Guest(tag) => tag < u64::from(u64::BITS) && others >> tag & 1 == 1,
+            _ => false,
+        };
+        others != 0 && self.engine.requests().any(is_one)
     }
 
     fn disk_size(&self) -> u64 {

@@ -17,15 +17,19 @@ use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::{Host, Node, attach};
 use cowbell_sim::kept::{KeptFile, KeptHost};
+use cowbell_sim::mutants::MUTANTS;
 use cowbell_sim::page::to_html;
 use cowbell_sim::perfetto::to_json;
 use cowbell_sim::played::{Done, Moment, Played, Player, Verdict};
+use cowbell_sim::subjects::recorded::Parts;
+use cowbell_sim::vary::{Variation, Varied, vary};
 
 use crate::disk::{AnyFile, Disk, Files};
 use crate::fail::Fail;
 use crate::naming::Image;
 use crate::out::Out;
 use crate::session::run_options;
+use crate::sim::{duration, say};
 use crate::slowest::Kept;
 
 /// The first line.
@@ -184,8 +188,73 @@ pub struct Args {
     /// Show what happened from this turn on. Of a long run a page is large: some ten thousand turns are well
     #[arg(long, value_name = "N", default_value = "0")]
     from: u64,
+    /// Search around it: other orders of its last requests, faults, crashes. Exit code 1: something was found
+    #[arg(long, conflicts_with_all = ["until", "break_at", "dump", "html", "perfetto", "from"])]
+    vary: bool,
+    #[command(flatten)]
+    variation: Varying,
     /// The record
     file: PathBuf,
+}
+
+/// The options of `replay --vary`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "With --vary")]
+struct Varying {
+    /// The last of the requests that are varied is the last one submitted in this turn, or before
+    #[arg(long, value_name = "TURN", requires = "vary")]
+    near: Option<u64>,
+    /// How many requests are varied
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "12",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(1..=61)
+    )]
+    requests: u8,
+    /// Faults in a run, at most
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "1",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(0..=4)
+    )]
+    faults: u8,
+    /// Crashes after which a run goes on, at most
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        requires = "vary",
+        value_parser = clap::value_parser!(u8).range(0..=4)
+    )]
+    crashes: u8,
+    /// The first seed
+    #[arg(long, value_name = "N", default_value = "0", requires = "vary")]
+    seed: u64,
+    /// How many seeds
+    #[arg(long, value_name = "N", default_value = "1000", requires = "vary")]
+    runs: u64,
+    /// Stop after so long: seconds, or with s, m or h behind
+    #[arg(long, default_value = "10", requires = "vary", value_parser = duration)]
+    time: f64,
+    /// Of a run with several disks: which, from 0 on; that of the last request if not said
+    #[arg(long, value_name = "N", requires = "vary")]
+    disk: Option<usize>,
+    /// Where the trace of what is found goes
+    #[arg(long, value_name = "DIR", default_value = ".", requires = "vary")]
+    traces: PathBuf,
+    /// A defect that is planted, in a build with the feature `mutants`
+    #[arg(long, value_name = "NAME", hide = true, requires = "vary", value_parser = defect)]
+    plant: Option<&'static str>,
+}
+
+/// The name of a planted defect.
+fn defect(name: &str) -> Result<&'static str, String> {
+    let known = MUTANTS.iter().find(|mutant| mutant.name == name && cfg!(feature = "mutants"));
+    known.map(|mutant| mutant.name).ok_or_else(|| "no such defect is planted".into())
 }
 
 /// What a record says of how it was made.
@@ -199,20 +268,45 @@ struct Recorded<'f> {
     record: &'f [u8],
 }
 
-/// A run that is done again, over files as they were.
-pub type Again = Player<Node, KeptFile<AnyFile>>;
+/// What does a run again, over files as they were.
+pub type Replay = Player<Node, KeptFile<AnyFile>>;
 
-/// Does again what `bytes`, of the file `name`, record; and a line of each of its disks.
-pub fn again(bytes: &[u8], name: &Path) -> Result<(Again, Vec<String>), Fail> {
-    let at = |what: String| Fail::at(name, what);
-    let Recorded { limits, growth, disks, infos, host, record } = parse(bytes).map_err(at)?;
-    let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
-    let about = disks.iter().map(|(image, _)| format!("disk {}", image.given.display())).collect();
-    for (image, write) in disks {
-        let chain = image.open(&host, write)?;
-        attach(&mut engine, chain, &run_options(growth)).map_err(|error| at(error.to_string()))?;
+/// A run that is to be done again.
+struct Again<'f> {
+    player: Replay,
+    /// A line of each disk.
+    about: Vec<String>,
+    /// What each disk consists of, if that was wanted.
+    parts: Vec<Parts>,
+    record: &'f [u8],
+}
+
+impl<'f> Recorded<'f> {
+    /// All that is to be done again. It is of the file `name`.
+    fn again(self, name: &Path, with_parts: bool) -> Result<Again<'f>, Fail> {
+        let at = |what: String| Fail::at(name, what);
+        let Recorded { limits, growth, disks, infos, host, record } = self;
+        let mut engine = Engine::new(Played::new(record.to_vec(), infos), limits);
+        let (mut about, mut parts) = (Vec::new(), Vec::new());
+        for (image, write) in disks {
+            about.push(format!("disk {}", image.given.display()));
+            let chain = image.open(&host, write)?;
+            if with_parts {
+                let align = engine.backend().next_info().map_or(512, |info| info.request_align);
+                parts.push(Parts::of(&chain, align, growth).map_err(at)?);
+            }
+            attach(&mut engine, chain, &run_options(growth))
+                .map_err(|error| at(error.to_string()))?;
+        }
+        Ok(Again { player: Player::new(engine), about, parts, record })
     }
-    Ok((Player::new(engine), about))
+}
+
+/// What does again what `bytes`, of the file `name`, record; and a line of each of its disks.
+pub fn again(bytes: &[u8], name: &Path) -> Result<(Replay, Vec<String>), Fail> {
+    let recorded = parse(bytes).map_err(|what| Fail::at(name, what))?;
+    let Again { player, about, .. } = recorded.again(name, false)?;
+    Ok((player, about))
 }
 
 fn parse(file: &[u8]) -> Result<Recorded<'_>, String> {
@@ -287,7 +381,11 @@ fn info_of(words: &str) -> Option<FileInfo> {
 /// Runs it.
 pub fn run(args: &Args) -> Result<u8, Fail> {
     let bytes = std::fs::read(&args.file).map_err(|error| Fail::at(&args.file, error))?;
-    let (mut player, about) = again(&bytes, &args.file)?;
+    let recorded = parse(&bytes).map_err(|what| Fail::at(&args.file, what))?;
+    let Again { mut player, about, parts, record } = recorded.again(&args.file, args.vary)?;
+    if args.vary {
+        return search(args, &mut player, record, &parts);
+    }
     let until = args.until.unwrap_or(u64::MAX);
     let mut is_there = false;
     let mut each = |engine: &Engine<_, Played<_>>, moment| {
@@ -343,4 +441,42 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     };
     out.flush()?;
     Ok(code)
+}
+
+/// Searches around a run.
+fn search(args: &Args, player: &mut Replay, record: &[u8], disks: &[Parts]) -> Result<u8, Fail> {
+    let Varying { near, requests, faults, crashes, seed, runs, time, disk, ref traces, plant } =
+        args.variation;
+    let requests = usize::from(requests);
+    let how = Variation { near, requests, faults, crashes, seed, runs, seconds: time, disk, plant };
+    let varied = vary(player, record, disks, &how).map_err(|what| Fail::at(&args.file, what))?;
+    let Varied { disk, before, window, exhausted, drawn, failed_seed, report } = &varied;
+    let mut out = Out::new(false);
+    writeln!(
+        out,
+        "Disk {disk}: {} requests are varied, behind {before} that are done as they were:",
+        window.requests.len()
+    )?;
+    for (which, request) in window.requests.iter().enumerate() {
+        writeln!(out, "  {which}: {request}")?;
+    }
+    match exhausted {
+        0 => writeln!(out, "Not every order was tried of any; there was no time.")?,
+        1 => writeln!(out, "Everything was tried that can happen with the last one.")?,
+        _ => writeln!(out, "Everything was tried that can happen with the last {exhausted}.")?,
+    }
+    match (drawn, failed_seed) {
+        (0, _) => {}
+        (_, Some(failed)) => {
+            writeln!(
+                out,
+                "Of all, {drawn} runs were drawn; the last one, of --seed {failed}, failed."
+            )?;
+        }
+        (_, None) => {
+            writeln!(out, "Of all, {drawn} runs were drawn, from --seed {seed} on.")?;
+        }
+    }
+    out.flush()?;
+    say(report, false, traces)
 }

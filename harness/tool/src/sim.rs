@@ -15,7 +15,9 @@ use cowbell_sim::published;
 use cowbell_sim::random::random_for;
 use cowbell_sim::resumed::{Extent, Outcome, State};
 use cowbell_sim::shrink::shrink;
+use cowbell_sim::subject::Subject;
 use cowbell_sim::subjects::Image;
+use cowbell_sim::subjects::recorded::{Recorded, WORD};
 use cowbell_sim::trace::Trace;
 
 use crate::fail::Fail;
@@ -213,40 +215,21 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
             say(&report, how.json, &how.traces)
         }
         What::Replay { file, json, html, perfetto } => {
-            let trace = trace_in(file)?;
-            if html.is_some() || perfetto.is_some() {
-                let timeline = trace.timeline().map_err(|what| Fail::at(file, what))?;
-                let keep = |path: &Path, text| {
-                    fs::write(path, text).map_err(|error| Fail::at(path, error))
-                };
-                if let Some(path) = html {
-                    keep(path, to_html(&timeline))?;
-                }
-                if let Some(path) = perfetto {
-                    keep(path, to_json(&timeline))?;
-                }
+            let (html, perfetto) = (html.as_deref(), perfetto.as_deref());
+            match trace_in(file)? {
+                Any::Made(trace) => replay(&trace, file, *json, html, perfetto),
+                Any::Recorded(trace) => replay(&trace, file, *json, html, perfetto),
             }
-            say(&trace.report(), *json, Path::new("."))
         }
-        What::Cause { file, states, html } => {
-            let cause = cause(&trace_in(file)?, *states).map_err(|what| Fail::at(file, what))?;
-            if let Some(path) = html {
-                fs::write(path, to_html(&cause.failing)).map_err(|error| Fail::at(path, error))?;
-            }
-            let mut out = Out::new(false);
-            write!(out, "{cause}")?;
-            out.flush()?;
-            Ok(0)
-        }
+        What::Cause { file, states, html } => match trace_in(file)? {
+            Any::Made(trace) => explain(&trace, file, *states, html.as_deref()),
+            Any::Recorded(trace) => explain(&trace, file, *states, html.as_deref()),
+        },
         What::Import(args) => import::run(args),
-        What::Shrink { file } => {
-            let small = shrink(&trace_in(file)?);
-            let small = small.ok_or_else(|| Fail::at(file, "this trace does not fail"))?;
-            let mut out = Out::new(false);
-            write!(out, "{}", small.explained())?;
-            out.flush()?;
-            Ok(0)
-        }
+        What::Shrink { file } => match trace_in(file)? {
+            Any::Made(trace) => make_smaller(&trace, file),
+            Any::Recorded(trace) => make_smaller(&trace, file),
+        },
         What::Published { only, seconds, keep } => published(only, *seconds, keep.as_deref()),
         What::Mutants { only, seconds, keep, how } => {
             let score = hunt_all(only, usize::from(how.threads), *seconds).map_err(Fail::other)?;
@@ -336,7 +319,7 @@ fn go_on(file: &Path, format: Option<Format>, extent: Extent, how: &How) -> Resu
 }
 
 /// `90`, `90s`, `10m` or `8h`, in seconds.
-fn duration(text: &str) -> Result<f64, String> {
+pub fn duration(text: &str) -> Result<f64, String> {
     let units = [("s", 1.0), ("m", 60.0), ("h", 3600.0)];
     let unit = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)));
     let (number, unit) = unit.unwrap_or((text, 1.0));
@@ -346,16 +329,68 @@ fn duration(text: &str) -> Result<f64, String> {
     })
 }
 
-fn trace_in(file: &Path) -> Result<Trace, Fail> {
+fn replay<S: Subject>(
+    trace: &Trace<S>,
+    file: &Path,
+    json: bool,
+    html: Option<&Path>,
+    perfetto: Option<&Path>,
+) -> Result<u8, Fail> {
+    if html.is_some() || perfetto.is_some() {
+        let timeline = trace.timeline().map_err(|what| Fail::at(file, what))?;
+        let keep = |path: &Path, text| fs::write(path, text).map_err(|error| Fail::at(path, error));
+        html.iter().try_for_each(|path| keep(path, to_html(&timeline)))?;
+        perfetto.iter().try_for_each(|path| keep(path, to_json(&timeline)))?;
+    }
+    say(&trace.clone().report(), json, Path::new("."))
+}
+
+fn explain<S: Subject>(
+    trace: &Trace<S>,
+    file: &Path,
+    states: u64,
+    html: Option<&Path>,
+) -> Result<u8, Fail> {
+    let cause = cause(trace, states).map_err(|what| Fail::at(file, what))?;
+    if let Some(path) = html {
+        fs::write(path, to_html(&cause.failing)).map_err(|error| Fail::at(path, error))?;
+    }
+    let mut out = Out::new(false);
+    write!(out, "{cause}")?;
+    out.flush()?;
+    Ok(0)
+}
+
+fn make_smaller<S: Subject + PartialEq>(trace: &Trace<S>, file: &Path) -> Result<u8, Fail> {
+    let small = shrink(trace).ok_or_else(|| Fail::at(file, "this trace does not fail"))?;
+    let mut out = Out::new(false);
+    write!(out, "{}", small.explained())?;
+    out.flush()?;
+    Ok(0)
+}
+
+/// A trace of an image that the simulator makes, or of a real run's.
+enum Any {
+    Made(Trace),
+    Recorded(Trace<Recorded>),
+}
+
+fn trace_in(file: &Path) -> Result<Any, Fail> {
     let text = fs::read_to_string(file).map_err(|error| Fail::at(file, error))?;
-    let trace: Trace = text.parse().map_err(|what: String| Fail::at(file, what))?;
-    match trace.plant.filter(|_| !cfg!(feature = "mutants")) {
-        Some(name) => {
-            let what = format!(
-                "its defect '{name}' is planted only in a build with the feature 'mutants'"
-            );
-            Err(Fail::at(file, what))
-        }
+    let at = |what: String| Fail::at(file, what);
+    let is_recorded = |line: &str| line.trim().starts_with(&format!("image {WORD} "));
+    let trace = match text.lines().any(is_recorded) {
+        true => Any::Recorded(text.parse().map_err(at)?),
+        false => Any::Made(text.parse().map_err(at)?),
+    };
+    let plant = match &trace {
+        Any::Made(trace) => trace.plant,
+        Any::Recorded(trace) => trace.plant,
+    };
+    match plant.filter(|_| !cfg!(feature = "mutants")) {
+        Some(name) => Err(at(format!(
+            "its defect '{name}' is planted only in a build with the feature 'mutants'"
+        ))),
         None => Ok(trace),
     }
 }
@@ -371,7 +406,7 @@ fn formats(name: Option<&str>) -> Result<Vec<Format>, Fail> {
 }
 
 /// Prints a report; keeps the traces of what failed. The exit code is 1 if something did.
-fn say(report: &Report, json: bool, traces: &Path) -> Result<u8, Fail> {
+pub fn say<S: Subject>(report: &Report<S>, json: bool, traces: &Path) -> Result<u8, Fail> {
     let mut out = Out::new(false);
     if json {
         writeln!(out, "{}", report.to_json())?;

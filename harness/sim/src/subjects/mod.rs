@@ -30,6 +30,7 @@ use crate::world::{Budget, QUIET};
 mod qcow2;
 mod qed;
 mod raw;
+pub mod recorded;
 mod text;
 mod vdi;
 mod vmdk;

@@ -10,6 +10,8 @@ mod damage_is_noticed;
 mod drivers_of_others;
 mod first_writes_wait_little;
 mod gate;
+mod guests_wait;
+mod images_of_real_runs;
 mod mutants;
 mod orders_left_out_lead_nowhere_else;
 mod random;

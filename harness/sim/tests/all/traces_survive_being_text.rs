@@ -22,7 +22,10 @@ fn choice(draw: (u8, u32, u32)) -> Choice {
 
 quickcheck! {
     fn a_trace_is_read_as_it_was_written(seed: u64, draws: Vec<(u8, u32, u32)>, raw: bool) -> bool {
-        let plan = plan(seed, Some(if raw { Format::Raw } else { Format::Qed }));
+        let mut plan = plan(seed, Some(if raw { Format::Raw } else { Format::Qed }));
+        for which in 0..plan.workload.requests.len() {
+            plan.workload.submit_after(which, seed.rotate_left(which as u32 * 7));
+        }
         let trace = Trace {
             image: plan.image,
             budget: plan.budget,

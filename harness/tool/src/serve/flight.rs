@@ -19,7 +19,7 @@ use cowbell_sim::played::Verdict;
 use crate::disk::Disk;
 use crate::fail::Fail;
 use crate::form::Form;
-use crate::record::{Again, Told, again};
+use crate::record::{Replay, Told, again};
 use crate::session::eprint_quietly;
 
 /// Bytes that are kept at least: 16, for a request, are few.
@@ -123,7 +123,7 @@ impl Drop for Flight {
 
 /// The engine on the thread.
 struct Follower {
-    player: Again,
+    player: Replay,
     /// What it has not done yet.
     kept: VecDeque<Vec<u8>>,
     /// Bytes of it, and how many these may be.

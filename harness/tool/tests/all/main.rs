@@ -24,6 +24,7 @@ mod other_peoples_images_are_left_alone;
 mod output_is_that_of_qemu;
 mod parts_are_copied_by_blocks;
 mod real_runs_are_done_again;
+mod real_runs_are_varied;
 mod runs_can_be_seen;
 mod streams_are_as_the_specification_says;
 mod system_calls_are_those_that_the_docs_list;

@@ -1,0 +1,753 @@
+//! A disk of a real run, as its record tells of it: the names of its files, and their headers and tables. Where a guest's bytes are
+//! that a variation looks at there is noise, and zeros elsewhere: a record has no guest's bytes.
+//!
+//! Its text has all of this, so that a trace can be run again without the record.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use cowbell_engine::Limits;
+use cowbell_engine::store::Store;
+use cowbell_engine::sys::lock::Locking;
+use cowbell_engine::units::{FileId, NodeId, Time};
+use cowbell_formats::chain::{self, Chain, OpenOptions, Policy, open_named};
+use cowbell_formats::check::{Repair, Unwatched, check_layer};
+use cowbell_formats::map::{self, Extent, Kind};
+use cowbell_formats::name::Backing;
+use cowbell_formats::parts::growth::{Grow, Growth};
+use cowbell_formats::qcow2::Qcow2Options;
+use cowbell_formats::qed::QedOptions;
+use cowbell_formats::vdi::VdiOptions;
+use cowbell_formats::vmdk::VmdkOptions;
+use cowbell_formats::{Format, Host, LayerMeta, Name, Node, RunOptions, attach_wrapped};
+
+use crate::backend::{Device, Mode, SimBackend};
+use crate::disk::{Contents, SECTOR, Sector};
+use crate::filter::Over;
+use crate::host::{LEN_MAX, SimFile, SimHost};
+use crate::kept::{KeptFile, hex, path_of, unhex, word_of};
+use crate::shared::Shared;
+use crate::subject::{Checked, SimEngine, Subject};
+
+/// See the module.
+#[derive(Clone)]
+pub struct Recorded(Shared<Parts>);
+
+/// What it is made of.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// Its layers' own files and their formats, the disk's first.
+    pub layers: Vec<(PathBuf, Format)>,
+    /// All files, the lowest layer's first.
+    pub files: Vec<File>,
+    /// Of these the first so many are of layers below.
+    pub still: usize,
+    /// The parts of the disk whose bytes are noise.
+    pub noise: Vec<Range<u64>>,
+    /// The block size of what it lies on.
+    pub align: u32,
+    /// What makes its file grow.
+    pub grow: Grow,
+    /// Clusters that are leaks already.
+    pub leaks: u64,
+    /// Bytes of the disk, and of a cluster. They follow from the rest.
+    size: u64,
+    cluster: u64,
+}
+
+/// What is known of a file.
+#[derive(Clone, Debug)]
+pub struct File {
+    /// Its name.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Is it a device, whose length does not change?
+    pub is_fixed: bool,
+    /// Sectors that are not zeros.
+    pub sectors: BTreeMap<u64, [u8; SECTOR as usize]>,
+}
+
+impl File {
+    fn contents(&self) -> Contents {
+        let mut contents = Contents::default();
+        contents.set_len(self.len);
+        for (&index, sector) in self.sectors.range(..self.len.div_ceil(SECTOR)) {
+            let end = (self.len - index * SECTOR).min(SECTOR) as usize;
+            contents.write(index * SECTOR, &sector[..end]);
+        }
+        if self.is_fixed { contents.with_fixed_len() } else { contents }
+    }
+}
+
+impl Parts {
+    /// A disk that was opened over what a record kept, before anything was asked of it.
+    ///
+    /// # Errors
+    ///
+    /// When it is too large to be simulated.
+    pub fn of<F: Store>(
+        chain: &Chain<KeptFile<F>>,
+        align: u32,
+        growth: Option<Growth>,
+    ) -> Result<Parts, String> {
+        let layers = chain.layers.iter().map(|layer| (layer.path.clone(), layer.format));
+        let (mut files, mut still) = (Vec::new(), 0);
+        for layer in chain.layers.iter().rev() {
+            still = files.len();
+            for file in [&layer.file].into_iter().chain(&layer.more) {
+                let len = file.len().map_err(|why| why.to_string())?;
+                let (path, is_fixed) = (file.name().into(), file.has_fixed_len());
+                files.push(File { path, len, is_fixed, sectors: file.sectors() });
+            }
+        }
+        let grow = growth.unwrap_or_default().by;
+        let (layers, noise) = (layers.collect(), Vec::new());
+        Ok(Parts { layers, files, still, noise, align, grow, leaks: 0, size: 0, cluster: 0 })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let wrong = |what: &str| Err(format!("{what} are more than can be simulated"));
+        if self.files.len() > NAMES.len() {
+            return wrong(&format!("{} files", self.files.len()));
+        }
+        if self.layers.len() > NAMES.len() || self.layers.is_empty() {
+            return wrong(&format!("{} layers", self.layers.len()));
+        }
+        let bytes = self.files.iter().fold(0_u64, |sum, file| sum.saturating_add(file.len));
+        if bytes > LEN_MAX {
+            return wrong(&format!("{bytes} bytes of files"));
+        }
+        let noise = self
+            .noise
+            .iter()
+            .try_fold(0_u64, |sum, part| sum.checked_add(part.end.checked_sub(part.start)?));
+        match noise {
+            Some(0..=NOISE_MAX) => Ok(()),
+            _ => wrong("the bytes of the clusters that are looked at"),
+        }
+    }
+
+    fn name(&self) -> Name {
+        let mut backing = Backing::Nothing;
+        for (path, format) in self.layers.iter().skip(1).rev() {
+            let name = Name { backing, ..Name::plain(path, Some(*format)) };
+            backing = Backing::Named(Box::new(name));
+        }
+        let (path, format) = &self.layers[0];
+        Name { backing, ..Name::plain(path, Some(*format)) }
+    }
+}
+
+/// A folder of simulated files, under the names that they had.
+struct Renamed<'a> {
+    host: &'a SimHost,
+    files: &'a [File],
+}
+
+impl Host for Renamed<'_> {
+    type File = SimFile;
+
+    fn open(&self, path: &Path, write: bool) -> io::Result<SimFile> {
+        let at = self.files.iter().position(|file| file.path == path);
+        self.host.open(Path::new(NAMES[at.ok_or(io::ErrorKind::NotFound)?]), write)
+    }
+
+    fn create_new(&self, _: &Path) -> io::Result<SimFile> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn remove(&self, _: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        Ok(path.into())
+    }
+
+    fn entropy(&self) -> u32 {
+        self.host.entropy()
+    }
+
+    fn identity(&self, file: &SimFile) -> io::Result<(u64, u64)> {
+        self.host.identity(file)
+    }
+}
+
+impl Recorded {
+    /// Of these parts.
+    ///
+    /// # Errors
+    ///
+    /// When it is too large, or cannot be opened.
+    pub fn new(parts: Parts) -> Result<Recorded, String> {
+        parts.check()?;
+        let host = SimHost::new();
+        let mut made = Recorded(Shared::new(parts));
+        made.put(&host);
+        let chain = made.chain(&host, false)?;
+        let (mut files, mut still) = (Vec::new(), 0);
+        for layer in chain.layers.iter().rev() {
+            still = files.len();
+            for file in [&layer.file].into_iter().chain(&layer.more) {
+                files.push(host.identity(file).map_err(|why| why.to_string())?);
+            }
+        }
+        let named = NAMES.iter().take(made.0.files.len()).map(|name| {
+            let file = host.open(Path::new(name), false)?;
+            host.identity(&file)
+        });
+        let named: io::Result<Vec<_>> = named.collect();
+        if named.map_err(|why| why.to_string())? != files || still != made.0.still {
+            return Err("its files are others than it says".into());
+        }
+        let top = &chain.layers[0].meta;
+        let cluster = top.cluster_size().unwrap_or(super::CLUSTER).max(SECTOR);
+        let parts = Parts { size: chain.size(), cluster, ..(*made.0).clone() };
+        made.0 = Shared::new(parts);
+        Ok(made)
+    }
+
+    /// Its parts.
+    pub fn parts(&self) -> &Parts {
+        &self.0
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.0.layers[0].1
+    }
+
+    /// The same with other files, of which so many clusters are leaks.
+    fn with(
+        &self,
+        files: Vec<File>,
+        noise: Vec<Range<u64>>,
+        leaks: u64,
+    ) -> Result<Recorded, String> {
+        Recorded::new(Parts { files, noise, leaks, ..(*self.0).clone() })
+    }
+
+    /// Puts its files there, without noise.
+    fn put(&self, host: &SimHost) {
+        for (file, name) in self.0.files.iter().zip(NAMES) {
+            host.put(name, file.contents());
+        }
+    }
+
+    fn chain(&self, host: &SimHost, write: bool) -> Result<Chain<SimFile>, String> {
+        let host = Renamed { host, files: &self.0.files };
+        let options = options(write);
+        open_named(&host, &self.0.name(), &options).map_err(|why| why.to_string())
+    }
+
+    fn run_options(&self) -> RunOptions {
+        let step = AHEAD * self.0.cluster;
+        let growth = Growth { by: self.0.grow, step_min: step, step_max: step };
+        let qed = QedOptions { cache_slices: SLICES, growth, ..QedOptions::default() };
+        let vmdk = VmdkOptions {
+            cache_tables: SLICES,
+            cache_grains: 2,
+            growth,
+            entropy: Some(0x00c0_ffee),
+            ..VmdkOptions::default()
+        };
+        let qcow2 = Qcow2Options {
+            cache_slices: SLICES,
+            cache_inflated: 1,
+            deflate_depth: 1,
+            cache_packed: 3,
+            growth,
+            reserve_max: AHEAD,
+            reserve_min: AHEAD,
+            writeback_depth: BUFFERS,
+            ..Qcow2Options::default()
+        };
+        let vdi = VdiOptions { growth, ..VdiOptions::default() };
+        RunOptions { trust_probed: false, quota: None, qed, qcow2, vmdk, vdi }
+    }
+
+    /// The same after these requests, one after the other, and then closed; in `looked_at` its bytes are noise.
+    ///
+    /// # Errors
+    ///
+    /// When its tables cannot be made whole, or something goes wrong.
+    pub fn after(
+        &self,
+        requests: impl Iterator<Item = crate::workload::Request>,
+        looked_at: Vec<Range<u64>>,
+    ) -> Result<Recorded, String> {
+        let host = SimHost::new();
+        self.put(&host);
+        // Tables that the run has not read are missing: what refers to them is put right.
+        if self.check_all(&host)?.corruptions > 0 {
+            self.repair(&host)?;
+            let left = self.check_all(&host)?.corruptions;
+            if left > 0 {
+                return Err(format!("its tables are not whole: {left} corruptions"));
+            }
+        }
+        let mut engine = SimEngine::new(SimBackend::new(self.device(), Mode::Fifo), self.limits());
+        let node = self.open(&host, &mut engine)?;
+        for (done, request) in requests.enumerate() {
+            self.ask(&mut engine, node, request);
+            if done % FLUSHED_EACH == FLUSHED_EACH - 1 {
+                self.ask(&mut engine, node, crate::workload::Request::flush());
+            }
+        }
+        engine.drain();
+        for _ in 0..RUNS_MAX {
+            if engine.drained().is_some() {
+                break;
+            }
+            engine.run(Time(0));
+        }
+        let drained = engine.drained().ok_or("it does not come to rest")?;
+        drained.map_err(|errno| format!("it could not be closed: {errno}"))?;
+        for (at, name) in NAMES.iter().take(self.0.files.len()).enumerate() {
+            host.put(*name, engine.backend().file(FileId(at as u32)).now().clone());
+        }
+        let leaks = self.check_all(&host)?.leaks;
+        // What is a guest's is not kept.
+        let guests = self.guests(&host)?;
+        let mut files = self.0.files.clone();
+        for (at, file) in files.iter_mut().enumerate() {
+            let contents = host.contents(NAMES[at]).ok_or("a file is gone")?;
+            file.len = contents.len();
+            file.sectors.clear();
+            for index in 0..file.len.div_ceil(SECTOR) {
+                let sector = contents.sector(index);
+                if sector != Sector::ZEROS && !guests[at].has(index) {
+                    file.sectors.insert(index, *sector.bytes());
+                }
+            }
+        }
+        let after = self.with(files, looked_at, leaks)?;
+        after.make(&SimHost::new())?;
+        Ok(after)
+    }
+
+    /// Asks for something, and waits for it. A guest's bytes are zeros: they are not looked at.
+    fn ask(
+        &self,
+        engine: &mut SimEngine<Over<Node>>,
+        node: NodeId,
+        request: crate::workload::Request,
+    ) {
+        use cowbell_engine::mem::{Buf, Mem};
+        use cowbell_engine::step::IoKind;
+        let mem = match request.kind {
+            IoKind::Write { compressed: false, .. } => Buf::zeroed(request.len as usize).into(),
+            _ => request.memory(1).map_or(Mem::None, Mem::Owned),
+        };
+        if engine.submit(node, request.io(), mem, 0).is_err() {
+            return;
+        }
+        for _ in 0..RUNS_MAX {
+            engine.run(Time(0));
+            // What has failed has failed in the run, too.
+            if engine.poll().is_some() {
+                return;
+            }
+        }
+    }
+
+    /// The sectors of each file that are a guest's.
+    fn guests(&self, host: &SimHost) -> Result<Vec<Sectors>, String> {
+        let mut guests = vec![Sectors::default(); self.0.files.len()];
+        for extent in self.map(host)? {
+            if let Kind::Data(place) = extent.kind {
+                let file = guests.len() - 1 - extent.depth;
+                guests[file].add(place.0, extent.len);
+            }
+        }
+        guests.iter_mut().for_each(|sectors| sectors.0.sort_unstable_by_key(|part| part.start));
+        Ok(guests)
+    }
+
+    fn check_all(&self, host: &SimHost) -> Result<Checked, String> {
+        let chain = self.chain(host, false)?;
+        let top = &chain.layers[0];
+        let report = check_layer(top, Repair::None, &mut Unwatched);
+        let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
+        let marked = match &top.meta {
+            LayerMeta::Qed(opened) => opened.header.needs_check(),
+            LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
+            LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
+        };
+        Ok(Checked {
+            marked,
+            corruptions: report.corruptions + report.check_errors,
+            leaks: report.leaks + report.stale,
+            untold: false,
+        })
+    }
+
+    /// Fills the parts that are looked at with noise.
+    fn fill(&self, host: &SimHost) -> Result<(), String> {
+        let mut files: Vec<Contents> = Vec::new();
+        for name in NAMES.iter().take(self.0.files.len()) {
+            files.push(host.contents(name).ok_or("a file is gone")?);
+        }
+        for extent in self.map(host)? {
+            for part in &self.0.noise {
+                let from = part.start.max(extent.start);
+                let to = part.end.min(extent.start + extent.len);
+                if from >= to {
+                    continue;
+                }
+                let place = match extent.kind {
+                    Kind::Data(place) => place.0,
+                    Kind::Compressed => return Err(COMPRESSED.into()),
+                    Kind::Zero(_) | Kind::Unallocated => continue,
+                };
+                let at = files.len() - 1 - extent.depth;
+                let (first, end) = (place + (from - extent.start), place + (to - extent.start));
+                for index in first / SECTOR..end.div_ceil(SECTOR) {
+                    let start = first.max(index * SECTOR);
+                    let end = end.min((index + 1) * SECTOR).min(files[at].len());
+                    if start < end {
+                        let noise = Sector::noise(NOISE ^ (at as u64) << 56, index);
+                        let (from, to) = (start % SECTOR, start % SECTOR + (end - start));
+                        files[at].write(start, &noise.bytes()[from as usize..to as usize]);
+                    }
+                }
+            }
+        }
+        for (name, contents) in NAMES.iter().zip(files) {
+            host.put(*name, contents);
+        }
+        Ok(())
+    }
+}
+
+/// Whole sectors of a file.
+#[derive(Clone, Debug, Default)]
+struct Sectors(Vec<Range<u64>>);
+
+impl Sectors {
+    fn add(&mut self, place: u64, len: u64) {
+        self.0.push(place.div_ceil(SECTOR)..(place + len).div_ceil(SECTOR));
+    }
+
+    fn has(&self, index: u64) -> bool {
+        let behind = self.0.partition_point(|part| part.start <= index);
+        self.0[..behind].last().is_some_and(|part| index < part.end)
+    }
+}
+
+fn options(write: bool) -> OpenOptions {
+    OpenOptions {
+        write,
+        backing: Policy::Any,
+        files: Policy::Any,
+        locking: Locking::Off,
+        ..OpenOptions::default()
+    }
+}
+
+/// What the files are called here.
+const NAMES: [&str; 16] = [
+    "file-0", "file-1", "file-2", "file-3", "file-4", "file-5", "file-6", "file-7", "file-8",
+    "file-9", "file-10", "file-11", "file-12", "file-13", "file-14", "file-15",
+];
+/// Bytes of clusters that are looked at, at most.
+pub(crate) const NOISE_MAX: u64 = 16 << 20;
+const NOISE: u64 = 0x5eed;
+/// Clusters by which files grow, and which are counted ahead.
+const AHEAD: u64 = 4;
+/// Table slices in memory.
+const SLICES: usize = 4;
+/// Buffers.
+const BUFFERS: usize = 4;
+/// Among requests that are done one after the other, there is a flush behind each so many.
+const FLUSHED_EACH: usize = 64;
+/// More than anybody needs for one request.
+const RUNS_MAX: usize = 1 << 16;
+const TURN: Duration = Duration::from_micros(500);
+const COMPRESSED: &str = "the requests go to compressed clusters, whose bytes are a guest's: a record does not have them";
+
+impl Subject for Recorded {
+    type Driver = Over<Node>;
+
+    fn name(&self) -> String {
+        format!("a {} image of a real run", self.format())
+    }
+
+    fn text(&self) -> String {
+        self.to_string()
+    }
+
+    fn about(&self) -> String {
+        let layers: Vec<String> = self
+            .0
+            .layers
+            .iter()
+            .map(|(path, format)| format!("{} ({format})", path.display()))
+            .collect();
+        let sectors: usize = self.0.files.iter().map(|file| file.sectors.len()).sum();
+        format!("of a real run: {}; {sectors} sectors of tables", layers.join(" over "))
+    }
+
+    fn size_max(&self) -> u64 {
+        self.0.size.max(LEN_MAX)
+    }
+
+    fn device(&self) -> Device {
+        Device {
+            request_align: self.0.align,
+            memory_align: 1,
+            hole_align: if self.0.align == 1 { 1 } else { 4096 },
+            depth: 64,
+            can_grow: !self.0.files.last().is_some_and(|file| file.is_fixed),
+            nanos_per_op: 0,
+            can_zero: true,
+            bounce_from: BUFFERS as u32,
+            lie: None,
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            requests: 1,
+            ops: 64,
+            buffers: BUFFERS,
+            bounce_buffers: 1,
+            buffer_size: self.0.cluster.clamp(4096, 1 << 16) as usize,
+            zeros_written: 0,
+            discards_kept: 2,
+            steps: 1 << 16,
+            turn: TURN,
+            measure: false,
+        }
+    }
+
+    fn make(&self, host: &SimHost) -> Result<(), String> {
+        self.put(host);
+        self.fill(host)?;
+        // Whoever begins with it reads it.
+        for part in &self.0.noise {
+            let there = part.start..part.end.min(self.0.size);
+            if !there.is_empty() {
+                self.read(host, there.start, &mut vec![0; (there.end - there.start) as usize])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn files(&self) -> Vec<&'static str> {
+        NAMES[..self.0.files.len()].to_vec()
+    }
+
+    fn still_files(&self) -> usize {
+        self.0.still
+    }
+
+    fn may_be_full(&self) -> bool {
+        self.0.files.last().is_some_and(|file| file.is_fixed)
+    }
+
+    fn open(&self, host: &SimHost, engine: &mut SimEngine<Over<Node>>) -> Result<NodeId, String> {
+        let chain = self.chain(host, true)?;
+        attach_wrapped(engine, chain, None, &self.run_options()).map_err(|why| why.to_string())
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    fn size_unit(&self) -> u64 {
+        if self.format() == Format::Raw { self.0.align.max(512).into() } else { 1 }
+    }
+
+    fn cluster(&self) -> u64 {
+        self.0.cluster
+    }
+
+    fn discard_unit(&self) -> u64 {
+        if self.format() == Format::Raw { 512 } else { self.0.cluster }
+    }
+
+    fn marks_leaks(&self) -> bool {
+        self.format() == Format::Qed && self.0.layers.len() == 1
+    }
+
+    fn writes_back(&self) -> bool {
+        self.format() != Format::Raw
+    }
+
+    fn read(&self, host: &SimHost, offset: u64, bytes: &mut [u8]) -> Result<(), String> {
+        map::read(&self.chain(host, false)?, offset, bytes).map_err(|why| why.to_string())
+    }
+
+    fn check(&self, host: &SimHost) -> Result<Checked, String> {
+        let checked = self.check_all(host)?;
+        Ok(Checked { leaks: checked.leaks.saturating_sub(self.0.leaks), ..checked })
+    }
+
+    fn map(&self, host: &SimHost) -> Result<Vec<Extent>, String> {
+        let chain = self.chain(host, false)?;
+        // The layers' first files, the lowest layer's first.
+        let mut first = vec![0; chain.layers.len()];
+        for depth in (0..chain.layers.len() - 1).rev() {
+            first[depth] = first[depth + 1] + 1 + chain.layers[depth + 1].more.len();
+        }
+        let extents: Result<Vec<Extent>, _> = map::extents(&chain).take(EXTENTS_MAX).collect();
+        let mut extents = extents.map_err(|why| why.to_string())?;
+        if extents.len() == EXTENTS_MAX {
+            return Err("it is in more pieces than can be simulated".into());
+        }
+        for extent in &mut extents {
+            let file = first[extent.depth.min(first.len() - 1)] + extent.file;
+            extent.depth = self.0.files.len() - 1 - file.min(self.0.files.len() - 1);
+            extent.file = 0;
+        }
+        Ok(extents)
+    }
+
+    fn recover(&self, host: &SimHost) -> Result<(), String> {
+        self.chain(host, true).map(|_| ())
+    }
+
+    fn repair(&self, host: &SimHost) -> Result<(), String> {
+        let (path, format) = &self.0.layers[0];
+        if *format == Format::Raw {
+            return Ok(());
+        }
+        let options =
+            OpenOptions { format: Some(*format), ignore_need_check: true, ..options(true) };
+        let host = Renamed { host, files: &self.0.files };
+        let layer = chain::open_whole_layer(&host, path, &options);
+        let layer = layer.map_err(|why| why.to_string())?;
+        let repaired = check_layer(&layer, Repair::All, &mut Unwatched).map(|_| ());
+        repaired.map_err(|why| why.to_string())
+    }
+
+    fn assert_idle(&self, driver: &Over<Node>) {
+        if let Over::Below(node) = driver {
+            node.assert_idle();
+        }
+    }
+}
+
+/// Pieces of a disk, at most.
+const EXTENTS_MAX: usize = 1 << 16;
+
+impl PartialEq for Recorded {
+    fn eq(&self, other: &Recorded) -> bool {
+        Shared::ptr_eq(&self.0, &other.0) || self.to_string() == other.to_string()
+    }
+}
+
+impl fmt::Debug for Recorded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.about())
+    }
+}
+
+/// The first word of its text.
+pub const WORD: &str = "recorded";
+
+impl fmt::Display for Recorded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Parts { layers, files, still, noise, align, grow, leaks, .. } = &*self.0;
+        let grow = match grow {
+            Grow::Truncate => "truncate",
+            Grow::Allocate => "allocate",
+            Grow::Write => "write",
+        };
+        write!(f, "{WORD} still={still} align={align} grow={grow} leaks={leaks}")?;
+        for (path, format) in layers {
+            write!(f, " layer={}:{format}", word_of(path))?;
+        }
+        for part in noise {
+            write!(f, " noise={}:{}", part.start, part.end)?;
+        }
+        for File { path, len, is_fixed, sectors } in files {
+            write!(f, " file={}:{len}:{}", word_of(path), u8::from(*is_fixed))?;
+            for (index, sector) in sectors {
+                let used = sector.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+                write!(f, " at={index}:{}", hex(&sector[..used]))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Recorded {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Recorded, String> {
+        let mut words = text.split_whitespace();
+        if words.next() != Some(WORD) {
+            return Err("this is no image of a real run".into());
+        }
+        let mut parts = Parts {
+            layers: Vec::new(),
+            files: Vec::new(),
+            still: 0,
+            noise: Vec::new(),
+            align: 512,
+            grow: Grow::Truncate,
+            leaks: 0,
+            size: 0,
+            cluster: 0,
+        };
+        for word in words {
+            parts.take(word).ok_or_else(|| format!("'{word:.60}' says nothing of an image"))?;
+        }
+        if parts.still >= parts.files.len() {
+            return Err("it has no file of its own".into());
+        }
+        Recorded::new(parts)
+    }
+}
+
+impl Parts {
+    /// What a word of the text says.
+    fn take(&mut self, word: &str) -> Option<()> {
+        let (key, value) = word.split_once('=')?;
+        let mut values = value.split(':');
+        let mut next = || values.next();
+        match key {
+            "still" => self.still = value.parse().ok()?,
+            "align" => {
+                let align = value.parse().ok();
+                self.align =
+                    align.filter(|align: &u32| align.is_power_of_two() && *align <= 4096)?;
+            }
+            "grow" => {
+                self.grow = match value {
+                    "truncate" => Grow::Truncate,
+                    "allocate" => Grow::Allocate,
+                    "write" => Grow::Write,
+                    _ => return None,
+                };
+            }
+            "leaks" => self.leaks = value.parse().ok()?,
+            "layer" => {
+                let (path, format) = (path_of(next()?)?, Format::from_name(next()?)?);
+                self.layers.push((path, format));
+            }
+            "noise" => self.noise.push(next()?.parse().ok()?..next()?.parse().ok()?),
+            "file" => {
+                let (path, len) = (path_of(next()?)?, next()?.parse().ok()?);
+                let is_fixed = next()? == "1";
+                self.files.push(File { path, len, is_fixed, sectors: BTreeMap::new() });
+            }
+            "at" => {
+                let (index, bytes) = (next()?.parse().ok()?, unhex(next()?)?);
+                let mut sector = [0; SECTOR as usize];
+                sector.get_mut(..bytes.len())?.copy_from_slice(&bytes);
+                self.files.last_mut()?.sectors.insert(index, sector);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}

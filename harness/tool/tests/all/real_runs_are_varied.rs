@@ -1,0 +1,137 @@
+//! What was recorded of a real run is gone through in other orders, with faults and crashes: of every format, without the
+//! images. What is no record, or one that was changed, does no harm.
+
+use std::fs;
+
+use crate::common::{Place, Random, read};
+
+/// Varies in a folder that has nothing but the record.
+fn varies(place: &Place, how: &str, what: &str) -> String {
+    let elsewhere = Place::new();
+    fs::copy(place.path("t"), elsewhere.path("t")).expect("it is copied");
+    let out = elsewhere.ours(&format!("cowbell replay --vary {how} t"));
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert_eq!(out.status.code(), Some(0), "{what}: {said}");
+    assert!(said.ends_with("  no failure\n"), "{what}: {said}");
+    said
+}
+
+#[test]
+fn of_every_format() {
+    let place = Place::new();
+    for format in ["raw", "qed", "qcow2", "vmdk", "vdi"] {
+        place.ok(&format!("rm -f i; cowbell create -q -f {format} i 64M"));
+        // Of a new image, and of one whose tables are read.
+        for how in ["-w -t none -n -s 4k --random 3", "-w -s 20k --flush-interval 8 -t none -n"] {
+            place.ok(&format!("cowbell bench -q -f {format} {how} -c 200 -d 8 --record t i"));
+            let said = varies(&place, "--time 4 --runs 4 --requests 8", &format!("{format} {how}"));
+            assert!(said.contains("Everything was tried that can happen with the last"), "{said}");
+            assert!(said.contains(" 8 requests are varied, behind "), "{said}");
+        }
+        let commands = "-c 'write -P 3 1M 64k' -c flush -c 'write -z 1M 32k' -c 'discard 2M 1M' \
+                        -c 'read 0 2M' -c 'write 1000k 50k'";
+        place.ok(&format!("cowbell io -n -f {format} --record t {commands} i"));
+        let said = varies(&place, "--time 4 --runs 4 --faults 0 --crashes 1", format);
+        assert!(said.contains(" 6 requests are varied, behind 0 "), "{said}");
+    }
+}
+
+#[test]
+fn of_chains() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f vmdk base 8M && cowbell bench -q -w -f vmdk -c 100 -s 40k base");
+    place.ok("cowbell create -q -f qcow2 -b base -F vmdk top");
+    let commands = "-c 'write 1M 64k' -c 'read 0 200k' -c 'write -z 128k 100k' -c 'write 3000k 9k'";
+    place.ok(&format!("cowbell io -n -f qcow2 --record t {commands} -c flush top"));
+    varies(&place, "--time 6 --runs 10 --requests 5", "a chain");
+}
+
+/// A part in the middle, and what is asked for in vain.
+#[test]
+fn near_a_turn() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qed i 64M");
+    place.ok("cowbell bench -q -w -f qed -c 300 -d 4 -s 4k -S 68k -t none -n --record t i");
+    let said = varies(&place, "--near 20 --requests 3 --time 6 --runs 5", "near a turn");
+    assert!(said.contains("Disk 0: 3 requests are varied, behind "), "{said}");
+    assert!(!said.contains("behind 297 "), "{said}");
+    for (how, why) in [
+        ("--disk 1", "it has no disk 1"),
+        ("--requests 62", "62 is not in 1..=61"),
+        ("--html page", "cannot be used with"),
+    ] {
+        let out = place.ours(&format!("cowbell replay --vary {how} t"));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(why), "{how}: {said}");
+    }
+    place.ok("cowbell convert -f qed -O raw i o --record t");
+    let out = place.ours("cowbell replay --vary t");
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(said.contains("copies ran in it, which are not varied"), "{said}");
+}
+
+/// Whatever is wrong with a record, or with the trace of one, the command ends by itself.
+#[test]
+fn changed_records_harm_nobody() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 i 64M");
+    place.ok("cowbell bench -q -w -f qcow2 -c 60 -d 4 -s 4k -S 68k i");
+    let commands = "-c 'write 1M 64k' -c 'read 0 200k' -c 'write 70k 100k' -c flush";
+    place.ok(&format!("cowbell io -n -f qcow2 --record t {commands} i"));
+    let record = read(&place.path("t"));
+    let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
+    let mut random = Random(11);
+    for round in 0..80 {
+        let mut changed = record.clone();
+        let within = if round % 2 == 0 { 0..begin } else { begin..record.len() };
+        let at = within.start + random.below((within.end - within.start) as u64) as usize;
+        changed[at] ^= 1 << random.below(8);
+        if round % 8 == 7 {
+            changed.truncate(at);
+        }
+        fs::write(place.path("u"), &changed).expect("it is written");
+        let out = place.ours("cowbell replay --vary --time 0.3 --runs 2 --requests 3 u");
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        let code = out.status.code().expect("it ends by itself");
+        assert!(code <= 1 && !said.contains("panicked"), "byte {at}: {code}: {said}");
+    }
+}
+
+/// A defect that the run did not meet is found near it, within seconds; the trace of that needs no record, and is made smaller.
+#[cfg(feature = "mutants")]
+#[test]
+fn defects_that_a_run_has_missed_are_found() {
+    for (format, mutant, how) in DEFECTS {
+        let place = Place::new();
+        place.ok(&format!("cowbell create -q -f {format} i 64M"));
+        place.ok(&format!("cowbell bench -q -f {format} {how} -t none -n --record t i"));
+        let out = place.ours(&format!("cowbell replay --vary --plant {mutant} t"));
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        assert_eq!(out.status.code(), Some(1), "{mutant}: {said}");
+        let trace = said.lines().last().and_then(|line| line.strip_prefix("written: "));
+        let trace = read(&place.path(trace.expect("it is written")));
+        let elsewhere = Place::new();
+        fs::write(elsewhere.path("trace"), trace).expect("it is written");
+        assert_eq!(elsewhere.ours("cowbell sim replay trace").status.code(), Some(1), "{mutant}");
+        elsewhere.ok("cowbell sim shrink trace > small; cowbell sim cause small");
+        let small = String::from_utf8(read(&elsewhere.path("small"))).expect("it is text");
+        let requests = small.lines().filter(|line| line.starts_with("request ")).count();
+        assert!(
+            requests <= 4 && small.contains(&format!("\nplant {mutant}\n")),
+            "{mutant}: {small}"
+        );
+        // Without the defect nothing is wrong.
+        let honest = small.replace(&format!("plant {mutant}\n"), "");
+        fs::write(elsewhere.path("honest"), honest).expect("it is written");
+        elsewhere.ok("cowbell sim replay honest");
+    }
+}
+
+/// Of a format, planted so, and a run that ends well.
+#[cfg(feature = "mutants")]
+const DEFECTS: [(&str, &str, &str); 3] = [
+    ("qed", "data_error_ignored", "-w -c 100 -d 4 -s 4k -S 68k"),
+    ("qed", "no_claims", "-w -c 100 -d 4 -s 4k"),
+    ("qcow2", "qcow2_reserve_before_stable", "-w -c 100 -d 4 -s 4k -S 68k --flush-interval 10"),
+];
