@@ -1,7 +1,12 @@
 //! Planted defects, for testing the tests.
 //!
-//! `mutant!("name")` is `false` in every build without the feature `mutants`, and then costs
-//! nothing. With it, one mutant per thread can be switched on; the simulator must find it.
+//! A build with debug assertions has them; there one of them per thread can be switched on, and the simulator must find
+//! it. In a release `mutant!("name")` is `false`, and costs nothing.
+
+use std::cell::Cell;
+
+/// Has this build planted defects? Only one with debug assertions has.
+pub const ARE_PLANTED: bool = cfg!(debug_assertions);
 
 /// Is the named defect switched on?
 #[macro_export]
@@ -11,30 +16,17 @@ macro_rules! mutant {
     };
 }
 
-/// See [`mutant!`].
-#[cfg(not(feature = "mutants"))]
+thread_local! {
+    static ACTIVE: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// See [`mutant!`](crate::mutant).
 #[inline(always)]
-pub const fn is_active(_name: &str) -> bool {
-    false
+pub fn is_active(name: &str) -> bool {
+    ARE_PLANTED && ACTIVE.get() == Some(name)
 }
 
-#[cfg(feature = "mutants")]
-mod on {
-    use std::cell::Cell;
-    thread_local! {
-        static ACTIVE: Cell<Option<&'static str>> = const { Cell::new(None) };
-    }
-
-    /// See [`mutant!`](crate::mutant).
-    pub fn is_active(name: &str) -> bool {
-        ACTIVE.get() == Some(name)
-    }
-
-    /// Switches one mutant on in this thread, or all off.
-    pub fn activate(name: Option<&'static str>) {
-        ACTIVE.set(name);
-    }
+/// Switches one of them on in this thread, or all off. In a release it does nothing.
+pub fn activate(name: Option<&'static str>) {
+    ACTIVE.set(name);
 }
-
-#[cfg(feature = "mutants")]
-pub use on::{activate, is_active};

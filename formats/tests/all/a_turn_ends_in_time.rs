@@ -170,7 +170,6 @@ fn one_disk_does_not_keep_the_loop_from_another() {
     share_the_loop();
 }
 
-#[cfg(feature = "mutants")]
 #[test]
 fn planted_defects_are_found() {
     let found_by = |mutant, test: fn()| {

@@ -133,7 +133,6 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
 }
 
 /// Each planted defect is found by the crashes of the test below.
-#[cfg(feature = "mutants")]
 #[test]
 fn crashes_find_planted_defects() {
     for mutant in ["qcow2_change_not_fenced", "qcow2_flags_in_place", "qcow2_flags_stay"] {

@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use cowbell_engine::mutants::{ARE_PLANTED, activate};
 use cowbell_formats::Format;
 
 use crate::backend::Lie;
@@ -36,7 +37,12 @@ pub struct Mutant {
 impl Mutant {
     /// The trace says so. A lie is the image's device's, which says so anyway.
     fn shown_by(&self, trace: Trace) -> Trace {
-        Trace { plant: Some(self.name).filter(|_| self.lie.is_none()), ..trace }
+        Trace { plant: self.plant(), ..trace }
+    }
+
+    /// What is planted in the engine for it.
+    fn plant(&self) -> Option<&'static str> {
+        Some(self.name).filter(|_| self.lie.is_none())
     }
 }
 
@@ -462,10 +468,10 @@ impl fmt::Display for Score {
 ///
 /// # Errors
 ///
-/// When this was built without the feature `mutants`, or cannot survive a panic.
+/// When this is a release, or cannot survive a panic.
 pub fn hunt_all(only: &str, threads: usize, seconds: f64) -> Result<Score, String> {
-    if !cfg!(feature = "mutants") {
-        return Err("built without the feature 'mutants': no defects are planted".into());
+    if !ARE_PLANTED {
+        return Err("this is a release: no defects are planted".into());
     }
     if !cfg!(panic = "unwind") {
         return Err("built to abort on a panic, which is how most mutants are found".into());
@@ -503,33 +509,20 @@ fn hunt(mutant: Mutant, limit: f64) -> Fate {
     }
     let mut seed = 0;
     while killed.is_none() && mutant.lie.is_none() && watch.seconds() < limit {
-        activate(&mutant, true);
-        killed = run_once(seed, Some(mutant.format)).err().map(|trace| ("random", *trace));
-        killed = killed.map(|(stage, trace)| (stage, mutant.shown_by(trace)));
-        activate(&mutant, false);
+        let outcome = planted(mutant.plant(), || run_once(seed, Some(mutant.format)));
+        killed = outcome.err().map(|trace| ("random", mutant.shown_by(*trace)));
         seed += 1;
     }
     Fate { mutant, killed, seconds: watch.seconds() }
 }
 
-/// Does something with a defect planted, in this thread. Without the feature `mutants` there is none.
+/// Does something with a defect planted, in this thread. In a release there is none.
 pub(crate) fn planted<T>(name: Option<&'static str>, act: impl FnOnce() -> T) -> T {
     let Some(name) = name else { return act() };
-    #[cfg(feature = "mutants")]
-    cowbell_engine::mutants::activate(Some(name));
+    activate(Some(name));
     let done = act();
-    #[cfg(feature = "mutants")]
-    cowbell_engine::mutants::activate(None);
-    let _ = name;
+    activate(None);
     done
-}
-
-fn activate(mutant: &Mutant, on: bool) {
-    #[cfg(feature = "mutants")]
-    if mutant.lie.is_none() {
-        cowbell_engine::mutants::activate(on.then_some(mutant.name));
-    }
-    let _ = (mutant, on);
 }
 
 /// Makes the scopes of a stage for a format.
@@ -564,14 +557,12 @@ fn hunt_in(mutant: &Mutant, scopes: &[Scope], watch: &Stopwatch, limit: f64) -> 
                 return None;
             }
             let world = base.world(workload, scope.budget);
-            activate(mutant, true);
             // A device that only delays shows in nothing else.
             let how_far = match mutant.lie {
                 Some(_) => Limit { calm_in: 1, ..Limit::default() },
                 None => Limit::default(),
             };
-            let outcome = exhaust(&world, how_far);
-            activate(mutant, false);
+            let outcome = planted(mutant.plant(), || exhaust(&world, how_far));
             if let Err(failure) = outcome {
                 let trace = Trace::of(scope.image, scope.budget, workload, &failure);
                 return Some(mutant.shown_by(trace));

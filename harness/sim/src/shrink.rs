@@ -6,7 +6,7 @@
 
 use cowbell_engine::step::IoKind;
 
-use crate::explore::{Failure, Limit, exhaust};
+use crate::explore::{Limit, exhaust};
 use crate::mutants::planted;
 use crate::subject::Subject;
 use crate::trace::Trace;
@@ -15,7 +15,7 @@ use crate::workload::Request;
 /// The smallest trace that was found to fail as `trace` does; `None` if it does not fail at all.
 pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
     let failed = trace.replay().err()?;
-    let mut best = failing(trace, &failed);
+    let mut best = trace.failing(&failed);
     let class = class_of(&failed.verdict);
     loop {
         let before = weight(&best);
@@ -58,7 +58,7 @@ fn weight<S: Subject>(trace: &Trace<S>) -> usize {
 /// `candidate` as it fails in the same way, if it does.
 fn fails<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<S>> {
     let failure = candidate.replay().err()?;
-    (class_of(&failure.verdict) == class).then(|| failing(candidate, &failure))
+    (class_of(&failure.verdict) == class).then(|| candidate.failing(&failure))
 }
 
 /// As [`fails`]; a small workload is searched for another way to fail.
@@ -72,13 +72,7 @@ fn fails_somehow<S: Subject>(candidate: &Trace<S>, class: &str) -> Option<Trace<
     let limit = Limit { states: SEARCHED_STATES, ..Limit::default() };
     let world = candidate.world().ok()?;
     let failure = planted(candidate.plant, || exhaust(&world, limit)).err()?;
-    (class_of(&failure.verdict) == class).then(|| failing(candidate, &failure))
-}
-
-/// `trace`, failing so.
-fn failing<S: Subject>(trace: &Trace<S>, failure: &Failure) -> Trace<S> {
-    let Trace { image, budget, workload, plant, .. } = trace;
-    Trace { plant: *plant, ..Trace::of(image.clone(), *budget, workload, failure) }
+    (class_of(&failure.verdict) == class).then(|| candidate.failing(&failure))
 }
 
 const SEARCHED_REQUESTS: usize = 4;

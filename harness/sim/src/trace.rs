@@ -86,6 +86,12 @@ impl<S: Subject> Trace<S> {
         }
     }
 
+    /// The same, failing so.
+    pub fn failing(&self, failure: &Failure) -> Trace<S> {
+        let (choices, verdict) = (failure.path.clone(), Some(failure.verdict.clone()));
+        Trace { choices, verdict, ..self.clone() }
+    }
+
     /// The world that it begins in.
     ///
     /// # Errors
@@ -244,10 +250,7 @@ impl<S: Subject> Trace<S> {
         report.complete = true;
         match self.replay() {
             Ok(counts) => report.counts = counts,
-            Err(failure) => {
-                let trace = Trace::of(self.image.clone(), self.budget, &self.workload, &failure);
-                report.failures.push(Trace { plant: self.plant, ..trace });
-            }
+            Err(failure) => report.failures.push(self.failing(&failure)),
         }
         report.seconds = watch.seconds();
         report

@@ -19,7 +19,7 @@ use cowbell_engine::step::{Driver, Io, IoKind};
 use crate::choose::{Chooser, Pct, Random};
 use crate::clock::Stopwatch;
 use crate::disk::SECTOR;
-use crate::explore::{Counts, Limit, exhaust, run};
+use crate::explore::{Counts, Failure, Limit, exhaust, run};
 use crate::gate::Report;
 use crate::mutants::planted;
 use crate::played::{Moment, Player, Verdict};
@@ -289,6 +289,10 @@ impl Search<'_> {
     fn run(&self, varied: &mut Varied) -> Result<(), String> {
         let Variation { faults, crashes, seed, runs, seconds, plant, .. } = *self.how;
         let budget = Budget { faults, crashes, ticks: 1, ..QUIET };
+        let told = |image: &Recorded, workload: &Workload, failure: &Failure| Trace {
+            plant,
+            ..Trace::of(image.clone(), budget, workload, failure)
+        };
         let all = self.window.requests.len();
         for last in 1..=all.min(EXHAUSTED_MAX) {
             let left = (seconds / 2.0 - self.watch.seconds()) * 1e3;
@@ -308,8 +312,7 @@ impl Search<'_> {
                     varied.exhausted = last;
                 }
                 Err(failure) => {
-                    let trace = Trace::of(image, budget, &workload, &failure);
-                    varied.report.failures.push(Trace { plant, ..trace });
+                    varied.report.failures.push(told(&image, &workload, &failure));
                     return Ok(());
                 }
             }
@@ -330,8 +333,7 @@ impl Search<'_> {
             varied.report.counts += counts;
             varied.drawn += 1;
             if let Err(failure) = outcome {
-                let trace = Trace::of(image, budget, &workload, &failure);
-                varied.report.failures.push(Trace { plant, ..trace });
+                varied.report.failures.push(told(&image, &workload, &failure));
                 varied.failed_seed = Some(seed);
                 return Ok(());
             }

@@ -1,6 +1,5 @@
 //! In which form it is drawn what happened.
 
-use std::fs;
 use std::path::Path;
 
 use cowbell_sim::page::to_html;
@@ -8,6 +7,7 @@ use cowbell_sim::perfetto::to_json;
 use cowbell_sim::timeline::Timeline;
 
 use crate::fail::Fail;
+use crate::out::to_file;
 
 /// How it is drawn: a file's name ends so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,6 @@ impl Form {
             Form::Page => to_html(line),
             Form::Perfetto => to_json(line),
         };
-        fs::write(path, text).map_err(|why| Fail::at(path, why))
+        to_file(path, text)
     }
 }

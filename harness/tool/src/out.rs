@@ -1,6 +1,15 @@
-//! Standard output: buffered, and without a panic when nobody reads it.
+//! Where what is said goes. Standard output is buffered, and there is no panic when nobody reads it.
 
+use std::fs;
 use std::io::{self, BufWriter, IsTerminal, Stdout, Write};
+use std::path::Path;
+
+use crate::fail::Fail;
+
+/// Writes a file, anew.
+pub fn to_file(path: &Path, text: impl AsRef<[u8]>) -> Result<(), Fail> {
+    fs::write(path, text).map_err(|error| Fail::at(path, error))
+}
 
 /// Standard output.
 #[derive(Debug)]

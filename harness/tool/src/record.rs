@@ -12,20 +12,20 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cowbell_engine::backend::FileInfo;
+use cowbell_engine::mutants::ARE_PLANTED;
 use cowbell_engine::record::{CHUNK, Recorder, Sink};
 use cowbell_engine::{Engine, Limits};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::{Host, Node, attach};
 use cowbell_sim::kept::{KeptFile, KeptHost};
 use cowbell_sim::mutants::MUTANTS;
-use cowbell_sim::page::to_html;
-use cowbell_sim::perfetto::to_json;
 use cowbell_sim::played::{Done, Moment, Played, Player, Verdict};
 use cowbell_sim::subjects::recorded::Parts;
 use cowbell_sim::vary::{Variation, Varied, vary};
 
 use crate::disk::{AnyFile, Disk, Files};
 use crate::fail::Fail;
+use crate::form::Form;
 use crate::naming::Image;
 use crate::out::Out;
 use crate::session::run_options;
@@ -246,14 +246,14 @@ struct Varying {
     /// Where the trace of what is found goes
     #[arg(long, value_name = "DIR", default_value = ".", requires = "vary")]
     traces: PathBuf,
-    /// A defect that is planted, in a build with the feature `mutants`
+    /// A defect that is planted, in a build with debug assertions
     #[arg(long, value_name = "NAME", hide = true, requires = "vary", value_parser = defect)]
     plant: Option<&'static str>,
 }
 
 /// The name of a planted defect.
 fn defect(name: &str) -> Result<&'static str, String> {
-    let known = MUTANTS.iter().find(|mutant| mutant.name == name && cfg!(feature = "mutants"));
+    let known = MUTANTS.iter().find(|mutant| mutant.name == name && ARE_PLANTED);
     known.map(|mutant| mutant.name).ok_or_else(|| "no such defect is planted".into())
 }
 
@@ -396,10 +396,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
     let verdict = if args.html.is_some() || args.perfetto.is_some() {
         let title = format!("The run recorded as {}", args.file.display());
         let (verdict, timeline) = player.play_seen((title, about), args.from, &mut each);
-        let keep =
-            |path: &PathBuf, text| std::fs::write(path, text).map_err(|why| Fail::at(path, why));
-        args.html.iter().try_for_each(|path| keep(path, to_html(&timeline)))?;
-        args.perfetto.iter().try_for_each(|path| keep(path, to_json(&timeline)))?;
+        args.html.iter().try_for_each(|path| Form::Page.draw(&timeline, path))?;
+        args.perfetto.iter().try_for_each(|path| Form::Perfetto.draw(&timeline, path))?;
         verdict
     } else {
         player.play(&mut each)

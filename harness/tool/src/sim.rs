@@ -4,13 +4,12 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use cowbell_engine::mutants::ARE_PLANTED;
 use cowbell_formats::Format;
 use cowbell_sim::cause::{STATES, cause};
 use cowbell_sim::gate::{Report, explore, gate_scopes_of, scopes};
 use cowbell_sim::latencies::latencies;
 use cowbell_sim::mutants::hunt_all;
-use cowbell_sim::page::to_html;
-use cowbell_sim::perfetto::to_json;
 use cowbell_sim::published;
 use cowbell_sim::random::random_for;
 use cowbell_sim::resumed::{Extent, Outcome, State};
@@ -21,8 +20,9 @@ use cowbell_sim::subjects::recorded::{Recorded, WORD};
 use cowbell_sim::trace::Trace;
 
 use crate::fail::Fail;
+use crate::form::Form;
 use crate::import;
-use crate::out::Out;
+use crate::out::{Out, to_file};
 
 /// The options of `sim`.
 #[derive(Debug, clap::Args)]
@@ -119,7 +119,7 @@ enum What {
         #[arg(short, long, value_name = "FMT")]
         format: Option<String>,
     },
-    /// Plant defects, one at a time, and find each (needs a build with the feature `mutants`)
+    /// Plant defects, one at a time, and find each (a release has none)
     Mutants {
         /// Only those whose name contains this
         #[arg(long, default_value = "")]
@@ -134,7 +134,7 @@ enum What {
         how: How,
     },
     /// Find defects of other engines that were published, planted in ours, each from a workload like its
-    /// report's; make them smaller, and explain them (needs a build with the feature `mutants`)
+    /// report's; make them smaller, and explain them (a release has none)
     Published {
         /// Only those whose source or name contains this
         #[arg(long, default_value = "")]
@@ -244,7 +244,7 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
                 let small = fate.killed.as_ref().and_then(|(_, trace)| shrink(trace));
                 if let (Some(folder), Some(trace)) = (keep, small) {
                     let path = folder.join(format!("{}.trace", fate.mutant.name));
-                    fs::write(&path, trace.explained()).map_err(|error| Fail::at(&path, error))?;
+                    to_file(&path, trace.explained())?;
                 }
             }
             Ok(u8::from(!score.is_good()))
@@ -253,8 +253,8 @@ pub fn run(args: &Args) -> Result<u8, Fail> {
 }
 
 fn published(only: &str, seconds: f64, keep: Option<&Path>) -> Result<u8, Fail> {
-    if !cfg!(feature = "mutants") {
-        return Err(Fail::other("built without the feature 'mutants': no defects are planted"));
+    if !ARE_PLANTED {
+        return Err(Fail::other("this is a release: no defects are planted"));
     }
     let mut out = Out::new(false);
     let mut all_found = true;
@@ -273,11 +273,8 @@ fn published(only: &str, seconds: f64, keep: Option<&Path>) -> Result<u8, Fail> 
         };
         writeln!(out, "{found}")?;
         if let Some(folder) = keep {
-            let page = to_html(&found.cause.failing);
-            for (end, text) in [("trace", found.trace.explained()), ("html", page)] {
-                let path = folder.join(format!("{name}.{end}"));
-                fs::write(&path, text).map_err(|error| Fail::at(&path, error))?;
-            }
+            to_file(&folder.join(format!("{name}.trace")), found.trace.explained())?;
+            Form::Page.draw(&found.cause.failing, &folder.join(format!("{name}.html")))?;
         }
     }
     out.flush()?;
@@ -338,9 +335,8 @@ fn replay<S: Subject>(
 ) -> Result<u8, Fail> {
     if html.is_some() || perfetto.is_some() {
         let timeline = trace.timeline().map_err(|what| Fail::at(file, what))?;
-        let keep = |path: &Path, text| fs::write(path, text).map_err(|error| Fail::at(path, error));
-        html.iter().try_for_each(|path| keep(path, to_html(&timeline)))?;
-        perfetto.iter().try_for_each(|path| keep(path, to_json(&timeline)))?;
+        html.iter().try_for_each(|path| Form::Page.draw(&timeline, path))?;
+        perfetto.iter().try_for_each(|path| Form::Perfetto.draw(&timeline, path))?;
     }
     say(&trace.clone().report(), json, Path::new("."))
 }
@@ -353,7 +349,7 @@ fn explain<S: Subject>(
 ) -> Result<u8, Fail> {
     let cause = cause(trace, states).map_err(|what| Fail::at(file, what))?;
     if let Some(path) = html {
-        fs::write(path, to_html(&cause.failing)).map_err(|error| Fail::at(path, error))?;
+        Form::Page.draw(&cause.failing, path)?;
     }
     let mut out = Out::new(false);
     write!(out, "{cause}")?;
@@ -387,10 +383,10 @@ fn trace_in(file: &Path) -> Result<Any, Fail> {
         Any::Made(trace) => trace.plant,
         Any::Recorded(trace) => trace.plant,
     };
-    match plant.filter(|_| !cfg!(feature = "mutants")) {
-        Some(name) => Err(at(format!(
-            "its defect '{name}' is planted only in a build with the feature 'mutants'"
-        ))),
+    match plant.filter(|_| !ARE_PLANTED) {
+        Some(name) => {
+            Err(at(format!("its defect '{name}' is planted only in a build with debug assertions")))
+        }
         None => Ok(trace),
     }
 }
@@ -415,7 +411,7 @@ pub fn say<S: Subject>(report: &Report<S>, json: bool, traces: &Path) -> Result<
     }
     for (i, trace) in report.failures.iter().enumerate() {
         let path = traces.join(format!("failure-{}-{i}.trace", std::process::id()));
-        fs::write(&path, trace.explained()).map_err(|error| Fail::at(&path, error))?;
+        to_file(&path, trace.explained())?;
         writeln!(out, "written: {}", path.display())?;
     }
     out.flush()?;

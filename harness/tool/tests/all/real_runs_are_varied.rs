@@ -99,7 +99,6 @@ fn changed_records_harm_nobody() {
 }
 
 /// A defect that the run did not meet is found near it, within seconds; the trace of that needs no record, and is made smaller.
-#[cfg(feature = "mutants")]
 #[test]
 fn defects_that_a_run_has_missed_are_found() {
     for (format, mutant, how) in DEFECTS {
@@ -129,7 +128,6 @@ fn defects_that_a_run_has_missed_are_found() {
 }
 
 /// Of a format, planted so, and a run that ends well.
-#[cfg(feature = "mutants")]
 const DEFECTS: [(&str, &str, &str); 3] = [
     ("qed", "data_error_ignored", "-w -c 100 -d 4 -s 4k -S 68k"),
     ("qed", "no_claims", "-w -c 100 -d 4 -s 4k"),
