@@ -139,11 +139,8 @@ impl<B> Recorder<B> {
 
     /// Hands what has been recorded to the sink, and records no more.
     pub fn stop(&mut self) {
-        if let Some(mut log) = self.log.take() {
-            log.write_polled();
-            let chunk = std::mem::take(&mut log.chunk);
-            log.sink.take(chunk);
-        }
+        self.hand_over();
+        self.log = None;
     }
 
     /// Hands what has been recorded so far to the sink, as it does when there is enough of it.

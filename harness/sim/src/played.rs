@@ -22,37 +22,31 @@ use cowbell_engine::{Copy, Engine};
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
 use crate::vary::Tables;
 
-/// What is left of a record.
-#[derive(Clone, Debug, Default)]
-struct Rest {
-    record: Arc<Vec<u8>>,
-    /// Where what is left begins.
+/// A place between two entries of a record.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    /// Bytes before it.
     at: usize,
-    /// The last time before that.
+    /// The last time before it.
     time: Time,
 }
 
-impl Rest {
-    fn reader(&self) -> Reader<'_> {
-        Reader::after(self.time, &self.record[self.at..])
-    }
-
-    fn peek(&self) -> Option<Entry<'_>> {
-        self.reader().next()
-    }
-
-    /// Goes on behind the next entry.
-    fn skip(&mut self) {
-        let mut reader = self.reader();
-        reader.next();
-        (self.at, self.time) = (self.record.len() - reader.left(), reader.time());
+impl Place {
+    /// The entry behind it, and it moves on.
+    fn next<'r>(&mut self, record: &'r [u8]) -> Option<Entry<'r>> {
+        let mut reader = Reader::after(self.time, &record[self.at..]);
+        let entry = reader.next()?;
+        *self = Place { at: record.len() - reader.left(), time: reader.time() };
+        Some(entry)
     }
 }
 
 /// What was recorded, as a backend.
 #[derive(Debug)]
 pub struct Played<F> {
-    rest: Rest,
+    record: Arc<Vec<u8>>,
+    /// How much of it has been done.
+    place: Place,
     /// What the real backend said of its files, in the order in which they came.
     infos: Vec<FileInfo>,
     files: BTreeMap<FileId, F>,
@@ -101,7 +95,8 @@ impl<F> Played<F> {
     /// The record, and what the real backend said of its files, in the order in which they were attached.
     pub fn new(record: Vec<u8>, infos: Vec<FileInfo>) -> Played<F> {
         Played {
-            rest: Rest { record: Arc::new(record), ..Rest::default() },
+            record: Arc::new(record),
+            place: Place::default(),
             infos,
             files: BTreeMap::new(),
             sum: Sum::default(),
@@ -122,6 +117,12 @@ impl<F> Played<F> {
     /// What the real backend said of the file that is attached next.
     pub fn next_info(&self) -> Option<FileInfo> {
         self.infos.get(self.files.len()).copied()
+    }
+
+    /// What comes next, and where what is behind it begins.
+    fn peek(&self) -> (Option<Entry<'_>>, Place) {
+        let mut place = self.place;
+        (place.next(&self.record), place)
     }
 
     fn differs(&mut self, how: impl FnOnce() -> String) {
@@ -147,11 +148,12 @@ impl<F> Backend for Played<F> {
         for &op in &offered {
             self.sum.takes(op, &submission.ops[op]);
         }
-        let rest = self.rest.clone();
-        let Some(Entry::Took { count, places }) = rest.peek() else {
+        let record = Arc::clone(&self.record);
+        let mut place = self.place;
+        let Some(Entry::Took { count, places }) = place.next(&record) else {
             return self.differs(|| format!("{} ops are offered, and none were", offered.len()));
         };
-        self.rest.skip();
+        self.place = place;
         let place = |pair: &[u8]| usize::from(pair[0]) | usize::from(pair[1]) << 8;
         let places: Vec<usize> = match places {
             None => (0..usize::from(count)).collect(),
@@ -173,18 +175,18 @@ impl<F> Backend for Played<F> {
     }
 
     fn harvest(&mut self, harvest: &mut Harvest<'_>) {
-        let record = Arc::clone(&self.rest.record);
+        let record = Arc::clone(&self.record);
         loop {
-            let mut reader = Reader::after(self.rest.time, &record[self.rest.at..]);
-            let mut next = reader.next();
+            let mut place = self.place;
+            let mut next = place.next(&record);
             let mut zeros = None;
             if let Some(Entry::Zeros { sectors, bits }) = next {
                 zeros = Some((sectors, bits));
-                self.rest.skip();
-                next = reader.next();
+                self.place = place;
+                next = place.next(&record);
             }
             let Some(Entry::Done { op, answer, brought }) = next else { return };
-            self.rest.skip();
+            self.place = place;
             let Some(moves) = self.in_flight.remove(&op) else {
                 return self.differs(|| format!("{op:?} comes back, and is not in flight"));
             };
@@ -239,37 +241,37 @@ impl<F> Backend for Played<F> {
     }
 
     fn clock(&self) -> Time {
-        match self.rest.peek() {
-            Some(Entry::Clock(time)) => time,
+        match self.peek() {
+            (Some(Entry::Clock(time)), _) => time,
             _ => self.time,
         }
     }
 
     fn note(&mut self, note: Note<'_>) {
         match note {
-            Note::Clock(_) => match self.rest.peek() {
-                Some(Entry::Clock(time)) => {
+            Note::Clock(_) => match self.peek() {
+                (Some(Entry::Clock(time)), place) => {
                     self.time = time;
-                    self.rest.skip();
+                    self.place = place;
                 }
-                Some(_) => self.differs(|| "the clock is looked at, and was not".into()),
+                (Some(_), _) => self.differs(|| "the clock is looked at, and was not".into()),
                 // The record has ended in the middle of a run.
-                None => {}
+                (None, _) => {}
             },
             Note::Waits { request, label } => {
                 self.sum.waits(request, label);
                 self.done.waits += 1;
             }
             Note::Polled(result) => self.sum.ends(result),
-            Note::Ran => match self.rest.peek() {
-                Some(Entry::Ran(sum)) => {
-                    self.rest.skip();
+            Note::Ran => match self.peek() {
+                (Some(Entry::Ran(sum)), place) => {
+                    self.place = place;
                     if sum != self.sum.short() {
                         self.differs(|| "states, ops or answers are others".into());
                     }
                 }
-                Some(_) => self.differs(|| "a run ends, and more was recorded of it".into()),
-                None => {}
+                (Some(_), _) => self.differs(|| "a run ends, and more was recorded of it".into()),
+                (None, _) => {}
             },
             Note::Submitted { .. } | Note::Run(_) | Note::Called(_) => {}
         }
@@ -322,17 +324,17 @@ impl<D: Driver, F> Player<D, F> {
     /// The record goes on with this, if all that came before has been done. Whole chunks, as a
     /// [`Sink`](cowbell_engine::record::Sink) gets them.
     pub fn goes_on(&mut self, record: Vec<u8>) {
-        let rest = &mut self.engine.backend_mut().rest;
-        (rest.record, rest.at) = (Arc::new(record), 0);
+        let played = self.engine.backend_mut();
+        (played.record, played.place.at) = (Arc::new(record), 0);
     }
 
     /// Does all that is left of the record, until `each`, which is asked after everything that was done, says that it
     /// is enough.
     pub fn play(&mut self, each: Each<'_, D, F>) -> Verdict {
         loop {
-            let rest = self.engine.backend().rest.clone();
-            let Some(entry) = rest.peek() else { return Verdict::Same };
-            self.engine.backend_mut().rest.skip();
+            let played = self.engine.backend_mut();
+            let record = Arc::clone(&played.record);
+            let Some(entry) = played.place.next(&record) else { return Verdict::Same };
             let moment = match self.does(entry) {
                 Ok(None) => continue,
                 Ok(Some(moment)) => moment,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use cowbell_engine::Limits;
 use cowbell_engine::step::{Driver, Io};
+use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
-use cowbell_formats::chain::{self, Chain, OpenOptions, Policy};
+use cowbell_formats::chain::{self, Chain, Layer, OpenOptions, Policy};
 use cowbell_formats::check::{Repair, Unwatched, check_layer};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::qcow2::Qcow2Options;
@@ -15,7 +16,7 @@ use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
 use cowbell_formats::{
-    CreateOptions, Format, LayerMeta, Node, RunOptions, attach_wrapped, create, map,
+    CreateOptions, Format, Host, LayerMeta, Node, RunOptions, attach_wrapped, create, map,
 };
 
 use crate::backend::{Damaged, Device, IsMetadata, Lie, Mode, SimBackend};
@@ -452,6 +453,28 @@ pub(crate) const TOP: &str = "top.img";
 pub(crate) const BACKING: &str = "backing.img";
 pub(crate) const SEED: u64 = 0x5eed;
 
+/// What the check says of a layer, and how many clusters it has.
+fn checked<F: Store>(layer: &Layer<F>) -> Result<(Checked, u64), String> {
+    let report = check_layer(layer, Repair::None, &mut Unwatched);
+    let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
+    let marked = match &layer.meta {
+        LayerMeta::Qed(opened) => opened.header.needs_check(),
+        LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
+        LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
+    };
+    let corruptions = report.corruptions + report.check_errors;
+    // Copies that differ are what a crash between the two leaves, as leaks are.
+    let leaks = report.leaks + report.stale;
+    Ok((Checked { marked, corruptions, leaks, untold: false }, report.allocated_clusters))
+}
+
+/// Repairs the layer of this name.
+fn repair<H: Host>(host: &H, path: &Path, options: &OpenOptions) -> Result<(), String> {
+    let layer = chain::open_whole_layer(host, path, options).map_err(|why| why.to_string())?;
+    let repaired = check_layer(&layer, Repair::All, &mut Unwatched).map(|_| ());
+    repaired.map_err(|why| why.to_string())
+}
+
 impl Subject for Image {
     type Driver = Over<Node>;
 
@@ -641,27 +664,17 @@ impl Subject for Image {
     fn check(&self, host: &SimHost) -> Result<Checked, String> {
         let chain = self.chain(host, false)?;
         let top = &chain.layers[0];
-        let report = check_layer(top, Repair::None, &mut Unwatched);
-        let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
+        let (checked, allocated) = checked(top)?;
         of(self.format).look_through(self, host)?;
-        let marked = match &top.meta {
-            LayerMeta::Qed(opened) => opened.header.needs_check(),
-            LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
-            LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
-        };
         // Whoever has changed a table has said so first.
         let untold = vmdk::is_as_made(&top.meta);
-        let is_untold = untold && self.state == State::Cold && report.allocated_clusters > 0;
+        let is_untold = untold && self.state == State::Cold && allocated > 0;
         // What is used of them may be used up.
         let is_holed = self.format == Format::Vdi && self.state == State::Holes;
         let holes = if is_holed { HOLES.len() as u64 } else { 0 };
-        Ok(Checked {
-            marked,
-            corruptions: report.corruptions + report.check_errors + u64::from(is_untold),
-            // Copies that differ are what a crash between the two leaves, as leaks are.
-            leaks: (report.leaks + report.stale).saturating_sub(holes),
-            untold,
-        })
+        let corruptions = checked.corruptions + u64::from(is_untold);
+        let leaks = checked.leaks.saturating_sub(holes);
+        Ok(Checked { corruptions, leaks, untold, ..checked })
     }
 
     fn map(&self, host: &SimHost) -> Result<Vec<map::Extent>, String> {
@@ -687,10 +700,7 @@ impl Subject for Image {
         let options = OpenOptions { format: Some(self.format), ..OpenOptions::default() };
         let options =
             OpenOptions { write: true, ignore_need_check: true, files: Policy::Any, ..options };
-        let layer = chain::open_whole_layer(host, Path::new(TOP), &options);
-        let layer = layer.map_err(|why| why.to_string())?;
-        let repaired = check_layer(&layer, Repair::All, &mut Unwatched).map(|_| ());
-        repaired.map_err(|why| why.to_string())
+        repair(host, Path::new(TOP), &options)
     }
 
     fn assert_idle(&self, driver: &Over<Node>) {

@@ -15,8 +15,7 @@ use cowbell_engine::Limits;
 use cowbell_engine::store::Store;
 use cowbell_engine::sys::lock::Locking;
 use cowbell_engine::units::{FileId, NodeId, Time};
-use cowbell_formats::chain::{self, Chain, OpenOptions, Policy, open_named};
-use cowbell_formats::check::{Repair, Unwatched, check_layer};
+use cowbell_formats::chain::{Chain, OpenOptions, Policy, open_named};
 use cowbell_formats::map::{self, Extent, Kind};
 use cowbell_formats::name::Backing;
 use cowbell_formats::parts::growth::{Grow, Growth};
@@ -24,7 +23,7 @@ use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
-use cowbell_formats::{Format, Host, LayerMeta, Name, Node, RunOptions, attach_wrapped};
+use cowbell_formats::{Format, Host, Name, Node, RunOptions, attach_wrapped};
 
 use crate::backend::{Device, Mode, SimBackend};
 use crate::disk::{Contents, SECTOR, Sector};
@@ -33,6 +32,7 @@ use crate::host::{LEN_MAX, SimFile, SimHost};
 use crate::kept::{KeptFile, hex, path_of, unhex, word_of};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
+use crate::subjects::checked;
 
 /// See the module.
 #[derive(Clone)]
@@ -371,21 +371,7 @@ impl Recorded {
     }
 
     fn check_all(&self, host: &SimHost) -> Result<Checked, String> {
-        let chain = self.chain(host, false)?;
-        let top = &chain.layers[0];
-        let report = check_layer(top, Repair::None, &mut Unwatched);
-        let report = report.map_err(|why| why.to_string())?.unwrap_or_default();
-        let marked = match &top.meta {
-            LayerMeta::Qed(opened) => opened.header.needs_check(),
-            LayerMeta::Qcow2(opened) => opened.header.is_dirty() || opened.header.is_corrupt(),
-            LayerMeta::Raw { .. } | LayerMeta::Vmdk(_) | LayerMeta::Vdi(_) => false,
-        };
-        Ok(Checked {
-            marked,
-            corruptions: report.corruptions + report.check_errors,
-            leaks: report.leaks + report.stale,
-            untold: false,
-        })
+        checked(&self.chain(host, false)?.layers[0]).map(|(checked, _)| checked)
     }
 
     /// Fills the parts that are looked at with noise.
@@ -621,11 +607,7 @@ impl Subject for Recorded {
         }
         let options =
             OpenOptions { format: Some(*format), ignore_need_check: true, ..options(true) };
-        let host = Renamed { host, files: &self.0.files };
-        let layer = chain::open_whole_layer(&host, path, &options);
-        let layer = layer.map_err(|why| why.to_string())?;
-        let repaired = check_layer(&layer, Repair::All, &mut Unwatched).map(|_| ());
-        repaired.map_err(|why| why.to_string())
+        super::repair(&Renamed { host, files: &self.0.files }, path, &options)
     }
 
     fn assert_idle(&self, driver: &Over<Node>) {

@@ -79,14 +79,17 @@ impl Flight {
         let (tell, messages) = sync_channel(AHEAD);
         let head = told.finish(recorder.infos());
         let path = path.to_path_buf();
-        // An engine of this kind stays on its thread. Here it is seen that there can be one.
-        Follower::new(&head, path.clone(), form, kept)?;
-        let follow = move || {
-            if let Ok(follower) = Follower::new(&head, path, form, kept) {
+        // An engine of this kind stays on its thread, which says whether there is one.
+        let (say_begun, begun) = sync_channel(1);
+        let follow = move || match Follower::new(&head, path, form, kept) {
+            Ok(follower) => {
+                let _ = say_begun.send(Ok(()));
                 follower.follow(&messages);
             }
+            Err(why) => drop(say_begun.send(Err(why))),
         };
         let thread = thread::Builder::new().name("cowbell-flight".into()).spawn(follow)?;
+        begun.recv().map_err(Fail::other)??;
         recorder.start_with(Box::new(Pieces(tell.clone())), size);
         Ok(Flight { thread: Some(thread), tell: Some(tell), has_failed: false })
     }
