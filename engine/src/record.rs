@@ -30,7 +30,9 @@
 //! | 0x30 | a copy was started | the nodes' indices (u32 each), what it is (below), how many parts it is of, and one more (u32; 0: of all), from and to of each (u64 each) |
 //! | 0x31 | something was said about a job | what (u8), which (u32) |
 //! | 0x32 | which sectors of what an op brought are zeros, before it came back: while a copy looks for such | how many (u32), a bit for each |
-//! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (u8), memory (u8), offset and length in sectors (u32, u16) |
+//! | 0x33 | several came back well | how many (u8), the ops (u32 each) |
+//! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (6 bits), memory (2 bits), offset and length in sectors (u32, u16) |
+//! | 0x50 to 0x5f | a finished request was taken, then this: its kind, less 0x50 | the same |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
 
 use std::io;
@@ -41,8 +43,8 @@ use std::time::Duration;
 use crate::backend::{Backend, COPY_NUMBERS, Called, FileInfo, Harvest, Note, Submission};
 use crate::held::Rate;
 use crate::mem::{Looked, Mem, Memory};
-use crate::op::{Base, Op, OpKind, Target};
-use crate::ops::OpRecord;
+use crate::op::{Base, Completion, Op, OpKind, Target};
+use crate::ops::{OpRecord, Ops};
 use crate::request::{Io, IoKind};
 use crate::trace::Kind;
 use crate::units::{Errno, FileId, NodeId, OpId, ReqId, Time};
@@ -53,6 +55,9 @@ pub trait Sink {
     /// recorded. Must not wait.
     fn take(&mut self, chunk: Vec<u8>) -> Option<Vec<u8>>;
 }
+
+/// Bytes that are made ready to be written at a time.
+const AT_ONCE: usize = 1024;
 
 /// Bytes in a chunk, about, if nothing else is said.
 pub const CHUNK: usize = 256 << 10;
@@ -78,15 +83,23 @@ impl Sum {
     pub fn takes(&mut self, id: OpId, record: &OpRecord) {
         let Op { kind, target, .. } = record.op;
         let file = if let Target::File(file) = target { file.0 } else { u32::MAX };
-        self.add(u64::from(id.0) << 32 | u64::from(file) << 8 | Kind::of(kind) as u64);
-        self.add(record.offset());
-        self.add(record.remaining());
+        let kind = match kind {
+            OpKind::Read => 0,
+            other => 1 + Kind::of(other) as u64,
+        };
+        let what = u64::from(id.0) << 32 | u64::from(file) << 8 | kind;
+        // One word: the offset's low bits, and the length's, lie where the others are few.
+        let at = record.offset() ^ record.remaining().rotate_left(40);
+        self.add(what.wrapping_mul(0xd6e8_feb8_6659_fd93) ^ at);
     }
 
     /// A request ended so.
     #[inline(always)]
     pub fn ends(&mut self, result: Result<(), Errno>) {
-        self.add(result.err().map_or(1, |errno| errno.0 as u64 ^ u64::MAX));
+        // How many have ended is recorded, so those that have ended well need no number.
+        if let Err(errno) = result {
+            self.add(errno.0 as u64 ^ u64::MAX);
+        }
     }
 
     /// As it is recorded.
@@ -106,16 +119,58 @@ pub struct Recorder<B> {
 
 struct Log {
     sink: Box<dyn Sink>,
-    chunk: Vec<u8>,
-    /// Bytes of a chunk that is handed over.
-    enough: usize,
+    chunk: Chunk,
     /// The last time that was recorded.
     time: Time,
     sum: Sum,
     /// Requests that were taken, and not yet recorded.
-    polled: u8,
+    polled: u32,
     /// Ops that were offered, to know which of them are taken.
     offered: Vec<OpId>,
+}
+
+/// What has been recorded and not yet handed over.
+struct Chunk {
+    /// Of these the first `at` have been written. That others are there, too, makes writing a word cheap.
+    bytes: Vec<u8>,
+    at: usize,
+    /// With so many it is handed over.
+    enough: usize,
+}
+
+impl Chunk {
+    fn new(mut bytes: Vec<u8>, enough: usize) -> Chunk {
+        bytes.clear();
+        bytes.reserve(enough + enough / 4);
+        Chunk { bytes, at: 0, enough }
+    }
+
+    /// The next `len` bytes, to be written; then some of them count ([`Chunk::at`]).
+    #[inline(always)]
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.bytes.len() - self.at < len {
+            self.grow(len);
+        }
+        &mut self.bytes[self.at..][..len]
+    }
+
+    #[cold]
+    fn grow(&mut self, len: usize) {
+        self.bytes.resize(self.at + len + AT_ONCE, 0);
+    }
+
+    /// Appends the first `len` bytes of a word.
+    #[inline(always)]
+    fn word(&mut self, word: u64, len: usize) {
+        self.room(8).copy_from_slice(&word.to_le_bytes());
+        self.at += len;
+    }
+
+    #[inline(always)]
+    fn put(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.at += bytes.len();
+    }
 }
 
 impl<B> Recorder<B> {
@@ -131,9 +186,9 @@ impl<B> Recorder<B> {
 
     /// The same, with chunks of about so many bytes.
     pub fn start_with(&mut self, sink: Box<dyn Sink>, enough: usize) {
-        let chunk = Vec::with_capacity(enough + enough / 4);
+        let chunk = Chunk::new(Vec::new(), enough);
         let (time, sum, offered) = (Time(0), Sum::default(), Vec::new());
-        let log = Log { sink, chunk, enough, time, sum, polled: 0, offered };
+        let log = Log { sink, chunk, time, sum, polled: 0, offered };
         self.log = Some(Box::new(log));
     }
 
@@ -147,7 +202,7 @@ impl<B> Recorder<B> {
     pub fn hand_over(&mut self) {
         if let Some(log) = &mut self.log {
             log.write_polled();
-            if !log.chunk.is_empty() && !log.hands_over() {
+            if log.chunk.at > 0 && !log.hands_over() {
                 self.log = None;
             }
         }
@@ -184,7 +239,7 @@ impl<B: std::fmt::Debug> std::fmt::Debug for Recorder<B> {
 impl Log {
     #[inline(always)]
     fn put<const N: usize>(&mut self, bytes: [u8; N]) {
-        self.chunk.extend_from_slice(&bytes);
+        self.chunk.put(&bytes);
     }
 
     #[inline(always)]
@@ -207,36 +262,50 @@ impl Log {
 
     #[inline(always)]
     fn write_polled(&mut self) {
-        if self.polled > 0 {
-            let count = std::mem::take(&mut self.polled);
-            self.put([0x0b, count]);
+        while self.polled > 0 {
+            let count = self.polled.min(u8::MAX.into());
+            self.polled -= count;
+            self.chunk.word(0x0b | u64::from(count) << 8, 2);
         }
     }
 
-    #[inline]
+    /// Most requests: read or write whole sectors of the first 2 TiB, at most 32 MiB, on one of the first 64 disks,
+    /// with memory that is aligned and as long.
+    #[inline(always)]
     fn submitted(&mut self, node: NodeId, io: &Io, mem: &Mem) {
-        let code = code_of(io.kind);
-        let (kind, bits) = match mem {
+        let code = match io.kind {
+            IoKind::Read => 0,
+            IoKind::Write { fua: false, compressed: false } => 1,
+            _ => return self.submitted_otherwise(node, io, mem),
+        };
+        let (memory, len, bits) = match mem {
+            Mem::Owned(_) => (1, mem.len(), 0),
+            Mem::Ram(ram) => (2 + u64::from(ram.is_read_only()), ram.len(), ram.misaligned_bits()),
+            Mem::None => return self.submitted_otherwise(node, io, mem),
+        };
+        // Rotated, what is less than a sector stands above all else.
+        let (start, sectors) = (io.offset.rotate_right(9), io.len.rotate_right(9));
+        let index = node.index() as u64;
+        let odd = start >> 32 | sectors >> 16 | index >> 6 | (len as u64 ^ io.len);
+        if odd | u64::from(bits & 0xfff) != 0 || self.polled > 1 {
+            return self.submitted_otherwise(node, io, mem);
+        }
+        let tag = 0x10 | code | u64::from(std::mem::take(&mut self.polled)) << 6;
+        self.chunk.word(tag | index << 8 | memory << 14 | start << 16 | sectors << 48, 8);
+    }
+
+    #[inline(never)]
+    fn submitted_otherwise(&mut self, node: NodeId, io: &Io, mem: &Mem) {
+        self.write_polled();
+        let (memory, bits) = match mem {
             Mem::None => (0, 0),
             Mem::Owned(_) => (1, 0),
             Mem::Ram(ram) => {
                 (2 + u8::from(ram.is_read_only()), ram.misaligned_bits() as u16 & 0xfff)
             }
         };
-        let index = node.index() as u32;
-        // In whole sectors, of the first 2 TiB, at most 32 MiB, on one of the first 256 disks.
-        let odd = (io.offset | io.len) & 511 | io.offset >> 41 | io.len >> 25;
-        let odd = odd | u64::from(index >> 8) | u64::from(bits);
-        if odd == 0 && (kind == 0 || mem.len() as u64 == io.len) {
-            let start = u32::from(0x10 | code) | index << 8 | u32::from(kind) << 16;
-            let place = u64::from(start) | (io.offset >> 9) << 24;
-            let mut bytes = [0; 9];
-            bytes[..8].copy_from_slice(&place.to_le_bytes());
-            bytes[7..].copy_from_slice(&((io.len >> 9) as u16).to_le_bytes());
-            return self.put(bytes);
-        }
-        self.tagged::<4, 5>(0x20 | code, index.to_le_bytes());
-        self.put([kind]);
+        self.tagged::<4, 5>(0x20 | code_of(io.kind), (node.index() as u32).to_le_bytes());
+        self.put([memory]);
         self.put(bits.to_le_bytes());
         for number in [io.offset, io.len, mem.len() as u64] {
             self.put(number.to_le_bytes());
@@ -247,7 +316,7 @@ impl Log {
         let (which, node) = match called {
             Called::Other(name) => {
                 self.put([0x0d, name.len() as u8]);
-                self.chunk.extend_from_slice(name.as_bytes());
+                self.chunk.put(name.as_bytes());
                 return;
             }
             Called::Abandon(node, requests) => {
@@ -317,34 +386,56 @@ impl Log {
         }
     }
 
+    /// Those that come first of these, have moved all, and brought nothing that the engine looks at: most. What is
+    /// left.
+    #[inline(never)]
+    fn came_back_whole<'d>(&mut self, done: &'d [Completion], ops: &Ops) -> &'d [Completion] {
+        let some = &done[..done.len().min(u8::MAX.into())];
+        let (counted, room) = self.chunk.room(2 + 4 * some.len()).split_at_mut(2);
+        let mut count = 0;
+        for (done, place) in some.iter().zip(room.as_chunks_mut().0) {
+            let record = &ops[done.op];
+            if !is_plain(record) || !done.is(record.remaining()) {
+                break;
+            }
+            *place = done.op.0.to_le_bytes();
+            count += 1;
+        }
+        if count > 0 {
+            counted.copy_from_slice(&[0x33, count as u8]);
+            self.chunk.at += 2 + 4 * count;
+        }
+        &done[count..]
+    }
+
     /// Which of the ops that were offered have been taken?
     fn took(&mut self, left: &[OpId]) {
         let Log { offered, chunk, .. } = self;
         let taken = offered.len() - left.len();
-        if offered[taken..] == *left {
-            chunk.extend_from_slice(&[0x06, taken as u8, (taken >> 8) as u8]);
+        if left.is_empty() || offered[taken..] == *left {
+            chunk.word(0x06 | (taken as u64) << 8, 3);
             return;
         }
-        chunk.extend_from_slice(&[0x07, taken as u8, (taken >> 8) as u8]);
+        chunk.word(0x07 | (taken as u64) << 8, 3);
         let mut left = left.iter().peekable();
         for (place, op) in offered.iter().enumerate() {
             if left.next_if_eq(&op).is_none() {
-                chunk.extend_from_slice(&(place as u16).to_le_bytes());
+                chunk.put(&(place as u16).to_le_bytes());
             }
         }
     }
 
     /// Hands over the chunk if it is full. False: nothing more is recorded.
     fn is_going_on(&mut self) -> bool {
-        self.chunk.len() < self.enough || self.hands_over()
+        self.chunk.at < self.chunk.enough || self.hands_over()
     }
 
     /// False: nothing more is recorded.
     fn hands_over(&mut self) -> bool {
-        match self.sink.take(std::mem::take(&mut self.chunk)) {
-            Some(chunk) => self.chunk = chunk,
-            None => return false,
-        }
+        let Chunk { bytes, at, enough } = &mut self.chunk;
+        bytes.truncate(*at);
+        let Some(empty) = self.sink.take(std::mem::take(bytes)) else { return false };
+        self.chunk = Chunk::new(empty, *enough);
         true
     }
 }
@@ -367,9 +458,11 @@ impl<B: Backend> Backend for Recorder<B> {
         let Some(log) = &mut self.log else { return self.inner.submit(submission) };
         log.offered.clear();
         log.offered.extend_from_slice(submission.waiting());
+        let mut sum = log.sum;
         for &op in submission.waiting() {
-            log.sum.takes(op, &submission.ops[op]);
+            sum.takes(op, &submission.ops[op]);
         }
+        log.sum = sum;
         self.inner.submit(submission);
         log.took(submission.waiting());
     }
@@ -380,18 +473,23 @@ impl<B: Backend> Backend for Recorder<B> {
         self.inner.harvest(harvest);
         let Some(log) = &mut self.log else { return };
         let Harvest { done, ops, mem } = harvest;
-        for done in &done[before..] {
+        let are_zeros_sought = mem.are_zeros_sought();
+        let mut new = &done[before..];
+        loop {
+            if !are_zeros_sought {
+                new = log.came_back_whole(new, ops);
+            }
+            let Some((done, rest)) = new.split_first() else { return };
+            new = rest;
             let record = &ops[done.op];
-            if mem.are_zeros_sought()
-                && let Some(bytes) = brought_by(record, mem, done.answer())
-            {
+            if are_zeros_sought && let Some(bytes) = brought_by(record, mem, done.answer()) {
                 log.zeros(bytes);
             }
             let seen = seen_of(record, mem, done.answer());
             if let Some(bytes) = seen {
                 log.put([0x0a]);
                 log.put((bytes.len() as u32).to_le_bytes());
-                log.chunk.extend_from_slice(bytes);
+                log.chunk.put(bytes);
             }
             if done.answer() == expected_of(record) {
                 log.tagged::<4, 5>(0x08, done.op.0.to_le_bytes());
@@ -427,16 +525,13 @@ impl<B: Backend> Backend for Recorder<B> {
             Note::Polled(result) => {
                 log.sum.ends(result);
                 log.polled += 1;
-                if log.polled < u8::MAX {
-                    return;
-                }
+                return;
             }
-            _ => {}
+            Note::Submitted { node, io, mem } => return log.submitted(node, io, mem),
+            _ => log.write_polled(),
         }
-        log.write_polled();
         match note {
-            Note::Waits { .. } | Note::Polled(_) => {}
-            Note::Submitted { node, io, mem } => log.submitted(node, io, mem),
+            Note::Waits { .. } | Note::Polled(_) | Note::Submitted { .. } => {}
             Note::Run(time) => log.time(0x01, time),
             Note::Clock(time) => log.time(0x03, time),
             Note::Called(called) => log.called(called),
@@ -447,6 +542,17 @@ impl<B: Backend> Backend for Recorder<B> {
                 }
             }
         }
+    }
+}
+
+/// Does it move bytes, and the engine looks at none of those?
+#[inline(always)]
+fn is_plain(record: &OpRecord) -> bool {
+    match record.op.kind {
+        OpKind::Read => {
+            record.op.segs.only().is_some_and(|seg| !matches!(seg.base, Base::Region(_)))
+        }
+        kind => matches!(kind, OpKind::Write { .. }),
     }
 }
 
@@ -530,6 +636,8 @@ pub enum Lent {
 pub enum Entry<'r> {
     /// A request was submitted.
     Submitted {
+        /// A finished request was taken before.
+        polled: bool,
         /// To the disk with this index.
         node: u32,
         /// What it wants.
@@ -562,6 +670,8 @@ pub enum Entry<'r> {
         /// What it has brought that the engine looks at.
         brought: &'r [u8],
     },
+    /// Ops came back, and each did all that it was to do: of 4 bytes each.
+    Whole(&'r [u8]),
     /// So many finished requests were taken.
     Polled(u8),
     /// A method was called, of the disk with this index.
@@ -713,14 +823,25 @@ impl<'r> Reader<'r> {
                 let sectors = u32::from_le_bytes(take(rest)?);
                 Entry::Zeros { sectors, bits: bytes(rest, sectors.div_ceil(8) as usize)? }
             }
-            0x10..=0x1f => {
+            0x33 => {
+                let count = byte(rest)?;
+                Entry::Whole(bytes(rest, 4 * usize::from(count))?)
+            }
+            0x10..=0x1f | 0x50..=0x5f => {
                 let kind = kind_of(tag & 0xf)?;
-                let (node, memory) = (u32::from(byte(rest)?), byte(rest)?);
+                let which = byte(rest)?;
+                let (node, memory) = (u32::from(which & 63), which >> 6);
                 let offset = u64::from(u32::from_le_bytes(take(rest)?)) << 9;
                 let len = u64::from(u16::from_le_bytes(take(rest)?)) << 9;
                 let lent = lent(memory, 0)?;
                 let bytes = if lent == Lent::Nothing { 0 } else { len };
-                Entry::Submitted { node, io: Io { kind, offset, len }, lent, bytes }
+                Entry::Submitted {
+                    polled: tag & 0x40 != 0,
+                    node,
+                    io: Io { kind, offset, len },
+                    lent,
+                    bytes,
+                }
             }
             0x20..=0x2f => {
                 let kind = kind_of(tag & 0xf)?;
@@ -728,7 +849,7 @@ impl<'r> Reader<'r> {
                 let lent = lent(memory, u16::from_le_bytes(take(rest)?))?;
                 let mut number = || Some(u64::from_le_bytes(take(rest)?));
                 let io = Io { kind, offset: number()?, len: number()? };
-                Entry::Submitted { node, io, lent, bytes: number()? }
+                Entry::Submitted { polled: false, node, io, lent, bytes: number()? }
             }
             _ => return None,
         })
@@ -855,6 +976,9 @@ mod tests {
             Note::Called(Called::Other("start")),
             Note::Polled(Ok(())),
             Note::Polled(Err(Errno::IO)),
+            Note::Called(Called::Drain),
+            Note::Polled(Ok(())),
+            Note::Submitted { node, io: &aligned, mem: &crate::mem::Buf::zeroed(8192).into() },
             Note::Ran,
         ] {
             bench.backend.note(note);
@@ -873,17 +997,25 @@ mod tests {
             entries,
             [
                 took,
-                Entry::Done { op: good, answer: None, brought: &[] },
+                Entry::Whole(&good.0.to_le_bytes()),
                 took,
                 Entry::Done { op: short, answer: Some(BLOCK as i64), brought: &[] },
                 Entry::Run(Time(5_000_000_000)),
                 Entry::Clock(Time(5_000_000_700)),
-                Entry::Submitted { node: 0, io: aligned, lent, bytes: 8192 },
-                Entry::Submitted { node: 0, io: odd, lent: none, bytes: 0 },
-                Entry::Submitted { node: 0, io: Io::read(0, 512), lent: bits, bytes: 512 },
+                Entry::Submitted { polled: false, node: 0, io: aligned, lent, bytes: 8192 },
+                Entry::Submitted { polled: false, node: 0, io: odd, lent: none, bytes: 0 },
+                Entry::Submitted {
+                    polled: false,
+                    node: 0,
+                    io: Io::read(0, 512),
+                    lent: bits,
+                    bytes: 512
+                },
                 Entry::Called { which: 2, node: 0 },
                 Entry::Untold("start"),
                 Entry::Polled(2),
+                Entry::Called { which: 0, node: 0 },
+                Entry::Submitted { polled: true, node: 0, io: aligned, lent, bytes: 8192 },
                 Entry::Ran(sum),
             ]
         );

@@ -125,6 +125,62 @@ impl<F> Played<F> {
         (place.next(&self.record), place)
     }
 
+    /// An op comes back, with this answer, or with that of one that did all it was to do; it brought these bytes, and these
+    /// sectors of it are zeros.
+    fn comes_back(
+        &mut self,
+        harvest: &mut Harvest<'_>,
+        (op, answer, brought): (OpId, Option<i64>, &[u8]),
+        zeros: Option<(u32, &[u8])>,
+    ) {
+        let Some(moves) = self.in_flight.remove(&op) else {
+            return self.differs(|| format!("{op:?} comes back, and is not in flight"));
+        };
+        let answer = answer.unwrap_or(moves as i64);
+        let OpRecord { op: what, owner, .. } = &harvest.ops[op];
+        let is_hole = matches!(what.kind, OpKind::Hole);
+        if answer > moves as i64 && !is_hole {
+            return self.differs(|| format!("{op:?} moves {answer} bytes, and has {moves}"));
+        }
+        let seg = what.brings_into();
+        if let (Some(seg), Some((sectors, bits))) = (seg, zeros) {
+            let (from, len) = (seg.off as usize, seg.len as usize);
+            let bytes = match seg.base {
+                Base::Region(region) => Some(harvest.mem.region_mut(region)),
+                Base::Pool(buf) => Some(harvest.mem.pool_mut(buf)),
+                _ => None,
+            };
+            let told = len.div_ceil(SECTOR) == sectors as usize;
+            if let Some(bytes) = bytes.filter(|_| told) {
+                // What is no zeros may be anything else.
+                for (at, sector) in bytes[from..from + len].chunks_mut(SECTOR).enumerate() {
+                    sector.fill(u8::from(bits[at / 8] >> (at % 8) & 1 == 0));
+                }
+            }
+        }
+        if let Some(seg) = seg
+            && let Base::Region(region) = seg.base
+            && brought.len() <= seg.len as usize
+        {
+            let bytes = harvest.mem.region_mut(region);
+            bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
+        }
+        self.tables.iter_mut().for_each(|tables| tables.bring(&harvest.ops[op], brought));
+        let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
+        let result = u64::try_from(answer).map_err(|_| Errno(errno));
+        if let Some(came_back) = &mut self.came_back {
+            let how = match result {
+                Err(errno) => errno.to_string(),
+                Ok(moved) if moved < moves => "short".into(),
+                Ok(_) => "ok".into(),
+            };
+            let is_bad = how != "ok";
+            let number = harvest.ops.serial(owner.request);
+            came_back.push(Ended { number, ordinal: owner.ordinal, how, is_bad });
+        }
+        harvest.done.push(Completion::new(op, result));
+    }
+
     fn differs(&mut self, how: impl FnOnce() -> String) {
         self.differs.get_or_insert_with(how);
     }
@@ -185,54 +241,20 @@ impl<F> Backend for Played<F> {
                 self.place = place;
                 next = place.next(&record);
             }
-            let Some(Entry::Done { op, answer, brought }) = next else { return };
-            self.place = place;
-            let Some(moves) = self.in_flight.remove(&op) else {
-                return self.differs(|| format!("{op:?} comes back, and is not in flight"));
-            };
-            let answer = answer.unwrap_or(moves as i64);
-            let OpRecord { op: what, owner, .. } = &harvest.ops[op];
-            let is_hole = matches!(what.kind, OpKind::Hole);
-            if answer > moves as i64 && !is_hole {
-                return self.differs(|| format!("{op:?} moves {answer} bytes, and has {moves}"));
-            }
-            let seg = what.brings_into();
-            if let (Some(seg), Some((sectors, bits))) = (seg, zeros) {
-                let (from, len) = (seg.off as usize, seg.len as usize);
-                let bytes = match seg.base {
-                    Base::Region(region) => Some(harvest.mem.region_mut(region)),
-                    Base::Pool(buf) => Some(harvest.mem.pool_mut(buf)),
-                    _ => None,
-                };
-                let told = len.div_ceil(SECTOR) == sectors as usize;
-                if let Some(bytes) = bytes.filter(|_| told) {
-                    // What is no zeros may be anything else.
-                    for (at, sector) in bytes[from..from + len].chunks_mut(SECTOR).enumerate() {
-                        sector.fill(u8::from(bits[at / 8] >> (at % 8) & 1 == 0));
+            match next {
+                Some(Entry::Whole(ops)) => {
+                    self.place = place;
+                    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u32::from_le_bytes);
+                    for op in ops.chunks_exact(4) {
+                        self.comes_back(harvest, (OpId(number(op)), None, &[]), None);
                     }
                 }
+                Some(Entry::Done { op, answer, brought }) => {
+                    self.place = place;
+                    self.comes_back(harvest, (op, answer, brought), zeros);
+                }
+                _ => return,
             }
-            if let Some(seg) = seg
-                && let Base::Region(region) = seg.base
-                && brought.len() <= seg.len as usize
-            {
-                let bytes = harvest.mem.region_mut(region);
-                bytes[seg.off as usize..][..brought.len()].copy_from_slice(brought);
-            }
-            self.tables.iter_mut().for_each(|tables| tables.bring(&harvest.ops[op], brought));
-            let errno = i32::try_from(answer.unsigned_abs()).unwrap_or(i32::MAX);
-            let result = u64::try_from(answer).map_err(|_| Errno(errno));
-            if let Some(came_back) = &mut self.came_back {
-                let how = match result {
-                    Err(errno) => errno.to_string(),
-                    Ok(moved) if moved < moves => "short".into(),
-                    Ok(_) => "ok".into(),
-                };
-                let is_bad = how != "ok";
-                let number = harvest.ops.serial(owner.request);
-                came_back.push(Ended { number, ordinal: owner.ordinal, how, is_bad });
-            }
-            harvest.done.push(Completion::new(op, result));
         }
     }
 
@@ -401,11 +423,25 @@ impl<D: Driver, F> Player<D, F> {
         node.ok_or_else(|| Verdict::Differs(format!("a disk that is not there {what}")))
     }
 
+    /// Takes so many finished requests.
+    fn polls(&mut self, count: u8) -> Result<(), Verdict> {
+        for _ in 0..count {
+            if self.engine.poll().is_none() {
+                return Err(Verdict::Differs("fewer requests have ended".into()));
+            }
+            self.engine.backend_mut().done.ended += 1;
+        }
+        Ok(())
+    }
+
     /// Does what this entry says. `None`: of what comes of it there is nothing to be seen.
     fn does(&mut self, entry: Entry<'_>) -> Result<Option<Moment>, Verdict> {
         let differs = |how: &str| Err(Verdict::Differs(how.into()));
         match entry {
-            Entry::Submitted { node, io, lent, bytes } => {
+            Entry::Submitted { polled, node, io, lent, bytes } => {
+                if polled {
+                    self.polls(1)?;
+                }
                 let node = self.node(node, "is asked")?;
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
                 if bytes > BYTES_MAX {
@@ -435,12 +471,7 @@ impl<D: Driver, F> Player<D, F> {
                 return Ok(Some(Moment::Ran));
             }
             Entry::Polled(count) => {
-                for _ in 0..count {
-                    if self.engine.poll().is_none() {
-                        return differs("fewer requests have ended");
-                    }
-                    self.engine.backend_mut().done.ended += 1;
-                }
+                self.polls(count)?;
                 return Ok(None);
             }
             Entry::Called { which: 1, .. } => {
@@ -514,7 +545,8 @@ impl<D: Driver, F> Player<D, F> {
             | Entry::Ran(_)
             | Entry::Took { .. }
             | Entry::Zeros { .. }
-            | Entry::Done { .. } => {
+            | Entry::Done { .. }
+            | Entry::Whole(_) => {
                 return differs(&format!("{entry:?} comes outside of a run"));
             }
         }

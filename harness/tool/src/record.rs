@@ -33,7 +33,7 @@ use crate::sim::{duration, say};
 use crate::slowest::Kept;
 
 /// The first line.
-const MAGIC: &str = "cowbell record 1";
+const MAGIC: &str = "cowbell record 2";
 
 /// What comes before the record: how the engine and its disks came to be.
 pub struct Head<H: Host = Files> {

@@ -347,7 +347,8 @@ fn another_way_is_noticed() {
             Entry::Ran(_) | Entry::Done { answer: None, brought: [], .. } => {
                 decide.push(at + 1..at + 5);
             }
-            Entry::Submitted { .. } if record[at] & 0xf0 == 0x10 => decide.push(at + 3..at + 7),
+            Entry::Whole(ops) => decide.push(at + 2..at + 2 + ops.len()),
+            Entry::Submitted { .. } if record[at] & 0xb0 == 0x10 => decide.push(at + 2..at + 6),
             _ => {}
         }
         at = record.len() - reader.left();
