@@ -248,6 +248,8 @@ pub enum Called<'a> {
     },
     /// A method about a job, which the engine has started as its so many'th, from 0 on.
     Job(JobCall, u32),
+    /// [`Engine::set_quota`](crate::Engine::set_quota)
+    SetQuota(NodeId, Option<usize>),
     /// [`Engine::set_rate`](crate::Engine::set_rate)
     SetRate(NodeId, Option<Rate>),
     /// One of which a record cannot tell enough to do it again.

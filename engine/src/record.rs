@@ -31,6 +31,7 @@
 //! | 0x31 | something was said about a job | what (u8), which (u32) |
 //! | 0x32 | which sectors of what an op brought are zeros, before it came back: while a copy looks for such | how many (u32), a bit for each |
 //! | 0x33 | several came back well | how many (u8), the ops (u32 each) |
+//! | 0x34 | a quota was set | the node's index (u32), requests (u32; 2^32-1: no bound) |
 //! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (6 bits), memory (2 bits), offset and length in sectors (u32, u16) |
 //! | 0x50 to 0x5f | a finished request was taken, then this: its kind, less 0x50 | the same |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
@@ -333,6 +334,14 @@ impl Log {
             Called::Job(what, job) => {
                 self.put([0x31, what as u8]);
                 self.put(job.to_le_bytes());
+                return;
+            }
+            Called::SetQuota(node, most) => {
+                self.put([0x34]);
+                let most = most.map_or(u32::MAX, |most| u32::try_from(most).unwrap_or(u32::MAX));
+                for number in [node.index() as u32, most] {
+                    self.put(number.to_le_bytes());
+                }
                 return;
             }
             Called::SetRate(node, rate) => {
@@ -688,6 +697,13 @@ pub enum Entry<'r> {
         /// The requests.
         requests: &'r [u8],
     },
+    /// The disk with this index has this quota from now on.
+    Quota {
+        /// The disk.
+        node: u32,
+        /// How many requests.
+        requests_max: Option<usize>,
+    },
     /// The disk with this index has this limit from now on.
     Rated {
         /// The disk.
@@ -822,6 +838,12 @@ impl<'r> Reader<'r> {
             0x32 => {
                 let sectors = u32::from_le_bytes(take(rest)?);
                 Entry::Zeros { sectors, bits: bytes(rest, sectors.div_ceil(8) as usize)? }
+            }
+            0x34 => {
+                let (node, most) =
+                    (u32::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?));
+                let requests_max = (most != u32::MAX).then_some(most as usize);
+                Entry::Quota { node, requests_max }
             }
             0x33 => {
                 let count = byte(rest)?;

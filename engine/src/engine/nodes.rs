@@ -60,7 +60,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// The sum over all nodes may be more than the engine's. As long as it is not, no disk takes
     /// another's place, not even one whose storage hangs.
     pub fn set_quota(&mut self, node: NodeId, requests_max: Option<usize>) -> bool {
-        self.called(Called::Other("set_quota"));
+        self.called(Called::SetQuota(node, requests_max));
         if !self.has(node) {
             return false;
         }

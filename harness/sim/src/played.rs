@@ -534,6 +534,12 @@ impl<D: Driver, F> Player<D, F> {
                     _ => return Err(Verdict::Untold(format!("method {what} of a job"))),
                 };
             }
+            Entry::Quota { node, requests_max } => {
+                let node = self.node(node, "has a quota")?;
+                if !self.engine.set_quota(node, requests_max) {
+                    return differs("a disk that is gone has a quota");
+                }
+            }
             Entry::Rated { node, rate } => {
                 let node = self.node(node, "has a limit")?;
                 if !self.engine.set_rate(node, rate) {

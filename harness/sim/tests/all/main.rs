@@ -8,6 +8,7 @@ mod contract;
 mod cpu_work_completes_when_chosen;
 mod damage_is_noticed;
 mod drivers_of_others;
+mod embedders_runs_are_done_again;
 mod first_writes_wait_little;
 mod gate;
 mod guests_wait;
