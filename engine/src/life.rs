@@ -141,7 +141,6 @@ impl<D: Driver, F> Life<D, F> {
             record.stage = Stage::Open;
             record.set_open_to();
         }
-        self.hold_files(core);
         core.recount_moving();
     }
 
@@ -281,20 +280,17 @@ impl<D: Driver, F> Life<D, F> {
     /// Is nothing in flight of what is held below a node, nor to be done there for a drain?
     fn lies_still_below(&self, core: &Core, node: NodeId) -> bool {
         let held = self.layers_below(node, |layer| core.nodes[layer.index()].is_held);
-        held.iter().map(|layer| layer.index()).all(|at| {
-            let is_at_work = matches!(core.nodes[at].stage, Stage::Finishing | Stage::Settling);
-            !is_at_work && self.is_at_rest(core, at)
-        })
+        let mut held = held.iter().map(|layer| layer.index());
+        held.all(|at| !core.nodes[at].drains() && self.is_at_rest(core, at))
     }
 
-    /// Space of held nodes' files does not go back when its time comes.
+    /// Space of held nodes' files does not go back when its time comes, but when they are drained.
     fn hold_files(&self, core: &mut Core) {
         let Core { files, nodes: records, .. } = core;
         for file in files.iter_mut().filter(|file| !file.is_vacant) {
             let mut users = self.nodes.iter().zip(&*records);
             file.is_held = users.any(|(node, record)| {
-                let holds = record.is_held && record.stage == Stage::Open;
-                holds && node.as_ref().is_some_and(|node| node.uses(file.id))
+                record.is_held && node.as_ref().is_some_and(|node| node.uses(file.id))
             });
         }
     }

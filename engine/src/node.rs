@@ -112,13 +112,20 @@ impl NodeRecord {
 
     /// Does something happen to it by itself, so that it is to be looked at?
     pub fn is_moving(&self) -> bool {
-        let drains = matches!(self.stage, Stage::Finishing | Stage::Settling);
-        !self.is_vacant && (drains || self.is_closing || self.owes_paused)
+        !self.is_vacant && (self.drains() || self.is_closing || self.owes_paused)
     }
 
-    /// May its chores begin when their time comes?
+    /// Is there something to be done for a drain, or to close it?
+    pub fn drains(&self) -> bool {
+        matches!(self.stage, Stage::Finishing | Stage::Settling)
+    }
+
+    /// May its chores begin when their time comes? Of one that is held only while it drains.
     pub fn may_begin_chores(&self) -> bool {
-        !(self.is_gone || self.is_held && self.stage == Stage::Open)
+        let rests = !self.drains();
+        let rests =
+            if mutant!("drained_and_paused_is_used") { self.stage == Stage::Open } else { rests };
+        !(self.is_gone || self.is_held && rests)
     }
 
     /// Opens it to as many requests as may be, now.

@@ -98,6 +98,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("close_waits_for_nothing", "a disk is closed with requests in flight"),
     raw("closed_node_takes_requests", "a disk that is being closed takes requests"),
     raw("id_used_again", "the id of a closed disk is the next one's"),
+    qed("drained_and_paused_is_used", "a disk that was drained in vain and paused is cleaned"),
     raw("resumed_node_takes_nothing", "a disk that was paused takes no requests again"),
     raw("write_overtakes_abandoned_one", "what was given up is written after what came later"),
     raw("quota_ignored", "a disk has more requests than are its share"),
@@ -379,6 +380,10 @@ const KEPT: &[(&str, &str)] = &[
     (
         "qcow2_header_not_doubted",
         include_str!("../regressions/a_failed_shrink_may_be_on_disk.trace"),
+    ),
+    (
+        "drained_and_paused_is_used",
+        include_str!("../regressions/a_paused_disk_is_left_as_a_drain_left_it.trace"),
     ),
     ("write_end_wakes_nobody", include_str!("../regressions/who_waits_for_a_write_is_woken.trace")),
 ];

@@ -89,6 +89,11 @@ impl FormatSubject for Qed {
             pull(large, up, &few[1..]),
             pull(large, CopyPlan { cancels: true, ..up }, &few[1..]),
             pull(large, CopyPlan { cancels: true, ..up }, &few[..1]),
+            // Drained in vain, and paused; then the time for its header comes.
+            Scope {
+                budget: Budget { faults: 1, ticks: 1, drains: 1, pauses: 1, ..QUIET },
+                ..scope_of(Image::new(Format::Qed), 0, 0, &[few[0], Request::flush()])
+            },
         ]);
         all
     }
