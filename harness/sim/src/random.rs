@@ -101,7 +101,12 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let (lost_writes, bit_rots) = (u8::from(damage == 0), u8::from(damage == 1));
     let drains = if draw.one_in(4) { 1 + draw.below(2) as u8 } else { 0 };
     let abandons = u8::from(draw.one_in(6));
-    let lasting = Budget { drains, abandons, lost_writes, bit_rots, ..QUIET };
+    // The disk's comings and goings. (Not of one that is damaged: it may not open again.)
+    let is_whole = lost_writes + bit_rots == 0;
+    let (closes, pauses) = (u8::from(is_whole && draw.one_in(8)), u8::from(draw.one_in(8)));
+    let (quota, reopens) = (draw.one_in(12), is_whole && drains > 0 && draw.one_in(2));
+    let lives = Budget { closes, pauses, quota, reopens, ..QUIET };
+    let lasting = Budget { drains, abandons, lost_writes, bit_rots, ..lives };
     let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
     let count = 4 + draw.below(8);
     let mut size = image.size();

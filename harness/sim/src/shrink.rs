@@ -1,4 +1,4 @@
-//! Smaller traces of the same failure: fewer requests, fewer choices, a plainer image.
+//! Smaller traces of the same failure: fewer requests, fewer choices, a plainer image, less that may go wrong.
 //!
 //! Delta debugging: parts are left out, largest first, and whatever still fails in the same way is
 //! gone on with. A request that is left out shifts the names of ops, so that a schedule may no
@@ -22,6 +22,7 @@ pub fn shrink<S: Subject + PartialEq>(trace: &Trace<S>) -> Option<Trace<S>> {
         best = fewer_requests(best, &class);
         best = fewer_flushes(best, &class);
         best = plainer(best, &class);
+        best = calmer(best, &class);
         best = fewer_choices(best, &class);
         if weight(&best) >= before {
             return Some(best);
@@ -51,7 +52,7 @@ fn digit(c: char) -> bool {
 /// What is to become less.
 fn weight<S: Subject>(trace: &Trace<S>) -> usize {
     let bytes: u64 = trace.workload.requests.iter().map(|request| request.len / 512).sum();
-    let unlike = trace.image.plainer().len();
+    let unlike = trace.image.plainer().len() + trace.budget.calmer().len();
     trace.workload.requests.len() * 1000 + trace.choices.len() * 10 + unlike + bytes as usize
 }
 
@@ -159,6 +160,18 @@ fn plainer<S: Subject + PartialEq>(mut best: Trace<S>, class: &str) -> Trace<S> 
             if let Some(found) = fails_somehow(&candidate, class) {
                 best = found;
             }
+        }
+    }
+    best
+}
+
+/// Less of what may go wrong, where that is not what it is about.
+fn calmer<S: Subject>(mut best: Trace<S>, class: &str) -> Trace<S> {
+    let mut tried = 0;
+    while let Some(&budget) = best.budget.calmer().get(tried) {
+        match fails_somehow(&Trace { budget, ..best.clone() }, class) {
+            Some(found) => best = found,
+            None => tried += 1,
         }
     }
     best

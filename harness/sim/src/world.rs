@@ -112,6 +112,37 @@ pub const QUIET: Budget = Budget {
     copy: None,
 };
 
+impl Budget {
+    /// The same with less of one thing: for each that there is any of.
+    pub(crate) fn calmer(self) -> Vec<Budget> {
+        let nones = [
+            Budget { copy: None, ..self },
+            Budget { faults: 0, ..self },
+            Budget { ticks: 0, ..self },
+            Budget { crashes: 0, ..self },
+            Budget { drains: 0, ..self },
+            Budget { stalls: false, ..self },
+            Budget { reopens: false, ..self },
+            Budget { breaks: false, ..self },
+            Budget { mends: false, ..self },
+            Budget { closes: 0, ..self },
+            Budget { pauses: 0, ..self },
+            Budget { quota: false, ..self },
+            Budget { abandons: 0, ..self },
+            Budget { lost_writes: 0, ..self },
+            Budget { bit_rots: 0, ..self },
+        ];
+        let less = |count: u8| count.saturating_sub(1);
+        let fewer = [
+            Budget { faults: less(self.faults), ..self },
+            Budget { crashes: less(self.crashes), ..self },
+            Budget { drains: less(self.drains), ..self },
+        ];
+        let all = nones.into_iter().chain(fewer);
+        all.filter(|calmer| *calmer != self).collect()
+    }
+}
+
 impl Default for Budget {
     fn default() -> Self {
         Budget { ticks: 1, ..QUIET }
@@ -167,13 +198,9 @@ impl<S: Subject> Base<S> {
         let (verdicts, verdicts_beside) = (verdicts.clone(), self.verdicts_beside.clone());
         let plan = Plan { subject, workload, cut, verdicts, verdicts_beside };
         let Budget { closes, pauses, quota, abandons, lost_writes, bit_rots, .. } = budget;
-        let mut engine = engine.clone();
-        if quota {
-            engine.set_quota(*node, Some(1));
-        }
-        World {
+        let mut world = World {
             plan: Shared::new(plan),
-            engine,
+            engine: engine.clone(),
             life: Life { closes, pauses, quota, abandons, ..Life::default() },
             node: *node,
             beside: *beside,
@@ -203,7 +230,9 @@ impl<S: Subject> Base<S> {
             now: Time(0),
             is_behind: false,
             steps: 0,
-        }
+        };
+        world.is_there();
+        world
     }
 }
 
@@ -481,13 +510,18 @@ impl<S: Subject> World<S> {
             request.kind == IoKind::Truncate && request.offset < self.disk_size()
         };
         let (next, alone) = (self.next as usize, self.ended == self.next);
-        if self.life.is_paused || self.life.quota && !alone {
+        if self.life.is_paused || self.life.quota && !(alone && self.has_none_given_up()) {
             return false;
         }
         alone
             || !shrinks(&requests[next])
                 && !shrinks(&requests[next - 1])
                 && !self.waits_for_one(next)
+    }
+
+    /// Is nothing in flight that the guest has given up? It has its place in the disk's quota until it ends.
+    fn has_none_given_up(&self) -> bool {
+        !self.engine.requests().any(|request| matches!(request.asker, Asker::GivenUp(_)))
     }
 
     /// Is there one in flight without whose end the guest does not submit this?
@@ -678,6 +712,14 @@ impl<S: Subject> World<S> {
         Ok(())
     }
 
+    /// The disk has been attached: nothing that was said of the one before it holds.
+    fn is_there(&mut self) {
+        (self.life.is_paused, self.life.lies_still) = (false, false);
+        if self.life.quota {
+            self.engine.set_quota(self.node, Some(1));
+        }
+    }
+
     /// The disk is gone. If all is well it is attached again, beside what else goes on; its old id is
     /// refused nevertheless.
     fn see_closed(&mut self, result: Result<(), Errno>) -> Result<(), String> {
@@ -709,6 +751,7 @@ impl<S: Subject> World<S> {
         self.room = Room { from: self.next, ..Room::of(subject, files) };
         let opened = subject.open(&host_of(subject, files), &mut self.engine);
         self.node = opened.map_err(|why| format!("attached again: {why}"))?;
+        self.is_there();
         self.stage = Stage::Running;
         self.is_refused(gone, Why::NoSuchNode)
     }
@@ -739,7 +782,8 @@ impl<S: Subject> World<S> {
         let taken = self.engine.submit(self.node, request.io(), mem, which as u64);
         taken.map_err(|refused| format!("request {which} is refused: {:?}", refused.why))?;
         self.next += 1;
-        if self.life.quota {
+        // What cannot be done has ended at once.
+        if self.life.quota && self.beyond >> which & 1 == 0 {
             self.is_refused(self.node, Why::Full)?;
         }
         Ok(())
@@ -843,6 +887,7 @@ impl<S: Subject> World<S> {
         self.room = Room::of(subject, &files);
         self.crashed = true;
         self.stage = Stage::Running;
+        self.is_there();
         Ok(())
     }
 
@@ -956,6 +1001,7 @@ impl<S: Subject> World<S> {
             self.engine.assert_idle();
             let opened = open(subject, &host_of(subject, files), workload.requests.len());
             (self.engine, self.node) = opened.map_err(|why| format!("opened again: {why}"))?;
+            self.is_there();
         }
         Ok(())
     }
