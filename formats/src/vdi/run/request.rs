@@ -133,13 +133,16 @@ impl Vdi {
         Progress::Wait(PieceState::WriteData { claim })
     }
 
-    /// The data is there: the entries lead to it. If it could not be written, its blocks are leaked
-    /// until the image is opened again.
+    /// The data is there: the entries lead to it. If it could not be written, nobody knows what is in its
+    /// blocks: they are holes.
     fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
         if let Err(errno) = result
             && !mutant!("vdi_data_error_ignored")
         {
-            self.claims.end(key, false, cx);
+            let claim = self.claims.end(key, false, cx);
+            if !mutant!("vdi_failed_blocks_are_leaked") {
+                self.map.leave(claim.new);
+            }
             return Progress::Failed(errno);
         }
         let claim = self.claims.end(key, true, cx);

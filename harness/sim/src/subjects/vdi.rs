@@ -88,6 +88,7 @@ fn special() -> Vec<Scope> {
     let image = Image { layout: Layout::Tight, ahead: 16, ..Image::new(Format::Vdi) };
     let holes = Image { state: State::Holes, ..image };
     let scarce = Image { ahead: 1, ..image };
+    let one = Image { size: Some(image.cluster), ..image };
     let device = Image { medium: Medium::Device(ROOMY), ..image };
     let write = |cluster| Request::write(image.place(0, cluster) + 1024, 1024);
     let flush = Request::flush();
@@ -106,6 +107,7 @@ fn special() -> Vec<Scope> {
         scope(image, fault, &[write(0), write(0)]),
         scope(image, fault, &[write(0), Request::read(0, image.cluster), flush]),
         scope(image, Budget { faults: 1, drains: 1, ..QUIET }, &[write(0), write(1)]),
+        scope(one, fault, &[Request::write(1024, 1024), Request::write(0, 1024), flush]),
         scope(device, QUIET, &[write(0)]),
         scope(scarce, Budget { crashes: 1, ..QUIET }, &[write(0), write(1), write(2)]),
     ]
