@@ -216,6 +216,10 @@ impl Machine<'_> {
         if job.is_paused || job.asking > 0 || job.due > now {
             return self.park();
         }
+        if self.may_be_overtaken() {
+            return self.park();
+        }
+        let job = &mut self.core.copies[self.worker.job as usize];
         let mut end = job.next.saturating_add(job.piece()).min(job.total);
         if end < job.total {
             end = job.copy.unit_floor(end);
@@ -233,6 +237,15 @@ impl Machine<'_> {
         let at = std::mem::replace(&mut job.next, end);
         self.take((at, end), false);
         Step::Go(State::Status)
+    }
+
+    /// Are writes to the target in flight that its guest has given up? What is old shall not come after what is
+    /// new. (To what a pull copies its guest's writes come in their turn.)
+    fn may_be_overtaken(&self) -> bool {
+        let copy = &self.job().copy;
+        let target = &self.core.nodes[copy.target.index()];
+        let any = !copy.is_pull() && !target.hold.abandoned.is_empty();
+        any && !mutant!("copy_overtakes_abandoned_write")
     }
 
     /// Waits while a write is in flight that began before the job did. `None`: there is none.

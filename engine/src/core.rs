@@ -978,6 +978,9 @@ impl Core {
         record.guests -= 1;
         record.hold.abandoned.retain(|&(other, ..)| other != request);
         record.set_open_to();
+        let copies = self.copies.iter().filter(|(_, job)| job.copy.target == node);
+        let copies: smallvec::SmallVec<[u32; 4]> = copies.map(|(key, _)| key as u32).collect();
+        copies.iter().for_each(|&key| self.wake_workers(key));
     }
 
     /// One that is held, and off the list of those, is given up: it never begins.

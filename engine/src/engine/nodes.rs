@@ -92,7 +92,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// that is: the engine keeps its memory, and its place among [`Limits::requests`](crate::Limits::requests), until then; a read fills memory
     /// that nobody looks at, a write may happen or not. Whatever is submitted later and changes the same
     /// bytes begins only when that write has ended, so that what is old never comes after what is
-    /// new.
+    /// new; a copy to the disk waits for all such writes.
     ///
     /// Only requests without memory, with a [`Buf`](crate::mem::Buf), or with memory
     /// [that has an owner](crate::sys::ram::Ram::has_owner), which the engine can keep, and no truncations. Others, whose lender has only promised to

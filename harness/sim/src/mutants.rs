@@ -108,6 +108,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("copy_leaves_the_rest", "what is behind the end of a copy's source stays as it was"),
     raw("cancelled_copy_forgets_workers", "a copy's memory is given up with ops in flight"),
     raw("cancelled_copy_sleeps_on", "a copy that is paused and cancelled never ends"),
+    qed("copy_overtakes_abandoned_write", "what was given up is written over what was copied"),
     raw("resumed_copy_sleeps_on", "a copy that was paused never goes on"),
     raw("drain_leaves_copies", "a drain waits for a copy that is paused"),
     raw("guest_writes_before_copy", "what is to be copied as it was is written before it is read"),
@@ -204,6 +205,10 @@ pub const MUTANTS: &[Mutant] = &[
     vdi("vdi_no_claims", "two requests allocate one block of the disk at once"),
     vdi("vdi_published_early", "an entry leads to data that is not there yet"),
     vdi("vdi_data_error_ignored", "an entry leads to data whose write failed"),
+    vdi(
+        "vdi_failed_blocks_are_leaked",
+        "a disk is full although a block could only not be written",
+    ),
     vdi("vdi_growth_not_stable", "an entry may be stable before length and count are"),
     vdi("vdi_count_not_written", "an entry names a block that the header does not count"),
     vdi("vdi_failed_count_is_counted", "a failed write of the count counts as a good one"),

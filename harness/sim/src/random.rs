@@ -17,7 +17,7 @@ use crate::subject::Subject;
 use crate::subjects::{Image, Layout, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
-use crate::world::{Base, Budget, QUIET};
+use crate::world::{Base, Budget, CopyPlan, QUIET, Way};
 
 /// Numbers drawn from a seed.
 #[derive(Clone, Copy, Debug)]
@@ -108,14 +108,60 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let lives = Budget { closes, pauses, quota, reopens, ..QUIET };
     let lasting = Budget { drains, abandons, lost_writes, bit_rots, ..lives };
     let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
+    let mut kinds = Kinds::draw(&mut draw);
+    // Where a copy runs beside it the disk is small, for all of it is copied, and keeps its size.
+    let copy = (is_whole && crashes == 0 && draw.one_in(5)).then(|| copy(&mut draw, &image));
+    let image = match copy {
+        Some(_) => copied(&mut draw, image),
+        None => image,
+    };
+    kinds.resizes &= copy.is_none();
+    // Whether it begins is nobody's guess: neither is the disk taken away, nor full.
+    let budget = match copy {
+        Some(_) => Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget },
+        None => budget,
+    };
     let count = 4 + draw.below(8);
     let mut size = image.size();
-    let kinds = Kinds::draw(&mut draw);
     let requests: Vec<Request> =
         (0..count).map(|_| request(&mut draw, &kinds, &image, &mut size)).collect();
     let fault_in = 4 + draw.below(12);
     let turns = draw.one_in(2).then(|| draw.below(4) as usize);
     Plan { image, budget, workload: Workload::new(requests), fault_in, turns }
+}
+
+/// A copy, and what may be done with it.
+fn copy(draw: &mut Draw, image: &Image) -> CopyPlan {
+    let ways = [Way::In, Way::Out, Way::Out, if image.backing { Way::Up } else { Way::In }];
+    let plan = CopyPlan::new(draw.of(&ways));
+    let plan = CopyPlan {
+        pauses: draw.below(3) as u8,
+        cancels: draw.one_in(2),
+        drains: draw.one_in(2),
+        stops: draw.one_in(3),
+        wide: draw.one_in(2),
+        ..plan
+    };
+    match plan.way {
+        Way::In => CopyPlan { beside: draw.one_in(2), shown: draw.one_in(3), ..plan },
+        Way::Out => {
+            let of = draw.below(3);
+            let gives_up = of == 1 && draw.one_in(3);
+            CopyPlan { of_start: of == 1, mirrors: of == 2, gives_up, ..plan }
+        }
+        Way::Up => plan,
+    }
+}
+
+/// The image, as one that is copied or copied to.
+fn copied(draw: &mut Draw, image: Image) -> Image {
+    // Half a block at the end of a raw disk goes with what is discarded in front of it.
+    let by = if image.format == Format::Raw { 4096 } else { u64::from(image.align).max(512) };
+    let rest = draw.below(4096 / by) * by;
+    let size = (2 + draw.below(4)) * image.cluster() + rest;
+    let beside = draw.of(&[Format::Raw, Format::Qcow2, image.format]);
+    let state = if image.state == State::Warm { State::Warm } else { State::Cold };
+    Image { size: Some(size), beside: Some(beside), state, ..image }
 }
 
 /// What guests ask for in a run: about half of what there is. Of what is asked for all the time, some
@@ -178,8 +224,11 @@ fn request(draw: &mut Draw, kinds: &Kinds, image: &Image, size: &mut u64) -> Req
     }
     let table = draw.below(3);
     let clusters = if table == 2 { 2 } else { 3 };
-    let mut start = image.place(table, draw.below(clusters));
-    if draw.one_in(8) {
+    let mut start = match image.size {
+        Some(size) => draw.below(size.div_ceil(cluster)) * cluster,
+        None => image.place(table, draw.below(clusters)),
+    };
+    if image.size.is_none() && draw.one_in(8) {
         // Across the border of two tables, or at the disk's end.
         let borders = [image.place(1, 0), image.place(2, 0), image.size()];
         start = draw.of(&borders) - cluster / 2;

@@ -80,6 +80,7 @@ impl FormatSubject for Qed {
             Scope { budget, ..scope_of(image, 0, 0, requests) }
         };
         let up = CopyPlan::new(Way::Up);
+        let copied = Image { backing: false, beside: Some(Format::Qed), ..image };
         let few = [Request::write(512, 1024), Request::write(CLUSTER, 512)];
         let mut all = special_with_tables(Format::Qed);
         all.extend([
@@ -89,6 +90,11 @@ impl FormatSubject for Qed {
             pull(large, up, &few[1..]),
             pull(large, CopyPlan { cancels: true, ..up }, &few[1..]),
             pull(large, CopyPlan { cancels: true, ..up }, &few[..1]),
+            // Copied to, with a write in flight that was given up.
+            Scope {
+                budget: Budget { copy: Some(CopyPlan::new(Way::In)), abandons: 1, ..QUIET },
+                ..scope_of(copied, 0, 0, &[Request::write(CLUSTER, 1024)])
+            },
             // Drained in vain, and paused; then the time for its header comes.
             Scope {
                 budget: Budget { faults: 1, ticks: 1, drains: 1, pauses: 1, ..QUIET },

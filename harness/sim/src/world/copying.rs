@@ -197,7 +197,8 @@ impl<S: Subject> World<S> {
         let beside = usize::from(self.beside.is_some());
         let room = self.plan.workload.requests.len().max(1) + beside;
         let is_known = !plan.target_is_zero || self.is_unwritten(plan.way);
-        self.engine.in_flight() < room && is_known
+        // What was given up has its place in the engine until it ends.
+        self.engine.in_flight() + self.engine.abandoned() < room && is_known
     }
 
     /// Has nobody written to the target of a copy?
