@@ -129,6 +129,11 @@ impl Map {
         taken.map(|offset| New { first: (offset >> bits) as u32, count, unknown })
     }
 
+    /// Nothing is to name these blocks: what a failed write has left in them is unknown.
+    pub fn leave(&mut self, new: New) {
+        self.image.holes.extend(new.first..new.first + new.count as u32);
+    }
+
     /// The blocks hold what they are to: entry `index` and those behind it name them.
     pub fn publish(&mut self, index: u64, new: New) {
         let index = index as usize;

@@ -111,8 +111,7 @@ impl Vdi {
         let blocks = ((run_end.min(free_to) - 1) >> bits) + 1 - index;
         let new = match self.map.take(blocks.min((PIECE_MAX >> bits).max(1)), cx) {
             Ok(new) => new,
-            // In the end: the device is full, or all blocks that the map can name are taken, some of
-            // them leaked.
+            // In the end: the device is full.
             Err(lack) => return Progress::lacks(lack, |attempt| PieceState::Space { at, attempt }),
         };
         let (start, blocks_end) = (index << bits, (index + new.count) << bits);
@@ -133,13 +132,13 @@ impl Vdi {
         Progress::Wait(PieceState::WriteData { claim })
     }
 
-    /// The data is there: the entries lead to it. If it could not be written, its blocks are leaked
-    /// until the image is opened again.
+    /// The data is there: the entries lead to it. If it could not be written, its blocks are holes: others take them.
     fn data_written(&mut self, key: u32, result: Result<(), Errno>, cx: &mut Cx<'_>) -> Progress {
         if let Err(errno) = result
             && !mutant!("vdi_data_error_ignored")
         {
-            self.claims.end(key, false, cx);
+            let claim = self.claims.end(key, false, cx);
+            self.map.leave(claim.new);
             return Progress::Failed(errno);
         }
         let claim = self.claims.end(key, true, cx);
