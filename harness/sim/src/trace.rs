@@ -21,7 +21,7 @@ use std::str::FromStr;
 
 use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
-use crate::explore::{Counts, Failure, Limit, exhaust, run, run_watched};
+use crate::explore::{Asked, Counts, Failure, Limit, exhaust, run, run_watched};
 use crate::gate::Report;
 use crate::mutants::{MUTANTS, planted};
 use crate::recorder::Recorder;
@@ -124,12 +124,18 @@ impl<S: Subject> Trace<S> {
     /// When the image cannot be made. What goes wrong in the run is in the timeline.
     pub fn timeline(&self) -> Result<Timeline, String> {
         let world = self.world()?;
+        self.timeline_asking(true)
+    }
+
+    /// The same; `calm`: it fails, too, where all would not end well if faults were over.
+    pub(crate) fn timeline_asking(&self, calm: bool) -> Result<Timeline, String> {
+        let asked = Asked { crash_in: 1, calm };
         let mut recorder = Recorder::new(self.title(), self.about(), &world);
         let mut chooser = Replay::new(self.choices.iter().copied());
         let (mut counts, mut path) = (Counts::default(), Vec::new());
         // A failure is told to the recorder, too.
         let _ = planted(self.plant, || {
-            run_watched(&world, &mut chooser, 1, &mut counts, &mut path, &mut recorder)
+            run_watched(&world, &mut chooser, asked, &mut counts, &mut path, &mut recorder)
         });
         let mut timeline = recorder.finish();
         (timeline.recorded, timeline.missed) = (self.verdict.clone(), chooser.missed);
