@@ -9,8 +9,8 @@
 
 use std::fmt;
 
-use crate::choose::{Choice, Random, Replay, calm_order};
-use crate::explore::{CALM, Calm, Counts, Crash, HashedMap, quietly, run};
+use crate::choose::{Choice, Chooser, Random, Replay, calm_order};
+use crate::explore::{Asked, CALM, Calm, Counts, Crash, HashedMap, quietly, run_watched};
 use crate::mutants::planted;
 use crate::subject::Subject;
 use crate::timeline::{Mark, Timeline, Wait};
@@ -53,12 +53,17 @@ pub fn cause<S: Subject>(trace: &Trace<S>, states: u64) -> Result<Cause, String>
     let root = trace.world()?;
     let Found { at, way, tried, drawn } =
         planted(trace.plant, || find(root, &path, asks_calm, states));
-    let with = |choices: Vec<Choice>| Trace { choices, ..trace.clone() }.timeline();
-    let failing = with(path.clone())?;
+    let with = |choices: Vec<Choice>| Trace { choices, ..trace.clone() };
+    let mut failing = with(path.clone()).timeline()?;
     let Some(at) = at else {
+        if let Some(verdict) = &mut failing.verdict {
+            let states = plural(tried, "state");
+            verdict.more.push(format!("It fails whatever happens: no run ends well ({states})."));
+        }
         return Ok(Cause { at: None, states: tried, drawn, failing, passing: None });
     };
-    let passing = with(path[..at].iter().copied().chain(way).collect())?;
+    let passing = with(path[..at].iter().copied().chain(way).collect());
+    let passing = passing.timeline_asking(asks_calm)?;
     let mut cause = Cause { at: Some(at), states: tried, drawn, failing, passing: Some(passing) };
     let text = cause.in_a_sentence();
     cause.failing.cause = Some(Mark { at: at as u32 + 1, text });
@@ -83,6 +88,7 @@ fn find<S: Subject>(root: World<S>, path: &[Choice], asks_calm: bool, states: u6
         }
         worlds.push(next);
     }
+    let asked = Asked { crash_in: 1, calm: asks_calm };
     let calm = asks_calm.then(Calm::default);
     let mut search =
         Search { seen: HashedMap::default(), crash: Crash::default(), calm, left: states };
@@ -96,10 +102,10 @@ fn find<S: Subject>(root: World<S>, path: &[Choice], asks_calm: bool, states: u6
         };
         let passes = passes.unwrap_or_else(|| {
             drawn += DRAWN;
-            draw(&worlds[at], &mut way)
+            draw(&worlds[at], asked, &mut way)
         });
         if passes {
-            let way = nearest(&worlds[at], &path[at..]).unwrap_or(way);
+            let way = nearest(&worlds[at], asked, &path[at..]).unwrap_or(way);
             return Found { at: Some(at), way, tried, drawn };
         }
         tried = search.seen.len() as u64;
@@ -157,18 +163,18 @@ impl Search {
 }
 
 /// Does one of some runs that go on from here, drawn, end well? `way` is then how.
-fn draw<S: Subject>(world: &World<S>, way: &mut Vec<Choice>) -> bool {
+fn draw<S: Subject>(world: &World<S>, asked: Asked, way: &mut Vec<Choice>) -> bool {
     (0..DRAWN).any(|seed| {
         way.clear();
         // Seldom a fault: what ends well has few.
         let mut chooser = Random::new(seed, 64);
-        run(world, &mut chooser, 1, &mut Counts::default(), way).is_ok()
+        ends_well(world, &mut chooser, asked, way)
     })
 }
 
 /// A run from here that ends well. It does something else first, and then what the failed one did, as far as that is
 /// possible.
-fn nearest<S: Subject>(world: &World<S>, failed: &[Choice]) -> Option<Vec<Choice>> {
+fn nearest<S: Subject>(world: &World<S>, asked: Asked, failed: &[Choice]) -> Option<Vec<Choice>> {
     let mut choices = Vec::new();
     world.choices(&mut choices);
     calm_order(&mut choices);
@@ -180,12 +186,26 @@ fn nearest<S: Subject>(world: &World<S>, failed: &[Choice]) -> Option<Vec<Choice
         }
         let mut way = vec![choice];
         let mut chooser = Replay::new(failed.iter().copied());
-        let passes = run(&next, &mut chooser, 1, &mut Counts::default(), &mut way).is_ok();
+        let passes = ends_well(&next, &mut chooser, asked, &mut way);
         if passes && best.as_ref().is_none_or(|(missed, _)| chooser.missed < *missed) {
             best = Some((chooser.missed, way));
         }
     }
     best.map(|(_, way)| way)
+}
+
+/// Does this run end well? It is asked the same as in [`Search::passes`].
+fn ends_well<S: Subject>(
+    world: &World<S>,
+    chooser: &mut dyn Chooser,
+    asked: Asked,
+    way: &mut Vec<Choice>,
+) -> bool {
+    run_watched(world, chooser, asked, &mut Counts::default(), way, &mut ()).is_ok()
+}
+
+fn plural(count: u64, word: &str) -> String {
+    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Lines of what comes after that are printed.
@@ -195,10 +215,12 @@ impl Cause {
     /// In words.
     fn in_a_sentence(&self) -> String {
         let tried = match self.drawn {
-            0 => format!("every run that goes on from here fails ({} states)", self.states),
+            0 => {
+                format!("every run that goes on from here fails ({})", plural(self.states, "state"))
+            }
             drawn => format!(
-                "every run that was tried from here fails ({} states, and {drawn} runs that were drawn)",
-                self.states
+                "every run that was tried from here fails ({}, and {drawn} runs that were drawn)",
+                plural(self.states, "state")
             ),
         };
         let instead = self.passing.as_ref().zip(self.at).and_then(|(line, at)| {
@@ -218,9 +240,7 @@ impl fmt::Display for Cause {
         for line in self.failing.verdict.iter().flat_map(|verdict| &verdict.more) {
             writeln!(f, "  {line}")?;
         }
-        let Some(at) = self.at else {
-            return writeln!(f, "It fails whatever happens ({} states).", self.states);
-        };
+        let Some(at) = self.at else { return Ok(()) };
         let events = &self.failing.events;
         writeln!(f, "Of its {} events number {} made that certain:", events.len() - 1, at + 1)?;
         writeln!(f, "  {}", events[at + 1].what)?;

@@ -282,10 +282,20 @@ pub fn run<S: Subject>(
     counts: &mut Counts,
     path: &mut Vec<Choice>,
 ) -> Result<u64, Box<Failure>> {
-    run_watched(world, chooser, crash_in, counts, path, &mut ())
+    let asked = Asked { crash_in, calm: crash_in > 0 };
+    run_watched(world, chooser, asked, counts, path, &mut ())
 }
 
-/// The same, and `watcher` looks on.
+/// What is asked of the states of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// What a crash would leave: of one state in so many; 0: of none.
+    pub crash_in: u64,
+    /// Does all end well if faults are over? Of each.
+    pub calm: bool,
+}
+
+/// One run, as [`run`] does it, and `watcher` looks on.
 ///
 /// # Errors
 ///
@@ -293,11 +303,12 @@ pub fn run<S: Subject>(
 pub fn run_watched<S: Subject>(
     world: &World<S>,
     chooser: &mut dyn Chooser,
-    crash_in: u64,
+    asked: Asked,
     counts: &mut Counts,
     path: &mut Vec<Choice>,
     watcher: &mut dyn Watcher<S>,
 ) -> Result<u64, Box<Failure>> {
+    let crash_in = asked.crash_in;
     let (begins, made) = (world, path.len());
     let mut world = world.clone();
     let mut crash = Crash::default();
@@ -326,9 +337,9 @@ pub fn run_watched<S: Subject>(
     *counts += crash.counts;
     counts.runs += 1;
     // What goes wrong of itself is seen as it does; only then it is asked what would follow if nothing more went wrong.
-    let outcome = outcome.and_then(|()| match crash_in {
-        0 => Ok(()),
-        _ => {
+    let outcome = outcome.and_then(|()| match asked.calm {
+        false => Ok(()),
+        true => {
             world.clone_from(begins);
             let outcome = calm_all_along(&mut world, path, made);
             if outcome.is_err() && watcher.begins_again(begins) {

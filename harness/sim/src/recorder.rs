@@ -9,7 +9,7 @@ use crate::disk::Contents;
 use crate::explore::{Watcher, quietly};
 use crate::subject::{SimEngine, Subject};
 use crate::timeline::{Ended, EventKind, Observer, Timeline};
-use crate::world::World;
+use crate::world::{STUCK, World};
 
 /// See the module.
 #[derive(Debug)]
@@ -75,13 +75,12 @@ impl<S: Subject> Watcher<S> for Recorder {
     fn left(&mut self, world: &World<S>, files: &[Contents]) {
         // Who has panicked in looking at them would do so again.
         let wrong = quietly(|| Ok(world.wrong_byte(files))).ok().flatten();
-        let more = wrong.map(|(at, place)| match place {
-            Some((file, host)) => {
-                format!("Wrong is, first of all, byte {at:#x} of the disk, which is then byte {host:#x} of f{file}.")
-            }
-            None => format!("Wrong is, first of all, byte {at:#x} of the disk, which is then in no file: it reads as zeros."),
-        });
-        self.observer.crash_left(&world.left_by_crash(files), more);
+        // Of wrong bytes a check knows nothing.
+        let complaints = match wrong {
+            Some(_) => Vec::new(),
+            None => quietly(|| Ok(world.complaints(files))).unwrap_or_default(),
+        };
+        self.observer.crash_left(&world.left_by_crash(files), wrong, &complaints);
     }
 
     fn begins_again(&mut self, world: &World<S>) -> bool {
@@ -105,6 +104,9 @@ impl<S: Subject> Watcher<S> for Recorder {
             });
         }
         self.observer.went_wrong(verdict, self.is_crashing);
+        if verdict.starts_with(STUCK) {
+            self.observer.who_waits();
+        }
     }
 }
 

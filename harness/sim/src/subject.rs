@@ -205,6 +205,11 @@ pub trait Subject: Clone + Debug {
         Ok(())
     }
 
+    /// What a check finds wrong, a line each, for people; not more than a few.
+    fn complaints(&self, _host: &SimHost) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Panics if the driver holds on to anything. Nothing is in flight.
     fn assert_idle(&self, _driver: &Self::Driver) {}
 }

@@ -573,8 +573,39 @@ impl Observer {
         self.line.calm_from = Some(self.at());
     }
 
-    /// The crash by which it went wrong has left this; `more`: what else is to be said of it.
-    pub fn crash_left(&mut self, changes: &[disk::Left], more: Option<String>) {
+    /// Nothing can happen any more: who waits, and for what.
+    pub fn who_waits(&mut self) {
+        let mut lines = Vec::new();
+        for &place in self.requests.values() {
+            let request = &self.line.requests[place];
+            let Some(stay) = request.stays.last().filter(|_| request.end.is_none()) else {
+                continue;
+            };
+            let whose = stay.keeper.map_or(String::new(), |keeper| {
+                format!(", which is {}'s", self.line.requests[keeper].name())
+            });
+            let (name, what, wait) = (request.name(), &request.what, stay.wait.words());
+            lines.push(format!("{name} ({what}) waits for {wait}{whose}."));
+        }
+        let more = lines.len().saturating_sub(NAMED);
+        lines.truncate(NAMED);
+        lines.extend((more > 0).then(|| format!("So do {more} more.")));
+        if self.ops.is_empty() {
+            lines.push("No op is in flight whose end could let anybody go on.".into());
+        }
+        if let Some(verdict) = &mut self.line.verdict {
+            verdict.more = lines;
+        }
+    }
+
+    /// The crash by which it went wrong has left this. `wrong`: the first byte of the disk that is, and where it lies;
+    /// `complaints`: what a check says.
+    pub fn crash_left(
+        &mut self,
+        changes: &[disk::Left],
+        wrong: Option<(u64, Option<(usize, u64)>)>,
+        complaints: &[String],
+    ) {
         let mut left: Vec<Left> = Vec::new();
         for change in changes {
             let is_it = |op: &Op| {
@@ -602,9 +633,47 @@ impl Observer {
         }
         left.retain(|left| !left.kept.is_empty() || !left.lost.is_empty());
         let mut lines = self.line.in_words(&left);
-        lines.extend(more);
+        if let Some((at, place)) = wrong {
+            let lies = match place {
+                Some((file, host)) => {
+                    let history = self.history(&format!("f{file}"), host);
+                    format!("byte {host:#x} of f{file}. {history}")
+                }
+                None => "in no file: it reads as zeros.".into(),
+            };
+            let wrong = "Wrong is, first of all, byte";
+            lines.push(format!("{wrong} {at:#x} of the disk, which is then {lies}"));
+        }
+        lines.extend(complaints.iter().map(|line| format!("A check says: {line}")));
         if let Some(verdict) = &mut self.line.verdict {
             (verdict.left, verdict.more) = (left, lines);
+        }
+    }
+
+    /// Which ops have changed this byte of a file, in words: in the order in which they were done, the last few.
+    fn history(&self, file: &str, byte: u64) -> String {
+        let end = self.line.events.len() as At;
+        let is_it = |op: &&Op| {
+            let range = op.offset..op.offset.saturating_add(op.len);
+            op.changes && op.file == file && range.contains(&byte)
+        };
+        let mut ops: Vec<&Op> = self.line.ops.iter().filter(is_it).collect();
+        ops.sort_by_key(|op| op.to.unwrap_or(end));
+        let told = |op: &&Op| {
+            let name = self.line.op_name(op);
+            match op.to {
+                Some(to) if op.is_bad => format!("{name}, which failed in event {to}"),
+                Some(to) => format!("{name}, done in event {to}"),
+                None => format!("{name}, in flight"),
+            }
+        };
+        let last = &ops[ops.len().saturating_sub(HISTORY)..];
+        match last {
+            [] => "No op of this run changes that byte.".into(),
+            _ => {
+                let told: Vec<String> = last.iter().map(told).collect();
+                format!("Ops that change that byte: {}.", told.join("; "))
+            }
         }
     }
 
@@ -626,6 +695,9 @@ impl Observer {
 
 /// A flush: its begin, its end, and whether that was well.
 type Flushed = (At, At, bool);
+
+/// So many ops that changed a byte are told.
+const HISTORY: usize = 4;
 
 /// So many ops are named in one line.
 const NAMED: usize = 12;

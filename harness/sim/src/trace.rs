@@ -17,11 +17,12 @@
 //! left out, and where the trace ends the oldest op ends well: so old traces stay useful.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use crate::choose::{Choice, Replay};
 use crate::clock::Stopwatch;
-use crate::explore::{Counts, Failure, Limit, exhaust, run, run_watched};
+use crate::explore::{Asked, Counts, Failure, Limit, exhaust, run, run_watched};
 use crate::gate::Report;
 use crate::mutants::{MUTANTS, planted};
 use crate::recorder::Recorder;
@@ -123,13 +124,19 @@ impl<S: Subject> Trace<S> {
     ///
     /// When the image cannot be made. What goes wrong in the run is in the timeline.
     pub fn timeline(&self) -> Result<Timeline, String> {
+        self.timeline_asking(true)
+    }
+
+    /// The same; `calm`: it fails, too, where all would not end well if faults were over.
+    pub(crate) fn timeline_asking(&self, calm: bool) -> Result<Timeline, String> {
+        let asked = Asked { crash_in: 1, calm };
         let world = self.world()?;
         let mut recorder = Recorder::new(self.title(), self.about(), &world);
         let mut chooser = Replay::new(self.choices.iter().copied());
         let (mut counts, mut path) = (Counts::default(), Vec::new());
         // A failure is told to the recorder, too.
         let _ = planted(self.plant, || {
-            run_watched(&world, &mut chooser, 1, &mut counts, &mut path, &mut recorder)
+            run_watched(&world, &mut chooser, asked, &mut counts, &mut path, &mut recorder)
         });
         let mut timeline = recorder.finish();
         (timeline.recorded, timeline.missed) = (self.verdict.clone(), chooser.missed);
@@ -143,7 +150,19 @@ impl<S: Subject> Trace<S> {
             2..=TITLE_REQUESTS => format!("{count} requests ({})", self.workload),
             _ => format!("{count} requests"),
         };
-        format!("{requests} to {} on a simulated disk", self.image.name())
+        let copy = self.budget.copy.map_or("", |plan| match plan.way {
+            Way::In => " and a copy of the disk beside it into it",
+            Way::Out => " and a copy of it to the disk beside it",
+            Way::Up => " and a copy of what it lies on into it",
+        });
+        let (files, still) = (self.image.files().len(), self.image.still_files());
+        let list = |files: Range<usize>| {
+            let names: Vec<String> = files.map(|file| format!("f{file}")).collect();
+            names.join(", ")
+        };
+        let over = if still > 0 { format!(", over {}", list(0..still)) } else { String::new() };
+        let files = list(still..files);
+        format!("{requests} to {} on a simulated disk ({files}{over}){copy}", self.image.name())
     }
 
     fn about(&self) -> Vec<String> {

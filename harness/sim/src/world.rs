@@ -236,6 +236,9 @@ impl<S: Subject> Base<S> {
     }
 }
 
+/// So begins what is said of requests that wait for ever.
+pub(crate) const STUCK: &str = "stuck: nothing can happen any more";
+
 /// Opens the image in an engine with room for so many requests.
 fn open<S: Subject>(
     subject: &S,
@@ -1013,7 +1016,7 @@ impl<S: Subject> World<S> {
     /// When it is not.
     pub fn finish(&self) -> Result<(), String> {
         if self.stage != Stage::Over {
-            return Err(format!("stuck: nothing can happen any more\n{:?}", self.engine));
+            return Err(format!("{STUCK}\n{:?}", self.engine));
         }
         self.engine.assert_idle();
         let mut layer = Some(self.node).filter(|&node| self.engine.has(node));
@@ -1096,6 +1099,15 @@ impl<S: Subject> World<S> {
         let verdict = verdicts.of(&self.disk_now(), files).ok()?;
         let place = (!verdict.has_compressed()).then(|| verdict.locate(at, files.len()).0);
         Some((at, place.flatten()))
+    }
+
+    /// What a check says of these files that a crash has left: its first lines.
+    pub fn complaints(&self, files: &[Contents]) -> Vec<String> {
+        let subject = self.disk_now();
+        match subject.is_unfinished(files) {
+            true => Vec::new(),
+            false => subject.complaints(&host_of(&subject, files)),
+        }
     }
 
     /// What the guest writes to: the disk, or the one beside, if that has taken its place.

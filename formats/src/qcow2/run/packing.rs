@@ -162,12 +162,13 @@ impl Packing {
         cx.issue(Op::compute(work, seg(off, cluster as usize), seg(end, unit - cluster as usize)));
     }
 
-    /// How long the deflated cluster in `slot` is; `None`: it did not become smaller.
+    /// How long the deflated cluster in `slot` is; `None`: it did not become smaller. A record that was changed may
+    /// say anything.
     pub fn deflated_bytes(&self, slot: u32, cx: &Cx<'_>) -> Option<u32> {
         let off = self.deflated_at(slot);
         let header = &cx.memory().region(self.image.regions.deflated)[off..off + DEFLATED_HEADER];
         let bytes = u32::from_le_bytes(header.try_into().expect("four bytes"));
-        (bytes > 0).then_some(bytes)
+        (1..self.cluster_bytes()).contains(&bytes).then_some(bytes)
     }
 
     fn deflated_at(&self, slot: u32) -> usize {

@@ -23,7 +23,8 @@ use cowbell_engine::wait::{On, WaitList};
 use crate::parts::cow::Cow;
 use crate::parts::growth::{Lack, Space};
 use crate::parts::pieces;
-use crate::vmdk::disk::layout::{Entry, GRAIN_MARKER_BYTES, Marker, SECTOR, SECTOR_BITS};
+use crate::vmdk::disk::grain::marked_len;
+use crate::vmdk::disk::layout::{Entry, Marker, SECTOR, SECTOR_BITS};
 use crate::vmdk::run::allocate::AllocateStep;
 use crate::vmdk::run::compressed::Compressed;
 use crate::vmdk::run::end::End;
@@ -224,10 +225,11 @@ impl StreamStep<'_> {
         let lba = (self.allocate.start_of(claim) - place.start) >> SECTOR_BITS;
         let marker = self.compressed.marker(slot as usize, cx);
         marker[..8].copy_from_slice(&lba.to_le_bytes());
-        let Some(Marker::Grain { size, .. }) = Marker::parse(marker) else {
-            unreachable!("a deflated grain has a marker and a size");
+        // Only a record that was changed says something else.
+        let Ok(len) = marked_len(marker, lba, 1 << place.grain_bits) else {
+            return self.fail(claim, slot, Errno::INVALID, cx);
         };
-        let len = (u64::from(size) + GRAIN_MARKER_BYTES as u64).next_multiple_of(SECTOR);
+        let len = len.next_multiple_of(SECTOR);
         let offset = match self.space(place).take_or_park(len, false, cx) {
             Ok(offset) => offset,
             Err(Lack::Parked(attempt)) => {

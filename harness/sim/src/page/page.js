@@ -173,12 +173,14 @@ let gutter = 240, now = 0, chosen = -1, mouse = null, pending = false;
 const X = (when) => gutter + (when - view.from) * view.scale;
 const whenAt = (x) => view.from + (x - gutter) / view.scale;
 const redraw = () => { if (!pending) { pending = true; requestAnimationFrame(draw); } };
+// Below the lanes, for what is said of a moment.
+const band = () => (verdict ? 22 : 0) + (cause || data.calm != null ? 22 : 0);
 const leastScale = () => Math.max(1e-4, (view.w - gutter - 30) / (count + 0.5));
 const clamp = () => {
   view.scale = Math.min(Math.max(view.scale, leastScale()), 400);
   const shown = (view.w - gutter) / view.scale;
   view.from = Math.min(Math.max(view.from, -0.6), Math.max(-0.6, count + 0.9 - shown));
-  view.top = Math.min(Math.max(view.top, 0), Math.max(0, height + AXIS + 20 - view.h));
+  view.top = Math.min(Math.max(view.top, 0), Math.max(0, height + AXIS + 20 + band() - view.h));
 };
 const zoom = (factor, x) => {
   const when = whenAt(x);
@@ -195,11 +197,11 @@ const show = (when) => {
 };
 const isSeen = (i) => {
   const lane = lanes[laneOf[i]], y = lane.y - view.top;
-  return y >= 0 && y + lane.h <= view.h - AXIS;
+  return y >= 0 && y + lane.h <= view.h - AXIS - band();
 };
 const showLane = (i) => {
   const lane = lanes[laneOf[i]];
-  if (!isSeen(i)) { view.top = lane.y - (view.h - AXIS) / 2 + lane.h / 2; clamp(); }
+  if (!isSeen(i)) { view.top = lane.y - (view.h - AXIS - band()) / 2 + lane.h / 2; clamp(); }
 };
 
 function bar(x1, x2, y, h) { ctx.fillRect(x1, y, Math.max(1, x2 - x1), h); }
@@ -227,16 +229,14 @@ function draw() {
   const firstLane = Math.max(0, lower(lanes, view.top, (lane) => lane.y + lane.h));
   const Y = (lane) => AXIS + lane.y - view.top;
 
-  ctx.save();
-  ctx.beginPath();
-  ctx.rect(0, AXIS, w, h - AXIS);
-  ctx.clip();
+  const within = (x, y, width, height) => { ctx.save(); ctx.beginPath(); ctx.rect(x, y, width, height); ctx.clip(); };
+  const room = h - AXIS - band();
+  within(0, AXIS, w, room);
   for (let l = firstLane; l < lanes.length && Y(lanes[l]) < h; l++) {
     if (l % 2 === 0) { ctx.fillStyle = look.lane; ctx.fillRect(0, Y(lanes[l]) - 4, w, lanes[l].h); }
   }
-  ctx.beginPath();
-  ctx.rect(gutter, AXIS, w - gutter, h - AXIS);
-  ctx.clip();
+  ctx.restore();
+  within(gutter, AXIS, w - gutter, h - AXIS);
   drawFences(first, final, h);
   // The event that is looked at.
   ctx.globalAlpha = 0.14;
@@ -244,9 +244,15 @@ function draw() {
   const half = Math.max(2, Math.min(view.scale * 0.3, 14));
   ctx.fillRect(X(now) - half, AXIS, 2 * half, h);
   ctx.globalAlpha = 1;
+  ctx.restore();
+  within(gutter, AXIS, w - gutter, room);
   for (let l = firstLane; l < lanes.length && Y(lanes[l]) < h; l++) drawLane(lanes[l], Y(lanes[l]), first, final);
   drawArrows(first, final, Y);
+  ctx.restore();
+  within(gutter, AXIS, w - gutter, h - AXIS);
   drawCrashes(h);
+  ctx.restore();
+  within(gutter, AXIS, w - gutter, room);
   drawLeft();
   ctx.restore();
   drawGutter(firstLane, Y, h);
@@ -459,7 +465,7 @@ function drawLine(when, h, words, colour) {
 function drawGutter(firstLane, Y, h) {
   ctx.save();
   ctx.beginPath();
-  ctx.rect(0, AXIS, gutter - 6, h - AXIS);
+  ctx.rect(0, AXIS, gutter - 6, h - AXIS - band());
   ctx.clip();
   for (let l = firstLane; l < lanes.length && Y(lanes[l]) < h; l++) {
     const lane = lanes[l], y = Y(lane);
@@ -681,13 +687,21 @@ id("sentence").textContent = `${data.title}. From left to right ${plural(count -
 const box = id("verdict");
 box.hidden = false;
 const say = (text) => { const line = document.createElement("p"); line.textContent = text; box.append(line); };
+const fold = (name, text) => {
+  const details = document.createElement("details"), summary = document.createElement("summary"), pre = document.createElement("pre");
+  summary.textContent = name;
+  pre.textContent = text;
+  details.append(summary, pre);
+  box.append(details);
+};
 if (verdict) {
   const where = verdict.crash ? `What a crash after event ${verdict.at} may leave is wrong: ` : `It went wrong in event ${verdict.at}: `;
   const [first, ...rest] = verdict.text.replace(/^after a crash: /, "").split("\n");
   say(where + first);
-  if (rest.length) say(rest.join("\n"));
   verdict.more.forEach(say);
   if (cause) say(`Event ${cause.at} made that certain (${events[cause.at].what}). ${cause.text}`);
+  // What the engine prints of itself is for who knows it.
+  if (rest.length) fold("the engine, as it prints itself", rest.join("\n"));
 } else if (data.focus) {
   box.classList.add("good");
   data.focus.lines.forEach(say);
@@ -729,10 +743,10 @@ function legend() {
   if (has("fault")) entry("something fails", symbol("fault"));
   if (has("deadline")) entry("a deadline passes", symbol("deadline"));
   if (has("crash")) entry("the machine crashes", symbol("crash"));
-  if (has("life")) entry("drained, closed, paused …", symbol("life"));
+  if (has("life")) entry("a disk is drained, closed, paused, copied …", symbol("life"));
   entry("a request; its colour and name: the state it is in", (pen) => { pen.fillStyle = `hsl(200 ${look["bar-s"]} ${look["bar-l"]})`; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.dim; pen.strokeRect(0.5, 1.5, 25, 11); });
   entry("request 2 (#4): the guest’s number 2, the engine’s #4; op #4.1: the second op of #4", (pen) => { pen.fillStyle = look.text; pen.font = "bold 12px system-ui"; pen.fillText("#", 13, 7); });
-  entry("it waits for others", (pen) => { pen.fillStyle = look.hatch; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.wait; pen.strokeRect(0.5, 1.5, 25, 11); });
+  if (requests.some((r) => r.stays.some((s) => s.others))) entry("it waits for others", (pen) => { pen.fillStyle = look.hatch; pen.fillRect(0, 1, 26, 12); pen.strokeStyle = look.wait; pen.strokeRect(0.5, 1.5, 25, 11); });
   for (const [text, colour] of [["op: read", "read"], ["op: write, zero", "write"], ["op: discard", "discard"], ["op: flush", "flush"], ["op: other", "other"]]) {
     if (ops.some((o) => sortOf(o) === colour)) entry(text, (pen) => { pen.fillStyle = look[colour]; pen.fillRect(2, 3, 22, 8); });
   }
@@ -740,14 +754,14 @@ function legend() {
     pen.fillStyle = pen.strokeStyle = look.write; pen.fillRect(0, 2, 8, 10); pen.globalAlpha = 0.25; pen.fillRect(8, 4, 16, 6);
     pen.globalAlpha = 1; pen.setLineDash([3, 3]); pen.strokeRect(8.5, 4.5, 15, 5); pen.fillStyle = look.flush; pen.fillRect(23, 2, 3, 10);
   });
-  entry("a flush, over all: what had been written before is safe at its double line", (pen) => { pen.fillStyle = look.flush; pen.globalAlpha = 0.15; pen.fillRect(0, 0, 18, 14); pen.globalAlpha = 1; pen.fillRect(17, 0, 1, 14); pen.fillRect(20, 0, 1, 14); });
+  if (flushes.length) entry("a flush, over all: what had been written before is safe at its double line", (pen) => { pen.fillStyle = look.flush; pen.globalAlpha = 0.15; pen.fillRect(0, 0, 18, 14); pen.globalAlpha = 1; pen.fillRect(17, 0, 1, 14); pen.fillRect(20, 0, 1, 14); });
   const arrow = (colour, dash) => (pen) => {
     pen.strokeStyle = pen.fillStyle = look[colour]; pen.lineWidth = 2; pen.setLineDash(dash);
     pen.beginPath(); pen.moveTo(2, 7); pen.lineTo(18, 7); pen.stroke();
     pen.beginPath(); pen.moveTo(24, 7); pen.lineTo(17, 3); pen.lineTo(17, 11); pen.fill();
   };
-  entry("waits for that request", arrow("wait", [4, 3]));
-  entry("lets that request go on", arrow("good", []));
+  if (arrows.some((a) => a.kind === "wait")) entry("waits for that request", arrow("wait", [4, 3]));
+  if (arrows.some((a) => a.kind === "go")) entry("lets that request go on", arrow("good", []));
   const is = new Set([...fates.values()].map(leftMark));
   for (const [text, colour] of [["✔ the crash kept it", "good"], ["✘ the crash lost it", "bad"], ["◐ a part of it was kept", "wait"]]) {
     if ([...is].some((mark) => mark[0] === text[0])) entry(text.slice(2), (pen) => { pen.fillStyle = look[colour]; pen.fillRect(4, 0, 18, 14); pen.fillStyle = look.back; pen.font = "bold 11px system-ui"; pen.fillText(text[0], 13, 7.5); });

@@ -9,7 +9,7 @@ use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::store::Store;
 use cowbell_engine::units::{NodeId, Time};
 use cowbell_formats::chain::{self, Chain, Layer, OpenOptions, Policy};
-use cowbell_formats::check::{Repair, Unwatched, check_layer};
+use cowbell_formats::check::{Event, Repair, Unwatched, Watch, check_layer};
 use cowbell_formats::parts::growth::{Grow, Growth};
 use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
@@ -468,6 +468,23 @@ fn checked<F: Store>(layer: &Layer<F>) -> Result<(Checked, u64), String> {
     Ok((Checked { marked, corruptions, leaks, untold: false }, report.allocated_clusters))
 }
 
+/// The first lines of what a check says.
+#[derive(Debug, Default)]
+struct Heard(Vec<String>);
+
+/// So many lines.
+const HEARD: usize = 4;
+
+impl Watch for Heard {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Found(line) = event
+            && self.0.len() < HEARD
+        {
+            self.0.push(line.to_string());
+        }
+    }
+}
+
 /// Repairs the layer of this name.
 fn repair<H: Host>(host: &H, path: &Path, options: &OpenOptions) -> Result<(), String> {
     let layer = chain::open_whole_layer(host, path, options).map_err(|why| why.to_string())?;
@@ -675,6 +692,14 @@ impl Subject for Image {
         let corruptions = checked.corruptions + u64::from(is_untold);
         let leaks = checked.leaks.saturating_sub(holes);
         Ok(Checked { corruptions, leaks, untold, ..checked })
+    }
+
+    fn complaints(&self, host: &SimHost) -> Vec<String> {
+        let Ok(chain) = self.chain(host, false) else { return Vec::new() };
+        let mut heard = Heard::default();
+        // What it cannot read it says, too.
+        let _ = check_layer(&chain.layers[0], Repair::None, &mut heard);
+        heard.0
     }
 
     fn map(&self, host: &SimHost) -> Result<Vec<map::Extent>, String> {

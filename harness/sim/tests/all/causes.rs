@@ -74,6 +74,7 @@ fn what_fails_whatever_happens_has_no_cause() {
     let found = cause(&trace, STATES).expect("it fails");
     assert_eq!(found.at, None, "{found}");
     assert!(found.to_string().contains("It fails whatever happens"), "{found}");
+    assert!(to_html(&found.failing).contains("It fails whatever happens"), "the page says so, too");
 }
 
 #[test]
@@ -98,7 +99,11 @@ fn published_defects_are_found_and_explained() {
         let honest = Trace { plant: None, ..again };
         assert!(honest.replay().is_ok(), "without the defect nothing is wrong: {text}");
         let Some(at) = found.cause.at else { continue };
-        assert!(found.cause.passing.is_some(), "{found}");
+        let (failing, passing) = (&found.cause.failing, found.cause.passing.as_ref());
+        let passing = passing.expect("something ends well");
+        assert_eq!((&passing.verdict, passing.missed), (&None, 0), "{found}");
+        let same = |n: usize| failing.events[n].what == passing.events[n].what;
+        assert!((0..=at).all(same) && !same(at + 1), "{found}");
         let page = to_html(&found.cause.failing);
         assert!(page.contains(&format!("\"cause\":{{\"at\":{},", at + 1)));
     }

@@ -46,6 +46,22 @@ fn their_text_is_all_of_them() {
     }
 }
 
+/// A map of one block: what a failed write has taken is all that there is for the next.
+#[test]
+fn a_failed_write_of_the_last_block_leaves_it_to_the_next() {
+    let host = SimHost::new();
+    let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+    create(&host, Path::new("i"), Format::Vdi, &options).expect("it is made");
+    let kept = KeptHost::over(host);
+    let format = Some(Format::Vdi);
+    let options = OpenOptions { write: true, format, ..OpenOptions::default() };
+    let chain = chain::open(&kept, Path::new("i"), &options).expect("it opens");
+    let image = Recorded::new(Parts::of(&chain, 512, None).expect("it is small"));
+    let workload = Workload::new([Request::write(512, 512), Request::write(4096, 512)]);
+    let budget = Budget { faults: 1, ..QUIET };
+    search(&image.expect("it is one"), budget, &[workload]).expect("nothing is wrong");
+}
+
 #[test]
 fn changed_ones_harm_nobody() {
     let mut state = 7;

@@ -307,6 +307,56 @@ fn it_is_told_what_the_failing_crash_has_kept_and_lost() {
     assert_eq!(count(&data["verdict"]["more"]), verdict.more.len());
 }
 
+/// Where the disk's bytes are wrong, the ops that change the first of them are named: of a write in place and one to a
+/// new cluster the one that is done last.
+#[test]
+fn it_is_told_which_ops_change_the_wrong_byte() {
+    let line = seen(
+        "image format=qed state=cold backing=true cache=2 buffers=4 align=512 depth=64 grow=truncate ahead=16 \
+         can-zero=true probed=false lie=none\nbudget faults=0 ticks=0 stalls=false\nplant cow_from_wrong_cluster\n\
+         request write 0x400+0x200",
+    );
+    let words = line.verdict.as_ref().expect("it fails").more.join("\n");
+    let (_, history) = words.split_once("Ops that change that byte: ").expect(&words);
+    let is_write = |op: &&Op| {
+        op.kind == "write" && op.len == 0x1000 && line.requests[op.request].by == By::Guest(0)
+    };
+    let write = line.ops.iter().rfind(is_write).expect("the cluster is written");
+    let to = write.to.expect("it is done");
+    assert!(
+        history.starts_with(&format!("{}, done in event {to}.", line.op_name(write))),
+        "{words}"
+    );
+    assert!(line.title.ends_with("on a simulated disk (f1, over f0)"), "{}", line.title);
+}
+
+#[test]
+fn it_is_told_what_a_check_says_of_what_a_crash_has_left() {
+    let line = seen(&format!(
+        "{}\nbudget faults=0 ticks=0 stalls=false\nplant qcow2_reserve_before_stable\nrequest write 0x1400+0x200 fua\n\
+         choice submit 0\nchoice end 2.0 ok\nchoice end 2.1 ok\nchoice end 0.0 ok",
+        RAW.replace("raw", "qcow2")
+    ));
+    let verdict = line.verdict.as_ref().expect("a cluster counts as free");
+    assert!(verdict.is_crash && verdict.text.contains("2 corruptions"), "{verdict:?}");
+    let says = verdict.more.iter().filter(|line| line.starts_with("A check says: ERROR "));
+    assert_eq!(says.count(), 2, "{verdict:?}");
+}
+
+#[test]
+fn it_is_told_who_waits_for_ever() {
+    let line = seen(
+        "image format=qed state=cold backing=false cache=2 device=0 buffers=4 align=512 depth=64 grow=truncate \
+         ahead=16 can-zero=true probed=false lie=none\nbudget faults=0 ticks=0 stalls=false\nplant device_grows\n\
+         request write 0x2000+0x200",
+    );
+    let verdict = line.verdict.as_ref().expect("it is stuck");
+    assert!(verdict.text.starts_with("stuck: "), "{verdict:?}");
+    let waits = "request 0 (#0) (write 0x2000+0x200) waits for a file that is being made longer.";
+    let none = "No op is in flight whose end could let anybody go on.";
+    assert_eq!(verdict.more, [waits, none]);
+}
+
 /// The state that was asked is marked, and what came of it is shown behind.
 #[test]
 fn what_does_not_end_well_when_all_is_well_is_shown_from_there() {

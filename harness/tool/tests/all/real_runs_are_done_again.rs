@@ -428,6 +428,40 @@ fn changed_records_of_copies_harm_nobody() {
     }
 }
 
+/// What an op has brought may be anything in a record that was changed, and so the length of what was deflated.
+#[test]
+fn lengths_that_no_deflating_gives_harm_nobody() {
+    let place = Place::new();
+    place.ok("truncate -s 4M a && cowbell io -f raw -c 'write -P 7 1M 300k' a");
+    for target in ["qcow2 -c", "vmdk -o subformat=streamOptimized"] {
+        place.ok(&format!("cowbell convert -f raw -O {target} a b --record t"));
+        let record = read(&place.path("t"));
+        let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
+        let mut reader = Reader::new(&record[begin..]);
+        let mut lengths = Vec::new();
+        while let Some(entry) = reader.next() {
+            if let Entry::Done { brought, .. } = entry
+                && (1..=16).contains(&brought.len())
+            {
+                let at = brought.as_ptr() as usize - record.as_ptr() as usize;
+                lengths.push(at..at + brought.len());
+            }
+        }
+        assert!(lengths.len() >= 4, "{target}: something was deflated");
+        for (length, byte) in
+            lengths.into_iter().take(4).flat_map(|at| [(at.clone(), 0), (at, 0xff)])
+        {
+            let mut changed = record.clone();
+            changed[length].fill(byte);
+            fs::write(place.path("u"), changed).expect("it is written");
+            let out = place.ours("cowbell replay u");
+            let code = out.status.code().expect("it ends by itself");
+            let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+            assert!(code <= 1 && !said.contains("panic"), "{target}: {code}: {said}");
+        }
+    }
+}
+
 #[test]
 fn what_is_no_record_is_refused() {
     let place = Place::new();
