@@ -1024,6 +1024,27 @@ mod tests {
     }
 
     #[test]
+    fn zeros_take_no_memory_wherever_they_are() {
+        let mut contents = Contents::default();
+        contents.set_len(1 << 44);
+        let empty = contents.clone();
+        contents.write((1 << 43) + 300, &[7; 500]);
+        contents.write(100, &[8; 100]);
+        let kept: Vec<u64> = contents.filled().iter().map(|(index, _)| *index).collect();
+        assert_eq!(kept, [0, 1 << 34, (1 << 34) + 1]);
+        let mut bytes = [1; 1024];
+        contents.read(1 << 43, &mut bytes);
+        assert_eq!((bytes[299], bytes[300], bytes[799], bytes[800]), (0, 7, 7, 0));
+        contents.set_len((1 << 43) + 400);
+        contents.set_len(1 << 44);
+        contents.read(1 << 43, &mut bytes);
+        assert_eq!((bytes[399], bytes[400], bytes[512]), (7, 0, 0));
+        contents.write((1 << 43) + 300, &[0; 100]);
+        contents.write(100, &[0; 100]);
+        assert!(contents == empty && contents.filled().is_empty());
+    }
+
+    #[test]
     fn the_sum_forgets_no_change_and_no_undoing() {
         let mut contents = Contents::noise(7, 4096);
         let before = contents.clone();
