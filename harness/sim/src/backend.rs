@@ -394,9 +394,10 @@ impl SimBackend {
         let files = self.files.iter().enumerate().take(self.beside_from).skip(first);
         let mut bits = Vec::new();
         for (file, contents) in files.map(|(at, file)| (at as u32, file.now())) {
-            for index in 0..contents.len() / SECTOR {
-                let (sector, start) = (contents.sector(index), index * SECTOR);
-                if sector == Sector::ZEROS || !is_metadata(contents, start, start + SECTOR) {
+            for (index, sector) in contents.filled() {
+                let start = index * SECTOR;
+                if start + SECTOR > contents.len() || !is_metadata(contents, start, start + SECTOR)
+                {
                     continue;
                 }
                 let words = sector.bytes().as_chunks::<4>().0.iter().enumerate();

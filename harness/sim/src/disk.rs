@@ -123,10 +123,11 @@ pub fn splitmix(state: u64) -> u64 {
 
 /// What a file holds: its sectors and its length in bytes.
 ///
-/// Invariant: there are as many sectors as the length needs, and zeros behind the length.
+/// Invariant: the sectors that are kept go up the file, none is zeros, and none lies behind the length. So what a file takes in
+/// memory follows from what is in it, not from how long it is.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
-    sectors: Rc<Vec<Sector>>,
+    sectors: Rc<Vec<(u64, Sector)>>,
     len: u64,
     /// The sum of all sectors' hashes, each mixed with its place.
     sum: u64,
@@ -176,40 +177,65 @@ impl Contents {
         self.len == 0
     }
 
+    /// The sectors that are not zeros, with their numbers, up the file.
+    pub fn filled(&self) -> &[(u64, Sector)] {
+        &self.sectors
+    }
+
+    /// Where a sector is kept; or would be.
+    #[inline]
+    fn place(&self, index: u64) -> Result<usize, usize> {
+        // So it is in a file that has no zeros before it.
+        match self.sectors.get(index as usize) {
+            Some((at, _)) if *at == index => Ok(index as usize),
+            _ => self.sectors.binary_search_by_key(&index, |(at, _)| *at),
+        }
+    }
+
+    #[inline]
+    fn at(&self, index: u64) -> Option<&Sector> {
+        self.place(index).ok().map(|place| &self.sectors[place].1)
+    }
+
     /// A sector; zeros behind the end.
     #[inline]
     pub fn sector(&self, index: u64) -> Sector {
-        self.sectors.get(index as usize).cloned().unwrap_or_default()
+        self.at(index).cloned().unwrap_or_default()
     }
 
     /// A sector's hash.
     #[inline]
     pub fn sector_hash(&self, index: u64) -> u64 {
-        self.sectors.get(index as usize).map_or(0, Sector::hash_value)
+        self.at(index).map_or(0, Sector::hash_value)
     }
 
     fn put(&mut self, index: u64, sector: Sector) {
-        let old = &self.sectors[index as usize];
-        if *old == sector {
+        let place = self.place(index);
+        let old = place.map_or(0, |at| placed(index, &self.sectors[at].1));
+        let new = placed(index, &sector);
+        if old == new {
             return;
         }
-        self.sum = self.sum.wrapping_sub(placed(index, old)).wrapping_add(placed(index, &sector));
-        Rc::make_mut(&mut self.sectors)[index as usize] = sector;
+        self.sum = self.sum.wrapping_sub(old).wrapping_add(new);
+        let sectors = Rc::make_mut(&mut self.sectors);
+        match place {
+            Ok(at) if sector == Sector::ZEROS => drop(sectors.remove(at)),
+            Ok(at) => sectors[at].1 = sector,
+            Err(at) => sectors.insert(at, (index, sector)),
+        }
     }
 
     /// Reads; zeros behind the end.
     pub fn read(&self, offset: u64, buf: &mut [u8]) {
-        let mut at = 0;
-        while at < buf.len() {
-            let (index, from) = split(offset + at as u64);
-            let take = (SECTOR_BYTES - from).min(buf.len() - at);
-            match self.sectors.get(index as usize) {
-                Some(sector) => {
-                    buf[at..at + take].copy_from_slice(&sector.bytes()[from..from + take]);
-                }
-                None => buf[at..at + take].fill(0),
-            }
-            at += take;
+        buf.fill(0);
+        let end = offset + buf.len() as u64;
+        let first = self.place(offset / SECTOR).unwrap_or_else(|next| next);
+        let touched = self.sectors[first..].iter().take_while(|(index, _)| index * SECTOR < end);
+        for (index, sector) in touched {
+            let start = index * SECTOR;
+            let (from, to) = (offset.max(start), end.min(start + SECTOR));
+            let bytes = &sector.bytes()[(from - start) as usize..(to - start) as usize];
+            buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
         }
     }
 
@@ -224,18 +250,16 @@ impl Contents {
     /// Sets the length; what is gained reads as zeros.
     pub fn set_len(&mut self, len: u64) {
         assert!(!self.fixed || len == self.len, "a device keeps its length");
-        let count = len.div_ceil(SECTOR) as usize;
-        if len < self.len {
-            for index in count..self.sectors.len() {
-                self.put(index as u64, Sector::ZEROS);
-            }
-        }
-        if count != self.sectors.len() {
-            Rc::make_mut(&mut self.sectors).resize(count, Sector::ZEROS);
-        }
         let shrinks = len < self.len;
         self.len = len;
         if shrinks {
+            let count = len.div_ceil(SECTOR);
+            let kept = self.sectors.partition_point(|(index, _)| *index < count);
+            if kept < self.sectors.len() {
+                for (index, sector) in Rc::make_mut(&mut self.sectors).drain(kept..) {
+                    self.sum = self.sum.wrapping_sub(placed(index, &sector));
+                }
+            }
             self.zero_behind(len);
         }
     }
@@ -256,8 +280,7 @@ impl Contents {
         }
         let to = (patch.to as u64).min(self.len - start) as usize;
         let from = (patch.from as usize).min(to);
-        let sector = &self.sectors[patch.index as usize];
-        let merged = sector.merged(&patch.data, from, to);
+        let merged = self.sector(patch.index).merged(&patch.data, from, to);
         self.put(patch.index, merged);
     }
 
@@ -998,6 +1021,27 @@ mod tests {
             picked[next] += 1;
             picked[..next].fill(0);
         }
+    }
+
+    #[test]
+    fn zeros_take_no_memory_wherever_they_are() {
+        let mut contents = Contents::default();
+        contents.set_len(1 << 44);
+        let empty = contents.clone();
+        contents.write((1 << 43) + 300, &[7; 500]);
+        contents.write(100, &[8; 100]);
+        let kept: Vec<u64> = contents.filled().iter().map(|(index, _)| *index).collect();
+        assert_eq!(kept, [0, 1 << 34, (1 << 34) + 1]);
+        let mut bytes = [1; 1024];
+        contents.read(1 << 43, &mut bytes);
+        assert_eq!((bytes[299], bytes[300], bytes[799], bytes[800]), (0, 7, 7, 0));
+        contents.set_len((1 << 43) + 400);
+        contents.set_len(1 << 44);
+        contents.read(1 << 43, &mut bytes);
+        assert_eq!((bytes[399], bytes[400], bytes[512]), (7, 0, 0));
+        contents.write((1 << 43) + 300, &[0; 100]);
+        contents.write(100, &[0; 100]);
+        assert!(contents == empty && contents.filled().is_empty());
     }
 
     #[test]

@@ -9,7 +9,7 @@
 )]
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -23,7 +23,7 @@ use crate::disk::{Contents, SECTOR, splitmix};
 
 /// A part of one of several files: whole sectors, or everything from `first` on, its length
 /// included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// Which file.
     pub file: usize,
@@ -57,6 +57,8 @@ pub struct Watch(Rc<RefCell<Seen>>);
 struct Seen {
     looks: u64,
     reads: Vec<Place>,
+    /// The same, to be found.
+    known: BTreeSet<Place>,
     writes: Vec<Place>,
 }
 
@@ -77,10 +79,10 @@ impl Watch {
     }
 
     fn saw_read(&self, place: Place) {
-        self.0.borrow_mut().looks += 1;
-        let reads = &mut self.0.borrow_mut().reads;
-        if !reads.contains(&place) {
-            reads.push(place);
+        let mut seen = self.0.borrow_mut();
+        seen.looks += 1;
+        if seen.known.insert(place) {
+            seen.reads.push(place);
         }
     }
 }
@@ -263,5 +265,5 @@ impl Store for SimFile {
     }
 }
 
-/// Simulated files are small: a length beyond this is somebody's mistake.
-pub(crate) const LEN_MAX: u64 = 1 << 30;
+/// Bytes of a file, at most: as of ext4. It takes no memory where it is zeros.
+pub(crate) const LEN_MAX: u64 = 1 << 44;

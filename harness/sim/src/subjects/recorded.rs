@@ -123,6 +123,9 @@ impl Parts {
         if bytes > LEN_MAX {
             return wrong(&format!("{bytes} bytes of files"));
         }
+        if !self.noise.is_sorted_by(|one, next| one.end <= next.start) {
+            return Err("its parts are not in order".into());
+        }
         let noise = self
             .noise
             .iter()
@@ -205,6 +208,16 @@ impl Recorded {
         let named: io::Result<Vec<_>> = named.collect();
         if named.map_err(|why| why.to_string())? != files || still != made.0.still {
             return Err("its files are others than it says".into());
+        }
+        let mut clusters = 0_u64;
+        for layer in &chain.layers {
+            let Some(cluster) = layer.meta.cluster_size() else { continue };
+            for file in [&layer.file].into_iter().chain(&layer.more) {
+                clusters += file.len().map_err(|why| why.to_string())? / cluster.max(SECTOR);
+            }
+        }
+        if clusters > CLUSTERS_MAX {
+            return Err(format!("{clusters} clusters are more than can be simulated"));
         }
         let top = &chain.layers[0].meta;
         let cluster = top.cluster_size().unwrap_or(super::CLUSTER).max(SECTOR);
@@ -320,10 +333,9 @@ impl Recorded {
             let contents = host.contents(NAMES[at]).ok_or("a file is gone")?;
             file.len = contents.len();
             file.sectors.clear();
-            for index in 0..file.len.div_ceil(SECTOR) {
-                let sector = contents.sector(index);
-                if sector != Sector::ZEROS && !guests[at].has(index) {
-                    file.sectors.insert(index, *sector.bytes());
+            for (index, sector) in contents.filled() {
+                if !guests[at].has(*index) {
+                    file.sectors.insert(*index, *sector.bytes());
                 }
             }
         }
@@ -442,6 +454,8 @@ const NAMES: [&str; 16] = [
     "file-0", "file-1", "file-2", "file-3", "file-4", "file-5", "file-6", "file-7", "file-8",
     "file-9", "file-10", "file-11", "file-12", "file-13", "file-14", "file-15",
 ];
+/// Clusters in all files, at most: a check counts each, after every crash.
+const CLUSTERS_MAX: u64 = 1 << 25;
 /// Bytes of clusters that are looked at, at most.
 pub(crate) const NOISE_MAX: u64 = 16 << 20;
 const NOISE: u64 = 0x5eed;
@@ -583,9 +597,30 @@ impl Subject for Recorded {
         for depth in (0..chain.layers.len() - 1).rev() {
             first[depth] = first[depth + 1] + 1 + chain.layers[depth + 1].more.len();
         }
-        let extents: Result<Vec<Extent>, _> = map::extents(&chain).take(EXTENTS_MAX).collect();
+        let size = chain.size();
+        let mut extents = Vec::new();
+        if size <= MAPPED_MAX || self.0.noise.is_empty() {
+            extents.extend(map::extents(&chain).take(EXTENTS_MAX));
+        } else {
+            let gained = self.0.size..size;
+            let mut end = 0;
+            for part in self.0.noise.iter().chain([&gained]).filter(|part| part.start < size) {
+                let (start, depth) = (part.start, chain.layers.len() - 1);
+                let kind = Kind::Unallocated;
+                let between = Extent { start: end, len: start - end, depth, file: 0, kind };
+                extents.extend((start > end).then_some(Ok(between)));
+                let left = EXTENTS_MAX.saturating_sub(extents.len());
+                extents.extend(map::extents_in(&chain, part.clone()).take(left));
+                end = part.end.min(size);
+            }
+            let (len, depth) = (size - end.min(size), chain.layers.len() - 1);
+            let kind = Kind::Unallocated;
+            let behind = Extent { start: end, len, depth, file: 0, kind };
+            extents.extend((len > 0).then_some(Ok(behind)));
+        }
+        let extents: Result<Vec<Extent>, _> = extents.into_iter().collect();
         let mut extents = extents.map_err(|why| why.to_string())?;
-        if extents.len() == EXTENTS_MAX {
+        if extents.len() >= EXTENTS_MAX {
             return Err("it is in more pieces than can be simulated".into());
         }
         for extent in &mut extents {
@@ -617,6 +652,8 @@ impl Subject for Recorded {
     }
 }
 
+/// Of a larger disk it is only asked where the bytes are that are looked at, after a crash. All others are zeros.
+const MAPPED_MAX: u64 = 1 << 30;
 /// Pieces of a disk, at most.
 const EXTENTS_MAX: usize = 1 << 16;
 
