@@ -559,7 +559,13 @@ impl ReserveStep<'_> {
                 self.reserve.can_grow &= !mutant!("qcow2_never_grows_after_a_failure");
                 self.out_of_space(errno, cx)
             }
-            (ReserveState::Header, Event::Io(Err(errno))) => self.header_failed(errno, cx),
+            (ReserveState::Header, Event::Io(Err(errno))) => {
+                self.header.changed(Err(errno), cx);
+                self.link_failed(errno, cx)
+            }
+            (ReserveState::Link, Event::Io(Err(errno))) if !mutant!("qcow2_failed_link_is_cut") => {
+                self.link_failed(errno, cx)
+            }
             (_, Event::Io(Err(errno))) => self.counting_failed(errno, cx),
             (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
@@ -1195,9 +1201,9 @@ impl ReserveStep<'_> {
         }
     }
 
-    /// The header may name the new table, which is as good as the old one: it is left alone.
-    fn header_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
-        self.header.changed(Err(errno), cx);
+    /// The header may name the new table, or the table the new blocks: they are as good as what was there, and are
+    /// left alone.
+    fn link_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
         if let Phase::Blocks(area) = self.reserve.phase
             && area.fresh
         {

@@ -317,6 +317,8 @@ impl Changes for &mut Map {
     fn unseal(&mut self, written: bool, _: &mut Cx<'_>) {
         if !written {
             self.owes |= std::mem::take(&mut self.sealed_owes);
+            // A count whose fence failed may be lost, though its write went well.
+            self.counted = None;
         }
         self.changed.unseal(written || mutant!("vdi_failed_write_forgotten"), |_| {});
     }
