@@ -123,17 +123,22 @@ pub fn splitmix(state: u64) -> u64 {
 
 /// What a file holds: its sectors and its length in bytes.
 ///
-/// Invariant: the sectors that are kept go up the file, none is zeros, and none lies behind the length. So what a file takes in
-/// memory follows from what is in it, not from how long it is.
+/// Invariant: of the first [`LOW`] sectors there are as many as the length needs; those of the others that are kept go up the file,
+/// none is zeros, and none lies behind the length. So what a long file takes in memory follows from what is in it,
+/// not from how long it is, and a short one's sectors are found at once.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
-    sectors: Rc<Vec<(u64, Sector)>>,
+    low: Rc<Vec<Sector>>,
+    high: Rc<Vec<(u64, Sector)>>,
     len: u64,
     /// The sum of all sectors' hashes, each mixed with its place.
     sum: u64,
     /// A device's: its length does not change.
     fixed: bool,
 }
+
+/// Sectors in a row: those of the first 8 MiB.
+const LOW: u64 = 16384;
 
 #[inline]
 fn placed(index: u64, sector: &Sector) -> u64 {
@@ -178,23 +183,18 @@ impl Contents {
     }
 
     /// The sectors that are not zeros, with their numbers, up the file.
-    pub fn filled(&self) -> &[(u64, Sector)] {
-        &self.sectors
-    }
-
-    /// Where a sector is kept; or would be.
-    #[inline]
-    fn place(&self, index: u64) -> Result<usize, usize> {
-        // So it is in a file that has no zeros before it.
-        match self.sectors.get(index as usize) {
-            Some((at, _)) if *at == index => Ok(index as usize),
-            _ => self.sectors.binary_search_by_key(&index, |(at, _)| *at),
-        }
+    pub fn filled(&self) -> impl Iterator<Item = (u64, &Sector)> {
+        let low = (0..).zip(&*self.low).filter(|(_, sector)| **sector != Sector::ZEROS);
+        low.chain(self.high.iter().map(|(index, sector)| (*index, sector)))
     }
 
     #[inline]
     fn at(&self, index: u64) -> Option<&Sector> {
-        self.place(index).ok().map(|place| &self.sectors[place].1)
+        if index < LOW {
+            return self.low.get(index as usize);
+        }
+        let place = self.high.binary_search_by_key(&index, |(at, _)| *at);
+        place.ok().map(|place| &self.high[place].1)
     }
 
     /// A sector; zeros behind the end.
@@ -210,32 +210,37 @@ impl Contents {
     }
 
     fn put(&mut self, index: u64, sector: Sector) {
-        let place = self.place(index);
-        let old = place.map_or(0, |at| placed(index, &self.sectors[at].1));
+        let old = self.at(index).map_or(0, |old| placed(index, old));
         let new = placed(index, &sector);
         if old == new {
             return;
         }
         self.sum = self.sum.wrapping_sub(old).wrapping_add(new);
-        let sectors = Rc::make_mut(&mut self.sectors);
-        match place {
-            Ok(at) if sector == Sector::ZEROS => drop(sectors.remove(at)),
-            Ok(at) => sectors[at].1 = sector,
-            Err(at) => sectors.insert(at, (index, sector)),
+        if index < LOW {
+            Rc::make_mut(&mut self.low)[index as usize] = sector;
+            return;
+        }
+        let high = Rc::make_mut(&mut self.high);
+        match high.binary_search_by_key(&index, |(at, _)| *at) {
+            Ok(at) if sector == Sector::ZEROS => drop(high.remove(at)),
+            Ok(at) => high[at].1 = sector,
+            Err(at) => high.insert(at, (index, sector)),
         }
     }
 
     /// Reads; zeros behind the end.
     pub fn read(&self, offset: u64, buf: &mut [u8]) {
-        buf.fill(0);
-        let end = offset + buf.len() as u64;
-        let first = self.place(offset / SECTOR).unwrap_or_else(|next| next);
-        let touched = self.sectors[first..].iter().take_while(|(index, _)| index * SECTOR < end);
-        for (index, sector) in touched {
-            let start = index * SECTOR;
-            let (from, to) = (offset.max(start), end.min(start + SECTOR));
-            let bytes = &sector.bytes()[(from - start) as usize..(to - start) as usize];
-            buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
+        let mut at = 0;
+        while at < buf.len() {
+            let (index, from) = split(offset + at as u64);
+            let take = (SECTOR_BYTES - from).min(buf.len() - at);
+            match self.at(index) {
+                Some(sector) => {
+                    buf[at..at + take].copy_from_slice(&sector.bytes()[from..from + take]);
+                }
+                None => buf[at..at + take].fill(0),
+            }
+            at += take;
         }
     }
 
@@ -250,16 +255,25 @@ impl Contents {
     /// Sets the length; what is gained reads as zeros.
     pub fn set_len(&mut self, len: u64) {
         assert!(!self.fixed || len == self.len, "a device keeps its length");
+        let count = len.div_ceil(SECTOR);
         let shrinks = len < self.len;
-        self.len = len;
         if shrinks {
-            let count = len.div_ceil(SECTOR);
-            let kept = self.sectors.partition_point(|(index, _)| *index < count);
-            if kept < self.sectors.len() {
-                for (index, sector) in Rc::make_mut(&mut self.sectors).drain(kept..) {
+            for index in count..self.low.len() as u64 {
+                self.put(index, Sector::ZEROS);
+            }
+            let kept = self.high.partition_point(|(index, _)| *index < count);
+            if kept < self.high.len() {
+                for (index, sector) in Rc::make_mut(&mut self.high).drain(kept..) {
                     self.sum = self.sum.wrapping_sub(placed(index, &sector));
                 }
             }
+        }
+        let low = count.min(LOW) as usize;
+        if low != self.low.len() {
+            Rc::make_mut(&mut self.low).resize(low, Sector::ZEROS);
+        }
+        self.len = len;
+        if shrinks {
             self.zero_behind(len);
         }
     }
@@ -1030,7 +1044,7 @@ mod tests {
         let empty = contents.clone();
         contents.write((1 << 43) + 300, &[7; 500]);
         contents.write(100, &[8; 100]);
-        let kept: Vec<u64> = contents.filled().iter().map(|(index, _)| *index).collect();
+        let kept: Vec<u64> = contents.filled().map(|(index, _)| index).collect();
         assert_eq!(kept, [0, 1 << 34, (1 << 34) + 1]);
         let mut bytes = [1; 1024];
         contents.read(1 << 43, &mut bytes);
@@ -1041,7 +1055,7 @@ mod tests {
         assert_eq!((bytes[399], bytes[400], bytes[512]), (7, 0, 0));
         contents.write((1 << 43) + 300, &[0; 100]);
         contents.write(100, &[0; 100]);
-        assert!(contents == empty && contents.filled().is_empty());
+        assert!(contents == empty && contents.filled().next().is_none());
     }
 
     #[test]

@@ -334,8 +334,8 @@ impl Recorded {
             file.len = contents.len();
             file.sectors.clear();
             for (index, sector) in contents.filled() {
-                if !guests[at].has(*index) {
-                    file.sectors.insert(*index, *sector.bytes());
+                if !guests[at].has(index) {
+                    file.sectors.insert(index, *sector.bytes());
                 }
             }
         }
