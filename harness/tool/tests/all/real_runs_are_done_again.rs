@@ -437,9 +437,8 @@ fn lengths_that_no_deflating_gives_harm_nobody() {
         place.ok(&format!("cowbell convert -f raw -O {target} a b --record t"));
         let record = read(&place.path("t"));
         let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
-        let mut reader = Reader::new(&record[begin..]);
         let mut lengths = Vec::new();
-        while let Some(entry) = reader.next() {
+        for entry in Reader::new(&record[begin..]) {
             if let Entry::Done { brought, .. } = entry
                 && (1..=16).contains(&brought.len())
             {
