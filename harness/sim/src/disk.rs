@@ -123,7 +123,7 @@ pub fn splitmix(state: u64) -> u64 {
 
 /// What a file holds: its sectors and its length in bytes.
 ///
-/// Invariant: of the first [`LOW`] sectors there are as many as the length needs; those of the others that are kept go up the file,
+/// Invariant: of the sectors in the first 8 MiB there are as many as the length needs; those of the others that are kept go up the file,
 /// none is zeros, and none lies behind the length. So what a long file takes in memory follows from what is in it,
 /// not from how long it is, and a short one's sectors are found at once.
 #[derive(Clone, Debug, Default)]
