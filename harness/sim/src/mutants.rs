@@ -151,7 +151,6 @@ pub const MUTANTS: &[Mutant] = &[
     ),
     raw("copied_disk_is_closed", "a disk is closed while it is copied"),
     raw("copied_disk_stays_in_use", "a disk that was copied is in use for ever"),
-    qcow2("qcow2_failed_link_is_cut", "a refcount block that the table may name is cut off"),
     qcow2("pause_goes_no_deeper", "what is below a paused disk goes on"),
     qed("error_of_a_piece_swallowed", "a request is well although the layer below failed it"),
     qed(

@@ -563,9 +563,7 @@ impl ReserveStep<'_> {
                 self.header.changed(Err(errno), cx);
                 self.link_failed(errno, cx)
             }
-            (ReserveState::Link, Event::Io(Err(errno))) if !mutant!("qcow2_failed_link_is_cut") => {
-                self.link_failed(errno, cx)
-            }
+            (ReserveState::Link, Event::Io(Err(errno))) => self.link_failed(errno, cx),
             (_, Event::Io(Err(errno))) => self.counting_failed(errno, cx),
             (ReserveState::Load, Event::Io(_)) => self.piece_loaded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) => self.grown(cx),
