@@ -213,10 +213,8 @@ impl Machine<'_> {
             self.core.issue(self.me, flush);
             return Step::Wait(State::Flush);
         }
-        if job.is_paused || job.asking > 0 || job.due > now {
-            return self.park();
-        }
-        if self.may_be_overtaken() {
+        let waits = job.is_paused || job.asking > 0 || job.due > now;
+        if waits || self.may_be_overtaken() {
             return self.park();
         }
         let job = &mut self.core.copies[self.worker.job as usize];
