@@ -316,6 +316,14 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
     qcow2("qcow2_no_space_wakes_nobody", "who waits for clusters waits for ever if there are none"),
     qcow2("qcow2_failed_cut_is_done", "a spare end that is there still is taken for zeros"),
+    qcow2(
+        "qcow2_late_block_is_cut",
+        "a refcount block that is added while an image is left clean is cut off",
+    ),
+    qcow2(
+        "qcow2_failed_link_is_cut",
+        "a refcount block that a failed write may have named is cut off",
+    ),
     qcow2("qcow2_failed_growth_is_done", "a file that could not grow is taken for longer"),
     qcow2("qcow2_fresh_before_used", "the file's end is used before holes that are in reserve"),
     qcow2("qcow2_search_for_holes_stops_early", "holes behind the first that are found stay holes"),

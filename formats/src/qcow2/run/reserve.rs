@@ -431,6 +431,14 @@ impl Reserve {
         self.stable = self.stable.min(self.len);
     }
 
+    /// The clusters in front of `end` are handed out. What a settling counts down begins there.
+    fn move_end(&mut self, end: u64) {
+        self.end = end;
+        if self.settling && !mutant!("qcow2_late_block_is_cut") {
+            self.rest = end;
+        }
+    }
+
     pub fn assert_idle(&self) {
         assert!(!self.running && !self.asked && self.phase == Phase::Idle, "{:?}", self.phase);
         assert!(self.waiters.is_empty() && self.settler.is_empty());
@@ -978,7 +986,7 @@ impl ReserveStep<'_> {
             if self.reserve.holes == self.reserve.end {
                 self.reserve.holes = next;
             }
-            self.reserve.end = next;
+            self.reserve.move_end(next);
         } else {
             let stops = mutant!("qcow2_search_for_holes_stops_early");
             self.reserve.holes = if stops { self.reserve.end } else { next };
@@ -1182,7 +1190,7 @@ impl ReserveStep<'_> {
             if reserve.holes == reserve.end && reserve.end == area.first {
                 reserve.holes = area.end();
             }
-            reserve.end = area.end();
+            reserve.move_end(area.end());
         }
         self.next(cx)
     }
@@ -1204,8 +1212,9 @@ impl ReserveStep<'_> {
     fn link_failed(&mut self, errno: Errno, cx: &mut Cx<'_>) -> Outcome {
         if let Phase::Blocks(area) = self.reserve.phase
             && area.fresh
+            && !mutant!("qcow2_failed_link_is_cut")
         {
-            self.reserve.end = area.end();
+            self.reserve.move_end(area.end());
         }
         self.counting_failed(errno, cx)
     }

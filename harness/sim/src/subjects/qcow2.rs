@@ -195,6 +195,8 @@ fn special() -> Vec<Scope> {
         scope(image, 0, &[Request::truncate(at(3, 1)), head(0, 0), flush]),
         scope(image, 1, &[Request::truncate(4608), whole(1, 0)]),
         scope(small, 0, &[Request::write(0, 20480), Request::write(20480, 10240), flush]),
+        // A refcount block whose write failed, while another is added.
+        scope(small, 1, &[Request::write(0, 28672)]),
         scope(device, 0, &[head(0, 2), Request::read(at(0, 2), 4096)]),
         scope(full, 0, &[discard(0, 0), whole(0, 2)]),
         scope(full, 0, &[discard(0, 0), flush, whole(0, 2)]),
