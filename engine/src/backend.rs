@@ -252,8 +252,12 @@ pub enum Called<'a> {
     SetQuota(NodeId, Option<usize>),
     /// [`Engine::set_rate`](crate::Engine::set_rate)
     SetRate(NodeId, Option<Rate>),
-    /// One of which a record cannot tell enough to do it again.
-    Other(&'static str),
+    /// [`Engine::detach`](crate::Engine::detach). That a file is attached a backend knows by itself.
+    Detach(FileId),
+    /// [`Engine::region`](crate::Engine::region), of so many bytes.
+    Region(usize),
+    /// [`Engine::add`](crate::Engine::add)
+    Add,
 }
 
 /// Must a backend that has `in_flight` ops be asked again although nothing will wake the loop, and no

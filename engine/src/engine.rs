@@ -132,19 +132,20 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// # Errors
     ///
-    /// The backend's; EMFILE if there are [`FileId::MAX`] already. Nothing has changed then.
-    ///
-    /// # Panics
-    ///
-    /// If the file's blocks are larger than [`Limits::buffer_size`].
+    /// The backend's; EMFILE if there are [`FileId::MAX`] already; [`io::ErrorKind::Unsupported`] if the file's blocks are
+    /// no powers of two, or larger than [`Limits::buffer_size`]. Nothing has changed then.
     pub fn attach(&mut self, file: B::File) -> io::Result<(FileId, FileInfo)> {
-        self.called(Called::Other("attach"));
         let backend = &mut self.backend;
-        let (id, info) = self.core.add_file(|id| backend.attach(id, file))?;
-        assert!(info.request_align.is_power_of_two() && info.memory_align.is_power_of_two());
-        assert!(info.hole_align.is_power_of_two());
-        assert!(info.request_align as usize <= self.core.limits.buffer_size);
-        Ok((id, info))
+        let most = self.core.limits.buffer_size;
+        self.core.add_file(|id| {
+            let info = backend.attach(id, file)?;
+            let aligns = [info.request_align, info.memory_align, info.hole_align];
+            if aligns.iter().any(|align| !align.is_power_of_two()) || aligns[0] as usize > most {
+                backend.detach(id);
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            Ok(info)
+        })
     }
 
     /// The file back. Nodes that use it take no more requests ([`Why::NoSuchNode`]), and have
@@ -157,7 +158,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// not on disk. See [`Engine::drain`]. A drain that ended with an error is enough: whoever takes
     /// the file after that has been told what is lost.
     pub fn detach(&mut self, file: FileId) -> Option<B::File> {
-        self.called(Called::Other("detach"));
+        self.called(Called::Detach(file));
         let is_its = self.core.files.get(file.index()).is_some_and(|its| its.id == file);
         if !is_its || !self.core.is_file_quiet(file) {
             return None;
@@ -182,7 +183,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// `len` bytes of memory, zeros, for the tables of the node that is [added](Engine::add) next,
     /// for as long as that lives.
     pub fn region(&mut self, len: usize) -> RegionId {
-        self.called(Called::Other("region"));
+        self.called(Called::Region(len));
         let region = self.core.mem.add_region(len);
         self.core.loose_regions.push(region);
         region
@@ -196,7 +197,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// If there are [`NodeId::MAX`] already, or a node [below](Driver::below) is not
     /// [there](Engine::has), is being closed, or is paused ([`may_be_read_from`](Engine::may_be_read_from)).
     pub fn add(&mut self, node: D) -> NodeId {
-        self.called(Called::Other("add"));
+        self.called(Called::Add);
         for &below in node.below() {
             assert!(self.may_be_read_from(below), "{below:?} is not there to be read from");
             self.core.nodes[below.index()].is_top = false;
@@ -385,6 +386,13 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     #[inline]
     fn called(&mut self, called: Called<'_>) {
         self.backend.note(Note::Called(called));
+    }
+
+    /// The same, if the node is there: otherwise it changes nothing, and another may have its place.
+    fn called_of(&mut self, node: NodeId, called: Called<'_>) {
+        if self.has(node) {
+            self.called(called);
+        }
     }
 
     /// The backend's clock, looked at.

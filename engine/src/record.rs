@@ -25,16 +25,23 @@
 //! | 0x0b | finished requests were taken | how many (u8) |
 //! | 0x0c | a method was called | which (u8), the node's index (u32) |
 //! | 0x0e | requests were given up | the node's index (u32), how many (u32), the place of each (u32) |
-//! | 0x0d | one that a record does not tell of | length (u8), its name |
+//! | 0x0d | a file was attached | 1, or 0 if the backend refused it (u8), and what it said of it (below) |
 //! | 0x0f | a limit was set | the node's index (u32), what there is of it (u8: 1 a limit, 2 of bytes, 4 of requests), bytes and requests a second, the burst in nanoseconds (u64 each) |
 //! | 0x30 | a copy was started | the nodes' indices (u32 each), what it is (below), how many parts it is of, and one more (u32; 0: of all), from and to of each (u64 each) |
 //! | 0x31 | something was said about a job | what (u8), which (u32) |
 //! | 0x32 | which sectors of what an op brought are zeros, before it came back: while a copy looks for such | how many (u32), a bit for each |
 //! | 0x33 | several came back well | how many (u8), the ops (u32 each) |
 //! | 0x34 | a quota was set | the node's index (u32), requests (u32; 2^32-1: no bound) |
+//! | 0x35 | a file was detached | which (u32) |
+//! | 0x36 | memory for a node's tables was asked for | bytes (u64) |
+//! | 0x37 | a node was added | |
 //! | 0x10 to 0x1f | a request: its kind, less 0x10 | node (6 bits), memory (2 bits), offset and length in sectors (u32, u16) |
 //! | 0x50 to 0x5f | a finished request was taken, then this: its kind, less 0x50 | the same |
 //! | 0x20 to 0x2f | the same, less 0x20 | node (u32), memory (u8), its bits (u16), offset, length, bytes of memory (u64 each) |
+//!
+//! Of a file a backend says: the alignments of requests, memory and holes (u32 each), its length (u64), and whether it can grow
+//! and knows its holes (u8: 1 and 2). Those that were attached before the record began are not in it ([`Recorder::infos`]). What was
+//! read of an image before it was attached, by whoever opened it, is not in it either.
 
 use std::io;
 use std::ops::Range;
@@ -113,7 +120,7 @@ impl Sum {
 /// A backend whose engine's runs are recorded, from [`Recorder::start`] on. Until then it costs a look.
 pub struct Recorder<B> {
     inner: B,
-    /// What the backend said of the files, in the order in which they came.
+    /// What the backend said of the files that came before it began, in the order in which they did.
     infos: Vec<FileInfo>,
     log: Option<Box<Log>>,
 }
@@ -214,7 +221,8 @@ impl<B> Recorder<B> {
         self.log.is_some()
     }
 
-    /// What it said of its files, in the order in which they were attached: who does the run again needs it.
+    /// What it said of the files that were attached before the record began, in that order: who does the run again needs
+    /// it.
     pub fn infos(&self) -> &[FileInfo] {
         &self.infos
     }
@@ -315,11 +323,9 @@ impl Log {
 
     fn called(&mut self, called: Called<'_>) {
         let (which, node) = match called {
-            Called::Other(name) => {
-                self.put([0x0d, name.len() as u8]);
-                self.chunk.put(name.as_bytes());
-                return;
-            }
+            Called::Detach(file) => return self.tagged::<4, 5>(0x35, file.0.to_le_bytes()),
+            Called::Region(len) => return self.tagged::<8, 9>(0x36, (len as u64).to_le_bytes()),
+            Called::Add => return self.put([0x37]),
             Called::Abandon(node, requests) => {
                 self.put([0x0e]);
                 for number in [node.index() as u32, requests.len() as u32] {
@@ -367,6 +373,17 @@ impl Log {
         };
         self.put([0x0c, which]);
         self.put((node.index() as u32).to_le_bytes());
+    }
+
+    fn attached(&mut self, info: Option<&FileInfo>) {
+        self.write_polled();
+        self.put([0x0d, u8::from(info.is_some())]);
+        let Some(info) = info else { return };
+        for align in [info.request_align, info.memory_align, info.hole_align] {
+            self.put(align.to_le_bytes());
+        }
+        self.put(info.len.to_le_bytes());
+        self.put([u8::from(info.can_grow) | u8::from(info.knows_holes) << 1]);
     }
 
     fn started(&mut self, nodes: [NodeId; 2], copy: &[u64], parts: Option<&[Range<u64>]>) {
@@ -453,9 +470,13 @@ impl<B: Backend> Backend for Recorder<B> {
     type File = B::File;
 
     fn attach(&mut self, id: FileId, file: B::File) -> io::Result<FileInfo> {
-        let info = self.inner.attach(id, file)?;
-        self.infos.push(info);
-        Ok(info)
+        let attached = self.inner.attach(id, file);
+        match (&mut self.log, &attached) {
+            (Some(log), attached) => log.attached(attached.as_ref().ok()),
+            (None, Ok(info)) => self.infos.push(*info),
+            (None, Err(_)) => {}
+        }
+        attached
     }
 
     fn detach(&mut self, id: FileId) -> Option<B::File> {
@@ -736,8 +757,14 @@ pub enum Entry<'r> {
         /// The bits.
         bits: &'r [u8],
     },
-    /// A method that a record does not tell enough of.
-    Untold(&'r str),
+    /// A file was attached, of which the backend said this. `None`: it refused it.
+    Attached(Option<FileInfo>),
+    /// A file was detached, if that could be.
+    Detached(FileId),
+    /// So many bytes of memory were asked for.
+    Region(u64),
+    /// A node was added.
+    Added,
 }
 
 /// Bytes that are zeros or not.
@@ -801,9 +828,25 @@ impl<'r> Reader<'r> {
                 Entry::Called { which, node: u32::from_le_bytes(take(rest)?) }
             }
             0x0d => {
-                let len = byte(rest)?;
-                Entry::Untold(std::str::from_utf8(bytes(rest, len.into())?).ok()?)
+                if byte(rest)? == 0 {
+                    return Some(Entry::Attached(None));
+                }
+                let mut number = || Some(u32::from_le_bytes(take(rest)?));
+                let (request_align, memory_align, hole_align) = (number()?, number()?, number()?);
+                let (len, flags) = (u64::from_le_bytes(take(rest)?), byte(rest)?);
+                let (can_grow, knows_holes) = (flags & 1 != 0, flags & 2 != 0);
+                Entry::Attached(Some(FileInfo {
+                    request_align,
+                    memory_align,
+                    hole_align,
+                    len,
+                    can_grow,
+                    knows_holes,
+                }))
             }
+            0x35 => Entry::Detached(FileId(u32::from_le_bytes(take(rest)?))),
+            0x36 => Entry::Region(u64::from_le_bytes(take(rest)?)),
+            0x37 => Entry::Added,
             0x0e => {
                 let (node, count) =
                     (u32::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?));
@@ -995,7 +1038,9 @@ mod tests {
                 mem: &Mem::Ram(crate::sys::ram::Ram::standing_in(512, 0x208)),
             },
             Note::Called(Called::Close(node)),
-            Note::Called(Called::Other("start")),
+            Note::Called(Called::Detach(FileId(7))),
+            Note::Called(Called::Region(65536)),
+            Note::Called(Called::Add),
             Note::Polled(Ok(())),
             Note::Polled(Err(Errno::IO)),
             Note::Called(Called::Drain),
@@ -1034,7 +1079,9 @@ mod tests {
                     bytes: 512
                 },
                 Entry::Called { which: 2, node: 0 },
-                Entry::Untold("start"),
+                Entry::Detached(FileId(7)),
+                Entry::Region(65536),
+                Entry::Added,
                 Entry::Polled(2),
                 Entry::Called { which: 0, node: 0 },
                 Entry::Submitted { polled: true, node: 0, io: aligned, lent, bytes: 8192 },

@@ -52,12 +52,12 @@ impl<D: Driver, B: Backend> Engine<D, B> {
 
     fn start_copy(&mut self, copy: Copy, parts: Option<&[Range<u64>]>) -> Result<JobId, Why> {
         let (source, target) = (copy.source, copy.target);
-        self.called(Called::Start { source, target, copy: &copy.to_numbers(), parts });
-        let copy = copy.within_ranges();
-        let uses = [copy.source, copy.target];
+        let uses = [source, target];
         if uses.iter().any(|&node| !self.has(node)) {
             return Err(Why::NoSuchNode);
         }
+        self.called(Called::Start { source, target, copy: &copy.to_numbers(), parts });
+        let copy = copy.within_ranges();
         let is_resized = self
             .core
             .ops

@@ -60,10 +60,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// The sum over all nodes may be more than the engine's. As long as it is not, no disk takes
     /// another's place, not even one whose storage hangs.
     pub fn set_quota(&mut self, node: NodeId, requests_max: Option<usize>) -> bool {
-        self.called(Called::SetQuota(node, requests_max));
         if !self.has(node) {
             return false;
         }
+        self.called(Called::SetQuota(node, requests_max));
         let record = &mut self.core.nodes[node.index()];
         record.quota = requests_max.map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX));
         record.set_open_to();
@@ -76,10 +76,10 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// time. For layers below a disk it means nothing: what reads from them is not limited. False:
     /// there is no such node.
     pub fn set_rate(&mut self, node: NodeId, rate: Option<Rate>) -> bool {
-        self.called(Called::SetRate(node, rate));
         if !self.has(node) {
             return false;
         }
+        self.called(Called::SetRate(node, rate));
         let record = &mut self.core.nodes[node.index()];
         record.hold.set_rate(rate, self.core.now);
         record.set_open_to();
@@ -171,7 +171,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`], it is being closed already;
     /// [`Why::InUse`], another node reads from it, or a job uses it: close or cancel that first.
     pub fn close(&mut self, node: NodeId) -> Result<(), Why> {
-        self.called(Called::Close(node));
+        self.called_of(node, Called::Close(node));
         self.life.close(&mut self.core, node, false)
     }
 
@@ -182,7 +182,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     ///
     /// As [`close`](Engine::close).
     pub fn close_filter(&mut self, node: NodeId) -> Result<(), Why> {
-        self.called(Called::CloseFilter(node));
+        self.called_of(node, Called::CloseFilter(node));
         self.life.close(&mut self.core, node, true)
     }
 
@@ -215,7 +215,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// And nothing has changed: [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::Paused`], it is already;
     /// [`Why::InUse`], a job uses it, or a node that is not paused reads from it.
     pub fn pause(&mut self, node: NodeId) -> Result<(), Why> {
-        self.called(Called::Pause(node));
+        self.called_of(node, Called::Pause(node));
         self.life.pause(&mut self.core, node)
     }
 
@@ -227,7 +227,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [`Why::NoSuchNode`]; [`Why::Closing`]; [`Why::InUse`], a layer below is paused by itself: resume
     /// that first.
     pub fn resume(&mut self, node: NodeId) -> Result<(), Why> {
-        self.called(Called::Resume(node));
+        self.called_of(node, Called::Resume(node));
         self.life.resume(&mut self.core, node)
     }
 

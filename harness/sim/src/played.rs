@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use cowbell_engine::backend::{Backend, Completion, FileInfo, Harvest, Note, Submission};
+use cowbell_engine::backend::{Backend, Called, Completion, FileInfo, Harvest, Note, Submission};
 use cowbell_engine::mem::{Buf, Mem};
 use cowbell_engine::op::{Base, OpKind};
 use cowbell_engine::ops::OpRecord;
@@ -47,8 +47,12 @@ pub struct Played<F> {
     record: Arc<Vec<u8>>,
     /// How much of it has been done.
     place: Place,
-    /// What the real backend said of its files, in the order in which they came.
+    /// What the real backend said of the files that were there before, in the order in which they came.
     infos: Vec<FileInfo>,
+    /// How many of those have been attached.
+    attached: usize,
+    /// Is somebody bringing what came later?
+    is_brought: bool,
     files: BTreeMap<FileId, F>,
     sum: Sum,
     /// The last time.
@@ -85,19 +89,21 @@ pub struct Done {
 pub enum Verdict {
     /// Everything was as recorded.
     Same,
-    /// It was, as far as the record tells: then comes a call that it does not tell enough of.
+    /// It was, as far as the record tells: then comes something that it does not tell enough of.
     Untold(String),
     /// In this `run` something was not as recorded.
     Differs(String),
 }
 
 impl<F> Played<F> {
-    /// The record, and what the real backend said of its files, in the order in which they were attached.
+    /// The record, and what the real backend said of the files that were attached before it began, in that order.
     pub fn new(record: Vec<u8>, infos: Vec<FileInfo>) -> Played<F> {
         Played {
             record: Arc::new(record),
             place: Place::default(),
             infos,
+            attached: 0,
+            is_brought: false,
             files: BTreeMap::new(),
             sum: Sum::default(),
             time: Time(0),
@@ -114,9 +120,12 @@ impl<F> Played<F> {
         self.time
     }
 
-    /// What the real backend said of the file that is attached next.
+    /// What the real backend said of the file that is attached next, if it did not refuse it.
     pub fn next_info(&self) -> Option<FileInfo> {
-        self.infos.get(self.files.len()).copied()
+        match self.peek() {
+            (Some(Entry::Attached(info)), _) if self.is_brought => info,
+            _ => self.infos.get(self.attached).copied(),
+        }
     }
 
     /// What comes next, and where what is behind it begins.
@@ -181,6 +190,16 @@ impl<F> Played<F> {
         harvest.done.push(Completion::new(op, result));
     }
 
+    /// Is this what comes next? Then it has been done.
+    fn is_next(&mut self, what: &str, is_it: impl FnOnce(&Entry<'_>) -> bool) {
+        match self.peek() {
+            (Some(entry), place) if is_it(&entry) => self.place = place,
+            // The record has ended in the middle of it.
+            (None, _) => {}
+            _ => self.differs(|| format!("{what}, and something else was done")),
+        }
+    }
+
     fn differs(&mut self, how: impl FnOnce() -> String) {
         self.differs.get_or_insert_with(how);
     }
@@ -191,8 +210,14 @@ impl<F> Backend for Played<F> {
 
     fn attach(&mut self, id: FileId, file: F) -> io::Result<FileInfo> {
         let info = self.next_info();
+        if self.is_brought {
+            self.is_next("a file is attached", |entry| matches!(entry, Entry::Attached(_)));
+        } else {
+            self.attached += 1;
+        }
+        let info = info.ok_or_else(|| io::Error::other("no such file was recorded"))?;
         self.files.insert(id, file);
-        info.ok_or_else(|| io::Error::other("more files than were recorded"))
+        Ok(info)
     }
 
     fn detach(&mut self, id: FileId) -> Option<F> {
@@ -295,6 +320,20 @@ impl<F> Backend for Played<F> {
                 (Some(_), _) => self.differs(|| "a run ends, and more was recorded of it".into()),
                 (None, _) => {}
             },
+            Note::Called(called) if self.is_brought => match called {
+                Called::Region(len) => {
+                    self.is_next("memory is asked for", |entry| *entry == Entry::Region(len as u64))
+                }
+                Called::Add => self.is_next("a node is added", |entry| *entry == Entry::Added),
+                Called::Detach(file) => {
+                    self.is_next("a file is detached", |entry| *entry == Entry::Detached(file))
+                }
+                Called::SetQuota(its, quota) => self.is_next("a quota is set", |entry| {
+                    let Entry::Quota { node, requests_max } = *entry else { return false };
+                    (node as usize, requests_max) == (its.index(), quota)
+                }),
+                _ => self.differs(|| "a disk is brought, and something else is done".into()),
+            },
             Note::Submitted { .. } | Note::Run(_) | Note::Called(_) => {}
         }
     }
@@ -314,23 +353,43 @@ pub enum Moment {
 /// What to do after each moment: go on?
 pub type Each<'a, D, F> = &'a mut dyn FnMut(&Engine<D, Played<F>>, Moment) -> bool;
 
+/// Who brings a disk that came later: it opens the image as it was then, and [attaches](cowbell_formats::attach) it as was done
+/// then. An error says why it cannot.
+pub type Bring<'p, D, F> = Box<dyn FnMut(&mut Engine<D, Played<F>>) -> Result<(), String> + 'p>;
+
 /// A run that is done again.
-#[derive(Debug)]
-pub struct Player<D: Driver, F> {
+pub struct Player<'p, D: Driver, F> {
     engine: Engine<D, Played<F>>,
-    /// The disks, as they were attached before anything was done.
+    /// The disks.
     nodes: Vec<Option<NodeId>>,
+    bring: Option<Bring<'p, D, F>>,
     /// The last request's tag.
     tag: u64,
     /// The copies that were started.
     jobs: Vec<JobId>,
 }
 
-impl<D: Driver, F> Player<D, F> {
-    /// On this engine, to which the images have been attached as they were then.
-    pub fn new(engine: Engine<D, Played<F>>) -> Player<D, F> {
+impl<D: Driver, F> std::fmt::Debug for Player<'_, D, F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Player({:?})", self.engine.backend().done)
+    }
+}
+
+impl<'p, D: Driver, F> Player<'p, D, F> {
+    /// On this engine, to which the images have been attached that were there when the record began, as they were then.
+    pub fn new(engine: Engine<D, Played<F>>) -> Player<'p, D, F> {
         let nodes = engine.nodes().collect();
-        Player { engine, nodes, tag: 0, jobs: Vec::new() }
+        Player { engine, nodes, bring: None, tag: 0, jobs: Vec::new() }
+    }
+
+    /// `bring` is called for each disk that came later. Without it the run is done again up to the first of them.
+    #[must_use]
+    pub fn with_later_disks(
+        mut self,
+        bring: impl FnMut(&mut Engine<D, Played<F>>) -> Result<(), String> + 'p,
+    ) -> Player<'p, D, F> {
+        self.bring = Some(Box::new(bring));
+        self
     }
 
     /// The engine, as it is now.
@@ -355,9 +414,13 @@ impl<D: Driver, F> Player<D, F> {
     pub fn play(&mut self, each: Each<'_, D, F>) -> Verdict {
         loop {
             let played = self.engine.backend_mut();
-            let record = Arc::clone(&played.record);
+            let (record, before) = (Arc::clone(&played.record), played.place);
             let Some(entry) = played.place.next(&record) else { return Verdict::Same };
-            let moment = match self.does(entry) {
+            let does = match entry {
+                Entry::Attached(_) | Entry::Region(_) | Entry::Added => self.is_brought(before),
+                entry => self.does(entry),
+            };
+            let moment = match does {
                 Ok(None) => continue,
                 Ok(Some(moment)) => moment,
                 Err(verdict) => return verdict,
@@ -416,6 +479,26 @@ impl<D: Driver, F> Player<D, F> {
         let mut timeline = observer.finish();
         timeline.has_times();
         (verdict, timeline)
+    }
+
+    /// What begins at this place is a disk that came later.
+    fn is_brought(&mut self, begins: Place) -> Result<Option<Moment>, Verdict> {
+        let Some(bring) = &mut self.bring else {
+            return Err(Verdict::Untold("a disk comes".into()));
+        };
+        let played = self.engine.backend_mut();
+        (played.place, played.is_brought) = (begins, true);
+        let brought = bring(&mut self.engine);
+        let played = self.engine.backend_mut();
+        played.is_brought = false;
+        if let Err(why) = brought {
+            return Err(Verdict::Untold(format!("a disk comes: {why}")));
+        }
+        if played.place.at == begins.at {
+            return Err(Verdict::Differs("a disk comes, and nobody has brought it".into()));
+        }
+        self.nodes = self.engine.nodes().collect();
+        Ok(Some(Moment::Called))
     }
 
     fn node(&self, index: u32, what: &str) -> Result<NodeId, Verdict> {
@@ -546,8 +629,11 @@ impl<D: Driver, F> Player<D, F> {
                     return differs("a disk that is gone has a limit");
                 }
             }
-            Entry::Untold(name) => return Err(Verdict::Untold(name.into())),
-            Entry::Clock(_)
+            Entry::Detached(file) => drop(self.engine.detach(file)),
+            Entry::Attached(_)
+            | Entry::Region(_)
+            | Entry::Added
+            | Entry::Clock(_)
             | Entry::Ran(_)
             | Entry::Took { .. }
             | Entry::Zeros { .. }

@@ -169,6 +169,9 @@ impl Story {
                         break;
                     }
                 }
+                Entry::Attached(_) => {
+                    return Err("a disk came while it ran; name an earlier turn".into());
+                }
                 Entry::Started { .. } => {
                     return Err("copies ran in it, which are not varied".into());
                 }
@@ -191,7 +194,7 @@ impl Story {
 ///
 /// When the record does not tell enough, or it is too much.
 pub fn vary<F, D: Driver>(
-    player: &mut Player<D, F>,
+    player: &mut Player<'_, D, F>,
     record: &[u8],
     disks: &[Parts],
     how: &Variation,
@@ -239,7 +242,7 @@ fn sums(numbers: impl Iterator<Item = u32>) -> impl Iterator<Item = u32> {
 /// Does the run again until all of these have been submitted. Answers which of them had ended and been taken when each was, and
 /// what was learnt of tables.
 fn again<F, D: Driver>(
-    player: &mut Player<D, F>,
+    player: &mut Player<'_, D, F>,
     window: &[Asked],
 ) -> Result<(Vec<u64>, Tables), String> {
     *player.tables() = Some(Tables::default());

@@ -269,7 +269,7 @@ struct Recorded<'f> {
 }
 
 /// What does a run again, over files as they were.
-pub type Replay = Player<Node, KeptFile<AnyFile>>;
+pub type Replay = Player<'static, Node, KeptFile<AnyFile>>;
 
 /// A run that is to be done again.
 struct Again<'f> {
