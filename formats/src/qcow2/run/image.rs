@@ -1,6 +1,8 @@
 //! What every part of a running image knows of it: its files, its geometry, its memory, how it is
 //! run. And the disk as a guest sees it: how long it is, and what shows where it has nothing.
 
+use std::hash::{Hash, Hasher};
+
 use cowbell_engine::op::{Op, OpKind, Segs, Target};
 use cowbell_engine::step::Cx;
 use cowbell_engine::tables::TableCache;
@@ -143,7 +145,7 @@ pub(super) fn inflated_slot_bytes(geometry: Geometry) -> usize {
 }
 
 /// What of an image never changes while it runs: each of its components has a copy.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Image {
     /// Metadata; data too, unless that has a file of its own.
     pub file: FileId,
@@ -155,6 +157,13 @@ pub(super) struct Image {
     /// Are clusters that a guest discards given back to the file system?
     pub pass_discards: bool,
     pub regions: Regions,
+}
+
+/// Where it lies. All else is the same in every state of a run.
+impl Hash for Image {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.file, self.data, self.regions.tables).hash(state);
+    }
 }
 
 impl Image {
