@@ -493,16 +493,51 @@ impl Core {
         self.wake_all(&mut guests);
     }
 
-    /// The embedder has heard that mirrors have taken places, that of this job or all: writes go on there.
-    pub fn tell_moved(&mut self, told: Option<JobId>) {
+    /// The embedder has heard that the mirror of this job has taken a place: writes go on there.
+    pub fn tell_moved(&mut self, job: JobId) {
         for at in 0..self.nodes.len() {
-            let untold = self.nodes[at].moved_untold;
-            if untold.is_some() && (told.is_none() || untold == told) {
+            if self.nodes[at].moved_untold == Some(job) {
                 self.nodes[at].moved_untold = None;
-                let mut list = std::mem::take(&mut self.nodes[at].wait_for_move);
-                self.wake_all(&mut list);
+                self.move_abandoned(at);
+                self.wake_for_move(at);
             }
         }
+    }
+
+    /// A drain begins: a mirror of whose end the embedder has not heard is cancelled. The disk is where it was: neither
+    /// has been written to since.
+    pub fn cancel_untold(&mut self) {
+        for at in 0..self.nodes.len() {
+            let Some(untold) = self.nodes[at].moved_untold else { continue };
+            (self.nodes[at].moved_to, self.nodes[at].moved_untold) = (None, None);
+            for event in &mut self.events {
+                if let NodeEvent::JobEnded { job, result } = event
+                    && *job == untold
+                {
+                    *result = Err(Errno::CANCELED);
+                }
+            }
+            self.wake_for_move(at);
+            self.nodes[at].set_open_to();
+        }
+    }
+
+    /// Those who waited for a mirror's end to be heard go on.
+    fn wake_for_move(&mut self, at: usize) {
+        let mut list = std::mem::take(&mut self.nodes[at].wait_for_move);
+        self.wake_all(&mut list);
+    }
+
+    /// Writes that were given up go on where the disk is now, and what is submitted there waits for them.
+    fn move_abandoned(&mut self, from: usize) {
+        let there = self.moved_and_told(self.nodes[from].id);
+        if mutant!("abandoned_writes_stay_behind") || there.index() == from {
+            return;
+        }
+        let old = std::mem::take(&mut self.nodes[from].hold.abandoned);
+        self.nodes[there.index()].hold.abandoned.extend(old);
+        self.nodes[from].set_open_to();
+        self.nodes[there.index()].set_open_to();
     }
 
     /// Has a mirror taken this node's place?
@@ -974,10 +1009,14 @@ impl Core {
         drop(self.mem.take_guest(request));
         self.abandoned -= 1;
         self.abandoned_ended += 1;
-        let record = &mut self.nodes[node.index()];
-        record.guests -= 1;
-        record.hold.abandoned.retain(|&(other, ..)| other != request);
-        record.set_open_to();
+        let there = self.moved_and_told(node);
+        self.nodes[node.index()].guests -= 1;
+        // What is submitted where the disk is now waits for it there.
+        for node in [node, there] {
+            let record = &mut self.nodes[node.index()];
+            record.hold.abandoned.retain(|&(other, ..)| other != request);
+            record.set_open_to();
+        }
         let copies = self.copies.iter().filter(|(_, job)| job.copy.target == node);
         let copies: smallvec::SmallVec<[u32; 4]> = copies.map(|(key, _)| key as u32).collect();
         copies.iter().for_each(|&key| self.wake_workers(key));

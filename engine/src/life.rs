@@ -150,7 +150,7 @@ impl<D: Driver, F> Life<D, F> {
             return;
         }
         (self.drain, self.open_to) = (Drain::Going, 0);
-        core.tell_moved(None);
+        core.cancel_untold();
         for index in 0..core.nodes.len() {
             if !core.nodes[index].is_vacant && !core.nodes[index].is_closing {
                 begin_to_drain(core, index);
@@ -167,13 +167,15 @@ impl<D: Driver, F> Life<D, F> {
         if core.nodes[node.index()].is_closing {
             return Err(Why::Closing);
         }
-        let is_copied = core.nodes[node.index()].jobs > 0 && !mutant!("copied_disk_is_closed");
+        // As far as the embedder has heard.
+        let record = &core.nodes[node.index()];
+        let is_copied = record.jobs > 0 || record.moved_untold.is_some();
+        let is_copied = is_copied && !mutant!("copied_disk_is_closed");
         // What is submitted to what it has taken the place of goes to it.
         let is_moved_to = core.nodes.iter().any(|record| record.moved_to == Some(node));
         if self.is_read_from(node) || is_copied || is_moved_to {
             return Err(Why::InUse);
         }
-        core.tell_moved(core.nodes[node.index()].moved_untold);
         core.nodes[node.index()].leaves_below = leaves_below;
         begin_to_close(core, node, (node, Ok(())));
         Ok(())
@@ -197,7 +199,7 @@ impl<D: Driver, F> Life<D, F> {
         if record.is_paused {
             return Err(Why::Paused);
         }
-        let is_copied = record.jobs > 0;
+        let is_copied = record.jobs > 0 || record.moved_untold.is_some();
         // What it holds still others would change, or read.
         let is_used = self.readers(node).any(|at| !core.nodes[at].is_held);
         if is_copied || is_used {
@@ -435,7 +437,7 @@ impl<D: Driver, F> Life<D, F> {
         }
         let event = core.events.remove(0);
         if let NodeEvent::JobEnded { job, .. } = event {
-            core.tell_moved(Some(job));
+            core.tell_moved(job);
         }
         if let NodeEvent::Closed { node, .. } = event {
             let its = self.left.iter_mut().filter(|left| left.whom == node);

@@ -103,8 +103,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         }
         let core = &mut self.core;
         let backend = &mut self.backend;
+        let there = core.moved_and_told(node);
         let may_be = |slot: &Slot| {
-            let is_its = slot.node == node && slot.origin == Origin::Guest;
+            let is_its = [node, there].contains(&slot.node) && slot.origin == Origin::Guest;
             let goes_on = !matches!(slot.waits, Waits::Poll | Waits::Free);
             is_its && goes_on && slot.io.kind != IoKind::Truncate
         };
@@ -118,7 +119,8 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let mut tags = Vec::with_capacity(picked.len());
         for (id, io, tag) in picked {
             tags.push(tag);
-            let record = &mut core.nodes[node.index()];
+            let its = core.ops.slot(id).node;
+            let record = &mut core.nodes[its.index()];
             core.abandoned += 1;
             if record.hold.held.contains(&id) {
                 record.hold.held.retain(|&held| held != id);
@@ -126,6 +128,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
                 core.end_held(id);
                 continue;
             }
+            let record = &mut core.nodes[there.index()];
             if io.kind.modifies() {
                 record.hold.abandoned.push((id, io.offset, io.end()));
             }

@@ -299,3 +299,41 @@ fn nothing_is_written_there_before_its_end_is_told() {
     assert!(read(&mut engine, target, 512).iter().all(|&byte| byte == 7));
     drain(&mut engine);
 }
+
+/// A drain comes before its end was told: then the source is the disk still, and has what was held.
+#[test]
+fn a_drain_cancels_one_whose_end_was_not_told() {
+    for (from, to) in [(Format::Qcow2, Format::Raw), (Format::Vmdk, Format::Raw)] {
+        let folder = folder();
+        let mut engine: Engine<Node, _> = Engine::new(Inline::new(), Limits::default());
+        let ([source, target], model) = two(&mut engine, folder.path(), (from, to));
+        let copy = Copy { moment: Moment::End, ..Copy::new(source, target) };
+        let job = engine.start(copy).expect("it starts");
+        while engine.job_progress(job).is_some() {
+            engine.run(clock());
+        }
+        let bytes = cowbell_engine::mem::Buf::copied(&[7; 512]);
+        engine.submit(source, Io::write(0, 512), bytes, 0).expect("room");
+        engine.run(clock());
+        assert!(engine.poll().is_none(), "it waits");
+        for node in [source, target] {
+            assert_eq!(engine.close(node), Err(Why::InUse), "as far as anybody has heard");
+        }
+        assert_eq!(engine.pause(source), Err(Why::InUse));
+        engine.drain();
+        while engine.drained().is_none() {
+            assert!(engine.run(clock()).again || wait(&mut engine), "{engine:?}");
+        }
+        assert_eq!(engine.drained(), Some(Ok(())));
+        assert_eq!(engine.poll().expect("it went on").result, Ok(()));
+        let ended = NodeEvent::JobEnded { job, result: Err(Errno::CANCELED) };
+        assert_eq!(engine.poll_event(), Some(ended));
+        let there = std::fs::read(folder.path().join("to")).expect("a raw image");
+        assert!(there == model, "the target is what the source was");
+        drop(engine);
+        assert_eq!(check(&folder.path().join("from"), from), (0, 0), "{from}");
+        let mut engine: Engine<Node, _> = Engine::new(Inline::new(), Limits::default());
+        let source = add(&mut engine, &folder.path().join("from"), from, false);
+        assert!(read(&mut engine, source, 512).iter().all(|&byte| byte == 7));
+    }
+}

@@ -493,6 +493,12 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
     // Nobody's when the copy has just begun.
     let last = |_: &Image| vec![Workload::new([Request::write(2 * CLUSTER + 512, 1024)])];
     let none = |_: &Image| vec![Workload::default()];
+    // What is old, and what is new in the same place.
+    let over = |_: &Image| {
+        vec![Workload::new([Request::write(3072, CLUSTER), Request::write(CLUSTER, 512)])]
+    };
+    // A part of a cluster, of which only some disks can give back anything.
+    let cut = |_: &Image| vec![Workload::new([Request::discard(512, 512)])];
     let few = |_: &Image| vec![Workload::new([Request::write(CLUSTER, 1024)])];
     let one = |_: &Image| {
         let (zero, discard) = (Request::zero(0, CLUSTER), Request::discard(0, CLUSTER));
@@ -522,6 +528,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
             scopes_on([noise], budget(mirror, 1), few),
             scopes_on([noise], budget(mirror, 0), pair),
             scopes_on([noise], budget(stops(mirror), 0), few),
+            scopes_on([noise], Budget { abandons: 1, ..budget(wide(mirror), 0) }, over),
             scopes_on([noise], budget(resumed(copy_in), 1), none),
             scopes_on([noise], budget(resumed(of_start(copy_out)), 1), one),
             scopes_on([noise], budget(resumed(mirror), 1), few),
@@ -541,6 +548,7 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         scopes_on([empty], budget(of_start(is_zero(copy_out)), 0), last),
         scopes_on([warm], budget(mirror, 0), one),
         scopes_on([empty], budget(mirror, 0), few),
+        scopes_on([noise], budget(CopyPlan { drains: true, ..wide(mirror) }, 0), cut),
         scopes_on([empty], budget(wide(mirror), 0), pair),
         scopes_on([empty], budget(wide(of_start(copy_out)), 0), pair),
         scopes_on([noise, warm], budget(wide(copy_out), 1), none),

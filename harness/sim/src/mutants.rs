@@ -135,6 +135,10 @@ pub const MUTANTS: &[Mutant] = &[
     raw("copy_is_done_up_to_the_next_piece", "what is begun of a copy counts as done"),
     raw("what_a_copy_gave_up_is_done", "what is under way when a copy is cancelled counts as done"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
+    raw(
+        "abandoned_writes_stay_behind",
+        "what was given up comes to the new disk after what is new",
+    ),
     raw("mirror_lets_writes_pass", "writes go on while the last of a mirror is copied"),
     raw(
         "mirror_ends_with_writes_in_flight",

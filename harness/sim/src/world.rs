@@ -191,7 +191,10 @@ impl<S: Subject> Base<S> {
             None => Cut::new(workload, subject.cluster(), sizes, before, None),
         };
         let cut = Shared::new(cut);
-        let shadow = Shadow::new(cut.clone(), subject.discard_unit());
+        // What is discarded may come to be discarded where a mirror has the disk, in its units.
+        let moves = budget.copy.is_some_and(|copy| copy.mirrors);
+        let there = other.as_ref().filter(|_| moves).map_or(u64::MAX, S::discard_unit);
+        let shadow = Shadow::new(cut.clone(), subject.discard_unit().min(there));
         let others = other.map(|other| Shadow::of_other(cut.clone(), other.discard_unit()));
         let (subject, workload) = (subject.clone(), workload.clone());
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
