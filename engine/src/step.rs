@@ -138,6 +138,11 @@ impl Cx<'_> {
         self.core.past_waiters = list;
     }
 
+    /// Those who are parked so look again: somebody may be waiting for them whom they wait for.
+    pub fn wake_past_waiters(&mut self) {
+        self.core.wake_past_waiters();
+    }
+
     /// The image's metadata says something impossible: `what`, at byte `at` of its file. For the
     /// embedder: see [`NodeEvent::Corrupt`].
     pub fn tell_corrupt(&mut self, what: &'static str, at: u64) {

@@ -320,6 +320,7 @@ pub const MUTANTS: &[Mutant] = &[
     qcow2("qcow2_given_up_forgotten_when_full", "there is no space while some is on its way back"),
     qcow2("qcow2_no_space_wakes_nobody", "who waits for clusters waits for ever if there are none"),
     qcow2("qcow2_failed_cut_is_done", "a spare end that is there still is taken for zeros"),
+    qcow2("qcow2_waits_with_counts_left", "refcounts and tables wait for each other"),
     qcow2(
         "qcow2_late_block_is_cut",
         "a refcount block that is added while an image is left clean is cut off",

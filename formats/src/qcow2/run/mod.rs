@@ -252,7 +252,8 @@ impl Qcow2 {
         match step.run(state, event, cx) {
             Outcome::Wait(state) => Step::Wait(State::Reserve(state)),
             Outcome::WaitForWriteback(state) => {
-                self.writeback.park(cx);
+                self.reserve.park_for_writeback(cx);
+                self.writeback.ask(cx);
                 Step::Wait(State::Reserve(state))
             }
             Outcome::Done(result) => Step::Done(result),

@@ -284,6 +284,8 @@ pub(super) struct Reserve {
     waiters: WaitList,
     /// The writeback that waits for counts.
     counting: WaitList,
+    /// The chore, while it waits for a writeback; or until that waits for it.
+    for_writeback: WaitList,
     /// The chore that empties the reserve.
     settler: WaitList,
     result: Result<(), Errno>,
@@ -338,6 +340,7 @@ impl Reserve {
             attempts: Attempts::default(),
             waiters: WaitList::new(),
             counting: WaitList::new(),
+            for_writeback: WaitList::new(),
             settler: WaitList::new(),
             result: Ok(()),
             is_corrupt: false,
@@ -442,6 +445,7 @@ impl Reserve {
     pub fn assert_idle(&self) {
         assert!(!self.running && !self.asked && self.phase == Phase::Idle, "{:?}", self.phase);
         assert!(self.waiters.is_empty() && self.settler.is_empty());
+        assert!(self.counting.is_empty() && self.for_writeback.is_empty());
         assert!(!self.piece_dirty || self.uncounted);
     }
 
@@ -492,14 +496,30 @@ impl Reserve {
         }
     }
 
-    /// A writeback waits for the counts of what is in use: parks it.
+    /// A writeback waits for the counts of what is in use: parks it. If the chore waits, for it or for requests that wait for
+    /// it, it counts first.
     pub fn park_for_counts(&mut self, cx: &mut Cx<'_>) {
         self.ask(cx);
         cx.park(&mut self.counting, On::Refcounts);
+        if !mutant!("qcow2_waits_with_counts_left") {
+            cx.wake_all(&mut self.for_writeback);
+            cx.wake_past_waiters();
+        }
+    }
+
+    /// Parks the chore until a writeback has ended, or waits for counts.
+    pub fn park_for_writeback(&mut self, cx: &mut Cx<'_>) {
+        cx.park(&mut self.for_writeback, On::Writeback);
+    }
+
+    /// Does the chore wait for one?
+    pub fn awaits_writeback(&self) -> bool {
+        !self.for_writeback.is_empty()
     }
 
     /// A writeback has ended: was something given up?
-    pub fn ask_if_returned(&mut self, cx: &mut Cx<'_>) {
+    pub fn writeback_ended(&mut self, cx: &mut Cx<'_>) {
+        cx.wake_all(&mut self.for_writeback);
         if !self.returned.is_empty() {
             self.ask(cx);
         }
@@ -550,11 +570,8 @@ impl ReserveStep<'_> {
             // That failed before, and the writeback waits for it.
             (ReserveState::Turn, Event::Start) if self.reserve.uncounted => self.write_piece(cx),
             (ReserveState::Turn, Event::Start) => self.begin_if_sure(cx),
-            (ReserveState::Turn | ReserveState::Swept, Event::Woken) if self.writeback.is_err() => {
-                self.done(self.writeback, cx)
-            }
             (ReserveState::Turn | ReserveState::Past | ReserveState::Swept, Event::Woken) => {
-                self.begin(cx)
+                self.goes_on(state, cx)
             }
             (ReserveState::Discard, Event::Io(_)) => self.discarded(cx),
             (ReserveState::Grow { .. }, Event::Io(_)) if mutant!("qcow2_failed_growth_is_done") => {
@@ -584,12 +601,37 @@ impl ReserveStep<'_> {
         }
     }
 
-    /// What it is to count is the header's to say: it waits until that is known.
+    /// What it is to count is the header's to say: it waits until that is known. Of clusters in use that are counted once more it
+    /// is known: their blocks are in the old table and in the new one.
     fn begin_if_sure(&mut self, cx: &mut Cx<'_>) -> Outcome {
-        if self.header.is_doubted() {
-            return Outcome::WaitForWriteback(ReserveState::Turn);
+        if !self.header.is_doubted() {
+            return self.begin(cx);
         }
-        self.begin(cx)
+        self.count_raised(cx).unwrap_or(Outcome::WaitForWriteback(ReserveState::Turn))
+    }
+
+    /// It has waited: for a writeback or for requests, or until those waited for it.
+    fn goes_on(&mut self, state: ReserveState, cx: &mut Cx<'_>) -> Outcome {
+        if !self.reserve.counting.is_empty()
+            && let Some(outcome) = self.count_raised(cx)
+        {
+            return outcome;
+        }
+        match self.writeback {
+            Err(_) if state != ReserveState::Past => self.done(self.writeback, cx),
+            _ => self.begin_if_sure(cx),
+        }
+    }
+
+    /// Counts what is in use already once more, if there is some. A writeback waits for that: so it comes before any wait for
+    /// one.
+    fn count_raised(&mut self, cx: &mut Cx<'_>) -> Option<Outcome> {
+        let &(cluster, _) = self.reserve.raises.first()?;
+        if self.reserve.is_corrupt {
+            return Some(self.done(Err(Errno::IO), cx));
+        }
+        self.reserve.phase = Phase::Raise;
+        Some(self.look_at(cluster, cx))
     }
 
     fn begin(&mut self, cx: &mut Cx<'_>) -> Outcome {
@@ -655,10 +697,10 @@ impl ReserveStep<'_> {
         if reserve.is_corrupt {
             return self.done(Err(Errno::IO), cx);
         }
-        if let Some(&(cluster, _)) = reserve.raises.first() {
-            reserve.phase = Phase::Raise;
-            return self.look_at(cluster, cx);
+        if let Some(outcome) = self.count_raised(cx) {
+            return outcome;
         }
+        let reserve = &mut *self.reserve;
         if reserve.at_hand.total > 0 && reserve.wanted {
             cx.wake_all(&mut reserve.waiters);
         }
@@ -867,8 +909,8 @@ impl ReserveStep<'_> {
         match self.reserve.phase {
             Phase::Count { .. } if self.reserve.is_low() => self.count_holes(cx),
             Phase::Count { .. } => self.done(Ok(()), cx),
-            Phase::Drop | Phase::Raise => self.next(cx),
-            Phase::Idle | Phase::Blocks(_) => self.begin_if_sure(cx),
+            Phase::Drop => self.next(cx),
+            Phase::Raise | Phase::Idle | Phase::Blocks(_) => self.begin_if_sure(cx),
         }
     }
 
@@ -895,6 +937,12 @@ impl ReserveStep<'_> {
         if !reserve.wanted || reserve.at_hand.total > 0 && !reserve.wants_long_run {
             return self.done(Ok(()), cx);
         }
+        if !mutant!("qcow2_waits_with_counts_left")
+            && let Some(outcome) = self.count_raised(cx)
+        {
+            return outcome;
+        }
+        let reserve = &mut *self.reserve;
         if !reserve.returned.is_empty() {
             if reserve.returned.iter().any(|&(epoch, _)| cx.is_past(epoch)) {
                 return self.begin(cx);

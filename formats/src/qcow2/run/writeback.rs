@@ -235,7 +235,8 @@ impl Writeback {
         self.ask(cx);
     }
 
-    fn ask(&mut self, cx: &mut Cx<'_>) {
+    /// Asks for one that begins later.
+    pub fn ask(&mut self, cx: &mut Cx<'_>) {
         if self.running {
             self.again = true;
         } else if !self.asked {
@@ -452,7 +453,8 @@ impl WritebackStep<'_> {
 
     /// All that was taken is written: it is made stable, if anybody cares.
     fn written(&mut self, cx: &mut Cx<'_>) -> Step<WritebackState> {
-        if self.writeback.current.is_empty() && self.writeback.freeing.is_empty() {
+        let Writeback { current, freeing, .. } = &*self.writeback;
+        if current.is_empty() && freeing.is_empty() && !self.reserve.awaits_writeback() {
             return self.ended(Ok(()), cx);
         }
         if self.header.is_doubted() {
@@ -507,7 +509,7 @@ impl WritebackStep<'_> {
         if std::mem::take(&mut self.writeback.again) || !self.writeback.next.is_empty() {
             self.writeback.ask(cx);
         }
-        self.reserve.ask_if_returned(cx);
+        self.reserve.writeback_ended(cx);
         Step::Done(result)
     }
 }

@@ -230,6 +230,9 @@ fn special() -> Vec<Scope> {
         scope(image, 0, &[packed(0, 0), flush, packed(0, 1), flush]),
         scope(image, 0, &[packed(0, 0), packed(0, 1), flush]),
         scope(image, 1, &[packed(0, 0), packed(0, 1), flush]),
+        // Two compressed clusters in one, while the file cannot be made longer, or the header is in doubt.
+        scope(Image { cluster: 512, ahead: 1, ..warm }, 1, &[Request::write_compressed(0, 1024)]),
+        scope(image, 1, &[Request::truncate(image.size() + 8192), packed(0, 0), packed(0, 1)]),
         scope(warm, 0, &[packed(0, 0), flush]),
         scope(tight, 0, &[packed(0, 2), discard(0, 2), flush, packed(0, 3), whole(0, 4)]),
         // A rewrite in place, a discard of the cluster, an allocation: whose is it?
