@@ -69,7 +69,11 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let all = [Format::Raw, Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi];
     let format = format.unwrap_or_else(|| draw.of(&all));
     let raw = format == Format::Raw;
+    let qcow2 = format == Format::Qcow2;
     let state = draw.of(&[State::Cold, State::Warm, State::Zeros]);
+    // What only qcow2 has: snapshots that share, clusters that are free again.
+    let state =
+        if qcow2 && draw.one_in(3) { draw.of(&[State::Shared, State::Holes]) } else { state };
     let layout = draw.of(&[Layout::Plain, Layout::Split, Layout::Lazy]);
     let image = Image {
         state: if raw { State::Cold } else { state },
@@ -89,6 +93,7 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
         probed: raw && draw.one_in(2),
         ..Image::new(format)
     };
+    let image = if qcow2 { of_qcow2(&mut draw, image) } else { image };
     let faults = draw.of(&[0, 0, 1, 2, 4]);
     let crashes = if draw.one_in(3) { 1 + draw.below(2) as u8 } else { 0 };
     let ticks = draw.below(4) as u8;
@@ -108,14 +113,15 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let lives = Budget { closes, pauses, quota, reopens, ..QUIET };
     let lasting = Budget { drains, abandons, lost_writes, bit_rots, ..lives };
     let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
-    let mut kinds = Kinds::draw(&mut draw);
+    let mut kinds = Kinds::draw(&mut draw, qcow2);
     // Where a copy runs beside it the disk is small, for all of it is copied, and keeps its size.
     let copy = (is_whole && crashes == 0 && draw.one_in(5)).then(|| copy(&mut draw, &image));
     let image = match copy {
         Some(_) => copied(&mut draw, image),
         None => image,
     };
-    kinds.resizes &= copy.is_none();
+    // Of version 2 a disk with snapshots keeps its size, too.
+    kinds.resizes &= copy.is_none() && !(image.old && image.state == State::Shared);
     // Whether it begins is nobody's guess: neither is the disk taken away, nor full.
     let budget = match copy {
         Some(_) => Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget },
@@ -128,6 +134,21 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let fault_in = 4 + draw.below(12);
     let turns = draw.one_in(2).then(|| draw.below(4) as usize);
     Plan { image, budget, workload: Workload::new(requests), fault_in, turns }
+}
+
+/// What only qcow2 has, or may have: an old version, small clusters of which few are counted in one refcount block, little
+/// room for what is given up, discards that are not passed on.
+fn of_qcow2(draw: &mut Draw, image: Image) -> Image {
+    let old = draw.one_in(6) && image.state != State::Zeros;
+    let small = !old && draw.one_in(5);
+    Image {
+        old,
+        cluster: if small { 512 } else { image.cluster },
+        ahead: if small { draw.of(&[1, 8, 64]) } else { draw.of(&[1, image.ahead]) },
+        frees: if draw.one_in(4) { 1 } else { image.frees },
+        pass_discards: !draw.one_in(4),
+        ..image
+    }
 }
 
 /// A copy, and what may be done with it.
@@ -158,6 +179,7 @@ fn copied(draw: &mut Draw, image: Image) -> Image {
     // Half a block at the end of a raw disk goes with what is discarded in front of it.
     let by = if image.format == Format::Raw { 4096 } else { u64::from(image.align).max(512) };
     let rest = draw.below(4096 / by) * by;
+    let image = Image { cluster: Image::new(image.format).cluster, ..image };
     let size = (2 + draw.below(4)) * image.cluster() + rest;
     let beside = draw.of(&[Format::Raw, Format::Qcow2, image.format]);
     let state = if image.state == State::Warm { State::Warm } else { State::Cold };
@@ -180,13 +202,14 @@ enum Kind {
     Status,
     Write,
     WriteStable,
+    WriteCompressed,
     Zero,
     Discard,
     Flush,
 }
 
 impl Kinds {
-    fn draw(draw: &mut Draw) -> Kinds {
+    fn draw(draw: &mut Draw, compresses: bool) -> Kinds {
         // How often each is asked for where it is asked for at all.
         let all = [
             (Kind::Read, 2),
@@ -202,6 +225,9 @@ impl Kinds {
             if draw.one_in(2) {
                 among.extend([kind].repeat(weight));
             }
+        }
+        if compresses && draw.one_in(3) {
+            among.extend([Kind::WriteCompressed; 2]);
         }
         if !among.iter().any(|kind| !matches!(kind, Kind::Read | Kind::Status | Kind::Flush)) {
             among.extend([Kind::Write; 4]);
@@ -237,6 +263,10 @@ fn request(draw: &mut Draw, kinds: &Kinds, image: &Image, size: &mut u64) -> Req
     let offset = (start + draw.below(cluster / unit) * unit).min(*size - 1);
     let len = (unit * (1 + draw.below(2 * cluster / unit))).min(*size - offset);
     match draw.of(&kinds.among) {
+        Kind::WriteCompressed => {
+            let start = offset / cluster * cluster;
+            Request::write_compressed(start, (len.div_ceil(cluster) * cluster).min(*size - start))
+        }
         Kind::Read => Request::read(offset, len),
         Kind::Status => Request::status(offset, len),
         Kind::Write => Request::write(offset, len),

@@ -20,7 +20,7 @@ use cowbell_formats::{
 };
 
 use crate::backend::{Damaged, Device, IsMetadata, Lie, Mode, SimBackend};
-use crate::disk::{Contents, Sector};
+use crate::disk::{Contents, SECTOR, Sector};
 use crate::filter::{Filter, Over};
 use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
@@ -145,6 +145,11 @@ pub(crate) trait FormatSubject: Sync {
     /// below it.
     fn only_in_header(&self) -> &'static [Range<usize>] {
         &[]
+    }
+
+    /// Bytes of the file from its beginning on that are the header's.
+    fn header_len(&self, _image: &Image) -> u64 {
+        SECTOR
     }
 
     /// What a sector of a table, number `index` of its file, refers to, up to what no check can know of
@@ -660,7 +665,12 @@ impl Subject for Image {
     fn may_go_unnoticed(&self, damaged: &[Damaged]) -> bool {
         let of = of(self.format);
         let (mut should, mut is) = (Vec::new(), Vec::new());
-        for sector in damaged {
+        // What is behind the header's first sector nothing else says either.
+        let is_behind = |sector: &&Damaged| {
+            let end = of.header_len(self) / SECTOR;
+            sector.file + 1 == self.files().len() && (1..end).contains(&sector.index)
+        };
+        for sector in damaged.iter().filter(|sector| !is_behind(sector)) {
             let (mine, found) = (sector.should.bytes(), sector.is.bytes());
             let differ = |at: &usize| mine[*at] != found[*at];
             let is_known = |at: usize| !of.only_in_header().iter().any(|only| only.contains(&at));

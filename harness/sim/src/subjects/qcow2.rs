@@ -51,6 +51,10 @@ impl FormatSubject for Qcow2 {
         (image.cluster >= CLUSTER).then(|| holes(file))
     }
 
+    fn header_len(&self, image: &Image) -> u64 {
+        image.cluster
+    }
+
     fn only_in_header(&self) -> &'static [Range<usize>] {
         &[8..20, 24..32]
     }

@@ -28,6 +28,10 @@ impl FormatSubject for Qed {
         image.create(host, CreateOptions { table_size: Some(1), ..CreateOptions::default() })
     }
 
+    fn header_len(&self, image: &Image) -> u64 {
+        image.cluster
+    }
+
     fn only_in_header(&self) -> &'static [Range<usize>] {
         &[0x10..0x18, 0x30..0x38]
     }
