@@ -157,10 +157,11 @@ fn changed_ones_harm_nobody() {
         (state % bound as u64) as usize
     };
     let (mut read, mut run) = (0, 0);
-    for format in Format::ALL {
+    let images = Format::ALL.map(kept).into_iter().chain([packed(vec![0..2 * CLUSTER])]);
+    for image in images {
         let text = format!(
             "cowbell trace 1\nimage {}\nbudget faults=1\nrequest write 0x0+0x200\nrequest flush\nafter 0\n",
-            kept(format).text()
+            image.text()
         );
         for _ in 0..60 {
             let mut changed = text.clone().into_bytes();

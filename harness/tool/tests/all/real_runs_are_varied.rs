@@ -46,16 +46,15 @@ fn of_chains() {
     varies(&place, "--time 6 --runs 10 --requests 5", "a chain");
 }
 
-/// Makes images whose clusters are compressed of `raw`, which is made: of text, and of clusters of one byte each, which become as small
-/// as can be.
-const COMPRESSED: &str = "seq -w 1 200000 | head -c 1M > raw; for i in 1 2 3 4 5 6 7 8; do \
+/// Makes `raw`: of text, and of clusters of one byte each, which become as small as can be.
+const RAW: &str = "seq -w 1 200000 | head -c 1M > raw; for i in 1 2 3 4 5 6 7 8; do \
     for byte in a b c d e f g h; do head -c 8k /dev/zero | tr '\\0' $byte; done; done >> raw";
 
 /// A record has no guest's bytes, and nobody can inflate what is not there: something is made up.
 #[test]
 fn of_compressed_clusters() {
     let place = Place::new();
-    place.ok(COMPRESSED);
+    place.ok(RAW);
     // Each of them is read, read in part, written to in part and as a whole, compressed or not, and given up.
     let commands = "-c 'read 0 9k' -c 'write 300k 4k' -c 'write 1M 8k' -c 'write -c 64k 64k' -c 'write 260k 3k' \
                     -c 'write -c 128k 64k' -c 'read 120k 20k' -c 'discard 1088k 64k' -c 'write 1200k 3k' \
@@ -223,18 +222,20 @@ fn defects_that_a_run_has_missed_are_found() {
     }
 }
 
+/// An image whose clusters are compressed.
+const COMPRESSED: &str =
+    "seq -w 1 200000 | head -c 1M > raw; cowbell convert -f raw -O qcow2 -c raw i";
+
+/// Writes to it, compressed and not.
+const PACKS: &str = "io -n -f qcow2 -c 'read 0 64k' -c 'write 70k 4k' -c 'write -c 128k 64k' -c 'write 200k 4k' \
+    -c 'write -c 256k 64k' -c 'discard 320k 64k' -c flush -c 'write -c 192k 64k' -c 'read 64k 256k'";
+
 /// Planted so, what makes the image, and a run that ends well.
-const DEFECTS: [(&str, &str, &str); 6] = [
-    (
-        "qcow2_packed_after_tables",
-        "seq -w 1 200000 | head -c 1M > raw; cowbell convert -f raw -O qcow2 -c raw i",
-        "io -n -f qcow2 -c 'read 0 64k' -c 'write -c 64k 64k' -c 'write 200k 4k' -c flush",
-    ),
-    (
-        "qcow2_compressed_over_data_leaks",
-        "seq -w 1 200000 | head -c 1M > raw; cowbell convert -f raw -O qcow2 -c raw i",
-        "io -n -f qcow2 -c 'read 0 64k' -c 'write 200k 4k' -c flush -c 'write -c 192k 64k'",
-    ),
+const DEFECTS: [(&str, &str, &str); 7] = [
+    ("qcow2_compressed_over_data_leaks", COMPRESSED, PACKS),
+    ("qcow2_packed_not_counted", COMPRESSED, PACKS),
+    // Found by what was inflated.
+    ("qcow2_cow_from_wrong_cluster", COMPRESSED, PACKS),
     (
         "data_error_ignored",
         "cowbell create -q -f qed i 64M",
