@@ -221,19 +221,48 @@ impl Cut {
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), String>,
     ) -> Result<Found, String> {
         let mut found = Vec::with_capacity(self.pieces.len());
-        let mut pieces = self.pieces.iter().peekable();
-        let mut bytes = Vec::new();
         for range in self.ranges() {
-            bytes.clear();
-            bytes.resize((range.end - range.start) as usize, 0);
-            let there = range.end.min(size).saturating_sub(range.start) as usize;
-            if there > 0 {
-                read(range.start, &mut bytes[..there])?;
-            }
-            while let Some(piece) = pieces.next_if(|piece| piece.start < range.end) {
-                let at = (piece.start - range.start) as usize;
-                let len = (piece.end - piece.start) as usize;
-                found.push(piece.recognise(&bytes[at..at + len]));
+            found.extend(self.recognise_part(&range, size, &mut read)?);
+        }
+        found.push(self.writers_of_size(size));
+        Ok(Found(found))
+    }
+
+    /// The same, of a part that is looked at.
+    pub fn recognise_part(
+        &self,
+        part: &Range<u64>,
+        size: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), String>,
+    ) -> Result<Vec<Writers>, String> {
+        let mut bytes = vec![0; (part.end - part.start) as usize];
+        let there = part.end.min(size).saturating_sub(part.start) as usize;
+        if there > 0 {
+            read(part.start, &mut bytes[..there])?;
+        }
+        let first = self.pieces.partition_point(|piece| piece.start < part.start);
+        let pieces = self.pieces[first..].iter().take_while(|piece| piece.start < part.end);
+        let found = pieces.map(|piece| {
+            let at = (piece.start - part.start) as usize;
+            piece.recognise(&bytes[at..at + (piece.end - piece.start) as usize])
+        });
+        Ok(found.collect())
+    }
+
+    /// The same of all, cluster after cluster of `cluster` bytes: `part` recognises one.
+    pub fn recognise_clusters<P: AsRef<Vec<Writers>>>(
+        &self,
+        size: u64,
+        cluster: u64,
+        mut part: impl FnMut(&Range<u64>) -> Result<P, String>,
+    ) -> Result<Found, String> {
+        let mut found = Vec::with_capacity(self.pieces.len());
+        for range in self.ranges() {
+            let mut start = range.start;
+            while start < range.end {
+                let end = range.end.min((start / cluster + 1) * cluster);
+                found.extend(part(&(start..end))?.as_ref());
+                start = end;
             }
         }
         found.push(self.writers_of_size(size));
