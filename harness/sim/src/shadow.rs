@@ -163,14 +163,16 @@ impl Cut {
             borders.windows(2).map(|pair| pair[0]..pair[1]).filter(inside).collect();
         let mut pieces = Vec::new();
         for (index, cell) in cells.iter().enumerate() {
+            // All at once: what is compressed is inflated once.
+            let mut there = vec![0; (cell.end - cell.start) as usize];
+            if cell.start < size {
+                before(cell.start, &mut there);
+            }
             let mut start = cell.start;
             while start < cell.end {
                 let end = cell.end.min((start / SECTOR + 1) * SECTOR);
-                let before = |at: u64, bytes: &mut [u8]| match at < size {
-                    true => before(at, bytes),
-                    false => bytes.fill(0),
-                };
-                let known = known_bytes(workload, start, end, &before, other);
+                let there = &there[(start - cell.start) as usize..(end - cell.start) as usize];
+                let known = known_bytes(workload, start, there, other);
                 pieces.push(Piece { cell: index, start, end, known });
                 start = end;
             }
@@ -289,19 +291,18 @@ impl Cut {
 fn known_bytes(
     workload: &Workload,
     start: u64,
-    end: u64,
-    before: &impl Fn(u64, &mut [u8]),
+    before: &[u8],
     other: Option<&Other<'_>>,
 ) -> Vec<(u64, Writers)> {
+    let end = start + before.len() as u64;
     let mut known: Vec<(u64, Writers)> = Vec::new();
     let mut add = |hash: u64, who: Writers| match known.iter_mut().find(|(h, _)| *h == hash) {
         Some((_, writers)) => *writers |= who,
         None => known.push((hash, who)),
     };
     let mut bytes = [0; SECTOR as usize];
-    let bytes = &mut bytes[..(end - start) as usize];
-    before(start, bytes);
-    add(hash_of(bytes), BEFORE);
+    let bytes = &mut bytes[..before.len()];
+    add(hash_of(before), BEFORE);
     for (which, request) in workload.requests.iter().enumerate() {
         let reaches = request.kind == IoKind::Truncate || end <= request.end();
         if !request.modifies() || request.offset > start || !reaches {
