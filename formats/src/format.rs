@@ -9,13 +9,15 @@
 use std::path::{Path, PathBuf};
 
 use cowbell_engine::store::Store;
+use cowbell_engine::units::HostOffset;
 
 use crate::chain::{Layer, OpenOptions, path_of};
 use crate::error::{Error, Shown};
-use crate::map::{self, Holes, Kind};
+use crate::map::{self, Holes, How, Kind, Packed};
 use crate::parts::access::Access;
 use crate::parts::report::{Repair, Report, Watch};
 use crate::probe::Format;
+use crate::qcow2::disk::layout::Compressed;
 use crate::{qcow2, qed, vdi, vmdk};
 
 /// What a format keeps in memory of an open image.
@@ -230,6 +232,35 @@ pub(crate) fn piece<F: Store>(
         }
     };
     Ok((kind, n, number))
+}
+
+/// Where the cluster lies that [`piece`] says is compressed, in layer number `depth`.
+pub(crate) fn packed<F: Store>(layer: &Layer<F>, depth: usize, at: u64) -> Result<Packed, Error> {
+    match &layer.meta {
+        LayerMeta::Vmdk(image) => {
+            let grain = vmdk::rest::grain::packed(image, layer, at)?;
+            Ok(Packed {
+                start: grain.start,
+                len: grain.header.grain_size(),
+                depth,
+                file: grain.file,
+                host: HostOffset(grain.place),
+                bytes: grain.bytes(layer)?,
+                how: How::Grain { lba: grain.lba },
+            })
+        }
+        LayerMeta::Qcow2(image) => {
+            let Compressed { host, bytes } = qcow2::rest::map::packed(&layer.file, image, at)?;
+            let len = image.geometry().cluster_size();
+            let how = How::Cluster(image.header.compression);
+            let start = at & !(len - 1);
+            Ok(Packed { start, len, depth, file: 0, host, bytes: bytes.into(), how })
+        }
+        LayerMeta::Raw { .. } | LayerMeta::Qed(_) | LayerMeta::Vdi(_) => {
+            let what = "only qcow2 and VMDK images have compressed clusters";
+            Err(Error::Invalid(what.into()))
+        }
+    }
 }
 
 /// Reads what [`piece`] says is compressed.

@@ -12,6 +12,10 @@ use cowbell_engine::units::HostOffset;
 use crate::chain::Chain;
 use crate::error::Error;
 use crate::format;
+use crate::qcow2::disk::codec;
+use crate::qcow2::disk::header::Compression;
+use crate::vmdk::disk::grain;
+use crate::vmdk::disk::layout::GRAIN_MARKER_BYTES;
 
 /// A stretch of the disk that is all of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +67,7 @@ impl Extent {
     }
 
     /// The part of it that begins at this byte of the disk, if it has that.
-    fn rest_from(&self, at: u64) -> Option<Extent> {
+    pub fn rest_from(&self, at: u64) -> Option<Extent> {
         let skip = at.checked_sub(self.start).filter(|&skip| skip < self.len)?;
         let kind = match self.kind {
             Kind::Data(host) => Kind::Data(HostOffset(host.0 + skip)),
@@ -235,6 +239,68 @@ pub fn read<F: Store>(chain: &Chain<F>, offset: u64, buf: &mut [u8]) -> Result<(
         done += part.len();
     }
     Ok(())
+}
+
+/// Where a compressed cluster is in a layer's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// The first byte of the cluster on the disk.
+    pub start: u64,
+    /// Its bytes there, some of which may lie behind the disk's end.
+    pub len: u64,
+    /// In which layer it is.
+    pub depth: usize,
+    /// In which of that layer's files: see [`Layer::numbered`](crate::chain::Layer::numbered).
+    pub file: usize,
+    /// Where its bytes begin in that file.
+    pub host: HostOffset,
+    /// Up to the end of the last sector that has some of them. The next cluster's may begin before that.
+    pub bytes: u64,
+    /// What they are.
+    pub(crate) how: How,
+}
+
+/// What the bytes of a compressed cluster are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Of qcow2: a stream.
+    Cluster(Compression),
+    /// Of VMDK: a marker, and a stream. This is the sector that the marker names.
+    Grain { lba: u64 },
+}
+
+impl Packed {
+    /// Bytes of a marker that is in front of the stream.
+    pub fn marker(&self) -> u64 {
+        match self.how {
+            How::Cluster(_) => 0,
+            How::Grain { .. } => GRAIN_MARKER_BYTES as u64,
+        }
+    }
+
+    /// What the file may have there, in at most `room` bytes, so that the cluster reads as `cluster`, which is as long as it
+    /// is. `None`: nothing so small is found. It is the same on every machine.
+    pub fn pack(&self, cluster: &[u8], room: u64) -> Option<Vec<u8>> {
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        match self.how {
+            How::Cluster(compression) => codec::fitted(compression, cluster, room),
+            How::Grain { lba } => grain::fitted(lba, cluster, room),
+        }
+    }
+}
+
+/// Where the clusters are that an extent consists of which is [compressed](Kind::Compressed). Ends after an error.
+pub fn packed<F: Store>(
+    chain: &Chain<F>,
+    extent: Extent,
+) -> impl Iterator<Item = Result<Packed, Error>> {
+    let mut rest = Some(extent);
+    std::iter::from_fn(move || {
+        let extent = rest.take()?;
+        let packed = format::packed(&chain.layers[extent.depth], extent.depth, extent.start);
+        rest = packed.as_ref().ok().and_then(|it| extent.rest_from(it.start + it.len));
+        Some(packed)
+    })
 }
 
 /// Whether the file system is asked where a raw file's holes are.

@@ -16,6 +16,7 @@ mod check_finds_and_repairs;
 #[path = "../common/mod.rs"]
 mod common;
 mod completions_never_nest;
+mod compressed_clusters_are_found;
 mod copies_run_beside_guests;
 mod copies_under_hostile_conditions;
 mod disks_come_and_go;

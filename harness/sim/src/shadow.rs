@@ -163,14 +163,16 @@ impl Cut {
             borders.windows(2).map(|pair| pair[0]..pair[1]).filter(inside).collect();
         let mut pieces = Vec::new();
         for (index, cell) in cells.iter().enumerate() {
+            // All at once: what is compressed is inflated once.
+            let mut there = vec![0; (cell.end - cell.start) as usize];
+            if cell.start < size {
+                before(cell.start, &mut there);
+            }
             let mut start = cell.start;
             while start < cell.end {
                 let end = cell.end.min((start / SECTOR + 1) * SECTOR);
-                let before = |at: u64, bytes: &mut [u8]| match at < size {
-                    true => before(at, bytes),
-                    false => bytes.fill(0),
-                };
-                let known = known_bytes(workload, start, end, &before, other);
+                let there = &there[(start - cell.start) as usize..(end - cell.start) as usize];
+                let known = known_bytes(workload, start, there, other);
                 pieces.push(Piece { cell: index, start, end, known });
                 start = end;
             }
@@ -221,19 +223,48 @@ impl Cut {
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), String>,
     ) -> Result<Found, String> {
         let mut found = Vec::with_capacity(self.pieces.len());
-        let mut pieces = self.pieces.iter().peekable();
-        let mut bytes = Vec::new();
         for range in self.ranges() {
-            bytes.clear();
-            bytes.resize((range.end - range.start) as usize, 0);
-            let there = range.end.min(size).saturating_sub(range.start) as usize;
-            if there > 0 {
-                read(range.start, &mut bytes[..there])?;
-            }
-            while let Some(piece) = pieces.next_if(|piece| piece.start < range.end) {
-                let at = (piece.start - range.start) as usize;
-                let len = (piece.end - piece.start) as usize;
-                found.push(piece.recognise(&bytes[at..at + len]));
+            found.extend(self.recognise_part(&range, size, &mut read)?);
+        }
+        found.push(self.writers_of_size(size));
+        Ok(Found(found))
+    }
+
+    /// The same, of a part that is looked at.
+    pub fn recognise_part(
+        &self,
+        part: &Range<u64>,
+        size: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), String>,
+    ) -> Result<Vec<Writers>, String> {
+        let mut bytes = vec![0; (part.end - part.start) as usize];
+        let there = part.end.min(size).saturating_sub(part.start) as usize;
+        if there > 0 {
+            read(part.start, &mut bytes[..there])?;
+        }
+        let first = self.pieces.partition_point(|piece| piece.start < part.start);
+        let pieces = self.pieces[first..].iter().take_while(|piece| piece.start < part.end);
+        let found = pieces.map(|piece| {
+            let at = (piece.start - part.start) as usize;
+            piece.recognise(&bytes[at..at + (piece.end - piece.start) as usize])
+        });
+        Ok(found.collect())
+    }
+
+    /// The same of all, cluster after cluster of `cluster` bytes: `part` recognises one.
+    pub fn recognise_clusters<P: AsRef<Vec<Writers>>>(
+        &self,
+        size: u64,
+        cluster: u64,
+        mut part: impl FnMut(&Range<u64>) -> Result<P, String>,
+    ) -> Result<Found, String> {
+        let mut found = Vec::with_capacity(self.pieces.len());
+        for range in self.ranges() {
+            let mut start = range.start;
+            while start < range.end {
+                let end = range.end.min((start / cluster + 1) * cluster);
+                found.extend(part(&(start..end))?.as_ref());
+                start = end;
             }
         }
         found.push(self.writers_of_size(size));
@@ -260,19 +291,18 @@ impl Cut {
 fn known_bytes(
     workload: &Workload,
     start: u64,
-    end: u64,
-    before: &impl Fn(u64, &mut [u8]),
+    before: &[u8],
     other: Option<&Other<'_>>,
 ) -> Vec<(u64, Writers)> {
+    let end = start + before.len() as u64;
     let mut known: Vec<(u64, Writers)> = Vec::new();
     let mut add = |hash: u64, who: Writers| match known.iter_mut().find(|(h, _)| *h == hash) {
         Some((_, writers)) => *writers |= who,
         None => known.push((hash, who)),
     };
     let mut bytes = [0; SECTOR as usize];
-    let bytes = &mut bytes[..(end - start) as usize];
-    before(start, bytes);
-    add(hash_of(bytes), BEFORE);
+    let bytes = &mut bytes[..before.len()];
+    add(hash_of(before), BEFORE);
     for (which, request) in workload.requests.iter().enumerate() {
         let reaches = request.kind == IoKind::Truncate || end <= request.end();
         if !request.modifies() || request.offset > start || !reaches {

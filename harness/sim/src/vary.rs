@@ -24,7 +24,7 @@ use crate::gate::Report;
 use crate::mutants::planted;
 use crate::played::{Moment, Player, Verdict};
 use crate::subject::Subject;
-use crate::subjects::recorded::{NOISE_MAX, Parts, Recorded};
+use crate::subjects::recorded::{NOISE_MAX, Parts, Recorded, reach};
 use crate::trace::Trace;
 use crate::workload::{REQUESTS_MAX, Request, Workload};
 use crate::world::{Base, Budget, QUIET};
@@ -387,8 +387,9 @@ fn looked_at(image: &Recorded, workload: &Workload) -> Result<Vec<Range<u64>>, S
         if end.saturating_sub(request.offset) > NOISE_MAX {
             return Err(format!("a request of {} bytes is more than can be varied", request.len));
         }
+        let Range { start, end } = reach(request, size);
         let end = end.checked_next_multiple_of(cluster).unwrap_or(end).min(size);
-        let start = request.offset / cluster * cluster;
+        let start = start / cluster * cluster;
         if start < end {
             parts.push(start..end);
         }

@@ -10,6 +10,7 @@
 #![expect(clippy::disallowed_types, reason = "all worlds of an image learn from each other")]
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use cowbell_formats::map::{Extent, Kind};
@@ -17,6 +18,7 @@ use cowbell_formats::map::{Extent, Kind};
 use crate::disk::{Contents, SECTOR, splitmix};
 use crate::explore::HashedMap;
 use crate::host::{Place, SimHost, Watch};
+use crate::shadow::Writers;
 use crate::subject::{Checked, Subject};
 
 /// What an image was found to be.
@@ -60,50 +62,90 @@ fn file_of(extent: &Extent, files: usize) -> usize {
 
 /// The verdicts of all images of one subject.
 #[derive(Clone, Debug, Default)]
-pub struct Verdicts(Rc<RefCell<Tree>>);
+pub struct Verdicts(Rc<RefCell<Tree<Verdict>>>);
 
-#[derive(Debug, Default)]
-struct Tree {
-    nodes: Vec<Node>,
+/// Whose bytes the parts of a disk are of which some are compressed: that follows from what is read, too, which takes inflating.
+#[derive(Clone, Debug, Default)]
+pub struct Inflated(Rc<RefCell<BTreeMap<Part, Tree<Vec<Writers>>>>>);
+
+/// A part of a disk: of the one beside? Its first byte; the disk's size.
+pub type Part = (bool, u64, u64);
+
+#[derive(Debug)]
+struct Tree<T> {
+    nodes: Vec<Node<T>>,
     /// Where a node's branch leads: by both.
     branches: HashedMap<usize>,
 }
 
 #[derive(Debug)]
-enum Node {
+enum Node<T> {
     Ask(Place),
-    Leaf(Rc<Verdict>),
+    Leaf(Rc<T>),
 }
 
-impl Tree {
-    fn branch(at: usize, place: Place, files: &[Contents]) -> u64 {
-        splitmix(place.hash_in(files) ^ splitmix(at as u64))
+impl<T> Default for Tree<T> {
+    fn default() -> Tree<T> {
+        Tree { nodes: Vec::new(), branches: HashedMap::default() }
     }
+}
 
-    fn find(&self, files: &[Contents]) -> Option<Rc<Verdict>> {
+impl<T> Tree<T> {
+    fn find(&self, files: &[Contents]) -> Option<Rc<T>> {
         let mut at = 0;
         loop {
             match self.nodes.get(at)? {
-                Node::Leaf(verdict) => return Some(Rc::clone(verdict)),
-                Node::Ask(place) => at = *self.branches.get(&Tree::branch(at, *place, files))?,
+                Node::Leaf(leaf) => return Some(Rc::clone(leaf)),
+                Node::Ask(place) => at = *self.branches.get(&branch_of(at, *place, files))?,
             }
         }
     }
 
-    /// Adds a way from the root: where `reads` were made of `files`, the verdict is this.
-    fn add(&mut self, reads: &[Place], files: &[Contents], verdict: Rc<Verdict>) {
+    /// Adds a way from the root: where `reads` were made of `files`, this is the leaf.
+    fn add(&mut self, reads: &[Place], files: &[Contents], leaf: Rc<T>) {
         let mut from = None;
-        for read in reads.iter().map(|&place| Node::Ask(place)).chain([Node::Leaf(verdict)]) {
+        for read in reads.iter().map(|&place| Node::Ask(place)).chain([Node::Leaf(leaf)]) {
             let next = self.nodes.len();
             let at = from.map_or(0, |branch| *self.branches.entry(branch).or_insert(next));
             from = match read {
-                Node::Ask(place) => Some(Tree::branch(at, place, files)),
+                Node::Ask(place) => Some(branch_of(at, place, files)),
                 Node::Leaf(_) => None,
             };
             if at == next {
                 self.nodes.push(read);
             }
         }
+    }
+}
+
+fn branch_of(at: usize, place: Place, files: &[Contents]) -> u64 {
+    splitmix(place.hash_in(files) ^ splitmix(at as u64))
+}
+
+impl Inflated {
+    /// Whose bytes a part is, piece by piece, as `look` finds in `files`, which are called `names`. Of one part `look` is the same each time.
+    ///
+    /// # Errors
+    ///
+    /// Those of `look`.
+    pub fn of(
+        &self,
+        part: Part,
+        (names, files): (&[&str], &[Contents]),
+        look: impl FnOnce(&SimHost) -> Result<Vec<Writers>, String>,
+    ) -> Result<Rc<Vec<Writers>>, String> {
+        let known = self.0.borrow().get(&part).and_then(|tree| tree.find(files));
+        if let Some(found) = known {
+            return Ok(found);
+        }
+        let watch = Watch::default();
+        let found = Rc::new(look(&SimHost::watched(names, files, &watch))?);
+        let mut trees = self.0.borrow_mut();
+        let tree = trees.entry(part).or_default();
+        if tree.nodes.len() < NODES_MAX {
+            tree.add(&watch.reads(), files, Rc::clone(&found));
+        }
+        Ok(found)
     }
 }
 
@@ -131,6 +173,9 @@ impl Verdicts {
         Ok(verdict)
     }
 }
+
+/// More of a part is not remembered: a stream may be torn in many ways.
+const NODES_MAX: usize = 1 << 15;
 
 fn is_in(extent: &Extent, write: Place, files: usize) -> bool {
     let Kind::Data(host) = extent.kind else { return false };

@@ -21,7 +21,7 @@ use crate::host::SimHost;
 use crate::shadow::{Cut, Found, OTHERS_WRITE, Other, Shadow};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::verdicts::Verdicts;
+use crate::verdicts::{Inflated, Verdicts};
 use crate::workload::{Request, Workload, pattern};
 
 mod copying;
@@ -199,7 +199,8 @@ impl<S: Subject> Base<S> {
         let (subject, workload) = (subject.clone(), workload.clone());
         let room = Room::of(&subject, &files_of(engine)[..subject.files().len()]);
         let (verdicts, verdicts_beside) = (verdicts.clone(), self.verdicts_beside.clone());
-        let plan = Plan { subject, workload, cut, verdicts, verdicts_beside };
+        let inflated = Inflated::default();
+        let plan = Plan { subject, workload, cut, verdicts, verdicts_beside, inflated };
         let Budget { closes, pauses, quota, abandons, lost_writes, bit_rots, .. } = budget;
         let mut world = World {
             plan: Shared::new(plan),
@@ -311,6 +312,7 @@ struct Plan<S> {
     cut: Shared<Cut>,
     verdicts: Verdicts,
     verdicts_beside: Verdicts,
+    inflated: Inflated,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -1186,9 +1188,15 @@ impl<S: Subject> World<S> {
         };
         let verdict = verdicts.of(&subject, files)?;
         let found = if verdict.has_compressed() {
-            let host = host_of(&subject, files);
-            let read = |at: u64, bytes: &mut [u8]| subject.read(&host, at, bytes);
-            self.plan.cut.recognise(verdict.size(), read)?
+            let Plan { cut, inflated, subject: disk, .. } = &*self.plan;
+            let (size, names) = (verdict.size(), subject.files());
+            cut.recognise_clusters(size, disk.cluster(), |part| {
+                let which = (self.copying.has_moved(), part.start, size);
+                inflated.of(which, (&names, files), |host| {
+                    let read = |at: u64, bytes: &mut [u8]| subject.read(host, at, bytes);
+                    cut.recognise_part(part, size, read)
+                })
+            })?
         } else {
             self.plan.cut.found(&verdict, files)
         };

@@ -6,6 +6,7 @@
 use cowbell_engine::op::Compute;
 use cowbell_engine::units::Errno;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use libdeflater::CompressionLvl;
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer};
 
 use crate::qcow2::disk::header::Compression;
@@ -111,6 +112,23 @@ pub fn deflate(compression: Compression, input: &[u8], output: &mut [u8]) -> Res
     };
     header.copy_from_slice(&(len.unwrap_or(0) as u32).to_le_bytes());
     Ok(())
+}
+
+/// A stream of at most `room` bytes that inflates to `input`, if one is found; not one for QEMU, which inflates with a smaller
+/// window. It is the same on every machine.
+pub fn fitted(compression: Compression, input: &[u8], room: usize) -> Option<Vec<u8>> {
+    let mut output = vec![0; input.len()];
+    let len = match compression {
+        Compression::Zlib => {
+            // Either is the better one for some.
+            let mut deflater = libdeflater::Compressor::new(CompressionLvl::default());
+            let len = deflater.deflate_compress(input, &mut output).ok();
+            len.filter(|&len| len <= room).or_else(|| deflate_raw(input, &mut output))
+        }
+        Compression::Zstd => deflate_zstd(input, &mut output).ok()?,
+    };
+    output.truncate(len.filter(|&len| len <= room)?);
+    Some(output)
 }
 
 fn deflate_raw(input: &[u8], output: &mut [u8]) -> Option<usize> {

@@ -52,6 +52,22 @@ pub fn lookup<F: Store>(
     Ok((kind, len.min(covered)))
 }
 
+/// Where the compressed cluster is in the file that `offset` lies in.
+///
+/// # Errors
+///
+/// [`Error::Corrupt`] if it is no such cluster any more; [`Error::Io`].
+pub fn packed<F: Store>(file: &F, image: &Opened, offset: u64) -> Result<Compressed, Error> {
+    let mapping = match table_of(image, offset)? {
+        Some(table) => Units::load(file, image.geometry(), table, offset)?.mapping(0)?,
+        None => Mapping::Unallocated(None),
+    };
+    match mapping {
+        Mapping::Compressed(place) => Ok(place),
+        _ => Err(Error::Corrupt { what: "a compressed cluster is gone", at: 0 }),
+    }
+}
+
 /// Reads the disk from `offset` on, which lies in a compressed cluster, into all of `part`, which
 /// does not go beyond it.
 ///
@@ -66,14 +82,7 @@ pub fn read_compressed<F: Store>(
     part: &mut [u8],
 ) -> Result<(), Error> {
     let geometry = image.geometry();
-    let table = table_of(image, offset)?;
-    let mapping = match table {
-        Some(table) => Units::load(file, geometry, table, offset)?.mapping(0)?,
-        None => Mapping::Unallocated(None),
-    };
-    let Mapping::Compressed(Compressed { host, bytes }) = mapping else {
-        return Err(Error::Corrupt { what: "a compressed cluster is gone", at: 0 });
-    };
+    let Compressed { host, bytes } = packed(file, image, offset)?;
     const DOING: &str = "read a compressed cluster";
     let mut input = vec![0; bytes as usize];
     file.read_at(host.0, &mut input).map_err(Error::io(DOING))?;

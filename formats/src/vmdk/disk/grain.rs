@@ -5,6 +5,7 @@
 
 use cowbell_engine::units::Errno;
 use flate2::{Compress, Compression, FlushCompress, Status};
+use libdeflater::{CompressionLvl, Compressor};
 
 use crate::vmdk::disk::layout::{GRAIN_MARKER_BYTES, Header, Marker, SECTOR, SECTOR_BITS};
 
@@ -63,6 +64,25 @@ fn inflate_some(input: &[u8], output: &mut [u8]) -> Result<usize, Errno> {
 /// Is the grain at sector `lba` the last of the extent?
 pub fn is_last(header: &Header, lba: u64) -> bool {
     lba.saturating_add(header.grain_size() >> SECTOR_BITS) >= header.capacity
+}
+
+/// A whole grain as it may be in the file in at most `room` bytes, if that is found: the marker of the grain at sector `lba`, and
+/// a stream. It is the same on every machine.
+pub fn fitted(lba: u64, grain: &[u8], room: usize) -> Option<Vec<u8>> {
+    let mut output = vec![0; size_max(grain.len() as u64) as usize];
+    let (marker, stream) = output.split_at_mut_checked(GRAIN_MARKER_BYTES)?;
+    let room = room.checked_sub(GRAIN_MARKER_BYTES)?;
+    // Either is the better one for some.
+    let len = Compressor::new(CompressionLvl::default()).zlib_compress(grain, stream).ok();
+    let len = len.filter(|&len| len <= room).or_else(|| {
+        let mut deflater = Compress::new(Compression::default(), true);
+        let status = deflater.compress(grain, stream, FlushCompress::Finish);
+        matches!(status, Ok(Status::StreamEnd)).then_some(deflater.total_out() as usize)
+    });
+    let size = len.filter(|&len| len <= room)?;
+    marker.copy_from_slice(&Marker::Grain { lba, size: size as u32 }.encode(0)[..12]);
+    output.truncate(GRAIN_MARKER_BYTES + size);
+    Some(output)
 }
 
 /// Deflates `input`, a whole grain, into `output`: room for the marker, the stream, and zeros to

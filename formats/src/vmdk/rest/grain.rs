@@ -9,6 +9,62 @@ use crate::vmdk::disk::grain::{inflate, inflate_last, is_last, marked_len};
 use crate::vmdk::disk::layout::{Entry, Header, SECTOR, SECTOR_BITS, corrupt};
 use crate::vmdk::rest::open::{ExtentKind, read_entries};
 
+/// A grain that is compressed.
+pub(crate) struct Packed<'a> {
+    /// Which of the layer's files it is in, and that file's header.
+    pub file: usize,
+    pub header: &'a Header,
+    /// Its first byte on the disk, and the sector of the extent that this is.
+    pub start: u64,
+    pub lba: u64,
+    /// The first byte of its marker in the file.
+    pub place: u64,
+}
+
+/// The compressed grain that byte `at` of the disk lies in.
+///
+/// # Errors
+///
+/// [`Error::Corrupt`] if it is none after all; [`Error::Io`].
+pub(crate) fn packed<'a, F: Store>(
+    image: &'a Opened,
+    layer: &Layer<F>,
+    at: u64,
+) -> Result<Packed<'a>, Error> {
+    let extent = image.extent_at(at);
+    let ExtentKind::Sparse(sparse) = &extent.kind else {
+        return corrupt("VMDK flat extents have no grains", at);
+    };
+    let header = &sparse.header;
+    let inside = at - extent.start;
+    let Some(table) = sparse.table(inside >> header.span_bits())? else {
+        return corrupt("grain table is gone", at);
+    };
+    let entry = (inside >> header.grain_bits) & ((1 << header.table_bits) - 1);
+    let raw = read_entries(layer.numbered(extent.file), table + entry * 4, 1)?[0];
+    let Some(Entry::Data(place)) = sparse.bounds().entry(raw) else {
+        return corrupt("grain is gone", table + entry * 4);
+    };
+    let first = inside & !(header.grain_size() - 1);
+    let (start, lba) = (extent.start + first, first >> SECTOR_BITS);
+    Ok(Packed { file: extent.file, header, start, lba, place })
+}
+
+impl Packed<'_> {
+    /// Bytes in the file, marker included, up to the end of a sector: as the marker says. Where none is, it has one sector at least.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn bytes<F: Store>(&self, layer: &Layer<F>) -> Result<u64, Error> {
+        let mut marker = [0; SECTOR as usize];
+        let file = layer.numbered(self.file);
+        file.read_at(self.place, &mut marker).map_err(Error::io("read a grain"))?;
+        let len = marked_len(&marker, self.lba, self.header.grain_size());
+        Ok(len.unwrap_or(1).next_multiple_of(SECTOR))
+    }
+}
+
 /// Reads from byte `at` of the disk on into `part`, all in one compressed grain.
 ///
 /// # Errors
@@ -20,24 +76,9 @@ pub fn read<F: Store>(
     at: u64,
     part: &mut [u8],
 ) -> Result<(), Error> {
-    let extent = image.extent_at(at);
-    let file = layer.numbered(extent.file);
-    let ExtentKind::Sparse(sparse) = &extent.kind else {
-        return corrupt("VMDK flat extents have no grains", at);
-    };
-    let header = &sparse.header;
-    let inside = at - extent.start;
-    let Some(table) = sparse.table(inside >> header.span_bits())? else {
-        return corrupt("grain table is gone", at);
-    };
-    let entry = (inside >> header.grain_bits) & ((1 << header.table_bits) - 1);
-    let raw = read_entries(file, table + entry * 4, 1)?[0];
-    let Some(Entry::Data(place)) = sparse.bounds().entry(raw) else {
-        return corrupt("grain is gone", table + entry * 4);
-    };
-    let start = inside & !(header.grain_size() - 1);
-    let grain = read_grain(file, header, place, start >> SECTOR_BITS)?;
-    part.copy_from_slice(&grain[(inside - start) as usize..][..part.len()]);
+    let Packed { file, header, start, lba, place } = packed(image, layer, at)?;
+    let grain = read_grain(layer.numbered(file), header, place, lba)?;
+    part.copy_from_slice(&grain[(at - start) as usize..][..part.len()]);
     Ok(())
 }
 

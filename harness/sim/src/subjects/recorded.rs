@@ -1,5 +1,6 @@
 //! A disk of a real run, as its record tells of it: the names of its files, and their headers and tables. Where a guest's bytes are
-//! that a variation looks at there is noise, and zeros elsewhere: a record has no guest's bytes.
+//! that a variation looks at there is noise, and zeros elsewhere: a record has no guest's bytes. Where they are compressed there is
+//! a stream that can be inflated, of bytes that take no more room than theirs.
 //!
 //! Its text has all of this, so that a trace can be run again without the record.
 
@@ -12,6 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use cowbell_engine::Limits;
+use cowbell_engine::step::IoKind;
 use cowbell_engine::store::Store;
 use cowbell_engine::sys::lock::Locking;
 use cowbell_engine::units::{FileId, NodeId, Time};
@@ -23,16 +25,17 @@ use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
-use cowbell_formats::{Format, Host, Name, Node, RunOptions, attach_wrapped};
+use cowbell_formats::{Format, Host, LayerMeta, Name, Node, RunOptions, attach_wrapped};
 
 use crate::backend::{Device, Mode, SimBackend};
-use crate::disk::{Contents, SECTOR, Sector};
+use crate::disk::{Contents, SECTOR, Sector, splitmix};
 use crate::filter::Over;
 use crate::host::{LEN_MAX, SimFile, SimHost};
 use crate::kept::{KeptFile, hex, path_of, unhex, word_of};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
 use crate::subjects::checked;
+use crate::workload::Request;
 
 /// See the module.
 #[derive(Clone)]
@@ -220,6 +223,14 @@ impl Recorded {
             return Err(format!("{clusters} clusters are more than can be simulated"));
         }
         let top = &chain.layers[0].meta;
+        if let LayerMeta::Vmdk(image) = top
+            && image
+                .extents
+                .iter()
+                .any(|extent| extent.sparse().is_some_and(|it| it.header.is_compressed()))
+        {
+            return Err("a stream of VMDK, which is an image only when it was closed".into());
+        }
         let cluster = top.cluster_size().unwrap_or(super::CLUSTER).max(SECTOR);
         let parts = Parts { size: chain.size(), cluster, ..(*made.0).clone() };
         made.0 = Shared::new(parts);
@@ -292,10 +303,11 @@ impl Recorded {
     /// When its tables cannot be made whole, or something goes wrong.
     pub fn after(
         &self,
-        requests: impl Iterator<Item = crate::workload::Request>,
+        requests: impl Iterator<Item = Request>,
         looked_at: Vec<Range<u64>>,
     ) -> Result<Recorded, String> {
         let host = SimHost::new();
+        let requests: Vec<Request> = requests.collect();
         self.put(&host);
         // Tables that the run has not read are missing: what refers to them is put right.
         if self.check_all(&host)?.corruptions > 0 {
@@ -305,12 +317,18 @@ impl Recorded {
                 return Err(format!("its tables are not whole: {left} corruptions"));
             }
         }
+        // Who writes a part of a compressed cluster inflates it.
+        let parts: Vec<Range<u64>> =
+            requests.iter().map(|request| reach(request, self.0.size)).collect();
+        let mut files = self.contents(&host)?;
+        self.pack(&host, &mut files, &parts, &POOREST, PACKED_BEFORE_MAX)?;
+        NAMES.iter().zip(files).for_each(|(name, contents)| host.put(*name, contents));
         let mut engine = SimEngine::new(SimBackend::new(self.device(), Mode::Fifo), self.limits());
         let node = self.open(&host, &mut engine)?;
-        for (done, request) in requests.enumerate() {
+        for (done, request) in requests.into_iter().enumerate() {
             self.ask(&mut engine, node, request);
             if done % FLUSHED_EACH == FLUSHED_EACH - 1 {
-                self.ask(&mut engine, node, crate::workload::Request::flush());
+                self.ask(&mut engine, node, Request::flush());
             }
         }
         engine.drain();
@@ -329,13 +347,18 @@ impl Recorded {
         // What is a guest's is not kept.
         let guests = self.guests(&host)?;
         let mut files = self.0.files.clone();
-        for (at, file) in files.iter_mut().enumerate() {
-            let contents = host.contents(NAMES[at]).ok_or("a file is gone")?;
+        let now = self.contents(&host)?;
+        for ((at, file), (now, guests)) in files.iter_mut().enumerate().zip(now.iter().zip(&guests))
+        {
+            // Nobody writes to a layer below: there are streams, and nothing else is new.
+            let contents = if at < self.0.still { &file.contents() } else { now };
             file.len = contents.len();
             file.sectors.clear();
             for (index, sector) in contents.filled() {
-                if !guests[at].has(index) {
-                    file.sectors.insert(index, *sector.bytes());
+                let mut bytes = *sector.bytes();
+                guests.clear(index, &mut bytes);
+                if bytes != [0; SECTOR as usize] {
+                    file.sectors.insert(index, bytes);
                 }
             }
         }
@@ -345,14 +368,8 @@ impl Recorded {
     }
 
     /// Asks for something, and waits for it. A guest's bytes are zeros: they are not looked at.
-    fn ask(
-        &self,
-        engine: &mut SimEngine<Over<Node>>,
-        node: NodeId,
-        request: crate::workload::Request,
-    ) {
+    fn ask(&self, engine: &mut SimEngine<Over<Node>>, node: NodeId, request: Request) {
         use cowbell_engine::mem::{Buf, Mem};
-        use cowbell_engine::step::IoKind;
         let mem = match request.kind {
             IoKind::Write { compressed: false, .. } => Buf::zeroed(request.len as usize).into(),
             _ => request.memory(1).map_or(Mem::None, Mem::Owned),
@@ -369,16 +386,27 @@ impl Recorded {
         }
     }
 
-    /// The sectors of each file that are a guest's.
-    fn guests(&self, host: &SimHost) -> Result<Vec<Sectors>, String> {
-        let mut guests = vec![Sectors::default(); self.0.files.len()];
-        for extent in self.map(host)? {
-            if let Kind::Data(place) = extent.kind {
-                let file = guests.len() - 1 - extent.depth;
-                guests[file].add(place.0, extent.len);
+    /// What of each file is a guest's.
+    fn guests(&self, host: &SimHost) -> Result<Vec<Bytes>, String> {
+        let mut guests = vec![Bytes::default(); self.0.files.len()];
+        let chain = self.chain(host, false)?;
+        let first = first_files(&chain);
+        for extent in self.map_of(&chain)? {
+            match extent.kind {
+                Kind::Data(place) => {
+                    guests[first[extent.depth] + extent.file].add(place.0, extent.len);
+                }
+                Kind::Compressed => {
+                    for packed in map::packed(&chain, extent) {
+                        let packed = packed.map_err(|why| why.to_string())?;
+                        let (marker, file) = (packed.marker(), first[packed.depth] + packed.file);
+                        guests[file].add(packed.host.0 + marker, packed.bytes - marker);
+                    }
+                }
+                Kind::Zero(_) | Kind::Unallocated => {}
             }
         }
-        guests.iter_mut().for_each(|sectors| sectors.0.sort_unstable_by_key(|part| part.start));
+        guests.iter_mut().for_each(Bytes::sort);
         Ok(guests)
     }
 
@@ -386,26 +414,24 @@ impl Recorded {
         checked(&self.chain(host, false)?.layers[0]).map(|(checked, _)| checked)
     }
 
+    fn contents(&self, host: &SimHost) -> Result<Vec<Contents>, String> {
+        let names = NAMES.iter().take(self.0.files.len());
+        names.map(|name| host.contents(name).ok_or_else(|| "a file is gone".to_string())).collect()
+    }
+
     /// Fills the parts that are looked at with noise.
     fn fill(&self, host: &SimHost) -> Result<(), String> {
-        let mut files: Vec<Contents> = Vec::new();
-        for name in NAMES.iter().take(self.0.files.len()) {
-            files.push(host.contents(name).ok_or("a file is gone")?);
-        }
+        let mut files = self.contents(host)?;
         for extent in self.map(host)? {
             for part in &self.0.noise {
                 let from = part.start.max(extent.start);
                 let to = part.end.min(extent.start + extent.len);
+                let Kind::Data(place) = extent.kind else { continue };
                 if from >= to {
                     continue;
                 }
-                let place = match extent.kind {
-                    Kind::Data(place) => place.0,
-                    Kind::Compressed => return Err(COMPRESSED.into()),
-                    Kind::Zero(_) | Kind::Unallocated => continue,
-                };
                 let at = files.len() - 1 - extent.depth;
-                let (first, end) = (place + (from - extent.start), place + (to - extent.start));
+                let (first, end) = (place.0 + (from - extent.start), place.0 + (to - extent.start));
                 for index in first / SECTOR..end.div_ceil(SECTOR) {
                     let start = first.max(index * SECTOR);
                     let end = end.min((index + 1) * SECTOR).min(files[at].len());
@@ -417,25 +443,154 @@ impl Recorded {
                 }
             }
         }
-        for (name, contents) in NAMES.iter().zip(files) {
-            host.put(*name, contents);
+        self.pack(host, &mut files, &self.0.noise, &RICHEST_FIRST, NOISE_MAX)?;
+        NAMES.iter().zip(files).for_each(|(name, contents)| host.put(*name, contents));
+        Ok(())
+    }
+
+    /// Puts a stream in the place of each compressed cluster that these parts of the disk lie in: of so many bytes of noise in a sector
+    /// as fit first. The clusters together have `max` bytes at most.
+    fn pack(
+        &self,
+        host: &SimHost,
+        files: &mut [Contents],
+        parts: &[Range<u64>],
+        noise: &[Option<usize>],
+        max: u64,
+    ) -> Result<(), String> {
+        let chain = self.chain(host, false)?;
+        let first = first_files(&chain);
+        let (mut places, mut bytes) = (BTreeMap::new(), 0);
+        for part in parts {
+            for extent in map::extents_in(&chain, part.clone()) {
+                let extent = extent.map_err(|why| why.to_string())?;
+                let compressed = (extent.kind == Kind::Compressed).then_some(extent);
+                for packed in compressed.into_iter().flat_map(|it| map::packed(&chain, it)) {
+                    let packed = packed.map_err(|why| why.to_string())?;
+                    let place = (first[packed.depth] + packed.file, packed.host.0);
+                    if places.insert(place, packed).is_none() {
+                        bytes += packed.len;
+                    }
+                    if bytes > max {
+                        return Err(format!(
+                            "the compressed clusters that requests go to have more than {max} bytes"
+                        ));
+                    }
+                }
+            }
+        }
+        let mut next = places.keys().skip(1);
+        for (&(file, at), packed) in &places {
+            // The next one may begin in the sector where this one ends.
+            let next = next.next().filter(|next| next.0 == file).map_or(u64::MAX, |next| next.1);
+            let end = next.min(at.saturating_add(packed.bytes)).min(files[file].len());
+            let room = end.saturating_sub(at);
+            let mut cluster = vec![0; packed.len as usize];
+            let mut streams = noise.iter().filter_map(|&noise| {
+                fill_poorly(noise, NOISE ^ (file as u64) << 56 ^ at, &mut cluster);
+                packed.pack(&cluster, room)
+            });
+            let Some(stream) = streams.next() else {
+                return Err(format!(
+                    "the compressed cluster at {:#x} of the disk has {room} bytes in its file: nothing is known that becomes so small",
+                    packed.start
+                ));
+            };
+            files[file].write(at, &stream);
         }
         Ok(())
     }
+
+    fn map_of(&self, chain: &Chain<SimFile>) -> Result<Vec<Extent>, String> {
+        let size = chain.size();
+        let mut extents = Vec::new();
+        if size <= MAPPED_MAX || self.0.noise.is_empty() {
+            extents.extend(map::extents(chain).take(EXTENTS_MAX));
+        } else {
+            let gained = self.0.size..size;
+            let mut end = 0;
+            for part in self.0.noise.iter().chain([&gained]).filter(|part| part.start < size) {
+                let (start, depth) = (part.start, chain.layers.len() - 1);
+                let kind = Kind::Unallocated;
+                let between = Extent { start: end, len: start - end, depth, file: 0, kind };
+                extents.extend((start > end).then_some(Ok(between)));
+                let left = EXTENTS_MAX.saturating_sub(extents.len());
+                extents.extend(map::extents_in(chain, part.clone()).take(left));
+                end = part.end.min(size);
+            }
+            let (len, depth) = (size - end.min(size), chain.layers.len() - 1);
+            let kind = Kind::Unallocated;
+            let behind = Extent { start: end, len, depth, file: 0, kind };
+            extents.extend((len > 0).then_some(Ok(behind)));
+        }
+        let extents: Result<Vec<Extent>, _> = extents.into_iter().collect();
+        let extents = extents.map_err(|why| why.to_string())?;
+        if extents.len() >= EXTENTS_MAX {
+            return Err("it is in more pieces than can be simulated".into());
+        }
+        Ok(extents)
+    }
 }
 
-/// Whole sectors of a file.
-#[derive(Clone, Debug, Default)]
-struct Sectors(Vec<Range<u64>>);
+/// Each sector begins with so many bytes of noise; the others are all the same. `None`: what takes the least room.
+fn fill_poorly(noise: Option<usize>, seed: u64, cluster: &mut [u8]) {
+    let Some(noise) = noise else { return cluster.fill(u8::MAX) };
+    let seed = splitmix(seed);
+    cluster.fill(seed as u8 | 1);
+    for (index, sector) in (0..).zip(cluster.chunks_mut(SECTOR as usize)) {
+        let noise = noise.min(sector.len());
+        sector[..noise].copy_from_slice(&Sector::noise(seed, index).bytes()[..noise]);
+    }
+}
 
-impl Sectors {
+/// What a request is about, of a disk of `size` bytes: of a new size, what is around the end.
+pub(crate) fn reach(request: &Request, size: u64) -> Range<u64> {
+    match request.kind {
+        IoKind::Truncate => {
+            let end = request.offset.min(size);
+            end.saturating_sub(1)..end.saturating_add(1)
+        }
+        _ => request.offset..request.offset.saturating_add(request.len),
+    }
+}
+
+/// The number of each layer's first file, the lowest layer's being 0.
+fn first_files<F>(chain: &Chain<F>) -> Vec<usize> {
+    let mut first = vec![0; chain.layers.len()];
+    for depth in (0..chain.layers.len() - 1).rev() {
+        first[depth] = first[depth + 1] + 1 + chain.layers[depth + 1].more.len();
+    }
+    first
+}
+
+/// Parts of a file.
+#[derive(Clone, Debug, Default)]
+struct Bytes(Vec<Range<u64>>);
+
+impl Bytes {
     fn add(&mut self, place: u64, len: u64) {
-        self.0.push(place.div_ceil(SECTOR)..(place + len).div_ceil(SECTOR));
+        self.0.push(place..place.saturating_add(len));
     }
 
-    fn has(&self, index: u64) -> bool {
-        let behind = self.0.partition_point(|part| part.start <= index);
-        self.0[..behind].last().is_some_and(|part| index < part.end)
+    /// Streams may overlap: no part ends before another that begins before it.
+    fn sort(&mut self) {
+        self.0.sort_unstable_by_key(|part| part.start);
+        let mut end = 0;
+        for part in &mut self.0 {
+            end = part.end.max(end);
+            part.end = end;
+        }
+    }
+
+    /// Makes zeros of what of a sector is in them.
+    fn clear(&self, index: u64, bytes: &mut [u8; SECTOR as usize]) {
+        let sector = index * SECTOR..(index + 1) * SECTOR;
+        let behind = self.0.partition_point(|part| part.start < sector.end);
+        let parts = self.0[..behind].iter().rev();
+        for part in parts.take_while(|part| part.end > sector.start) {
+            let (from, to) = (part.start.max(sector.start), part.end.min(sector.end));
+            bytes[(from - sector.start) as usize..(to - sector.start) as usize].fill(0);
+        }
     }
 }
 
@@ -470,7 +625,13 @@ const FLUSHED_EACH: usize = 64;
 /// More than anybody needs for one request.
 const RUNS_MAX: usize = 1 << 16;
 const TURN: Duration = Duration::from_micros(500);
-const COMPRESSED: &str = "the requests go to compressed clusters, whose bytes are a guest's: a record does not have them";
+/// Bytes of noise in each sector of what is compressed: what fits first is taken. With none, clusters differ and their sectors do not.
+const RICHEST_FIRST: [Option<usize>; 7] =
+    [Some(448), Some(128), Some(32), Some(8), Some(2), Some(0), None];
+/// Where nobody looks at it.
+const POOREST: [Option<usize>; 1] = [None];
+/// Bytes of compressed clusters that requests go to before those that are varied, at most.
+const PACKED_BEFORE_MAX: u64 = 1 << 30;
 
 impl Subject for Recorded {
     type Driver = Over<Node>;
@@ -592,39 +753,10 @@ impl Subject for Recorded {
 
     fn map(&self, host: &SimHost) -> Result<Vec<Extent>, String> {
         let chain = self.chain(host, false)?;
-        // The layers' first files, the lowest layer's first.
-        let mut first = vec![0; chain.layers.len()];
-        for depth in (0..chain.layers.len() - 1).rev() {
-            first[depth] = first[depth + 1] + 1 + chain.layers[depth + 1].more.len();
-        }
-        let size = chain.size();
-        let mut extents = Vec::new();
-        if size <= MAPPED_MAX || self.0.noise.is_empty() {
-            extents.extend(map::extents(&chain).take(EXTENTS_MAX));
-        } else {
-            let gained = self.0.size..size;
-            let mut end = 0;
-            for part in self.0.noise.iter().chain([&gained]).filter(|part| part.start < size) {
-                let (start, depth) = (part.start, chain.layers.len() - 1);
-                let kind = Kind::Unallocated;
-                let between = Extent { start: end, len: start - end, depth, file: 0, kind };
-                extents.extend((start > end).then_some(Ok(between)));
-                let left = EXTENTS_MAX.saturating_sub(extents.len());
-                extents.extend(map::extents_in(&chain, part.clone()).take(left));
-                end = part.end.min(size);
-            }
-            let (len, depth) = (size - end.min(size), chain.layers.len() - 1);
-            let kind = Kind::Unallocated;
-            let behind = Extent { start: end, len, depth, file: 0, kind };
-            extents.extend((len > 0).then_some(Ok(behind)));
-        }
-        let extents: Result<Vec<Extent>, _> = extents.into_iter().collect();
-        let mut extents = extents.map_err(|why| why.to_string())?;
-        if extents.len() >= EXTENTS_MAX {
-            return Err("it is in more pieces than can be simulated".into());
-        }
+        let first = first_files(&chain);
+        let mut extents = self.map_of(&chain)?;
         for extent in &mut extents {
-            let file = first[extent.depth.min(first.len() - 1)] + extent.file;
+            let file = first[extent.depth] + extent.file;
             extent.depth = self.0.files.len() - 1 - file.min(self.0.files.len() - 1);
             extent.file = 0;
         }

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use crate::common::{Place, Random, read};
+use crate::common::{Place, Random, have_qemu, read};
 
 /// Varies in a folder that has nothing but the record.
 fn varies(place: &Place, how: &str, what: &str) -> String {
@@ -44,6 +44,73 @@ fn of_chains() {
     let commands = "-c 'write 1M 64k' -c 'read 0 200k' -c 'write -z 128k 100k' -c 'write 3000k 9k'";
     place.ok(&format!("cowbell io -n -f qcow2 --record t {commands} -c flush top"));
     varies(&place, "--time 6 --runs 10 --requests 5", "a chain");
+}
+
+/// Makes `raw`: of text, and of clusters of one byte each, which become as small as can be.
+const RAW: &str = "seq -w 1 200000 | head -c 1M > raw; for i in 1 2 3 4 5 6 7 8; do \
+    for byte in a b c d e f g h; do head -c 8k /dev/zero | tr '\\0' $byte; done; done >> raw";
+
+/// A record has no guest's bytes, and nobody can inflate what is not there: something is made up.
+#[test]
+fn of_compressed_clusters() {
+    let place = Place::new();
+    place.ok(RAW);
+    // Each of them is read, read in part, written to in part and as a whole, compressed or not, and given up.
+    let commands = "-c 'read 0 9k' -c 'write 300k 4k' -c 'write 1M 8k' -c 'write -c 64k 64k' -c 'write 260k 3k' \
+                    -c 'write -c 128k 64k' -c 'read 120k 20k' -c 'discard 1088k 64k' -c 'write 1200k 3k' \
+                    -c 'write -z 1300k 3k' -c flush -c 'read 1280k 64k'";
+    let ours = |options: &str| format!("cowbell convert -f raw {options} raw i");
+    let theirs = |options: &str| format!("qemu-img convert -f raw {options} raw i");
+    let mut images = vec![
+        (ours("-O qcow2 -c"), "qcow2"),
+        (ours("-O qcow2 -c -o compression_type=zstd,cluster_size=4k"), "qcow2"),
+        (
+            ours("-O qcow2 -c -o cluster_size=8k")
+                + "; mv i b; cowbell create -q -f qcow2 -b b -F qcow2 -o cluster_size=4k i",
+            "qcow2",
+        ),
+        (
+            ours("-O vmdk -o subformat=streamOptimized")
+                + "; mv i b; cowbell create -q -f qcow2 -b b -F vmdk i",
+            "qcow2",
+        ),
+        (
+            ours("-O vmdk -o subformat=streamOptimized")
+                + "; mv i b; cowbell create -q -f vmdk -b b -F vmdk i",
+            "vmdk",
+        ),
+    ];
+    if have_qemu() {
+        images.push((theirs("-O qcow2 -c -o cluster_size=4k"), "qcow2"));
+        images.push((theirs("-O qcow2 -c -o cluster_size=4k,compression_type=zstd"), "qcow2"));
+    }
+    for (image, format) in images {
+        if image.starts_with("qemu") {
+            place.qemu(&image)
+        } else {
+            place.ok(&image)
+        };
+        let commands = if format == "qcow2" {
+            commands.into()
+        } else {
+            commands.replace(" -c 64k", " 64k").replace(" -c 128k", " 128k")
+        };
+        place.ok(&format!("cowbell io -n -f {format} --record t {commands} i"));
+        let said = varies(&place, "--time 3 --runs 4 --requests 9", &image);
+        assert!(said.contains(" 9 requests are varied, behind 3 "), "{image}: {said}");
+        assert!(!said.contains("Of all, 0 runs"), "{image}: {said}");
+    }
+}
+
+/// What is written from its beginning to its end is no image before that.
+#[test]
+fn streams_are_not_varied() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f vmdk -o subformat=streamOptimized i 4M");
+    place.ok("cowbell bench -q -f vmdk -w -s 64k -S 64k -c 20 -d 4 -t none -n --record t i");
+    let out = place.ours("cowbell replay --vary t");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code() == Some(1) && said.contains("a stream of VMDK"), "{said}");
 }
 
 /// Of files that are longer than memory is large: what is not in a record takes none.
@@ -155,8 +222,20 @@ fn defects_that_a_run_has_missed_are_found() {
     }
 }
 
+/// An image whose clusters are compressed.
+const COMPRESSED: &str =
+    "seq -w 1 200000 | head -c 1M > raw; cowbell convert -f raw -O qcow2 -c raw i";
+
+/// Writes to it, compressed and not.
+const PACKS: &str = "io -n -f qcow2 -c 'read 0 64k' -c 'write 70k 4k' -c 'write -c 128k 64k' -c 'write 200k 4k' \
+    -c 'write -c 256k 64k' -c 'discard 320k 64k' -c flush -c 'write -c 192k 64k' -c 'read 64k 256k'";
+
 /// Planted so, what makes the image, and a run that ends well.
-const DEFECTS: [(&str, &str, &str); 4] = [
+const DEFECTS: [(&str, &str, &str); 7] = [
+    ("qcow2_compressed_over_data_leaks", COMPRESSED, PACKS),
+    ("qcow2_packed_not_counted", COMPRESSED, PACKS),
+    // Found by what was inflated.
+    ("qcow2_cow_from_wrong_cluster", COMPRESSED, PACKS),
     (
         "data_error_ignored",
         "cowbell create -q -f qed i 64M",
