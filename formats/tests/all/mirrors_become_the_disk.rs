@@ -322,7 +322,7 @@ fn a_drain_cancels_one_whose_end_was_not_told() {
         assert_eq!(engine.pause(source), Err(Why::InUse));
         engine.drain();
         while engine.drained().is_none() {
-            assert!(engine.run(clock()).again || wait(&mut engine), "{engine:?}");
+            assert!(engine.run(clock()).again || wait(&engine), "{engine:?}");
         }
         assert_eq!(engine.drained(), Some(Ok(())));
         assert_eq!(engine.poll().expect("it went on").result, Ok(()));
