@@ -21,7 +21,7 @@ use crate::host::SimHost;
 use crate::shadow::{Cut, Found, OTHERS_WRITE, Other, Shadow};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::verdicts::Verdicts;
+use crate::verdicts::{Verdict, Verdicts};
 use crate::workload::{Request, Workload, pattern};
 
 mod copying;
@@ -181,14 +181,16 @@ impl<S: Subject> Base<S> {
         let before = |offset: u64, bytes: &mut [u8]| read(subject, host, offset, bytes);
         let sizes = (subject.size(), subject.size_unit());
         let other = subject.beside().filter(|_| budget.copy.is_some());
+        let copied = subject.copied().filter(|_| budget.copy.is_some());
+        let parts = copied.map(|copied| copied.parts);
         let cut = match other.as_ref().zip(self.beside_host.as_ref()) {
             Some((other, host)) => {
                 let others = |offset: u64, bytes: &mut [u8]| read(other, host, offset, bytes);
                 let (size, write, tag) = (other.size(), BESIDE[0], BESIDE_TAG as usize);
                 let other = Other { size, before: &others, write, tag };
-                Cut::new(workload, subject.cluster(), sizes, before, Some(&other))
+                Cut::new(workload, subject.cluster(), sizes, before, Some(&other), parts)
             }
-            None => Cut::new(workload, subject.cluster(), sizes, before, None),
+            None => Cut::new(workload, subject.cluster(), sizes, before, None, parts),
         };
         let cut = Shared::new(cut);
         let shadow = Shadow::new(cut.clone(), subject.discard_unit());
@@ -669,9 +671,9 @@ impl<S: Subject> World<S> {
         self.see_drained()
     }
 
-    /// How much there is to do: requests, the end, and a copy, which is as much as some of them.
+    /// How much there is to do: requests, the end, and a copy, each of whose pieces is as much as one of them.
     fn tasks(&self) -> usize {
-        self.plan.workload.requests.len() + if self.others.is_some() { 4 } else { 1 }
+        self.plan.workload.requests.len() + 1 + self.pieces_copied()
     }
 
     fn files(&self) -> Vec<Contents> {
@@ -1182,15 +1184,18 @@ impl<S: Subject> World<S> {
             false => &self.plan.verdicts,
         };
         let verdict = verdicts.of(&subject, files)?;
-        let found = if verdict.has_compressed() {
-            let host = host_of(&subject, files);
-            let read = |at: u64, bytes: &mut [u8]| subject.read(&host, at, bytes);
-            self.plan.cut.recognise(verdict.size(), read)?
-        } else {
-            self.plan.cut.found(&verdict, files)
-        };
+        let found = self.found_of(&subject, &verdict, files)?;
         let (checked, size) = (verdict.checked, verdict.size());
         Ok(Inspection { found, checked, size, is_unfinished: false })
+    }
+
+    /// Whose bytes a disk in these files holds, as an examination has found it.
+    fn found_of(&self, disk: &S, verdict: &Verdict, files: &[Contents]) -> Result<Found, String> {
+        if !verdict.has_compressed() {
+            return Ok(self.plan.cut.found(verdict, files));
+        }
+        let host = host_of(disk, files);
+        self.plan.cut.recognise(verdict.size(), |at, bytes| disk.read(&host, at, bytes))
     }
 
     /// Steps taken so far.
@@ -1277,8 +1282,8 @@ const PROBE_TAG: u64 = 3000;
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
 
-/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (which
-/// counts as three) and closing. A disk that grows far writes a table of some forty pieces.
+/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (each of its pieces
+/// counts as one) and closing. A disk that grows far writes a table of some forty pieces.
 const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
