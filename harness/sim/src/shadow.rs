@@ -139,7 +139,9 @@ impl Cut {
             }
         }
         match copied {
-            Some(parts) => clusters.extend(parts.iter().map(|part| part.start..part.end.min(largest))),
+            Some(parts) => {
+                clusters.extend(parts.iter().map(|part| part.start..part.end.min(largest)))
+            }
             None => clusters.extend(other.map(|_| 0..largest)),
         }
         if let Some(other) = other {

@@ -8,7 +8,7 @@
 //! First every order of the last few requests is tried, then the whole window in orders that are drawn from seeds.
 //!
 //! The last copy that had begun by then, and in which the disk takes part, may begin at any time in the window. It is of the
-//! clusters that the window's requests go to, and of the first and the last that it was of.
+//! clusters that the window's requests go to, and of some others: the first and the last, or those where it was.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -153,6 +153,8 @@ struct Asked {
 /// A copy that was begun.
 #[derive(Clone, Copy, Debug)]
 struct Job {
+    /// Its place among all.
+    place: usize,
     numbers: [u64; COPY_NUMBERS],
     /// The nodes.
     source: u32,
@@ -198,11 +200,16 @@ impl Story {
                     }
                 }
                 Entry::Started { copy: numbers, source, target, parts } => {
-                    let (is_of_parts, behind) = (parts.is_some(), number);
-                    let (pauses, is_cancelled) = (0, false);
-                    let began =
-                        Job { numbers, source, target, is_of_parts, behind, pauses, is_cancelled };
-                    jobs.push(began);
+                    jobs.push(Job {
+                        place: jobs.len(),
+                        numbers,
+                        source,
+                        target,
+                        is_of_parts: parts.is_some(),
+                        behind: number,
+                        pauses: 0,
+                        is_cancelled: false,
+                    });
                 }
                 Entry::Job { what, job } => {
                     let Some(job) = jobs.get_mut(job as usize) else { continue };
@@ -218,7 +225,8 @@ impl Story {
         let disk = how.disk.or_else(last).ok_or("no request was submitted until then")?;
         let Some(&top) = tops.get(disk) else { return Err(format!("it has no disk {disk}")) };
         let job = jobs.into_iter().rev().find(|job| job.source == top || job.target == top);
-        let (asked, others): (Vec<_>, Vec<_>) = asked.into_iter().partition(|(its, _)| *its == disk);
+        let (asked, others): (Vec<_>, Vec<_>) =
+            asked.into_iter().partition(|(its, _)| *its == disk);
         let asked = asked.into_iter().map(|(_, asked)| asked).collect();
         Ok(Story { disk, asked, job, others })
     }
@@ -231,8 +239,10 @@ struct Plan {
     beside: usize,
     unit: usize,
     in_flight: usize,
-    /// Where it ends: at the end of the smaller disk, at least.
+    /// Where it ended.
     end: u64,
+    /// Where it was at the window's end, if it ran then.
+    at: Option<u64>,
 }
 
 impl Plan {
@@ -285,7 +295,7 @@ impl Plan {
         let unit = copy.unit.clamp(512, PIECE_MAX);
         let unit = 1 << unit.ilog2();
         let in_flight = copy.in_flight.clamp(1, 2);
-        Ok(Plan { plan, beside, unit, in_flight, end: copy.len.unwrap_or(u64::MAX) })
+        Ok(Plan { plan, beside, unit, in_flight, end: copy.len.unwrap_or(u64::MAX), at: None })
     }
 }
 
@@ -328,6 +338,8 @@ pub fn vary<F, D: Driver>(
     let before: Vec<Request> = asked[..begin].iter().map(|asked| asked.request).collect();
     let copying = match (plan, job) {
         (Some(plan), Some(job)) => {
+            let at = player.progress(job.place).map(|progress| progress.up_to);
+            let plan = Plan { at, ..plan };
             let number = asked.get(begin).map_or(job.behind + 1, |asked| asked.number);
             let is_its = |one: &&(usize, Asked)| one.0 == plan.beside && one.1.number < number;
             let its = others.iter().filter(is_its).map(|(_, asked)| asked.request);
@@ -422,7 +434,8 @@ struct Copying {
     align: u64,
     /// Bytes of the source.
     size: u64,
-    /// The first cluster that has anything to be copied, the last one, and the one behind it.
+    /// The first cluster that has anything to be copied, or that where it was; the last one that has; and the one behind that, or
+    /// behind where it was.
     ends: Vec<Range<u64>>,
 }
 
@@ -448,7 +461,9 @@ impl Copying {
         let below = usize::from(way == Way::Up);
         let data = source.data(below)?.unwrap_or(0..size);
         let last = data.end.min(size).saturating_sub(1);
-        let mut ends = vec![cluster(data.start), cluster(last), cluster(last.saturating_add(align))];
+        let first = plan.at.map_or(data.start, |at| at.max(data.start)).min(last);
+        let behind = if plan.at.is_some() { first } else { last };
+        let mut ends = vec![cluster(first), cluster(last), cluster(behind.saturating_add(align))];
         ends.retain(|part| part.start < size);
         ends.dedup();
         Ok(Copying { plan, beside, align, size, ends })
@@ -467,7 +482,8 @@ impl Copying {
     /// The disk with the one beside it, of both of which these parts are looked at. There are so many pieces, or a few more.
     fn made(&self, disk: &Recorded, parts: &[Range<u64>], pieces: u64) -> Result<Recorded, String> {
         let Plan { plan, unit, in_flight, .. } = self.plan;
-        let span = parts.last().map_or(0, |part| part.end) - parts.first().map_or(0, |part| part.start);
+        let span =
+            parts.last().map_or(0, |part| part.end) - parts.first().map_or(0, |part| part.start);
         let bytes = match plan.mirrors {
             true => span,
             false => parts.iter().map(|part| part.end - part.start).sum(),
@@ -478,7 +494,9 @@ impl Copying {
             ));
         }
         let mut piece = unit.max(4096);
-        while piece < PIECE_MAX && (bytes / piece as u64 > pieces || span / piece as u64 > MARKS_MAX) {
+        while piece < PIECE_MAX
+            && (bytes / piece as u64 > pieces || span / piece as u64 > MARKS_MAX)
+        {
             piece *= 2;
         }
         let is_zero = plan.target_is_zero;
@@ -583,7 +601,8 @@ impl Search<'_> {
         let image = self.start.after(before.into_iter(), Vec::new())?;
         let align = self.copying.map_or(0, |copying| copying.align).max(image.cluster());
         let asked = looked_at(&image, &workload, align)?;
-        let more = self.copying.map_or(&[][..], |copying| copying.more(&asked, pieces > PIECES_FEW));
+        let more =
+            self.copying.map_or(&[][..], |copying| copying.more(&asked, pieces > PIECES_FEW));
         let parts = joined(asked.into_iter().chain(more.iter().cloned()), image.size())?;
         let image = image.after(std::iter::empty(), parts.clone())?;
         let image = match self.copying {

@@ -1135,7 +1135,8 @@ impl<S: Subject> World<S> {
     fn may_be_unfinished(&self) -> bool {
         let asked = &self.plan.workload.requests[self.room.from as usize..self.next as usize];
         let is_closed = self.stage == Stage::Over && self.engine.drained() == Some(Ok(()));
-        asked.iter().any(Request::modifies) && !is_closed
+        let writes = asked.iter().any(Request::modifies) || self.copying.has_written_here();
+        writes && !is_closed
     }
 
     /// May a crash leave this now?

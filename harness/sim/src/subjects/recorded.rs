@@ -23,7 +23,8 @@ use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
-use cowbell_formats::{Format, Host, Name, Node, RunOptions, attach_wrapped};
+use cowbell_formats::vmdk::disk::descriptor;
+use cowbell_formats::{Format, Host, LayerMeta, Name, Node, RunOptions, attach_wrapped};
 
 use crate::backend::{Device, Mode, SimBackend};
 use crate::disk::{Contents, SECTOR, Sector};
@@ -61,9 +62,11 @@ pub struct Parts {
     pub copied: (usize, usize, usize),
     /// The disk beside it, which is copied to it, or it to that.
     pub beside: Option<Recorded>,
-    /// Bytes of the disk, and of a cluster. They follow from the rest.
+    /// Bytes of the disk, and of a cluster. They follow from the rest, as does what comes behind them.
     size: u64,
     cluster: u64,
+    /// Is it a stream?
+    is_stream: bool,
 }
 
 /// What is known of a file.
@@ -106,6 +109,7 @@ impl Default for Parts {
             beside: None,
             size: 0,
             cluster: 0,
+            is_stream: false,
         }
     }
 }
@@ -250,7 +254,9 @@ impl Recorded {
         }
         let top = &chain.layers[0].meta;
         let cluster = top.cluster_size().unwrap_or(super::CLUSTER).max(SECTOR);
-        let parts = Parts { size: chain.size(), cluster, ..(*made.0).clone() };
+        let is_stream = matches!(top, LayerMeta::Vmdk(image)
+            if image.descriptor.kind == descriptor::Kind::StreamOptimized);
+        let parts = Parts { size: chain.size(), cluster, is_stream, ..(*made.0).clone() };
         made.0 = Shared::new(parts);
         Ok(made)
     }
@@ -628,6 +634,10 @@ impl Subject for Recorded {
 
     fn still_files(&self) -> usize {
         self.0.still
+    }
+
+    fn is_unfinished(&self, files: &[Contents]) -> bool {
+        self.0.is_stream && !files.last().is_some_and(super::vmdk::has_footer)
     }
 
     fn beside(&self) -> Option<Recorded> {

@@ -142,7 +142,7 @@ fn stream_scopes() -> Vec<Scope> {
 }
 
 /// Is there a sector behind the header that looks like one?
-fn has_footer(file: &Contents) -> bool {
+pub(super) fn has_footer(file: &Contents) -> bool {
     let mut sector = [0; SECTOR as usize];
     (1..file.len() / SECTOR).any(|at| {
         file.read(at * SECTOR, &mut sector);

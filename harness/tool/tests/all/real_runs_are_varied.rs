@@ -103,7 +103,8 @@ fn of_conversions_and_backups() {
         let commands = "-c 'write -P 3 300k 400k' -c 'write -P 4 1500k 9k' -c 'write -z 400k 64k'";
         place.ok(&format!("cowbell io {commands} {image}"));
     }
-    place.ok("cowbell create -q -f qcow2 -b a.raw -F raw over && cowbell io -c 'write 1M 70k' over");
+    place
+        .ok("cowbell create -q -f qcow2 -b a.raw -F raw over && cowbell io -c 'write 1M 70k' over");
     for line in [
         "convert -f raw -O qcow2 a.raw",
         "convert -f raw -O raw a.raw",
@@ -112,6 +113,7 @@ fn of_conversions_and_backups() {
         "convert -O vdi -m 1 a.qcow2",
         "convert -O vmdk over",
         "convert -O vmdk -o subformat=twoGbMaxExtentSparse over",
+        "convert -O vmdk -o subformat=streamOptimized over",
         "convert -O qcow2 -c -o cluster_size=4k a.qcow2",
         "convert -O raw --checksum sha256 over",
         "backup a.qcow2",
@@ -153,10 +155,18 @@ fn changed_records_harm_nobody() {
     place.ok("cowbell bench -q -w -f qcow2 -c 60 -d 4 -s 4k -S 68k i");
     let commands = "-c 'write 1M 64k' -c 'read 0 200k' -c 'write 70k 100k' -c flush";
     place.ok(&format!("cowbell io -n -f qcow2 --record t {commands} i"));
+    changes(&place, 80);
+    // A copy.
+    place.ok("cowbell convert -O qcow2 i o --record t");
+    changes(&place, 80);
+}
+
+/// Varies records like the one that there is.
+fn changes(place: &Place, rounds: usize) {
     let record = read(&place.path("t"));
     let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
     let mut random = Random(11);
-    for round in 0..80 {
+    for round in 0..rounds {
         let mut changed = record.clone();
         let within = if round % 2 == 0 { 0..begin } else { begin..record.len() };
         let at = within.start + random.below((within.end - within.start) as u64) as usize;
@@ -202,7 +212,7 @@ fn defects_that_a_run_has_missed_are_found() {
 }
 
 /// Planted so, what makes the image, and a run that ends well.
-const DEFECTS: [(&str, &str, &str); 4] = [
+const DEFECTS: [(&str, &str, &str); 6] = [
     (
         "data_error_ignored",
         "cowbell create -q -f qed i 64M",
@@ -217,6 +227,16 @@ const DEFECTS: [(&str, &str, &str); 4] = [
         "qcow2_reserve_before_stable",
         "cowbell create -q -f qcow2 i 64M",
         "bench -q -f qcow2 -w -c 100 -d 4 -s 4k -S 68k --flush-interval 10 -t none -n",
+    ),
+    (
+        "copy_ends_before_its_flush",
+        "cowbell create -q -f raw a 2M && cowbell io -f raw -c 'write 300k 400k' a",
+        "convert -f raw -O qcow2 a",
+    ),
+    (
+        "data_error_ignored",
+        "cowbell create -q -f qcow2 a 2M && cowbell io -f qcow2 -c 'write 300k 400k' a",
+        "backup -O qed a",
     ),
     // Of a file whose new clusters are behind 8 GiB.
     (
