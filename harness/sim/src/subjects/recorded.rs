@@ -637,7 +637,7 @@ impl Subject for Recorded {
     }
 
     fn is_unfinished(&self, files: &[Contents]) -> bool {
-        self.0.is_stream && !files.last().is_some_and(super::vmdk::has_footer)
+        self.0.is_stream && !files.last().is_some_and(super::vmdk::ends_with_footer)
     }
 
     fn beside(&self) -> Option<Recorded> {

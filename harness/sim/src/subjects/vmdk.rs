@@ -142,12 +142,19 @@ fn stream_scopes() -> Vec<Scope> {
 }
 
 /// Is there a sector behind the header that looks like one?
-pub(super) fn has_footer(file: &Contents) -> bool {
+fn has_footer(file: &Contents) -> bool {
     let mut sector = [0; SECTOR as usize];
     (1..file.len() / SECTOR).any(|at| {
         file.read(at * SECTOR, &mut sector);
         sector.starts_with(&MAGIC)
     })
+}
+
+/// Is there one where a stream that is whole has it?
+pub(super) fn ends_with_footer(file: &Contents) -> bool {
+    let mut sector = [0; SECTOR as usize];
+    file.read((file.len() / SECTOR).saturating_sub(2) * SECTOR, &mut sector);
+    file.len() > 2 * SECTOR && sector.starts_with(&MAGIC)
 }
 
 /// Goes through a stream as one who cannot go back, from marker to marker: each grain comes once,

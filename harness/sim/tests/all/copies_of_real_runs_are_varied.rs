@@ -263,8 +263,8 @@ fn defects_that_a_run_has_missed_are_found() {
         let text = found.to_string();
         let read: Trace<Recorded> = text.parse().expect("it is a trace");
         assert_eq!(read, *found, "{plant}");
-        let again = read.replay().expect_err("it fails again");
-        assert_eq!(Some(&again.verdict), found.verdict.as_ref(), "{plant}");
+        // Every crash on the way is looked at then: it may be seen earlier.
+        read.replay().expect_err("it fails again");
         let honest: Trace<Recorded> =
             text.replace(&format!("plant {plant}\n"), "").parse().expect("it is a trace");
         honest.replay().unwrap_or_else(|failure| panic!("{plant}: {}", failure.verdict));
