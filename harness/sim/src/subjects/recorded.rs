@@ -637,7 +637,11 @@ impl Subject for Recorded {
     }
 
     fn is_unfinished(&self, files: &[Contents]) -> bool {
-        self.0.is_stream && !files.last().is_some_and(super::vmdk::ends_with_footer)
+        let host = SimHost::new();
+        for (name, contents) in NAMES.iter().zip(files).take(self.0.files.len()) {
+            host.put(*name, contents.clone());
+        }
+        self.0.is_stream && self.chain(&host, false).is_err()
     }
 
     fn beside(&self) -> Option<Recorded> {

@@ -150,13 +150,6 @@ fn has_footer(file: &Contents) -> bool {
     })
 }
 
-/// Is there one where a stream that is whole has it?
-pub(super) fn ends_with_footer(file: &Contents) -> bool {
-    let mut sector = [0; SECTOR as usize];
-    file.read((file.len() / SECTOR).saturating_sub(2) * SECTOR, &mut sector);
-    file.len() > 2 * SECTOR && sector.starts_with(&MAGIC)
-}
-
 /// Goes through a stream as one who cannot go back, from marker to marker: each grain comes once,
 /// directory, footer and end mark follow, and then nothing.
 fn walk(image: &Image, host: &SimHost) -> Result<(), String> {
