@@ -17,7 +17,7 @@ use cowbell_engine::record::{Entry, Lent, Reader, SECTOR, Sum};
 use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::sys::ram::Ram;
 use cowbell_engine::units::{Errno, FileId, JobId, NodeId, OpId, ReqId, Time};
-use cowbell_engine::{Copy, Engine};
+use cowbell_engine::{Copy, Engine, JobProgress};
 
 use crate::timeline::{Ended, EventKind, Observer, Timeline, words};
 use crate::vary::Tables;
@@ -395,6 +395,11 @@ impl<'p, D: Driver, F> Player<'p, D, F> {
     /// The engine, as it is now.
     pub fn engine(&self) -> &Engine<D, Played<F>> {
         &self.engine
+    }
+
+    /// How far the so many'th copy is, if it runs.
+    pub fn progress(&self, job: usize) -> Option<JobProgress> {
+        self.jobs.get(job).and_then(|&job| self.engine.job_progress(job))
     }
 
     /// Where what is learnt of tables is put, if somebody wants to know it.

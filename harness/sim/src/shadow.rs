@@ -110,13 +110,15 @@ pub struct Cut {
 impl Cut {
     /// Cuts the clusters of `cluster` bytes that `workload` touches on a disk of `size` bytes, and
     /// the first and the last of what the disk gains; `before` tells what is there. A size may be found rounded
-    /// up to a multiple of `size_unit`. With another disk, all of both is looked at.
+    /// up to a multiple of `size_unit`. Where something is copied, `copied` are the parts that are looked at besides; `None`: with
+    /// another disk, all of both.
     pub fn new(
         workload: &Workload,
         cluster: u64,
         (size, size_unit): (u64, u64),
         before: impl Fn(u64, &mut [u8]),
         other: Option<&Other<'_>>,
+        copied: Option<&[Range<u64>]>,
     ) -> Cut {
         let ranged = || workload.requests.iter().filter(|request| request.len > 0);
         let largest = workload.largest_size(size).max(other.map_or(0, |other| other.size));
@@ -136,8 +138,13 @@ impl Cut {
                 sizes.push((request.offset, writer(which)));
             }
         }
+        match copied {
+            Some(parts) => {
+                clusters.extend(parts.iter().map(|part| part.start..part.end.min(largest)))
+            }
+            None => clusters.extend(other.map(|_| 0..largest)),
+        }
         if let Some(other) = other {
-            clusters.push(0..largest);
             borders.extend([other.write.offset, other.write.end(), other.size, size]);
         }
         for range in &clusters {
@@ -778,7 +785,7 @@ mod tests {
 
     fn shadow(requests: &[Request]) -> Shadow {
         let workload = Workload::new(requests.iter().copied());
-        let cut = Cut::new(&workload, 4096, (1 << 20, 1), |_, bytes| bytes.fill(0), None);
+        let cut = Cut::new(&workload, 4096, (1 << 20, 1), |_, bytes| bytes.fill(0), None, None);
         let mut shadow = Shadow::new(Rc::new(cut), 4096);
         shadow.pending.clear();
         shadow

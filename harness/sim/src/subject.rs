@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::ops::Range;
 use std::time::Duration;
 
 use cowbell_engine::step::Driver;
@@ -137,6 +138,11 @@ pub trait Subject: Clone + Debug {
         None
     }
 
+    /// What of it is copied, where a copy is not of all of it.
+    fn copied(&self) -> Option<Copied<'_>> {
+        None
+    }
+
     /// Is what is below it, in its first file, bytes of the disk and nothing else?
     fn has_raw_below(&self) -> bool {
         false
@@ -212,6 +218,19 @@ pub trait Subject: Clone + Debug {
 
     /// Panics if the driver holds on to anything. Nothing is in flight.
     fn assert_idle(&self, _driver: &Self::Driver) {}
+}
+
+/// What of a disk is copied, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Copied<'s> {
+    /// These parts, up the disk: of it, and of the one beside. They are what is looked at.
+    pub parts: &'s [Range<u64>],
+    /// Bytes in a unit: see [`Copy::unit`](cowbell_engine::Copy::unit).
+    pub unit: usize,
+    /// Bytes in a piece.
+    pub piece: usize,
+    /// Pieces in flight at once.
+    pub in_flight: usize,
 }
 
 /// What a check says of an image.

@@ -231,6 +231,8 @@ impl<S: Subject> Trace<S> {
                 ("offload", plan.offload),
                 ("shown", plan.shown),
                 ("wide", plan.wide),
+                ("compressed", plan.compressed),
+                ("written", plan.written),
             ];
             for (key, set) in set {
                 more += &if set { format!(" copy-{key}=true") } else { String::new() };
@@ -340,6 +342,10 @@ impl<S: Subject + FromStr<Err = String>> FromStr for Trace<S> {
             return Err(format!("more than {REQUESTS_MAX} requests"));
         }
         let image: S = image.ok_or("the trace names no image")?;
+        let is_between = budget.copy.is_some_and(|plan| plan.way != Way::Up);
+        if is_between && image.beside().is_none() {
+            return Err("a copy between two disks, and there is one".into());
+        }
         let mut workload = Workload::new(requests);
         for (behind, others) in waits {
             let which = behind.checked_sub(1).ok_or("'after' comes before all requests")?;
@@ -390,6 +396,8 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
                 "copy-stops" => copy.stops = value == "true",
                 "copy-offload" => copy.offload = value == "true",
                 "copy-wide" => copy.wide = value == "true",
+                "copy-compressed" => copy.compressed = value == "true",
+                "copy-written" => copy.written = value == "true",
                 "copy-shown" => copy.shown = value == "true",
                 "copy-gives-up" => copy.gives_up = value == "true",
                 "copy-beside" => copy.beside = value == "true",

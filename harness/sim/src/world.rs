@@ -21,7 +21,7 @@ use crate::host::SimHost;
 use crate::shadow::{Cut, Found, OTHERS_WRITE, Other, Shadow};
 use crate::shared::Shared;
 use crate::subject::{Checked, SimEngine, Subject};
-use crate::verdicts::{Inflated, Verdicts};
+use crate::verdicts::{Inflated, Verdict, Verdicts};
 use crate::workload::{Request, Workload, pattern};
 
 mod copying;
@@ -181,14 +181,16 @@ impl<S: Subject> Base<S> {
         let before = |offset: u64, bytes: &mut [u8]| read(subject, host, offset, bytes);
         let sizes = (subject.size(), subject.size_unit());
         let other = subject.beside().filter(|_| budget.copy.is_some());
+        let copied = subject.copied().filter(|_| budget.copy.is_some());
+        let parts = copied.map(|copied| copied.parts);
         let cut = match other.as_ref().zip(self.beside_host.as_ref()) {
             Some((other, host)) => {
                 let others = |offset: u64, bytes: &mut [u8]| read(other, host, offset, bytes);
                 let (size, write, tag) = (other.size(), BESIDE[0], BESIDE_TAG as usize);
                 let other = Other { size, before: &others, write, tag };
-                Cut::new(workload, subject.cluster(), sizes, before, Some(&other))
+                Cut::new(workload, subject.cluster(), sizes, before, Some(&other), parts)
             }
-            None => Cut::new(workload, subject.cluster(), sizes, before, None),
+            None => Cut::new(workload, subject.cluster(), sizes, before, None, parts),
         };
         let cut = Shared::new(cut);
         // What is discarded may come to be discarded where a mirror has the disk, in its units.
@@ -674,9 +676,9 @@ impl<S: Subject> World<S> {
         self.see_drained()
     }
 
-    /// How much there is to do: requests, the end, and a copy, which is as much as some of them.
+    /// How much there is to do: requests, the end, and a copy, each of whose pieces is as much as one of them.
     fn tasks(&self) -> usize {
-        self.plan.workload.requests.len() + if self.others.is_some() { 4 } else { 1 }
+        self.plan.workload.requests.len() + 1 + self.pieces_copied()
     }
 
     fn files(&self) -> Vec<Contents> {
@@ -1138,7 +1140,8 @@ impl<S: Subject> World<S> {
     fn may_be_unfinished(&self) -> bool {
         let asked = &self.plan.workload.requests[self.room.from as usize..self.next as usize];
         let is_closed = self.stage == Stage::Over && self.engine.drained() == Some(Ok(()));
-        asked.iter().any(Request::modifies) && !is_closed
+        let writes = asked.iter().any(Request::modifies) || self.copying.has_written_here();
+        writes && !is_closed
     }
 
     /// May a crash leave this now?
@@ -1187,21 +1190,30 @@ impl<S: Subject> World<S> {
             false => &self.plan.verdicts,
         };
         let verdict = verdicts.of(&subject, files)?;
-        let found = if verdict.has_compressed() {
-            let Plan { cut, inflated, subject: disk, .. } = &*self.plan;
-            let (size, names) = (verdict.size(), subject.files());
-            cut.recognise_clusters(size, disk.cluster(), |part| {
-                let which = (self.copying.has_moved(), part.start, size);
-                inflated.of(which, (&names, files), |host| {
-                    let read = |at: u64, bytes: &mut [u8]| subject.read(host, at, bytes);
-                    cut.recognise_part(part, size, read)
-                })
-            })?
-        } else {
-            self.plan.cut.found(&verdict, files)
-        };
+        let found = self.found_of(&subject, self.copying.has_moved(), &verdict, files)?;
         let (checked, size) = (verdict.checked, verdict.size());
         Ok(Inspection { found, checked, size, is_unfinished: false })
+    }
+
+    /// Whose bytes a disk in these files holds, as an examination has found it: this one, or the one beside it.
+    fn found_of(
+        &self,
+        subject: &S,
+        is_beside: bool,
+        verdict: &Verdict,
+        files: &[Contents],
+    ) -> Result<Found, String> {
+        let Plan { cut, inflated, subject: disk, .. } = &*self.plan;
+        if !verdict.has_compressed() {
+            return Ok(cut.found(verdict, files));
+        }
+        let (size, names) = (verdict.size(), subject.files());
+        cut.recognise_clusters(size, disk.cluster(), |part| {
+            inflated.of((is_beside, part.start, size), (&names, files), |host| {
+                let read = |at: u64, bytes: &mut [u8]| subject.read(host, at, bytes);
+                cut.recognise_part(part, size, read)
+            })
+        })
     }
 
     /// Steps taken so far.
@@ -1288,8 +1300,8 @@ const PROBE_TAG: u64 = 3000;
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
 
-/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (which
-/// counts as three) and closing. A disk that grows far writes a table of some forty pieces.
+/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (each of its pieces
+/// counts as one) and closing. A disk that grows far writes a table of some forty pieces.
 const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.

@@ -22,6 +22,7 @@ use cowbell_sim::mutants::MUTANTS;
 use cowbell_sim::played::{Done, Moment, Played, Player, Verdict};
 use cowbell_sim::subjects::recorded::Parts;
 use cowbell_sim::vary::{Variation, Varied, vary};
+use cowbell_sim::world::Way;
 
 use crate::disk::{AnyFile, Disk, Files};
 use crate::fail::Fail;
@@ -240,7 +241,8 @@ struct Varying {
     /// Stop after so long: seconds, or with s, m or h behind
     #[arg(long, default_value = "10", requires = "vary", value_parser = duration)]
     time: f64,
-    /// Of a run with several disks: which, from 0 on; that of the last request if not said
+    /// Of a run with several disks: which, from 0 on; that of the last request if not said, or the
+    /// one that was copied to last
     #[arg(long, value_name = "N", requires = "vary")]
     disk: Option<usize>,
     /// Where the trace of what is found goes
@@ -448,20 +450,31 @@ fn search(args: &Args, player: &mut Replay, record: &[u8], disks: &[Parts]) -> R
     let requests = usize::from(requests);
     let how = Variation { near, requests, faults, crashes, seed, runs, seconds: time, disk, plant };
     let varied = vary(player, record, disks, &how).map_err(|what| Fail::at(&args.file, what))?;
-    let Varied { disk, before, window, exhausted, drawn, failed_seed, report } = &varied;
+    let Varied { disk, before, window, copy, exhausted, drawn, failed_seed, report } = &varied;
     let mut out = Out::new(false);
     writeln!(
         out,
-        "Disk {disk}: {} requests are varied, behind {before} that are done as they were:",
-        window.requests.len()
+        "Disk {disk}: {} requests are varied, behind {before} that are done as they were{}",
+        window.requests.len(),
+        if window.requests.is_empty() { "." } else { ":" }
     )?;
     for (which, request) in window.requests.iter().enumerate() {
         writeln!(out, "  {which}: {request}")?;
     }
+    match copy {
+        None => {}
+        Some((Way::In, other)) => writeln!(out, "So is a copy of disk {other} to it.")?,
+        Some((Way::Out, other)) => writeln!(out, "So is a copy of it to disk {other}.")?,
+        Some((Way::Up, _)) => writeln!(out, "So is a copy of what it lies on into it.")?,
+    }
+    let also = if copy.is_some() { "the copy and " } else { "" };
     match exhausted {
-        0 => writeln!(out, "Not every order was tried of any; there was no time.")?,
-        1 => writeln!(out, "Everything was tried that can happen with the last one.")?,
-        _ => writeln!(out, "Everything was tried that can happen with the last {exhausted}.")?,
+        None => writeln!(out, "Not every order was tried of any; there was no time.")?,
+        Some(0) => writeln!(out, "Everything was tried that can happen with the copy.")?,
+        Some(1) => writeln!(out, "Everything was tried that can happen with {also}the last one.")?,
+        Some(last) => {
+            writeln!(out, "Everything was tried that can happen with {also}the last {last}.")?;
+        }
     }
     match (drawn, failed_seed) {
         (0, _) => {}

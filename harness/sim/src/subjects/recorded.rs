@@ -25,6 +25,7 @@ use cowbell_formats::qcow2::Qcow2Options;
 use cowbell_formats::qed::QedOptions;
 use cowbell_formats::vdi::VdiOptions;
 use cowbell_formats::vmdk::VmdkOptions;
+use cowbell_formats::vmdk::disk::descriptor;
 use cowbell_formats::{Format, Host, LayerMeta, Name, Node, RunOptions, attach_wrapped};
 
 use crate::backend::{Device, Mode, SimBackend};
@@ -33,7 +34,7 @@ use crate::filter::Over;
 use crate::host::{LEN_MAX, SimFile, SimHost};
 use crate::kept::{KeptFile, hex, path_of, unhex, word_of};
 use crate::shared::Shared;
-use crate::subject::{Checked, SimEngine, Subject};
+use crate::subject::{Checked, Copied, SimEngine, Subject};
 use crate::subjects::checked;
 use crate::workload::Request;
 
@@ -58,9 +59,17 @@ pub struct Parts {
     pub grow: Grow,
     /// Clusters that are leaks already.
     pub leaks: u64,
-    /// Bytes of the disk, and of a cluster. They follow from the rest.
+    /// What the noise is made from. 0: there is none, but zeros.
+    pub seed: u64,
+    /// Bytes in a unit and in a piece of a copy of those parts, and pieces in flight at once.
+    pub copied: (usize, usize, usize),
+    /// The disk beside it, which is copied to it, or it to that.
+    pub beside: Option<Recorded>,
+    /// Bytes of the disk, and of a cluster. They follow from the rest, as does what comes behind them.
     size: u64,
     cluster: u64,
+    /// Is it a stream?
+    is_stream: bool,
 }
 
 /// What is known of a file.
@@ -88,6 +97,26 @@ impl File {
     }
 }
 
+impl Default for Parts {
+    fn default() -> Parts {
+        Parts {
+            layers: Vec::new(),
+            files: Vec::new(),
+            still: 0,
+            noise: Vec::new(),
+            align: SECTOR as u32,
+            grow: Grow::Truncate,
+            leaks: 0,
+            seed: SEED,
+            copied: COPIED,
+            beside: None,
+            size: 0,
+            cluster: 0,
+            is_stream: false,
+        }
+    }
+}
+
 impl Parts {
     /// A disk that was opened over what a record kept, before anything was asked of it.
     ///
@@ -110,8 +139,8 @@ impl Parts {
             }
         }
         let grow = growth.unwrap_or_default().by;
-        let (layers, noise) = (layers.collect(), Vec::new());
-        Ok(Parts { layers, files, still, noise, align, grow, leaks: 0, size: 0, cluster: 0 })
+        let parts = Parts { files, still, align, grow, ..Parts::default() };
+        Ok(Parts { layers: layers.collect(), ..parts })
     }
 
     fn check(&self) -> Result<(), String> {
@@ -133,9 +162,13 @@ impl Parts {
             .noise
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.end.checked_sub(part.start)?));
-        match noise {
-            Some(0..=NOISE_MAX) => Ok(()),
-            _ => wrong("the bytes of the clusters that are looked at"),
+        if !matches!(noise, Some(0..=NOISE_MAX)) {
+            return wrong("the bytes of the clusters that are looked at");
+        }
+        let (unit, piece, in_flight) = self.copied;
+        match (unit, piece, in_flight) {
+            (512..=PIECE_MAX, 4096..=PIECE_MAX, 1..=8) if unit <= piece => Ok(()),
+            _ => Err(format!("nothing is copied by {unit}, {piece} and {in_flight}")),
         }
     }
 
@@ -223,18 +256,17 @@ impl Recorded {
             return Err(format!("{clusters} clusters are more than can be simulated"));
         }
         let top = &chain.layers[0].meta;
-        if let LayerMeta::Vmdk(image) = top
-            && image
-                .extents
-                .iter()
-                .any(|extent| extent.sparse().is_some_and(|it| it.header.is_compressed()))
-        {
-            return Err("a stream of VMDK, which is an image only when it was closed".into());
-        }
         let cluster = top.cluster_size().unwrap_or(super::CLUSTER).max(SECTOR);
-        let parts = Parts { size: chain.size(), cluster, ..(*made.0).clone() };
+        let is_stream = matches!(top, LayerMeta::Vmdk(image)
+            if image.descriptor.kind == descriptor::Kind::StreamOptimized);
+        let parts = Parts { size: chain.size(), cluster, is_stream, ..(*made.0).clone() };
         made.0 = Shared::new(parts);
         Ok(made)
+    }
+
+    /// Is it a stream, which is an image only when it was closed?
+    pub fn is_stream(&self) -> bool {
+        self.0.is_stream
     }
 
     /// Its parts.
@@ -245,6 +277,49 @@ impl Recorded {
     /// Its format.
     pub fn format(&self) -> Format {
         self.0.layers[0].1
+    }
+
+    /// The same beside another disk; a copy is of what of both is looked at.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be.
+    pub fn copying(
+        &self,
+        beside: Option<Recorded>,
+        copied: (usize, usize, usize),
+    ) -> Result<Recorded, String> {
+        Recorded::new(Parts { beside, copied, ..(*self.0).clone() })
+    }
+
+    /// The same with noise of another kind; 0: with none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Recorded::new`].
+    pub fn seeded(&self, seed: u64) -> Result<Recorded, String> {
+        Recorded::new(Parts { seed, ..(*self.0).clone() })
+    }
+
+    /// Where the first byte is that may be something else than zeros, and where the last one ends, in layers of this depth and
+    /// below: as far as the disk's first stretches tell.
+    ///
+    /// # Errors
+    ///
+    /// When its tables are not whole.
+    pub fn data(&self, depth: usize) -> Result<Option<Range<u64>>, String> {
+        let host = SimHost::new();
+        self.put(&host);
+        let chain = self.chain(&host, false)?;
+        let mut data: Option<Range<u64>> = None;
+        for extent in map::extents(&chain).take(EXTENTS_MAX) {
+            let extent = extent.map_err(|why| why.to_string())?;
+            if !extent.is_zero() && extent.depth >= depth {
+                let start = data.map_or(extent.start, |data| data.start);
+                data = Some(start..extent.start + extent.len);
+            }
+        }
+        Ok(data)
     }
 
     /// The same with other files, of which so many clusters are leaks.
@@ -436,7 +511,7 @@ impl Recorded {
                     let start = first.max(index * SECTOR);
                     let end = end.min((index + 1) * SECTOR).min(files[at].len());
                     if start < end {
-                        let noise = Sector::noise(NOISE ^ (at as u64) << 56, index);
+                        let noise = Sector::noise(self.0.seed ^ (at as u64) << 56, index);
                         let (from, to) = (start % SECTOR, start % SECTOR + (end - start));
                         files[at].write(start, &noise.bytes()[from as usize..to as usize]);
                     }
@@ -487,7 +562,7 @@ impl Recorded {
             let room = end.saturating_sub(at);
             let mut cluster = vec![0; packed.len as usize];
             let mut streams = noise.iter().filter_map(|&noise| {
-                fill_poorly(noise, NOISE ^ (file as u64) << 56 ^ at, &mut cluster);
+                fill_poorly(noise, self.0.seed ^ (file as u64) << 56 ^ at, &mut cluster);
                 packed.pack(&cluster, room)
             });
             let Some(stream) = streams.next() else {
@@ -613,7 +688,13 @@ const NAMES: [&str; 16] = [
 const CLUSTERS_MAX: u64 = 1 << 25;
 /// Bytes of clusters that are looked at, at most.
 pub(crate) const NOISE_MAX: u64 = 16 << 20;
-const NOISE: u64 = 0x5eed;
+/// What the noise is made from, of a disk and of the one beside it.
+const SEED: u64 = 0x5eed;
+pub(crate) const SEED_BESIDE: u64 = 0xbe51de;
+/// A copy of which nothing else is said.
+const COPIED: (usize, usize, usize) = (512, 4096, 2);
+/// Bytes of a piece, at most.
+pub(crate) const PIECE_MAX: usize = 2 << 20;
 /// Clusters by which files grow, and which are counted ahead.
 const AHEAD: u64 = 4;
 /// Table slices in memory.
@@ -674,12 +755,14 @@ impl Subject for Recorded {
     }
 
     fn limits(&self) -> Limits {
+        let beside = self.0.beside.as_ref().map_or(0, Subject::cluster);
+        let largest = self.0.cluster.max(beside);
         Limits {
             requests: 1,
             ops: 64,
             buffers: BUFFERS,
             bounce_buffers: 1,
-            buffer_size: self.0.cluster.clamp(4096, 1 << 16) as usize,
+            buffer_size: largest.clamp(4096, 1 << 16) as usize,
             zeros_written: 0,
             discards_kept: 2,
             steps: 1 << 16,
@@ -690,7 +773,9 @@ impl Subject for Recorded {
 
     fn make(&self, host: &SimHost) -> Result<(), String> {
         self.put(host);
-        self.fill(host)?;
+        if self.0.seed != 0 {
+            self.fill(host)?;
+        }
         // Whoever begins with it reads it.
         for part in &self.0.noise {
             let there = part.start..part.end.min(self.0.size);
@@ -707,6 +792,28 @@ impl Subject for Recorded {
 
     fn still_files(&self) -> usize {
         self.0.still
+    }
+
+    fn is_unfinished(&self, files: &[Contents]) -> bool {
+        let host = SimHost::new();
+        for (name, contents) in NAMES.iter().zip(files).take(self.0.files.len()) {
+            host.put(*name, contents.clone());
+        }
+        self.0.is_stream && self.chain(&host, false).is_err()
+    }
+
+    fn beside(&self) -> Option<Recorded> {
+        self.0.beside.clone()
+    }
+
+    fn copied(&self) -> Option<Copied<'_>> {
+        let (unit, piece, in_flight) = self.0.copied;
+        Some(Copied { parts: &self.0.noise, unit, piece, in_flight })
+    }
+
+    fn has_raw_below(&self) -> bool {
+        let is_raw = self.0.layers.last().is_some_and(|(_, format)| *format == Format::Raw);
+        is_raw && self.0.layers.len() == 2 && self.0.still == 1
     }
 
     fn may_be_full(&self) -> bool {
@@ -803,16 +910,25 @@ impl fmt::Debug for Recorded {
 
 /// The first word of its text.
 pub const WORD: &str = "recorded";
+/// The word behind which comes the text of the disk beside.
+const BESIDE: &str = "beside";
 
 impl fmt::Display for Recorded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Parts { layers, files, still, noise, align, grow, leaks, .. } = &*self.0;
+        let Parts { layers, files, still, noise, align, grow, leaks, seed, .. } = &*self.0;
         let grow = match grow {
             Grow::Truncate => "truncate",
             Grow::Allocate => "allocate",
             Grow::Write => "write",
         };
         write!(f, "{WORD} still={still} align={align} grow={grow} leaks={leaks}")?;
+        if *seed != SEED {
+            write!(f, " seed={seed}")?;
+        }
+        if self.0.copied != COPIED {
+            let (unit, piece, in_flight) = self.0.copied;
+            write!(f, " copied={unit}:{piece}:{in_flight}")?;
+        }
         for (path, format) in layers {
             write!(f, " layer={}:{format}", word_of(path))?;
         }
@@ -826,7 +942,10 @@ impl fmt::Display for Recorded {
                 write!(f, " at={index}:{}", hex(&sector[..used]))?;
             }
         }
-        Ok(())
+        match &self.0.beside {
+            Some(beside) => write!(f, " {BESIDE} {beside}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -834,32 +953,31 @@ impl FromStr for Recorded {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Recorded, String> {
-        let mut words = text.split_whitespace();
-        if words.next() != Some(WORD) {
-            return Err("this is no image of a real run".into());
-        }
-        let mut parts = Parts {
-            layers: Vec::new(),
-            files: Vec::new(),
-            still: 0,
-            noise: Vec::new(),
-            align: 512,
-            grow: Grow::Truncate,
-            leaks: 0,
-            size: 0,
-            cluster: 0,
-        };
-        for word in words {
-            parts.take(word).ok_or_else(|| format!("'{word:.60}' says nothing of an image"))?;
-        }
-        if parts.still >= parts.files.len() {
-            return Err("it has no file of its own".into());
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let behind = words.iter().position(|&word| word == BESIDE).unwrap_or(words.len());
+        let (mut parts, beside) = (Parts::of_words(&words[..behind])?, words.get(behind + 1..));
+        if let Some(beside) = beside {
+            parts.beside = Some(Recorded::new(Parts::of_words(beside)?)?);
         }
         Recorded::new(parts)
     }
 }
 
 impl Parts {
+    fn of_words(words: &[&str]) -> Result<Parts, String> {
+        let Some((&WORD, words)) = words.split_first() else {
+            return Err("this is no image of a real run".into());
+        };
+        let mut parts = Parts::default();
+        for word in words {
+            parts.take(word).ok_or_else(|| format!("'{word:.60}' says nothing of an image"))?;
+        }
+        match parts.still >= parts.files.len() {
+            true => Err("it has no file of its own".into()),
+            false => Ok(parts),
+        }
+    }
+
     /// What a word of the text says.
     fn take(&mut self, word: &str) -> Option<()> {
         let (key, value) = word.split_once('=')?;
@@ -881,6 +999,11 @@ impl Parts {
                 };
             }
             "leaks" => self.leaks = value.parse().ok()?,
+            "seed" => self.seed = value.parse().ok()?,
+            "copied" => {
+                let mut number = || next()?.parse().ok();
+                self.copied = (number()?, number()?, number()?);
+            }
             "layer" => {
                 let (path, format) = (path_of(next()?)?, Format::from_name(next()?)?);
                 self.layers.push((path, format));

@@ -4,6 +4,7 @@
 use cowbell_engine::mem::Mem;
 use cowbell_engine::step::{Driver, Io};
 use cowbell_engine::units::{Errno, JobId, NodeId};
+use std::ops::Range;
 use std::time::Duration;
 
 use cowbell_engine::{Copy, Moment, Why, Zeros};
@@ -11,7 +12,7 @@ use cowbell_engine::{Copy, Moment, Why, Zeros};
 use super::{PROBE_TAG, Stage, World};
 use crate::choose::Choice;
 use crate::disk::{Contents, Sites};
-use crate::subject::Subject;
+use crate::subject::{Copied, Subject};
 
 /// A copy that is started once, at any time, and what may be done with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,10 @@ pub struct CopyPlan {
     pub offload: bool,
     /// Is a piece as large as two clusters, which may be of two kinds?
     pub wide: bool,
+    /// Is what it writes compressed, where that makes it smaller?
+    pub compressed: bool,
+    /// Are zeros written as data?
+    pub written: bool,
 }
 
 /// From where to where a copy goes.
@@ -72,6 +77,8 @@ impl CopyPlan {
             shown: false,
             offload: false,
             wide: false,
+            compressed: false,
+            written: false,
         }
     }
 }
@@ -171,6 +178,9 @@ impl Copying {
 /// Bytes of a piece, and pieces in flight at once: as small as may be, so that orders are many.
 const PIECE: usize = 4096;
 const IN_FLIGHT: usize = 2;
+/// Pieces of a copy of all, and as many as any copy has.
+const PIECES: u64 = 3;
+const PIECES_MAX: u64 = 1 << 12;
 
 impl<S: Subject> World<S> {
     /// What can be done with the copy now.
@@ -226,7 +236,8 @@ impl<S: Subject> World<S> {
         let plan = self.copying.plan.expect("chosen because there is one");
         let (source, target) = self.ends_of(plan.way);
         // What is stopped has several pieces: zeros, which most of these disks are, make one.
-        let zeros = if plan.pauses > 0 { Zeros::Written } else { Zeros::Told };
+        let is_written = plan.pauses > 0 || plan.written;
+        let zeros = if is_written { Zeros::Written } else { Zeros::Told };
         let between = Copy {
             moment: match plan {
                 CopyPlan { of_start: true, .. } => Moment::Start,
@@ -237,6 +248,7 @@ impl<S: Subject> World<S> {
             target_is_zero: plan.target_is_zero,
             shown: plan.shown,
             offload: plan.offload,
+            compressed: plan.compressed,
             zeros,
             ..Copy::new(source, target)
         };
@@ -244,7 +256,18 @@ impl<S: Subject> World<S> {
         let copy = if plan.way == Way::Up { pull } else { between };
         let piece = if plan.wide { 2 * PIECE } else { PIECE };
         let copy = Copy { in_flight: IN_FLIGHT, piece, stops_on_error: plan.stops, ..copy };
-        let job = self.engine.start(copy).map_err(|why| format!("no copy: {why:?}"))?;
+        let started = match self.plan.subject.copied() {
+            None => self.engine.start(copy),
+            Some(Copied { parts, unit, piece, in_flight }) => {
+                let all = self.span_copied(parts);
+                let (at, len) = (all.start, Some(all.end - all.start));
+                let (source_offset, target_offset) = (at, at);
+                let of_parts = Copy { unit, piece, in_flight, ..copy };
+                let copy = Copy { source_offset, target_offset, len, ..of_parts };
+                self.engine.start_parts(copy, parts)
+            }
+        };
+        let job = started.map_err(|why| format!("no copy: {why:?}"))?;
         (self.copying.job, self.copying.phase) = (Some(job), Phase::Runs);
         let World { shadow, others, .. } = self;
         match (plan.way, others) {
@@ -268,6 +291,50 @@ impl<S: Subject> World<S> {
             }
         }
         Ok(())
+    }
+
+    /// From the first to the last byte of the target that is copied.
+    fn span_copied(&self, parts: &[Range<u64>]) -> Range<u64> {
+        let (_, target) = self.ends_of(self.copying.plan.map_or(Way::Up, |plan| plan.way));
+        let size = self.engine.node(target).size();
+        let start = parts.first().map_or(0, |part| part.start).min(size);
+        start..parts.last().map_or(0, |part| part.end).min(size).max(start)
+    }
+
+    /// How many bytes are copied, at least and at most: parts are rounded out to what is marked of them.
+    fn bytes_copied(&self) -> (u64, u64) {
+        let plan = self.copying.plan.expect("it runs");
+        let (_, target) = self.ends_of(plan.way);
+        let size = self.engine.node(target).size();
+        let Some(Copied { parts, .. }) = self.plan.subject.copied() else { return (size, size) };
+        let all = self.span_copied(parts);
+        let len = |part: &Range<u64>| part.end.min(all.end).saturating_sub(part.start);
+        let of_parts = parts.iter().map(len).sum();
+        let all = all.end - all.start;
+        (if plan.mirrors { all } else { of_parts }, all)
+    }
+
+    /// How many bytes of what is copied lie before this one of the copy.
+    fn bytes_before(&self, up_to: u64) -> u64 {
+        let Some(Copied { parts, .. }) = self.plan.subject.copied() else { return up_to };
+        let end = self.span_copied(parts).start.saturating_add(up_to);
+        let before = |part: &Range<u64>| part.end.min(end).saturating_sub(part.start);
+        parts.iter().map(before).sum()
+    }
+
+    /// How many pieces are copied.
+    pub(super) fn pieces_copied(&self) -> usize {
+        let Some(plan) = self.copying.plan else { return 0 };
+        let Some(Copied { parts, piece, .. }) = self.plan.subject.copied() else {
+            return if self.others.is_some() { PIECES as usize } else { 0 };
+        };
+        let pieces = |from: u64, to: u64| to.saturating_sub(from) / piece.max(1) as u64 + 1;
+        let of_all = || Some(pieces(parts.first()?.start, parts.last()?.end));
+        let count = match plan.mirrors {
+            true => of_all().unwrap_or(0),
+            false => parts.iter().map(|part| pieces(part.start, part.end)).sum(),
+        };
+        count.clamp(PIECES, PIECES_MAX) as usize
     }
 
     pub(super) fn pause_copy(&mut self) -> Result<(), String> {
@@ -341,12 +408,12 @@ impl<S: Subject> World<S> {
         if of_start && is_idle && self.ended < self.next && !self.engine.backend().is_stalled() {
             return Err("a copy holds a request up, and does nothing".into());
         }
-        let (_, target) = self.ends_of(way);
-        let total = self.engine.node(target).size();
-        if progress.total != total || progress.done > total || progress.done < self.copying.done {
-            return Err(format!("a copy of {total} bytes is at {progress:?}"));
+        let (least, most) = self.bytes_copied();
+        let is_so = (least..=most).contains(&progress.total) && progress.done <= progress.total;
+        if !is_so || progress.done < self.copying.done {
+            return Err(format!("a copy of {least} bytes is at {progress:?}"));
         }
-        if progress.up_to > progress.done {
+        if self.bytes_before(progress.up_to) > progress.done {
             return Err(format!("a copy is not done as far as it says: {progress:?}"));
         }
         self.copying.done = progress.done;
@@ -457,6 +524,6 @@ impl<S: Subject> World<S> {
             return Ok(());
         };
         let verdict = self.plan.verdicts_beside.of(&other, files)?;
-        others.check_other_crash(&self.plan.cut.found(&verdict, files))
+        others.check_other_crash(&self.found_of(&other, true, &verdict, files)?)
     }
 }

@@ -5,6 +5,7 @@ mod bytes_make_schedules;
 mod canary;
 mod causes;
 mod contract;
+mod copies_of_real_runs_are_varied;
 mod cpu_work_completes_when_chosen;
 mod damage_is_noticed;
 mod drivers_of_others;

@@ -159,11 +159,59 @@ fn near_a_turn() {
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(!out.status.success() && said.contains(why), "{how}: {said}");
     }
-    place.ok("cowbell convert -f qed -O raw i o --record t");
-    let out = place.ours("cowbell replay --vary t");
-    assert_eq!(out.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(said.contains("copies ran in it, which are not varied"), "{said}");
+}
+
+/// The copy begins at any time, its pieces end in any order, and some fail.
+#[test]
+fn of_conversions_and_backups() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f raw a.raw 2M && cowbell create -q -f qcow2 a.qcow2 2M");
+    for image in ["-f raw a.raw", "-f qcow2 a.qcow2"] {
+        let commands = "-c 'write -P 3 300k 400k' -c 'write -P 4 1500k 9k' -c 'write -z 400k 64k'";
+        place.ok(&format!("cowbell io {commands} {image}"));
+    }
+    place
+        .ok("cowbell create -q -f qcow2 -b a.raw -F raw over && cowbell io -c 'write 1M 70k' over");
+    for line in [
+        "convert -f raw -O qcow2 a.raw",
+        "convert -f raw -O raw a.raw",
+        "convert -f raw -O raw -C a.raw",
+        "convert -O qed -S 0 a.qcow2",
+        "convert -O vdi -m 1 a.qcow2",
+        "convert -O vmdk over",
+        "convert -O vmdk -o subformat=twoGbMaxExtentSparse over",
+        "convert -O vmdk -o subformat=streamOptimized over",
+        "convert -O qcow2 -c -o cluster_size=4k a.qcow2",
+        "convert -O raw --checksum sha256 over",
+        "backup a.qcow2",
+        "backup --compressed over",
+        "backup --target-cache cached -O raw over",
+    ] {
+        place.ok(&format!("rm -f made* && cowbell {line} --record t made"));
+        let said = varies(&place, "--time 6 --runs 20", line);
+        let begins = "Disk 0: 0 requests are varied, behind 0 that are done as they were.\n\
+                      So is a copy of disk 1 to it.\n";
+        assert!(said.starts_with(begins), "{line}: {said}");
+        assert!(said.contains(" 20 runs were drawn"), "{line}: {said}");
+    }
+}
+
+/// What of copies is not varied is said.
+#[test]
+fn of_copies_that_are_not() {
+    let place = Place::new();
+    place.ok("cowbell create -q -f qcow2 base 2M && cowbell io -c 'write 300k 400k' base");
+    place.ok("cowbell create -q -f qcow2 -b base -F qcow2 a && cowbell io -c 'write 1M 70k' a");
+    for (line, how, why) in [
+        ("convert -O qcow2 -B base -F qcow2 a made", "", "of what some layers say"),
+        ("convert -O raw a base made", "", "of a part of the disk"),
+        ("convert -O raw a made", "--crashes 1", "no run goes on after a crash"),
+    ] {
+        place.ok(&format!("rm -f made* && cowbell {line} --record t"));
+        let out = place.ours(&format!("cowbell replay --vary {how} t"));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.code() == Some(1) && said.contains(why), "{line}: {said}");
+    }
 }
 
 /// Whatever is wrong with a record, or with the trace of one, the command ends by itself.
@@ -174,10 +222,18 @@ fn changed_records_harm_nobody() {
     place.ok("cowbell bench -q -w -f qcow2 -c 60 -d 4 -s 4k -S 68k i");
     let commands = "-c 'write 1M 64k' -c 'read 0 200k' -c 'write 70k 100k' -c flush";
     place.ok(&format!("cowbell io -n -f qcow2 --record t {commands} i"));
+    changes(&place, 80);
+    // A copy.
+    place.ok("cowbell convert -O qcow2 i o --record t");
+    changes(&place, 80);
+}
+
+/// Varies records like the one that there is.
+fn changes(place: &Place, rounds: usize) {
     let record = read(&place.path("t"));
     let begin = record.windows(7).position(|bytes| bytes == b"\nbegin\n").expect("a head") + 7;
     let mut random = Random(11);
-    for round in 0..80 {
+    for round in 0..rounds {
         let mut changed = record.clone();
         let within = if round % 2 == 0 { 0..begin } else { begin..record.len() };
         let at = within.start + random.below((within.end - within.start) as u64) as usize;
@@ -231,7 +287,7 @@ const PACKS: &str = "io -n -f qcow2 -c 'read 0 64k' -c 'write 70k 4k' -c 'write 
     -c 'write -c 256k 64k' -c 'discard 320k 64k' -c flush -c 'write -c 192k 64k' -c 'read 64k 256k'";
 
 /// Planted so, what makes the image, and a run that ends well.
-const DEFECTS: [(&str, &str, &str); 7] = [
+const DEFECTS: [(&str, &str, &str); 9] = [
     ("qcow2_compressed_over_data_leaks", COMPRESSED, PACKS),
     ("qcow2_packed_not_counted", COMPRESSED, PACKS),
     // Found by what was inflated.
@@ -250,6 +306,16 @@ const DEFECTS: [(&str, &str, &str); 7] = [
         "qcow2_reserve_before_stable",
         "cowbell create -q -f qcow2 i 64M",
         "bench -q -f qcow2 -w -c 100 -d 4 -s 4k -S 68k --flush-interval 10 -t none -n",
+    ),
+    (
+        "copy_ends_before_its_flush",
+        "cowbell create -q -f raw a 2M && cowbell io -f raw -c 'write 300k 400k' a",
+        "convert -f raw -O qcow2 a",
+    ),
+    (
+        "data_error_ignored",
+        "cowbell create -q -f qcow2 a 2M && cowbell io -f qcow2 -c 'write 300k 400k' a",
+        "backup -O qed a",
     ),
     // Of a file whose new clusters are behind 8 GiB.
     (
