@@ -165,6 +165,9 @@ impl Parts {
         if !matches!(noise, Some(0..=NOISE_MAX)) {
             return wrong("the bytes of the clusters that are looked at");
         }
+        if self.beside.as_ref().is_some_and(|beside| beside.0.noise != self.noise) {
+            return Err("of the disk beside it other parts are looked at".into());
+        }
         let (unit, piece, in_flight) = self.copied;
         match (unit, piece, in_flight) {
             (512..=PIECE_MAX, 4096..=PIECE_MAX, 1..=8) if unit <= piece => Ok(()),

@@ -305,3 +305,43 @@ fn changed_records_harm_nobody() {
     }
     assert!(refused > 20 && tried > 10, "{refused}, {tried}");
 }
+
+/// Nor do changed traces.
+#[test]
+fn changed_traces_harm_nobody() {
+    let mut state = 5;
+    let mut below = |bound: usize| {
+        state = splitmix(state);
+        (state % bound as u64) as usize
+    };
+    let how = Variation { plant: Some("guest_writes_before_copy"), runs: 500, ..HOW };
+    let (mut read, mut ran) = (0, 0);
+    for (format, other) in [(Format::Qcow2, Format::Qed), (Format::Vdi, Format::Vmdk)] {
+        let run = recorded(Kind::Backup, format, other);
+        let varied = varied(&run, &run.record, &how).expect("it can be varied");
+        let text = varied.report.failures.first().expect("it is found").to_string();
+        let text = text.replace("plant guest_writes_before_copy\n", "");
+        // What is said of the copy, of the parts and of the other disk's header is a small part of it.
+        let words: Vec<usize> = [" copied=", " copy", " noise=", " beside ", " seed="]
+            .into_iter()
+            .flat_map(|word| text.match_indices(word).map(|(at, _)| at))
+            .collect();
+        assert!(words.len() > 6, "{text}");
+        for round in 0..100 {
+            let mut changed = text.clone().into_bytes();
+            for _ in 0..=below(2) {
+                let at = match round % 2 {
+                    0 => words[below(words.len())] + below(24),
+                    _ => below(changed.len()),
+                };
+                let end = changed.len() - 1;
+                changed[at.min(end)] = b"0123456789abcdef=:+ x-"[below(22)];
+            }
+            let changed = String::from_utf8(changed).expect("it is ASCII");
+            let Ok(trace) = changed.parse::<Trace<Recorded>>() else { continue };
+            read += 1;
+            ran += usize::from(trace.replay().is_ok());
+        }
+    }
+    assert!(read > 20 && ran > 5, "{read}, {ran}");
+}
