@@ -596,6 +596,9 @@ impl Search<'_> {
     /// The image that the requests before number `from` of the window leave, and the others. If something is copied it is of about so many
     /// pieces.
     fn from(&self, from: usize, pieces: u64) -> Result<(Recorded, Workload), String> {
+        if self.copying.is_none() && self.start.is_stream() {
+            return Err("a stream of VMDK is an image only when it was closed".into());
+        }
         let kept: Vec<usize> = (from..self.window.requests.len()).collect();
         let all = self.before.iter().chain(&self.window.requests[..from]);
         let before: Vec<Request> = all.filter(|request| request.modifies()).copied().collect();
@@ -610,9 +613,6 @@ impl Search<'_> {
         let image = image.after(std::iter::empty(), parts.clone())?;
         let image = match self.copying {
             Some(copying) => copying.made(&image, &parts, pieces)?,
-            None if image.is_stream() => {
-                return Err("a stream of VMDK is an image only when it was closed".into());
-            }
             None => image,
         };
         let size = workload.largest_size(image.size());
