@@ -149,7 +149,7 @@ fn backs_up(from: Format, to: Format, options: Plan) {
     };
     let job = engine.start(copy).expect("it starts");
     assert_eq!(guest.run_beside(&mut engine, job), Ok(()));
-    assert!(guest.ended > 100, "{} requests ended meanwhile", guest.ended);
+    assert!(guest.ended > 20, "{} requests ended meanwhile", guest.ended);
     // Since they were submitted, not since the clock began.
     let longest = engine.stats().latency.max();
     assert!(longest < clock().0 / 2 && longest < 600_000_000_000, "{longest} ns");
