@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use cowbell_formats::parts::growth::Grow;
 use cowbell_formats::qcow2::disk::layout::L1Entry;
 use cowbell_formats::qcow2::rest::open::{Access, open, read_words};
 use cowbell_formats::qcow2::rest::snapshots::{self, Moment};
@@ -235,7 +236,11 @@ fn special() -> Vec<Scope> {
         scope(image, 0, &[packed(0, 0), packed(0, 1), flush]),
         scope(image, 1, &[packed(0, 0), packed(0, 1), flush]),
         // Two compressed clusters in one, while the file cannot be made longer, or the header is in doubt.
-        scope(Image { cluster: 512, ahead: 1, ..warm }, 1, &[Request::write_compressed(0, 1024)]),
+        scope(
+            Image { cluster: 512, ahead: 1, grow: Grow::Write, ..warm },
+            1,
+            &[Request::write_compressed(0, 1024)],
+        ),
         scope(image, 1, &[Request::truncate(image.size() + 8192), packed(0, 0), packed(0, 1)]),
         scope(warm, 0, &[packed(0, 0), flush]),
         scope(tight, 0, &[packed(0, 2), discard(0, 2), flush, packed(0, 3), whole(0, 4)]),
