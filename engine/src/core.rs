@@ -530,10 +530,10 @@ impl Core {
 
     /// Writes that were given up go on where the disk is now, and what is submitted there waits for them.
     fn move_abandoned(&mut self, from: usize) {
-        let there = self.moved_and_told(self.nodes[from].id);
-        if mutant!("abandoned_writes_stay_behind") || there.index() == from {
+        if mutant!("abandoned_writes_stay_behind") {
             return;
         }
+        let there = self.moved_and_told(self.nodes[from].id);
         let old = std::mem::take(&mut self.nodes[from].hold.abandoned);
         self.nodes[there.index()].hold.abandoned.extend(old);
         self.nodes[from].set_open_to();
@@ -1017,7 +1017,7 @@ impl Core {
             record.hold.abandoned.retain(|&(other, ..)| other != request);
             record.set_open_to();
         }
-        let copies = self.copies.iter().filter(|(_, job)| job.copy.target == node);
+        let copies = self.copies.iter().filter(|(_, job)| [node, there].contains(&job.copy.target));
         let copies: smallvec::SmallVec<[u32; 4]> = copies.map(|(key, _)| key as u32).collect();
         copies.iter().for_each(|&key| self.wake_workers(key));
     }

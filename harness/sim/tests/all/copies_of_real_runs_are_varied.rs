@@ -1,11 +1,10 @@
 //! A record of an embedder that copies a disk while its guest writes: what the copy and the guest do is done in other orders.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use cowbell_engine::backend::FileInfo;
 use cowbell_engine::mem::{Buf, Mem};
-use cowbell_engine::record::{Entry, Reader, Recorder, Sink};
+use cowbell_engine::record::{Entry, Reader, Recorder};
 use cowbell_engine::step::Io;
 use cowbell_engine::units::{FileId, JobId, NodeId, Time};
 use cowbell_engine::{Copy, Engine, Limits, Moment, NodeEvent};
@@ -22,18 +21,10 @@ use cowbell_sim::trace::Trace;
 use cowbell_sim::vary::{Variation, Varied, vary};
 use cowbell_sim::world::Way;
 
+use crate::embedders_runs_are_done_again::Kept;
+
 const SIZE: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
-
-#[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
-
-impl Sink for Kept {
-    fn take(&mut self, mut chunk: Vec<u8>) -> Option<Vec<u8>> {
-        self.0.lock().expect("nobody has panicked").append(&mut chunk);
-        Some(chunk)
-    }
-}
 
 /// What is copied where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +169,7 @@ fn recorded(kind: Kind, format: Format, other: Format) -> Run {
     runs(&mut engine, &mut now, 100);
     assert_eq!(engine.drained(), Some(Ok(())), "{kind:?}");
     engine.backend_mut().stop();
-    let record = sink.0.lock().expect("nobody has panicked").clone();
+    let record = sink.record();
     let infos = engine.backend().infos().to_vec();
     Run { record, text: kept.to_text(), infos, disks }
 }

@@ -23,8 +23,16 @@ use cowbell_sim::played::{Done, Played, Player, Verdict};
 
 const SIZE: u64 = 1 << 20;
 
+/// A record in memory.
 #[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
+pub struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Kept {
+    /// What there is of it.
+    pub fn record(&self) -> Vec<u8> {
+        self.0.lock().expect("nobody has panicked").clone()
+    }
+}
 
 impl Sink for Kept {
     fn take(&mut self, mut chunk: Vec<u8>) -> Option<Vec<u8>> {
@@ -249,7 +257,7 @@ fn recorded(mut embedder: Embedder, count: usize, does: impl FnOnce(&mut Embedde
     does(&mut embedder);
     let Embedder { mut engine, tag, refused, given_up, brought, format, .. } = embedder;
     engine.backend_mut().stop();
-    let record = sink.0.lock().expect("nobody has panicked").clone();
+    let record = sink.record();
     let infos = engine.backend().infos().to_vec();
     let (requests, text) = (tag - refused, kept.to_text());
     Run { record, text, disks, brought, infos, format, requests, refused, given_up }
@@ -302,15 +310,21 @@ fn again(run: &Run, record: &[u8]) -> (Verdict, Done) {
     (verdict, player.engine().backend().done)
 }
 
+/// Calls at random, which are done again as they were.
+fn done_again(format: Format, seed: u64, plugs: bool) -> Run {
+    let run = at_random(format, seed, plugs);
+    let (verdict, done) = again(&run, &run.record);
+    assert_eq!(verdict, Verdict::Same, "{format}, seed {seed}, after {done:?}");
+    assert_eq!(done.requests, run.requests, "{format}, seed {seed}");
+    run
+}
+
 #[test]
 fn whatever_is_called() {
     let (mut refused, mut given_up, mut kinds) = (0, 0, [0; 8]);
     for format in Format::ALL {
         for seed in 0..20 {
-            let run = at_random(format, seed, false);
-            let (verdict, done) = again(&run, &run.record);
-            assert_eq!(verdict, Verdict::Same, "{format}, seed {seed}, after {done:?}");
-            assert_eq!(done.requests, run.requests, "{format}, seed {seed}");
+            let run = done_again(format, seed, false);
             refused += run.refused;
             given_up += run.given_up;
             for entry in Reader::new(&run.record) {
@@ -339,10 +353,7 @@ fn disks_come_and_go() {
     let (mut came, mut other) = (0, 0);
     for format in Format::ALL {
         for seed in 0..20 {
-            let run = at_random(format, seed, true);
-            let (verdict, done) = again(&run, &run.record);
-            assert_eq!(verdict, Verdict::Same, "{format}, seed {seed}, after {done:?}");
-            assert_eq!(done.requests, run.requests, "{format}, seed {seed}");
+            let run = done_again(format, seed, true);
             came += run.brought.len();
             // Whoever brings another one, or none, is told.
             if run.brought.is_empty() {
