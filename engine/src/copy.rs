@@ -154,7 +154,7 @@ impl Machine<'_> {
             (state, Event::Io(Err(errno))) => self.failed(state, errno),
             (State::Piece, _) => self.take_piece(),
             (State::Status, Event::Start) => self.go_on(),
-            (State::Status, _) => self.answered(),
+            (State::Status, _) => self.answered(true),
             (State::Read | State::Look, _) => self.show(),
             (State::ReadSector { at }, _) => self.read_sectors(at + SECTOR),
             (State::Write { len }, _) => self.written(len),
@@ -347,8 +347,8 @@ impl Machine<'_> {
             return self.is_data_to(job.data.1.min(job.source_size));
         }
         if self.worker.answer_at == Some(from) {
-            // What changes it meanwhile waits, or is copied again.
-            return self.answered();
+            // What changes the piece meanwhile waits, or is copied again.
+            return self.answered(false);
         }
         let asked = self.asked_from(from);
         let seg = self.memory(job.copy.piece as u64, Status::BYTES as u64);
@@ -380,7 +380,9 @@ impl Machine<'_> {
         }
     }
 
-    fn answered(&mut self) -> Step<State> {
+    /// The disk has told what is there: just now, or before the data in front of it was copied. Of what lies behind
+    /// the piece a mirror notes who writes there only while it is asked about, so that an old answer is none.
+    fn answered(&mut self, is_new: bool) -> Step<State> {
         let Worker { at, data_end: from, end, .. } = *self.worker;
         let job = self.job();
         let (copy, asked) = (job.copy, self.asked_from(from));
@@ -394,6 +396,9 @@ impl Machine<'_> {
         let says_nothing = copy.is_pull() && status.kind == StatusKind::Unallocated;
         let is_left = copy.leaves_out(status.depth) || says_nothing;
         let grows = is_left || status.kind.is_zero() && copy.zeros != Zeros::Written;
+        let is_current =
+            is_new || copy.moment != Moment::End || mutant!("mirror_goes_by_an_old_answer");
+        let grows = grows && is_current;
         if grows && from == at && said > end {
             self.grow_to(said);
         }
@@ -620,7 +625,10 @@ impl Machine<'_> {
     fn zero(&mut self, len: u64) -> Step<State> {
         let job = self.job();
         let copy = job.copy;
-        if job.skips_zeros() || mutant!("copy_skips_zeros") {
+        // What a mirror has copied, and is zeros since, is to be zeros there, too.
+        let again = self.worker.is_wanted && copy.moment == Moment::End;
+        let again = again && !mutant!("mirror_skips_zeros_again");
+        if job.skips_zeros() && !again || mutant!("copy_skips_zeros") {
             return self.written(len);
         }
         let at = self.worker.at;

@@ -573,6 +573,8 @@ pub fn copy_scopes(format: Format) -> Vec<Scope> {
         all.push(scopes_on([overlay], budget(copy_in, 0), none));
         all.push(scopes_on([overlay], budget(copy_out, 0), few));
         all.push(scopes_on([overlay], budget(of_start(copy_out), 0), last));
+        // Where the backing file ends within a piece, zeros follow: as far as they are there still.
+        all.push(scopes_on([overlay], budget(mirror, 0), last));
     }
     all.concat()
 }

@@ -134,6 +134,11 @@ pub const MUTANTS: &[Mutant] = &[
     raw("copy_shows_what_it_has_first", "what a copy has read is shown as it comes, not in order"),
     raw("copy_is_done_up_to_the_next_piece", "what is begun of a copy counts as done"),
     raw("what_a_copy_gave_up_is_done", "what is under way when a copy is cancelled counts as done"),
+    qed(
+        "mirror_goes_by_an_old_answer",
+        "where a mirror was told of zeros it copies nothing, though it was written to since",
+    ),
+    qcow2("mirror_skips_zeros_again", "what a mirror copied, and is zeros since, stays there"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw(
         "abandoned_writes_stay_behind",

@@ -18,7 +18,7 @@ use crate::gate::{Scope, Shape, scopes_on, workloads};
 use crate::host::{SimFile, SimHost};
 use crate::subject::Subject;
 use crate::workload::{Request, Workload};
-use crate::world::{Budget, QUIET};
+use crate::world::{Budget, CopyPlan, QUIET, Way};
 
 /// Clusters that [`State::Warm`] adds to a qcow2 image: data and tables.
 const FULL: u64 = 5;
@@ -155,6 +155,9 @@ fn special() -> Vec<Scope> {
     // More is counted ahead than there are holes.
     let many_holes = Image { ahead: 8, ..holes };
     let few = Image { frees: 1, ..warm };
+    // Mirrored to a new disk, and zeroed meanwhile.
+    let mirrored = Image { size: Some(2 * CLUSTER), beside: Some(Format::Qcow2), ahead: 2, ..warm };
+    let mirror = CopyPlan { mirrors: true, target_is_zero: true, ..CopyPlan::new(Way::Out) };
     let at = |table, cluster| image.place(table, cluster);
     let head = |table, cluster| Request::write(at(table, cluster), 1024);
     let middle = |table, cluster| Request::write(at(table, cluster) + 1024, 1024);
@@ -170,6 +173,10 @@ fn special() -> Vec<Scope> {
         Scope {
             budget: Budget { pauses: 1, ..QUIET },
             ..scope(Image { filter: true, buffers: 2, ahead: 2, ..image }, 0, &[head(0, 0)])
+        },
+        Scope {
+            budget: Budget { copy: Some(mirror), ..QUIET },
+            ..scope(mirrored, 0, &[Request::zero(0, CLUSTER)])
         },
         scope(overlay, 0, &[middle(0, 0), flush]),
         scope(zeros, 0, &[middle(0, 0), flush]),

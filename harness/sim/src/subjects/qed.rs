@@ -99,6 +99,19 @@ impl FormatSubject for Qed {
                 budget: Budget { copy: Some(CopyPlan::new(Way::In)), abandons: 1, ..QUIET },
                 ..scope_of(copied, 0, 0, &[Request::write(CLUSTER, 1024)])
             },
+            // Mirrored, and written to where zeros were, once what is in front of them was copied.
+            Scope {
+                budget: Budget {
+                    copy: Some(CopyPlan { mirrors: true, ..CopyPlan::new(Way::Out) }),
+                    ..QUIET
+                },
+                ..scope_of(
+                    Image { backing: true, ..copied },
+                    0,
+                    0,
+                    &[Request::write(2 * CLUSTER, 1024)],
+                )
+            },
             // Drained in vain, and paused; then the time for its header comes.
             Scope {
                 budget: Budget { faults: 1, ticks: 1, drains: 1, pauses: 1, ..QUIET },
