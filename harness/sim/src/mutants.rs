@@ -139,6 +139,10 @@ pub const MUTANTS: &[Mutant] = &[
         "where a mirror was told of zeros it copies nothing, though it was written to since",
     ),
     qcow2("mirror_skips_zeros_again", "what a mirror copied, and is zeros since, stays there"),
+    vmdk(
+        "inflated_grain_is_looked_for_again",
+        "two reads take the only place for inflated grains from each other, for ever",
+    ),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw(
         "abandoned_writes_stay_behind",

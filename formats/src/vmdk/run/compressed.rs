@@ -6,6 +6,7 @@
 //! the rest if its marker says that there is more, and has it inflated, which is an op. Others wait
 //! for the slot.
 
+use cowbell_engine::mutant;
 use cowbell_engine::op::{Base, Compute, Op, Seg, Segs, Target};
 use cowbell_engine::step::{Cx, Event};
 use cowbell_engine::tables::TableCache;
@@ -110,6 +111,7 @@ impl Compressed {
         event: Event,
         cx: &mut Cx<'_>,
     ) -> Progress {
+        let is_inflated = matches!(state, InflateState::Inflate { .. });
         let (slot, result) = match (state, event) {
             (InflateState::Read { host, slot, have }, Event::Io(Ok(()))) => {
                 match self.inflate(extents, at, (host, slot as usize, have.into()), cx) {
@@ -124,6 +126,15 @@ impl Compressed {
             (state, event) => panic!("{event:?} in {state:?}"),
         };
         self.grains.load_ended(slot as usize, result.is_ok(), cx);
+        // While somebody looks for it once more, it could give way to another's.
+        if is_inflated && result.is_ok() && !mutant!("inflated_grain_is_looked_for_again") {
+            let place = extents.place(extents.index_at(at));
+            let next = place.grain_start(place.grain_of(at)) + place.grain_size();
+            let end = next.min(extents.piece_end(at)).min(cx.io().end());
+            if self.read(at, end, place, cx) {
+                return Progress::To(end);
+            }
+        }
         Progress::tried(at, result.err())
     }
 

@@ -127,6 +127,11 @@ fn stream_scopes() -> Vec<Scope> {
         let flushed = Workload::new([one, Request::flush(), next]);
         vec![flushed, Workload::new([one, next, whole(image, 1, 1)])]
     };
+    // There is room for one table, and for one grain.
+    let of_two_tables = |image: &Image| {
+        let reads = [0, 1].map(|table| Request::read(image.place(table, 0) + 512, 512));
+        vec![Workload::new(reads)]
+    };
     let drains = Budget { drains: 1, ..fault };
     let sessions = Budget { drains: 1, reopens: true, ..QUIET };
     let breaks = Budget { breaks: true, ..fault };
@@ -137,6 +142,7 @@ fn stream_scopes() -> Vec<Scope> {
         scopes_on([plain], QUIET, triples),
         scopes_on([warm], drains, pairs),
         scopes_on([plain], sessions, pairs),
+        scopes_on([tight], QUIET, of_two_tables),
     ]
     .concat()
 }
