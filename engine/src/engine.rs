@@ -10,7 +10,7 @@ use crate::backend::{self, Backend, Called, Completion, FileInfo, Harvest, Note,
 use crate::copy;
 use crate::core::{Core, GO_MAX};
 use crate::guard;
-use crate::life::{self, Drain, Life, Move, Why};
+use crate::life::{Drain, Life, Move, Why};
 use crate::limits::Limits;
 use crate::mem::{Looked, Mem, Memory};
 use crate::mutant;
@@ -211,9 +211,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         let id = self.core.nodes[index].id;
         // It is not paused, so what is below it is not held.
         self.life.hold(&mut self.core, id);
-        if self.life.drain == Drain::Going {
-            life::begin_to_drain(&mut self.core, index);
-        }
+        self.life.added(&mut self.core, index);
         id
     }
 

@@ -159,6 +159,14 @@ impl<D: Driver, F> Life<D, F> {
         core.recount_moving();
     }
 
+    /// A node that is added while others are drained, or have been, has nothing to be written.
+    pub fn added(&self, core: &mut Core, index: usize) {
+        if self.drain != Drain::Open {
+            core.nodes[index].stage = Stage::Settled(Ok(()));
+            core.nodes[index].set_open_to();
+        }
+    }
+
     /// See `Engine::close` and `Engine::close_filter`.
     pub fn close(&mut self, core: &mut Core, node: NodeId, leaves_below: bool) -> Result<(), Why> {
         if !core.has_node(node) {
@@ -175,6 +183,11 @@ impl<D: Driver, F> Life<D, F> {
         let is_moved_to = core.nodes.iter().any(|record| record.moved_to == Some(node));
         if self.is_read_from(node) || is_copied || is_moved_to {
             return Err(Why::InUse);
+        }
+        // What a drain could not write is tried once more.
+        let has_failed = matches!(core.nodes[node.index()].stage, Stage::Settled(Err(_)));
+        if has_failed && matches!(self.drain, Drain::Drained(_)) {
+            self.reopen(core);
         }
         core.nodes[node.index()].leaves_below = leaves_below;
         begin_to_close(core, node, (node, Ok(())));
@@ -460,7 +473,7 @@ impl<D: Driver, F> Life<D, F> {
     }
 }
 
-pub fn begin_to_drain(core: &mut Core, index: usize) {
+fn begin_to_drain(core: &mut Core, index: usize) {
     let record = &mut core.nodes[index];
     record.stage = Stage::Finishing;
     record.set_open_to();
@@ -471,7 +484,13 @@ fn begin_to_close(core: &mut Core, node: NodeId, whom: (NodeId, Result<(), Errno
     let record = &mut core.nodes[node.index()];
     (record.is_closing, record.closing_for) = (true, Some(whom));
     record.owes_paused = false;
-    begin_to_drain(core, node.index());
+    // What a drain has left clean nobody has asked for anything since: nor may it ask those below, which
+    // the drain may have left clean, too.
+    let is_left = matches!(record.stage, Stage::Settling | Stage::Settled(_));
+    if !is_left || mutant!("drained_node_settles_again") {
+        record.stage = Stage::Finishing;
+    }
+    record.set_open_to();
     core.recount_moving();
 }
 

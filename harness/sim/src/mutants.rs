@@ -95,6 +95,7 @@ pub const MUTANTS: &[Mutant] = &[
     raw("drain_error_forgotten", "a drain that could not make all stable says that it did"),
     raw("failed_flush_tried_again", "the flush after a failed one counts for what that lost"),
     raw("failed_flush_poisons_others", "a failed flush of one disk fails those of another"),
+    raw("drained_node_settles_again", "a disk that was drained asks more of a layer that was, too"),
     raw("close_waits_for_nothing", "a disk is closed with requests in flight"),
     raw("closed_node_takes_requests", "a disk that is being closed takes requests"),
     raw("id_used_again", "the id of a closed disk is the next one's"),

@@ -115,6 +115,11 @@ impl FormatSubject for Raw {
                 budget: Budget { abandons: 1, ..QUIET },
                 ..scope(image, 0, 0, &[head(0, 0), head(0, 0), flush])
             },
+            // Closed when it has been drained, with a layer below that has been, too.
+            Scope {
+                budget: Budget { drains: 1, closes: 1, ..QUIET },
+                ..scope(Image { filter: true, ..image }, 0, 0, &[head(0, 0), flush])
+            },
             Scope {
                 budget: Budget { quota: true, ..QUIET },
                 ..scope(image, 0, 0, &[head(0, 0), flush])
