@@ -496,7 +496,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             progress.submitted += taken;
             let spent = self.look(turn).since(began);
             self.core.stats.held_by(spent, Call::Submit, taken, Some(&self.core.ops[first].op));
-            self.set_pace(slice, spent);
+            self.set_pace(if mutant!("pace_of_what_is_not_taken") { slice } else { taken }, spent);
             // The next slice may take as long as this one.
             turn.is_over |= self.is_over_after(turn, spent.min(self.turn_ns() / 4));
             if taken < slice || turn.is_over {
@@ -506,14 +506,14 @@ impl<D: Driver, B: Backend> Engine<D, B> {
         turn.is_over &= !self.core.ready.is_empty() || !self.core.out.is_empty();
     }
 
-    /// The next slices: as many ops as take a quarter of a turn, going by the last; twice as many as
-    /// those at most.
+    /// The next slices: as many ops as take a quarter of a turn, going by those of the last that were
+    /// taken; twice as many as those at most.
     #[inline]
-    fn set_pace(&mut self, slice: usize, spent: u64) {
+    fn set_pace(&mut self, taken: usize, spent: u64) {
         let quarter = self.turn_ns() / 4;
         if spent > quarter {
-            self.pace = ((slice as u64 * quarter / spent) as usize).max(1);
-        } else if slice == self.pace && spent <= quarter / 2 {
+            self.pace = ((taken as u64 * quarter / spent) as usize).max(1);
+        } else if taken == self.pace && spent <= quarter / 2 {
             self.pace = (self.pace * 2).min(PACE_MAX);
         }
     }

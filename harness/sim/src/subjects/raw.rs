@@ -108,17 +108,21 @@ impl FormatSubject for Raw {
             scope(Image { beside: Some(Format::Raw), ..image }, 1, 0, &[head(0, 0), flush]),
             scope(Image { slow: true, ..image }, 0, 0, &[zero, head(0, 2), head(0, 3)]),
             Scope {
-                budget: Budget { closes: 1, pauses: 1, ..QUIET },
-                ..scope(image, 0, 0, &[head(0, 0), flush])
+                budget: Budget { faults: 1, stalls: true, ..QUIET },
+                ..scope(Image { slow: true, ..image }, 0, 0, &[head(0, 0), head(0, 2), head(0, 3)])
             },
             Scope {
-                budget: Budget { abandons: 1, ..QUIET },
-                ..scope(image, 0, 0, &[head(0, 0), head(0, 0), flush])
+                budget: Budget { closes: 1, pauses: 1, ..QUIET },
+                ..scope(image, 0, 0, &[head(0, 0), flush])
             },
             // Closed when it has been drained, with a layer below that has been, too.
             Scope {
                 budget: Budget { drains: 1, closes: 1, ..QUIET },
                 ..scope(Image { filter: true, ..image }, 0, 0, &[head(0, 0), flush])
+            },
+            Scope {
+                budget: Budget { abandons: 1, ..QUIET },
+                ..scope(image, 0, 0, &[head(0, 0), head(0, 0), flush])
             },
             Scope {
                 budget: Budget { quota: true, ..QUIET },
