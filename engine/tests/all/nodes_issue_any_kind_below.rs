@@ -316,3 +316,60 @@ fn each_layer_is_looked_at_once_however_many_ways_lead_there() {
     assert_eq!(engine.resume(top), Ok(()));
     assert_eq!(engine.pause(below), Err(Why::InUse));
 }
+
+fn drained(engine: &mut Engine<Layer, Faulty<Inline>>) -> Result<(), Errno> {
+    loop {
+        engine.run(clock());
+        if let Some(result) = engine.drained() {
+            return result;
+        }
+    }
+}
+
+/// What is added to them, or closed, asks nothing of what a drain has left clean.
+#[test]
+fn of_nodes_that_are_drained() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (mut engine, [below, _], _) = two(dir.path());
+    let first = engine.add(Layer::Filter(below));
+    write_and_flush(&mut engine, first, 1);
+    engine.drain();
+    engine.run(clock());
+    let meanwhile = engine.add(Layer::Filter(below));
+    assert_eq!(drained(&mut engine), Ok(()));
+    let afterwards = engine.add(Layer::Filter(below));
+    for node in [first, meanwhile, afterwards] {
+        engine.close_filter(node).expect("nobody is above it");
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node, result: Ok(()) });
+    }
+    assert_eq!(engine.drained(), Some(Ok(())));
+    // A request opens all of them again.
+    let top = engine.add(Layer::Filter(below));
+    write_and_flush(&mut engine, top, 2);
+    assert_eq!(engine.drained(), None);
+    engine.close(top).expect("nobody is above it");
+    assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Ok(()) });
+    let found = std::fs::read(dir.path().join("disk0")).expect("the file");
+    assert!(found[4096..4608].iter().all(|&byte| byte == 2));
+}
+
+/// What a drain says that is going on, or has ended, closing says, too: after a flush that failed nobody knows what is
+/// stable.
+#[test]
+fn of_nodes_that_could_not_be_drained() {
+    for waits in [true, false] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (mut engine, [below, _], files) = two(dir.path());
+        let top = engine.add(Layer::Filter(below));
+        engine.submit(top, Io::write(0, 512), Buf::copied(&[4; 512]), 0).expect("room");
+        assert_eq!(done(&mut engine).result, Ok(()));
+        let fault = Fault { what: Some(What::Flush), file: Some(files[0]), ..Fault::default() };
+        engine.backend_mut().plan_mut().push(fault);
+        engine.drain();
+        if waits {
+            assert_eq!(drained(&mut engine), Err(Errno::IO));
+        }
+        engine.close(top).expect("nobody is above it");
+        assert_eq!(event(&mut engine), NodeEvent::Closed { node: top, result: Err(Errno::IO) });
+    }
+}

@@ -684,3 +684,35 @@ fn a_paused_disk_is_drained_and_closed_clean() {
         holds(&path, format, &model);
     }
 }
+
+/// What a drain had no room for is written when there is some: closing tries it once more.
+#[test]
+fn a_disk_that_could_not_be_drained_is_closed_clean() {
+    let folder = folder();
+    let mut failed = 0;
+    for format in FORMATS {
+        let path = folder.path().join(format.name());
+        make(&path, format, SIZE);
+        let mut engine = engine_of(Faulty::new(Inline::new()), 8);
+        let run = RunOptions::default();
+        let node = attach(&mut engine, chain(&path, format, false), &run).expect("it attaches");
+        write(&mut engine, node, 0, 7);
+        assert_eq!(settle(&mut engine), [Ok(())]);
+        let fault =
+            Fault { what: Some(What::Write), errno: Some(Errno::NO_SPACE), ..Fault::default() };
+        engine.backend_mut().plan_mut().push(fault);
+        engine.drain();
+        while engine.drained().is_none() {
+            engine.run(clock());
+        }
+        failed += u32::from(engine.drained() == Some(Err(Errno::NO_SPACE)));
+        engine.backend_mut().plan_mut().clear();
+        assert_eq!(close(&mut engine, node), Ok(()), "{format}");
+        assert_eq!(check(&path, format), (0, 0), "{format}");
+        let mut model = vec![0; SIZE as usize];
+        model[..BLOCK as usize].fill(7);
+        drop(engine.take_files(node));
+        holds(&path, format, &model);
+    }
+    assert!(failed >= 2, "{failed} drains have failed");
+}
