@@ -238,6 +238,17 @@ impl Default for Device {
     }
 }
 
+/// What has become of damage.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Since {
+    /// It is there, and nobody has read it.
+    Unread,
+    /// Somebody has read it, or may have.
+    Read,
+    /// It was written over before anybody had read it: as if it had never been.
+    WrittenOver,
+}
+
 /// A sector that was damaged, and nobody was told.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Damaged {
@@ -253,6 +264,8 @@ pub struct Damaged {
     pub is_metadata: bool,
     /// Was it to be the format's own, though perhaps not yet part of its tables, or a copy of a guest's?
     pub is_own: bool,
+    /// What has become of it.
+    pub since: Since,
 }
 
 /// A bit of a file.
@@ -317,6 +330,18 @@ impl Flying {
 
     fn overlaps(&self, other: &Flying) -> bool {
         self.file == other.file && self.offset < other.end() && other.offset < self.end()
+    }
+
+    /// Does it read of this sector?
+    fn reads(&self, sector: &Damaged) -> bool {
+        let (file, offset) = match self.kind {
+            OpKind::Read => (self.file, self.offset),
+            OpKind::Copy { from, at } => (from.index(), at),
+            _ => return false,
+        };
+        let start = sector.index * SECTOR;
+        let end = offset.saturating_add(self.len);
+        file == sector.file && offset < start + SECTOR && start < end
     }
 
     /// A guest's own write, zeroing or discard, which may overlap another of a guest's.
@@ -437,7 +462,8 @@ impl SimBackend {
         let sector = |index: u64, should: Sector, is: Sector, is_own: bool| {
             let start = index * SECTOR;
             let is_metadata = self.is_metadata.is_some_and(|is| is(&now, start, start + SECTOR));
-            Damaged { file, index, should, is, is_metadata, is_own: is_own || is_metadata }
+            let (is_own, since) = (is_own || is_metadata, Since::Unread);
+            Damaged { file, index, should, is, is_metadata, is_own, since }
         };
         let merged = |sector: &Sector, patch: &Patch| {
             sector.merged(&patch.data, patch.from as usize, patch.to as usize)
@@ -808,6 +834,11 @@ impl SimBackend {
         let mut flying = self.flying.remove(at.expect("chosen while in flight"));
         let op = flying.op;
         let record = &ops[op];
+        for sector in self.damaged.iter_mut().filter(|sector| sector.since == Since::Unread) {
+            if flying.reads(sector) {
+                sector.since = Since::Read;
+            }
+        }
         if matches!(flying.kind, OpKind::Copy { .. }) {
             // It is taken as late as may be; a crash may find it as it was at first.
             flying.change = self.change_of(record, ops, mem);
@@ -920,8 +951,26 @@ impl SimBackend {
             }
         };
         self.remember_for_reads(flying.file, &done);
+        self.write_over_damage(flying.file, &done);
         self.files[flying.file].complete(done, fua);
         result
+    }
+
+    /// Damage over which `change` is written is gone, if nobody has read it, nor is about to.
+    fn write_over_damage(&mut self, file: usize, change: &Change) {
+        let (flying, damaged) = (&self.flying, &mut self.damaged);
+        for sector in damaged.iter_mut().filter(|it| it.file == file && it.since == Since::Unread) {
+            for patch in change.patches.iter().filter(|patch| patch.index == sector.index) {
+                let (from, to) = (patch.from as usize, patch.to as usize);
+                sector.should = sector.should.merged(&patch.data, from, to);
+                sector.is = sector.is.merged(&patch.data, from, to);
+            }
+            if flying.iter().any(|flying| flying.reads(sector)) {
+                sector.since = Since::Read;
+            } else if sector.should == sector.is {
+                sector.since = Since::WrittenOver;
+            }
+        }
     }
 
     /// A write's patches, where they go instead. Nowhere, if the file is too short.

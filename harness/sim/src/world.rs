@@ -1041,7 +1041,7 @@ impl<S: Subject> World<S> {
             found.map_err(|why| format!("the disk beside: {why}"))?;
         }
         let files = if self.copying.has_moved() { beside } else { files };
-        if self.is_damaged() {
+        if self.is_left_damaged() {
             return self.finish_damaged(&files);
         }
         let image = self.inspect(&files).map_err(|why| format!("closed: {why}"))?;

@@ -6,7 +6,7 @@
 //! be noticed by anybody is told by [`Subject::may_go_unnoticed`].
 
 use super::World;
-use crate::backend::{Damaged, OpName};
+use crate::backend::{Damaged, OpName, Since};
 use crate::choose::Choice;
 use crate::disk::{Contents, SECTOR, Sector};
 use crate::host::{Place, SimHost, Watch};
@@ -31,6 +31,16 @@ impl<S: Subject> World<S> {
     /// Was something damaged, and nobody told?
     pub fn is_damaged(&self) -> bool {
         !self.engine.backend().damaged().is_empty()
+    }
+
+    /// Is there anything left of it, or what came of it?
+    pub(super) fn is_left_damaged(&self) -> bool {
+        self.damage_left().next().is_some()
+    }
+
+    fn damage_left(&self) -> impl Iterator<Item = &Damaged> {
+        let damaged = self.engine.backend().damaged().iter();
+        damaged.filter(|sector| sector.since != Since::WrittenOver)
     }
 
     /// The silent ways in which an op may end.
@@ -79,13 +89,12 @@ impl<S: Subject> World<S> {
         if watch.looks() > LOOKS_MAX {
             return Err(format!("{} looks at a damaged image", watch.looks()));
         }
-        let damaged = self.engine.backend().damaged();
-        let is_guests = damaged.iter().any(|sector| !sector.is_own);
+        let is_guests = self.damage_left().any(|sector| !sector.is_own);
         let own = self.damaged_tables(files, &reads, is_guests);
         if own.is_empty() {
             // Bytes of a guest's are wrong, and nothing else is.
             let is_read = |sector: &Damaged| reads.iter().any(|place| place.has(sector));
-            let is_all = damaged.iter().all(|sector| !sector.is_own && !is_read(sector));
+            let is_all = self.damage_left().all(|sector| !sector.is_own && !is_read(sector));
             return match &checked {
                 _ if !is_all => Ok(()),
                 Ok(checked) if checked.corruptions == 0 => Ok(()),
@@ -124,7 +133,8 @@ impl<S: Subject> World<S> {
     }
 
     /// Sectors of headers and tables that were damaged. What has become one since counts while the
-    /// damage is there; and no other does if a guest's bytes are wrong anyway, whom `is_guests` tells of.
+    /// damage is there, or if somebody has read it; and no other does if a guest's bytes are wrong anyway, whom
+    /// `is_guests` tells of.
     fn damaged_tables(&self, files: &[Contents], reads: &[Place], is_guests: bool) -> Vec<Damaged> {
         let Some(is_metadata) = self.plan.subject.metadata() else { return Vec::new() };
         let is_table = |sector: &&Damaged| {
@@ -132,12 +142,13 @@ impl<S: Subject> World<S> {
             let is_there = file.sector(sector.index) == sector.is;
             let is_one = sector.is_metadata || is_metadata(file, start, start + SECTOR);
             let is_read = reads.iter().any(|place| place.has(sector));
+            let was_read = sector.is_own && sector.since == Since::Read;
             match is_guests {
                 true => is_one && is_there && is_read,
-                false => is_one && is_there || sector.is_metadata,
+                false => is_one && (is_there || was_read) || sector.is_metadata,
             }
         };
-        self.engine.backend().damaged().iter().filter(is_table).cloned().collect()
+        self.damage_left().filter(is_table).cloned().collect()
     }
 
     /// Whose bytes the disk holds, without the engine.
