@@ -27,8 +27,8 @@ use crate::workload::{Request, Workload, pattern};
 mod copying;
 mod damage;
 
-use copying::Copying;
 pub use copying::{CopyPlan, Way};
+use copying::{Copying, PIECE};
 use damage::Silence;
 
 /// An image that was made and opened, for any number of worlds to begin with.
@@ -676,9 +676,19 @@ impl<S: Subject> World<S> {
         self.see_drained()
     }
 
-    /// How much there is to do: requests, the end, and a copy, each of whose pieces is as much as one of them.
+    /// How much there is to do: requests by the clusters that they are of, the end, and a copy, each of whose pieces
+    /// is as much as a request of its length.
     fn tasks(&self) -> usize {
-        self.plan.workload.requests.len() + 1 + self.pieces_copied()
+        let cluster = self.plan.subject.cluster().max(1);
+        let clusters =
+            |from: u64, to: u64| (to.div_ceil(cluster) - from / cluster).clamp(1, TASKS_MAX);
+        let of_one = |request: &Request| match request.kind {
+            // A size is no place.
+            IoKind::Truncate => 1,
+            _ => clusters(request.offset, request.offset.saturating_add(request.len)),
+        };
+        let of_all: u64 = self.plan.workload.requests.iter().map(of_one).sum();
+        of_all as usize + 1 + self.pieces_copied() * clusters(0, PIECE as u64) as usize
     }
 
     fn files(&self) -> Vec<Contents> {
@@ -1136,8 +1146,11 @@ impl<S: Subject> World<S> {
         self.shadow.crash_hash() ^ faulted ^ moved ^ unfinished
     }
 
-    /// Was something to be written since the image was last closed, if it ever was?
+    /// Was something to be written since the image was last closed well, if it ever was?
     fn may_be_unfinished(&self) -> bool {
+        if self.life.is_lost {
+            return true;
+        }
         let asked = &self.plan.workload.requests[self.room.from as usize..self.next as usize];
         let is_closed = self.stage == Stage::Over && self.engine.drained() == Some(Ok(()));
         let writes = asked.iter().any(Request::modifies) || self.copying.has_written_here();
@@ -1300,15 +1313,18 @@ const PROBE_TAG: u64 = 3000;
 /// Of so many images that a crash may leave, one is gone on with.
 const CRASH_PICKS: u32 = 4;
 
-/// Events in which all is over when nothing goes wrong any more, for each request there is, a copy (each of its pieces
-/// counts as one) and closing. A disk that grows far writes a table of some forty pieces.
+/// A request counts as no more of them: what is so long is done in pieces that are longer.
+const TASKS_MAX: u64 = 64;
+
+/// Events in which all is over when nothing goes wrong any more, for each cluster that a request is of, or a copy's
+/// piece, and closing. A disk that grows far writes a table of some forty pieces.
 const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
 const CALM_TICKS: u8 = 4;
 
-/// Steps that requests take in one run, for each request there may be: more is a loop.
+/// Steps that requests take in one run, for each cluster that there may be: more is a loop.
 const STEPS_PER_RUN: usize = 64;
 
-/// A world takes at most so many steps for each request, closing it included.
+/// A world takes at most so many steps for each cluster of a request, closing it included.
 const STEPS_PER_REQUEST: u32 = 64;

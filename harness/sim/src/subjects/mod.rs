@@ -397,10 +397,11 @@ impl Image {
         let backend = SimBackend::new(self.device(), Mode::Fifo);
         let mut engine = SimEngine::new(backend, self.limits());
         let node = self.open(host, &mut engine)?;
+        let is_there = |at: u64| at + self.cluster <= self.size();
         let holes: &[(u64, u64)] = if self.state == State::Holes { &HOLES } else { &[] };
         for &(table, cluster) in holes.iter().chain(&FILLED) {
             let at = self.place(table, cluster);
-            if at >= self.size() {
+            if !is_there(at) {
                 continue;
             }
             match self.state {
@@ -410,7 +411,9 @@ impl Image {
         }
         for &(table, cluster) in holes.iter().filter(|_| self.format != Format::Vdi) {
             let at = self.place(table, cluster);
-            ask(&mut engine, node, Request::discard(at, self.cluster))?;
+            if is_there(at) {
+                ask(&mut engine, node, Request::discard(at, self.cluster))?;
+            }
         }
         engine.drain();
         for _ in 0..RUNS_MAX {
@@ -618,7 +621,12 @@ impl Subject for Image {
     }
 
     fn discard_unit(&self) -> u64 {
-        if self.format == Format::Raw { 512 } else { self.cluster }
+        match self.format {
+            // Two that follow each other may make up a sector.
+            Format::Raw if self.align == 1 => 1,
+            Format::Raw => SECTOR,
+            _ => self.cluster,
+        }
     }
 
     fn marks_leaks(&self) -> bool {

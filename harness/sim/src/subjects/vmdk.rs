@@ -93,7 +93,7 @@ impl FormatSubject for Vmdk {
 
     fn is_unfinished(&self, image: &Image, files: &[Contents]) -> bool {
         let file = files.last().expect("an image has a file");
-        image.layout == Layout::Stream && !has_footer(file)
+        image.layout == Layout::Stream && !has_end(file)
     }
 
     fn look_through(&self, image: &Image, host: &SimHost) -> Result<(), String> {
@@ -147,10 +147,10 @@ fn stream_scopes() -> Vec<Scope> {
     .concat()
 }
 
-/// Is there a sector behind the header that looks like one?
-fn has_footer(file: &Contents) -> bool {
+/// Is there a sector behind the header that looks like one, and an end mark behind that?
+fn has_end(file: &Contents) -> bool {
     let mut sector = [0; SECTOR as usize];
-    (1..file.len() / SECTOR).any(|at| {
+    (1..(file.len() / SECTOR).saturating_sub(1)).any(|at| {
         file.read(at * SECTOR, &mut sector);
         sector.starts_with(&MAGIC)
     })

@@ -176,7 +176,7 @@ impl Copying {
 }
 
 /// Bytes of a piece, and pieces in flight at once: as small as may be, so that orders are many.
-const PIECE: usize = 4096;
+pub(super) const PIECE: usize = 4096;
 const IN_FLIGHT: usize = 2;
 /// Pieces of a copy of all, and as many as any copy has.
 const PIECES: u64 = 3;
@@ -381,7 +381,11 @@ impl<S: Subject> World<S> {
 
     /// What the source holds now may come to be in the target.
     pub(super) fn copy_sees(&mut self) {
-        let is_of_start = self.copying.plan.is_some_and(|plan| plan.of_start);
+        // What the kernel is to copy when that is cancelled, or has failed, it may copy as it is then.
+        let gives_up = self.copying.plan.is_some_and(|plan| plan.gives_up);
+        let is_over = self.copying.phase == Phase::Cancelled || self.faulted || gives_up;
+        let is_of_start =
+            self.copying.plan.is_some_and(|plan| plan.of_start && !(plan.offload && is_over));
         if !self.copying.runs() || is_of_start {
             return;
         }
