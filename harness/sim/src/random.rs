@@ -14,7 +14,7 @@ use crate::disk::splitmix;
 use crate::explore::{Counts, Failure, run};
 use crate::gate::{FAILURES_MAX, Report};
 use crate::subject::Subject;
-use crate::subjects::{Image, Layout, State};
+use crate::subjects::{CLUSTER, FILLED, Image, Layout, Medium, State};
 use crate::trace::Trace;
 use crate::workload::{Request, Workload};
 use crate::world::{Base, Budget, CopyPlan, QUIET, Way};
@@ -94,15 +94,20 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
         ..Image::new(format)
     };
     let image = if qcow2 { of_qcow2(&mut draw, image) } else { image };
+    let image = surroundings(&mut draw, image);
     let faults = draw.of(&[0, 0, 1, 2, 4]);
     let crashes = if draw.one_in(3) { 1 + draw.below(2) as u8 } else { 0 };
+    // What a crash leaves of a stream is no disk.
+    let is_stream = image.layout == Layout::Stream;
+    let crashes = if is_stream { 0 } else { crashes };
     let ticks = draw.below(4) as u8;
     let stalls = draw.one_in(4);
     let breaks = draw.one_in(4);
     let mends = breaks && draw.one_in(2);
     // What was damaged ends well in few ways: it would hide all else.
     // What is not noticed of split images is told at `damage_scopes`.
-    let damage = if image.layout == Layout::Split { 12 } else { draw.below(12) };
+    let is_told = !matches!(image.layout, Layout::Split | Layout::Stream);
+    let damage = if is_told { draw.below(12) } else { 12 };
     let (lost_writes, bit_rots) = (u8::from(damage == 0), u8::from(damage == 1));
     let drains = if draw.one_in(4) { 1 + draw.below(2) as u8 } else { 0 };
     let abandons = u8::from(draw.one_in(6));
@@ -115,22 +120,32 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
     let mut kinds = Kinds::draw(&mut draw, qcow2);
     // Where a copy runs beside it the disk is small, for all of it is copied, and keeps its size.
-    let copy = (is_whole && crashes == 0 && draw.one_in(5)).then(|| copy(&mut draw, &image));
-    let image = match copy {
-        Some(_) => copied(&mut draw, image),
-        None => image,
+    let may_copy = is_whole && crashes == 0 && !image.filter && !is_stream;
+    let copy = (may_copy && draw.one_in(5)).then(|| copy(&mut draw, image));
+    let (copy, image) = match copy {
+        Some((plan, image)) => (Some(plan), image),
+        None if is_whole && crashes == 0 && !is_stream => {
+            (None, beside(&mut draw, image, faults == 0))
+        }
+        None => (None, image),
     };
-    // Of version 2 a disk with snapshots keeps its size, too.
+    // Of version 2 a disk with snapshots keeps its size, too; and what lies on a device has no room.
     kinds.resizes &= copy.is_none() && !(image.old && image.state == State::Shared);
+    kinds.resizes &= image.medium == Medium::File;
     // Whether it begins is nobody's guess: neither is the disk taken away, nor full.
     let budget = match copy {
+        // What both read from does not lie still because one of them does.
+        None if image.shares => Budget { reopens: false, pauses: 0, ..budget },
+        None if image.beside.is_some() => Budget { reopens: false, ..budget },
         Some(_) => Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget },
         None => budget,
     };
     let count = 4 + draw.below(8);
     let mut size = image.size();
-    let requests: Vec<Request> =
-        (0..count).map(|_| request(&mut draw, &kinds, &image, &mut size)).collect();
+    let requests: Vec<Request> = match is_stream {
+        true => of_stream(&mut draw, &image, count),
+        false => (0..count).map(|_| request(&mut draw, &kinds, &image, &mut size)).collect(),
+    };
     let fault_in = 4 + draw.below(12);
     let turns = draw.one_in(2).then(|| draw.below(4) as usize);
     Plan { image, budget, workload: Workload::new(requests), fault_in, turns }
@@ -151,8 +166,50 @@ fn of_qcow2(draw: &mut Draw, image: Image) -> Image {
     }
 }
 
-/// A copy, and what may be done with it.
-fn copy(draw: &mut Draw, image: &Image) -> CopyPlan {
+/// What it lies on and below what: a device, a longer disk, a filter; a stream instead of a disk.
+fn surroundings(draw: &mut Draw, image: Image) -> Image {
+    if image.format == Format::Vmdk && draw.one_in(8) {
+        // A grain of it that is there stays as it is.
+        let state = if image.state == State::Zeros { State::Cold } else { image.state };
+        return Image { layout: Layout::Stream, backing: false, state, ..image };
+    }
+    let long = image.format == Format::Qcow2 && image.backing && draw.one_in(4);
+    let ahead = if long { image.ahead.max(8) } else { image.ahead };
+    let image = Image { long, ahead, slow: draw.one_in(8), ..image };
+    match draw.below(16) {
+        0 | 1 if image.layout != Layout::Split => {
+            // Where it may not be full there is room for all that can be asked for.
+            let room = match image.format {
+                Format::Qcow2 => 256,
+                Format::Vdi => draw.of(&[4, 5, 256]),
+                _ => 0,
+            };
+            // A disk that is a device has whole blocks.
+            let align =
+                if image.format == Format::Raw { image.align.min(512) } else { image.align };
+            let image = Image { align, ..image };
+            Image { medium: Medium::Device(room), ..image }
+        }
+        2 => Image { filter: true, ..image },
+        _ => image,
+    }
+}
+
+/// Another disk of the same engine, of which a guest makes use.
+fn beside(draw: &mut Draw, image: Image, is_sound: bool) -> Image {
+    if image.filter || image.medium != Medium::File || !draw.one_in(6) {
+        return image;
+    }
+    // What goes wrong in a file that both read goes wrong for both.
+    let shares = is_sound && image.backing && image.format != Format::Vmdk && draw.one_in(2);
+    let formats = [Format::Qed, Format::Qcow2];
+    let beside = if shares { draw.of(&formats) } else { draw.of(&Format::ALL) };
+    Image { beside: Some(beside), shares, ..image }
+}
+
+/// A copy, what may be done with it, and the image as one that is copied or copied to.
+fn copy(draw: &mut Draw, image: Image) -> (CopyPlan, Image) {
+    let image = copied(draw, image);
     let ways = [Way::In, Way::Out, Way::Out, if image.backing { Way::Up } else { Way::In }];
     let plan = CopyPlan::new(draw.of(&ways));
     let plan = CopyPlan {
@@ -161,9 +218,20 @@ fn copy(draw: &mut Draw, image: &Image) -> CopyPlan {
         drains: draw.one_in(2),
         stops: draw.one_in(3),
         wide: draw.one_in(2),
+        written: draw.one_in(4),
         ..plan
     };
-    match plan.way {
+    let beside = image.beside.unwrap_or(Format::Raw);
+    // Nobody else has written to the other disk.
+    let is_new = plan.way == Way::Out && beside != Format::Raw;
+    let target = if plan.way == Way::Out { beside } else { image.format };
+    let plan = CopyPlan {
+        target_is_zero: is_new && draw.one_in(3),
+        compressed: target == Format::Qcow2 && plan.way != Way::Up && draw.one_in(4),
+        offload: image.format == Format::Raw && beside == Format::Raw && draw.one_in(3),
+        ..plan
+    };
+    let plan = match plan.way {
         Way::In => CopyPlan { beside: draw.one_in(2), shown: draw.one_in(3), ..plan },
         Way::Out => {
             let of = draw.below(3);
@@ -171,18 +239,18 @@ fn copy(draw: &mut Draw, image: &Image) -> CopyPlan {
             CopyPlan { of_start: of == 1, mirrors: of == 2, gives_up, ..plan }
         }
         Way::Up => plan,
-    }
+    };
+    (plan, image)
 }
 
-/// The image, as one that is copied or copied to.
 fn copied(draw: &mut Draw, image: Image) -> Image {
     // Half a block at the end of a raw disk goes with what is discarded in front of it.
     let by = if image.format == Format::Raw { 4096 } else { u64::from(image.align).max(512) };
     let rest = draw.below(4096 / by) * by;
-    let image = Image { cluster: Image::new(image.format).cluster, ..image };
-    let size = (2 + draw.below(4)) * image.cluster() + rest;
+    let size = (2 + draw.below(4)) * image.cluster.max(CLUSTER) + rest;
     let beside = draw.of(&[Format::Raw, Format::Qcow2, image.format]);
-    let state = if image.state == State::Warm { State::Warm } else { State::Cold };
+    let state = if image.state == State::Zeros { State::Cold } else { image.state };
+    let image = Image { medium: Medium::File, long: false, ..image };
     Image { size: Some(size), beside: Some(beside), state, ..image }
 }
 
@@ -234,6 +302,33 @@ impl Kinds {
         }
         Kinds { among, resizes: draw.one_in(2), whole_sectors: draw.one_in(2) }
     }
+}
+
+/// What may be asked of a stream: each grain is written once and whole.
+fn of_stream(draw: &mut Draw, image: &Image, count: u64) -> Vec<Request> {
+    let whole = image.cluster();
+    let is_warm = image.state == State::Warm;
+    let mut free: Vec<u64> =
+        [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+            .into_iter()
+            .filter(|place| !(is_warm && FILLED.contains(place)))
+            .map(|(table, grain)| image.place(table, grain))
+            .collect();
+    let kinds =
+        [Kind::Write, Kind::Write, Kind::WriteStable, Kind::Read, Kind::Status, Kind::Flush];
+    let mut one = |draw: &mut Draw| match draw.of(&kinds) {
+        kind @ (Kind::Write | Kind::WriteStable) if !free.is_empty() => {
+            let at = free.remove(draw.below(free.len() as u64) as usize);
+            // Two in a row at once, if the next is free.
+            let next = free.iter().position(|&next| next == at + whole && draw.one_in(2));
+            let len = if next.map(|next| free.remove(next)).is_some() { 2 * whole } else { whole };
+            if kind == Kind::Write { Request::write(at, len) } else { Request::write_fua(at, len) }
+        }
+        Kind::Read => Request::read(image.place(draw.below(3), 0) + draw.below(2) * 512, 2 * whole),
+        Kind::Status => Request::status(image.place(draw.below(3), 0), 2 * whole),
+        _ => Request::flush(),
+    };
+    (0..count).map(|_| one(draw)).collect()
 }
 
 /// A request; `size` is the disk's by then.
