@@ -6,6 +6,7 @@ use crate::common::drive::{add, check, drain, folder, make, make_with, settle, w
 use crate::copies_run_beside_guests::{FORMATS, SIZE, aio, end_of, read};
 use cowbell_engine::backend::Backend;
 use cowbell_engine::faulty::{Fault, Faulty, What};
+use cowbell_engine::mem::Buf;
 use cowbell_engine::step::Io;
 use cowbell_engine::sys::clock;
 use cowbell_engine::sys::inline::Inline;
@@ -208,27 +209,32 @@ fn a_busy_guest_does_not_keep_it_from_its_end() {
 /// worker: that was zeros.
 #[test]
 fn zeros_that_became_data_are_seen() {
-    let folder = folder();
+    let (folder, size) = (folder(), 256 << 10);
     let mut engine = aio(Limits::default());
     let mut disks = Vec::new();
     for (name, format) in [("from", Format::Qed), ("to", Format::Raw)] {
-        make(&folder.path().join(name), format, SIZE);
+        make(&folder.path().join(name), format, size);
         disks.push(add(&mut engine, &folder.path().join(name), format, false));
     }
     let write = |engine: &mut Engine<Node, _>, at, byte| {
-        let bytes = cowbell_engine::mem::Buf::copied(&[byte; 4096]);
+        let bytes = Buf::copied(&[byte; 4096]);
         engine.submit(disks[0], Io::write(at, 4096), bytes, 0).expect("room");
     };
     for at in [0, 64 << 10] {
         write(&mut engine, at, 1);
         assert_eq!(settle(&mut engine).pop().expect("it ended").result, Ok(()));
     }
-    let copy = Copy { moment: Moment::End, in_flight: 1, ..Copy::new(disks[0], disks[1]) };
+    let copy = Copy {
+        moment: Moment::End,
+        in_flight: 1,
+        piece: size as usize,
+        ..Copy::new(disks[0], disks[1])
+    };
     let job = engine.start(copy).expect("it starts");
     engine.run(clock());
     // Its first piece is all of the disk: data, and nothing behind it.
     assert!(engine.pause_job(job));
-    while engine.job_progress(job).expect("it goes on").done < SIZE {
+    while engine.job_progress(job).expect("it goes on").done < size {
         assert!(engine.run(clock()).again || wait(&engine), "{engine:?}");
     }
     write(&mut engine, 128 << 10, 2);
@@ -238,9 +244,7 @@ fn zeros_that_became_data_are_seen() {
     assert!(engine.resume_job(job));
     assert_eq!(end_of(&mut engine, job), Ok(()));
     for (at, byte) in [(0, 1), (64 << 10, 1), (128 << 10, 2)] {
-        engine
-            .submit(disks[1], Io::read(at, 512), cowbell_engine::mem::Buf::zeroed(512), 0)
-            .expect("room");
+        engine.submit(disks[1], Io::read(at, 512), Buf::zeroed(512), 0).expect("room");
         let done = settle(&mut engine).pop().expect("it ended");
         assert!(
             done.mem.into_buf().expect("it was lent").iter().all(|&its| its == byte),
@@ -266,9 +270,7 @@ fn what_others_read_from_is_not_mirrored() {
     // That may be mirrored in turn; the first id leads to the last.
     let job = engine.start(mirror(target, third)).expect("it starts");
     assert_eq!(end_of(&mut engine, job), Ok(()));
-    engine
-        .submit(source, Io::write(0, 512), cowbell_engine::mem::Buf::copied(&[7; 512]), 0)
-        .expect("room");
+    engine.submit(source, Io::write(0, 512), Buf::copied(&[7; 512]), 0).expect("room");
     assert_eq!(settle(&mut engine).pop().expect("it ended").result, Ok(()));
     assert!(read(&mut engine, third, 512).iter().all(|&byte| byte == 7));
     drain(&mut engine);
@@ -286,7 +288,7 @@ fn nothing_is_written_there_before_its_end_is_told() {
         engine.run(clock());
     }
     let write = Io::write(0, 512);
-    let bytes = cowbell_engine::mem::Buf::copied(&[7; 512]);
+    let bytes = Buf::copied(&[7; 512]);
     engine.submit(source, write, bytes, 0).expect("room");
     for _ in 0..20 {
         assert!(engine.run(clock()).again, "there is something to be told");
@@ -312,7 +314,7 @@ fn a_drain_cancels_one_whose_end_was_not_told() {
         while engine.job_progress(job).is_some() {
             engine.run(clock());
         }
-        let bytes = cowbell_engine::mem::Buf::copied(&[7; 512]);
+        let bytes = Buf::copied(&[7; 512]);
         engine.submit(source, Io::write(0, 512), bytes, 0).expect("room");
         engine.run(clock());
         assert!(engine.poll().is_none(), "it waits");
@@ -338,4 +340,46 @@ fn a_drain_cancels_one_whose_end_was_not_told() {
         let source = add(&mut engine, &folder.path().join("from"), from, false);
         assert!(read(&mut engine, source, 512).iter().all(|&byte| byte == 7));
     }
+}
+
+/// What was given up goes with the disk, and whoever copies to that waits for it, and no longer.
+#[test]
+fn a_copy_to_it_waits_for_what_was_given_up_before() {
+    let folder = folder();
+    let mut engine: Engine<Node, _> = Engine::new(Faulty::new(Inline::new()), Limits::default());
+    let raw = (Format::Raw, Format::Raw);
+    let ([source, target], model) = two(&mut engine, folder.path(), raw);
+    let other = folder.path().join("other");
+    std::fs::write(&other, vec![3; SIZE as usize]).expect("a scratch file");
+    let other = add(&mut engine, &other, Format::Raw, false);
+    let copy = Copy { moment: Moment::End, ..Copy::new(source, target) };
+    let job = engine.start(copy).expect("it starts");
+    let is_over = |engine: &Engine<Node, Faulty<Inline>>| engine.job_progress(job).is_none();
+    while !is_over(&engine) {
+        engine.run(clock());
+    }
+    // It waits until the end was heard of; then its op is slow.
+    engine.submit(source, Io::write(0, 512), Buf::copied(&[9; 512]), 7).expect("room");
+    engine.run(clock());
+    assert_eq!(engine.abandon(source, |tag| tag == 7), [7]);
+    let file = Some(file_of(&engine, target));
+    let slow =
+        Fault { what: Some(What::Write), file, errno: None, delay: u64::MAX, ..Fault::default() };
+    engine.backend_mut().plan_mut().push(slow);
+    assert_eq!(engine.poll_event(), Some(NodeEvent::JobEnded { job, result: Ok(()) }));
+    for _ in 0..100 {
+        engine.run(clock());
+    }
+    assert_eq!(engine.abandoned(), 1, "it is under way");
+    engine.backend_mut().plan_mut().clear();
+    let next = engine.start(Copy::new(other, target)).expect("it starts");
+    for _ in 0..100 {
+        engine.run(clock());
+    }
+    assert_eq!(engine.job_progress(next).map(|progress| progress.done), Some(0));
+    engine.backend_mut().let_go();
+    assert_eq!(end_of(&mut engine, next), Ok(()));
+    let found = read(&mut engine, target, SIZE);
+    assert!(found.iter().all(|&byte| byte == 3), "what was given up came first");
+    assert_ne!(found, model);
 }

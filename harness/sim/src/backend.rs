@@ -922,6 +922,11 @@ impl SimBackend {
             true => change.part(0),
             false => change,
         };
+        let length = self.files[flying.file].now().len();
+        if !self.device.can_grow && !self.damaged.is_empty() && change.length.of(length) != length {
+            // Tables that are wrong lead behind the end of a device.
+            return Err(Errno::INVALID);
+        }
         let fua = flying.kind == OpKind::Write { fua: true }
             && self.device.lie != Some(Lie::FuaDoesNothing);
         let (done, fua, result) = match outcome {
