@@ -213,8 +213,10 @@ impl Machine<'_> {
             self.core.issue(self.me, flush);
             return Step::Wait(State::Flush);
         }
-        let waits = job.is_paused || job.asking > 0 || job.due > now;
-        if waits || self.may_be_overtaken() {
+        if job.is_paused || job.asking > 0 || job.due > now {
+            return self.park_until_due();
+        }
+        if self.may_be_overtaken() {
             return self.park();
         }
         let job = &mut self.core.copies[self.worker.job as usize];
@@ -277,7 +279,7 @@ impl Machine<'_> {
             return None;
         }
         if must_wait {
-            return Some(self.park());
+            return Some(self.park_until_due());
         }
         if job.is_near() {
             self.job_mut().mirror.holds = true;
@@ -311,12 +313,21 @@ impl Machine<'_> {
         self.job_mut().done += if counts { end - at } else { 0 };
     }
 
-    /// Waits until somebody looks again: who asks, who resumes the job, or the time.
+    /// Waits for the time at which the next piece may begin, if that is to come.
+    fn park_until_due(&mut self) -> Step<State> {
+        let is_to_come = self.job().due > self.core.now;
+        self.job_mut().awaits_due |= is_to_come;
+        self.park()
+    }
+
+    /// Waits until somebody looks again: who asks, who is done, or who resumes the job.
     fn park(&mut self) -> Step<State> {
         let mut list = std::mem::take(&mut self.job_mut().waiters);
         self.core.park(self.me, &mut list, On::Job);
-        self.job_mut().waiters = list;
-        self.job_mut().mirror.parked += 1;
+        let job = self.job_mut();
+        job.waiters = list;
+        job.mirror.parked += 1;
+        job.awaits_due |= mutant!("copy_waits_for_a_time_that_has_come");
         Step::Wait(State::Piece)
     }
 

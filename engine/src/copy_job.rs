@@ -374,7 +374,9 @@ pub(crate) struct CopyJob {
     pub failed: Option<Errno>,
     /// When the next piece may begin.
     pub due: Time,
-    /// Workers that wait for that, or to be resumed.
+    /// Does somebody wait for that?
+    pub awaits_due: bool,
+    /// Workers that wait for that, for others, or to be resumed.
     pub waiters: WaitList,
     /// Those that have to be resumed because something has failed.
     pub stopped: WaitList,
@@ -424,9 +426,8 @@ impl CopyJob {
     /// When workers that wait are to be woken, or the job is to be given up.
     pub fn deadline(&self) -> Option<Time> {
         // Who asks wakes the others.
-        let waits = !self.waiters.is_empty() && !self.is_paused && self.asking == 0;
-        let due =
-            waits.then_some(self.due).filter(|_| self.next < self.total || self.ahead.count() > 0);
+        let waits = self.awaits_due && !self.is_paused && self.asking == 0;
+        let due = waits.then_some(self.due);
         due.into_iter().chain(self.holds_until()).min()
     }
 

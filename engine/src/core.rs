@@ -471,7 +471,9 @@ impl Core {
 
     /// The workers of a copy that wait for their turn, or to be resumed, look again.
     pub fn wake_workers(&mut self, key: u32) {
-        let mut waiters = std::mem::take(&mut self.copies[key as usize].waiters);
+        let copy = &mut self.copies[key as usize];
+        copy.awaits_due = false;
+        let mut waiters = std::mem::take(&mut copy.waiters);
         self.wake_all(&mut waiters);
     }
 

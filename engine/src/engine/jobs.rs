@@ -112,6 +112,7 @@ impl<D: Driver, B: Backend> Engine<D, B> {
             is_paused: false,
             failed: None,
             due: Time(0),
+            awaits_due: false,
             waiters: WaitList::new(),
             stopped: WaitList::new(),
             unseen: WaitList::new(),

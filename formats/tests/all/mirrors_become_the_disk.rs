@@ -377,6 +377,8 @@ fn a_copy_to_it_waits_for_what_was_given_up_before() {
         engine.run(clock());
     }
     assert_eq!(engine.job_progress(next).map(|progress| progress.done), Some(0));
+    let is_due = engine.next_deadline().is_some_and(|due| due <= clock());
+    assert!(!is_due, "there is nothing to be run for");
     engine.backend_mut().let_go();
     assert_eq!(end_of(&mut engine, next), Ok(()));
     let found = read(&mut engine, target, SIZE);

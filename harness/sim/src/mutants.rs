@@ -145,6 +145,7 @@ pub const MUTANTS: &[Mutant] = &[
         "inflated_grain_is_looked_for_again",
         "two reads take the only place for inflated grains from each other, for ever",
     ),
+    raw("copy_waits_for_a_time_that_has_come", "a loop is told to run again and again for nothing"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw(
         "abandoned_writes_stay_behind",

@@ -659,10 +659,8 @@ impl<S: Subject> World<S> {
             }
         }
         self.copy_sees();
-        let Progress { steps, is_over, .. } = self.engine.run(self.now);
+        let steps = self.run_until_its_time()?;
         look(&self.engine);
-        self.is_behind = is_over;
-        self.assert_in_time()?;
         let limit = STEPS_PER_RUN * self.tasks();
         if steps > limit {
             return Err(format!("it does not come to rest: {steps} steps in one run"));
@@ -674,6 +672,22 @@ impl<S: Subject> World<S> {
             return Err("a paused disk is used".into());
         }
         self.see_drained()
+    }
+
+    /// Runs the engine, and again as long as it says that its time has come: a loop that waits for events would.
+    fn run_until_its_time(&mut self) -> Result<usize, String> {
+        let mut all = 0;
+        for _ in 0..RUNS_AT_ONCE {
+            let Progress { steps, is_over, .. } = self.engine.run(self.now);
+            all += steps;
+            self.is_behind = is_over;
+            self.assert_in_time()?;
+            let is_due = self.engine.next_deadline().is_some_and(|due| due <= self.now);
+            if is_over || !is_due {
+                return Ok(all);
+            }
+        }
+        Err(format!("nothing can be done, and it is to be run again at once\n{:?}", self.engine))
     }
 
     /// How much there is to do: requests by the clusters that they are of, the end, and a copy, each of whose pieces
@@ -761,7 +775,7 @@ impl<S: Subject> World<S> {
         let files = files_of(&self.engine);
         let files = &files[..subject.files().len()];
         let done = &workload.requests[self.room.from as usize..self.next as usize];
-        if !self.faulted && !self.copying.has_written_here() {
+        if !self.faulted && !self.crashed && !self.copying.has_written_here() {
             self.room.judge(subject.cluster(), done, files)?;
         }
         // Its layer below is the other's, too.
@@ -1322,6 +1336,9 @@ const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
 const CALM_TICKS: u8 = 4;
+
+/// So many runs follow each other while nothing ends, because a time has come: each begins what is due of every disk.
+const RUNS_AT_ONCE: usize = 4;
 
 /// Steps that requests take in one run, for each cluster that there may be: more is a loop.
 const STEPS_PER_RUN: usize = 64;
