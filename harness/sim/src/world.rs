@@ -690,19 +690,23 @@ impl<S: Subject> World<S> {
         Err(format!("nothing can be done, and it is to be run again at once\n{:?}", self.engine))
     }
 
-    /// How much there is to do: requests by the clusters that they are of, the end, and a copy, each of whose pieces
-    /// is as much as a request of its length.
+    /// How much there is to do: requests, the end, and a copy, each of whose pieces is as much as one of them. Where
+    /// clusters are small each counts; and where a turn ends with every op that is handed over, twice.
     fn tasks(&self) -> usize {
         let cluster = self.plan.subject.cluster().max(1);
-        let clusters =
-            |from: u64, to: u64| (to.div_ceil(cluster) - from / cluster).clamp(1, TASKS_MAX);
+        let clusters = |offset: u64, len: u64| match cluster < PIECE as u64 {
+            true => (len.div_ceil(cluster) + u64::from(offset % cluster != 0)).clamp(1, TASKS_MAX),
+            false => 1,
+        };
         let of_one = |request: &Request| match request.kind {
             // A size is no place.
             IoKind::Truncate => 1,
-            _ => clusters(request.offset, request.offset.saturating_add(request.len)),
+            _ => clusters(request.offset, request.len),
         };
         let of_all: u64 = self.plan.workload.requests.iter().map(of_one).sum();
-        of_all as usize + 1 + self.pieces_copied() * clusters(0, PIECE as u64) as usize
+        let all = of_all as usize + 1 + self.pieces_copied() * clusters(0, PIECE as u64) as usize;
+        let is_slow = self.plan.subject.device().nanos_per_op > 0;
+        if is_slow { 2 * all } else { all }
     }
 
     fn files(&self) -> Vec<Contents> {
@@ -1330,8 +1334,7 @@ const CRASH_PICKS: u32 = 4;
 /// A request counts as no more of them: what is so long is done in pieces that are longer.
 const TASKS_MAX: u64 = 64;
 
-/// Events in which all is over when nothing goes wrong any more, for each cluster that a request is of, or a copy's
-/// piece, and closing. A disk that grows far writes a table of some forty pieces.
+/// Events in which all is over when nothing goes wrong any more, for each [task](World::tasks). A disk that grows far writes a table of some forty pieces.
 const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
@@ -1340,8 +1343,8 @@ const CALM_TICKS: u8 = 4;
 /// So many runs follow each other while nothing ends, because a time has come: each begins what is due of every disk.
 const RUNS_AT_ONCE: usize = 4;
 
-/// Steps that requests take in one run, for each cluster that there may be: more is a loop.
+/// Steps that requests take in one run, for each [task](World::tasks): more is a loop.
 const STEPS_PER_RUN: usize = 64;
 
-/// A world takes at most so many steps for each cluster of a request, closing it included.
+/// A world takes at most so many steps for each [task](World::tasks).
 const STEPS_PER_REQUEST: u32 = 64;
