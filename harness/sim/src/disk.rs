@@ -739,9 +739,13 @@ impl File {
             len = change.length.of(len);
             lengths.push(len);
         }
-        for change in &changes[completed..] {
+        let in_flight = changes[completed..].iter().filter(|change| change.length != Length::Keep);
+        for change in in_flight {
             let more: Vec<u64> = lengths.iter().map(|&len| change.length.of(len)).collect();
             lengths.extend(more);
+            // Each ends somewhere: there are no more of them than changes.
+            lengths.sort_unstable();
+            lengths.dedup();
         }
         lengths.sort_unstable();
         lengths.dedup();
@@ -944,6 +948,16 @@ mod tests {
         assert_eq!(file.stable().sector(1), Sector::noise(1, 1));
         assert_eq!(file.now().sector(1), Sector::from_bytes(&[2; 512]));
         assert_eq!(file.crash_sites(std::iter::empty()).count(), 2);
+    }
+
+    /// They are as many as there are ends, however many make the file longer, or not, side by side.
+    #[test]
+    fn many_changes_in_flight_leave_few_lengths() {
+        let file = File::new(Contents::noise(1, 4096));
+        let longer = |n: u64| Change::new(Vec::new(), Length::AtLeast(4096 + 512 * (n % 40)), true);
+        let changes: Vec<Change> = (0..80).map(longer).collect();
+        let sites = file.crash_sites(changes.iter());
+        assert_eq!(sites.lengths, (0..40).map(|n| 4096 + 512 * n).collect::<Vec<u64>>());
     }
 
     #[test]
