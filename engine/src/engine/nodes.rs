@@ -165,6 +165,9 @@ impl<D: Driver, B: Backend> Engine<D, B> {
     /// [`poll_event`](Engine::poll_event) answers [`NodeEvent::Closed`]; `run` once before waiting.
     /// From then on the id is refused ([`Why::NoSuchNode`]), for ever.
     ///
+    /// A node that was drained goes as the drain has left it. Where that failed for this node, and has ended, closing tries
+    /// once more; then the others take requests again, and [`drained`](Engine::drained) answers `None`.
+    ///
     /// Nobody waits for a node that is being closed, and it waits for nobody else: if its storage
     /// hangs it stays, and others go on. Finished requests of it may come from `poll` even after the
     /// event.

@@ -140,7 +140,7 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
         Some(_) => Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget },
         None => budget,
     };
-    let count = 4 + draw.below(8);
+    let count = if draw.one_in(8) { 20 + draw.below(20) } else { 4 + draw.below(8) };
     let mut size = image.size();
     let requests: Vec<Request> = match is_stream {
         true => of_stream(&mut draw, &image, count),
