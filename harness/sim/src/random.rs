@@ -132,12 +132,15 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     // Of version 2 a disk with snapshots keeps its size, too; and what lies on a device has no room.
     kinds.resizes &= copy.is_none() && !(image.old && image.state == State::Shared);
     kinds.resizes &= image.medium == Medium::File;
-    // Whether it begins is nobody's guess: neither is the disk taken away, nor full.
+    // Which of two disks that are one is taken away is nobody's guess.
     let budget = match copy {
         // What both read from does not lie still because one of them does.
         None if image.shares => Budget { reopens: false, pauses: 0, ..budget },
         None if image.beside.is_some() => Budget { reopens: false, ..budget },
-        Some(_) => Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget },
+        Some(plan) if plan.mirrors => {
+            Budget { copy, closes: 0, pauses: 0, quota: false, reopens: false, ..budget }
+        }
+        Some(_) => Budget { copy, reopens: false, ..budget },
         None => budget,
     };
     let count = if draw.one_in(8) { 20 + draw.below(20) } else { 4 + draw.below(8) };

@@ -520,7 +520,7 @@ impl<S: Subject> World<S> {
             request.kind == IoKind::Truncate && request.offset < self.disk_size()
         };
         let (next, alone) = (self.next as usize, self.ended == self.next);
-        if self.life.is_paused || self.life.quota && !(alone && self.has_none_given_up()) {
+        if self.life.is_paused || !self.is_within_quota() {
             return false;
         }
         alone
@@ -529,9 +529,11 @@ impl<S: Subject> World<S> {
                 && !self.waits_for_one(next)
     }
 
-    /// Is nothing in flight that the guest has given up? It has its place in the disk's quota until it ends.
-    fn has_none_given_up(&self) -> bool {
-        !self.engine.requests().any(|request| matches!(request.asker, Asker::GivenUp(_)))
+    /// May the disk be asked for one thing more? What the guest has given up has its place in the quota until it ends.
+    fn is_within_quota(&self) -> bool {
+        let is_given_up = |asker: &Asker| matches!(asker, Asker::GivenUp(_));
+        let goes_on = || self.engine.requests().any(|request| is_given_up(&request.asker));
+        !self.life.quota || self.ended == self.next && !goes_on()
     }
 
     /// Is there one in flight without whose end the guest does not submit this?

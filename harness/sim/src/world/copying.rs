@@ -208,7 +208,9 @@ impl<S: Subject> World<S> {
         let room = self.plan.workload.requests.len().max(1) + beside;
         let is_known = !plan.target_is_zero || self.is_unwritten(plan.way);
         // What was given up has its place in the engine until it ends.
-        self.engine.in_flight() + self.engine.abandoned() < room && is_known
+        let has_room = self.engine.in_flight() + self.engine.abandoned() < room;
+        let may_ask = !self.life.is_paused && self.is_within_quota();
+        has_room && is_known && may_ask
     }
 
     /// Has nobody written to the target of a copy?
