@@ -6,7 +6,7 @@ use cowbell_sim::subject::Subject;
 use cowbell_sim::subjects::{Image, State};
 use cowbell_sim::trace::search;
 use cowbell_sim::workload::{Request, Workload};
-use cowbell_sim::world::{Budget, QUIET};
+use cowbell_sim::world::{Budget, CopyPlan, QUIET, Way};
 
 /// Two of them at a time, with each other and with a fault and a deadline.
 fn budgets() -> Vec<Budget> {
@@ -50,5 +50,37 @@ fn two_at_a_time() {
             states += found.unwrap_or_else(|trace| panic!("{}", trace.explained())).states;
         }
         assert!(states > 10_000, "{format}: {states} states");
+    }
+}
+
+/// One of them before a copy and after it, of each format, with a fault; a mirror apart, which makes two disks one.
+#[test]
+fn beside_a_copy() {
+    let (to, from) = (CopyPlan::new(Way::In), CopyPlan::new(Way::Out));
+    let of_start = CopyPlan { of_start: true, ..from };
+    for format in Format::ALL {
+        let plain = Image { ahead: 2, frees: 1, size: Some(2 * 4096 + 1536), ..Image::new(format) };
+        let state = if format == Format::Raw { State::Cold } else { State::Warm };
+        let image = Image { state, beside: Some(Format::Raw), ..plain };
+        let pulled = Image { state, backing: true, ..plain };
+        let mut all = vec![(image, to), (image, from), (image, of_start)];
+        if matches!(format, Format::Qed | Format::Qcow2) {
+            all.push((pulled, CopyPlan::new(Way::Up)));
+        }
+        let mut states = 0;
+        for (image, plan) in all {
+            let base = Budget { faults: 1, copy: Some(plan), ..QUIET };
+            let workload = Workload::new([Request::write(4096, 1024)]);
+            for budget in [
+                Budget { pauses: 1, ..base },
+                Budget { closes: 1, ..base },
+                Budget { abandons: 1, ..base },
+                Budget { quota: true, ..base },
+            ] {
+                let found = search(&image, budget, std::slice::from_ref(&workload));
+                states += found.unwrap_or_else(|trace| panic!("{}", trace.explained())).states;
+            }
+        }
+        assert!(states > 1000, "{format}: {states} states");
     }
 }
