@@ -245,7 +245,7 @@ pub enum Since {
     Unread,
     /// Somebody has read it, or may have.
     Read,
-    /// It was written over before anybody had read it: as if it had never been.
+    /// It was written over before anybody had read it: as if it had never been, if there is no crash.
     WrittenOver,
 }
 
@@ -482,7 +482,10 @@ impl SimBackend {
                 None => damaged.push(sector(index, should, is, false)),
             }
         }
-        damaged.retain(|sector| sector.should != sector.is);
+        // It holds what it should, and may not after a crash: as if it had been written over.
+        for sector in damaged.iter_mut().filter(|sector| sector.should == sector.is) {
+            sector.since = Since::WrittenOver;
+        }
         self.damaged.append(&mut damaged);
         let change = Change::new(patches, Length::Keep, true);
         self.remember_for_reads(file, &change);

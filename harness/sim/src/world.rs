@@ -516,10 +516,13 @@ impl<S: Subject> World<S> {
     /// behind the new end is anybody's guess.
     fn may_submit(&self) -> bool {
         let requests = &self.plan.workload.requests;
-        let shrinks = |request: &Request| {
-            request.kind == IoKind::Truncate && request.offset < self.disk_size()
-        };
         let (next, alone) = (self.next as usize, self.ended == self.next);
+        // It may become larger first.
+        let others = requests[..next].iter().filter(|request| request.kind == IoKind::Truncate);
+        let sizes = others.map(|request| request.offset).chain([self.disk_size()]);
+        let largest = if alone { self.disk_size() } else { sizes.max().unwrap_or(0) };
+        let shrinks =
+            |request: &Request| request.kind == IoKind::Truncate && request.offset < largest;
         if self.life.is_paused || !self.is_within_quota() {
             return false;
         }
@@ -697,7 +700,8 @@ impl<S: Subject> World<S> {
     fn tasks(&self) -> usize {
         let cluster = self.plan.subject.cluster().max(1);
         let clusters = |offset: u64, len: u64| match cluster < PIECE as u64 {
-            true => (len.div_ceil(cluster) + u64::from(offset % cluster != 0)).clamp(1, TASKS_MAX),
+            true => (len.div_ceil(cluster) + u64::from(!offset.is_multiple_of(cluster)))
+                .clamp(1, TASKS_MAX),
             false => 1,
         };
         let of_one = |request: &Request| match request.kind {
