@@ -14,6 +14,7 @@ use crate::copy_job::{CopyJob, Guard, Mirror, Worker};
 use crate::events::{EVENTS_MAX, NodeEvent};
 use crate::file::{FileState, Flush, NextFlush};
 use crate::file_job::{self, Job};
+use crate::held::Abandoned;
 use crate::limits::Limits;
 use crate::mem::Memory;
 use crate::mutant;
@@ -1052,13 +1053,15 @@ impl Core {
     #[cold]
     pub fn let_held_go(&mut self) -> bool {
         let mut some = false;
-        for record in &mut self.nodes {
-            if record.hold.held.is_empty() {
+        for at in 0..self.nodes.len() {
+            if self.nodes[at].hold.held.is_empty() {
                 continue;
             }
+            let there = self.abandoned_there(at).to_vec();
+            let Core { nodes, ops, now, .. } = self;
+            let record = &mut nodes[at];
             let is_over = record.stage != Stage::Open || record.is_closing;
-            let ops = &self.ops;
-            let gone = record.hold.let_go(self.now, is_over, |request| ops.slot(request).io);
+            let gone = record.hold.let_go(*now, is_over, &there, |request| ops.slot(request).io);
             self.held -= gone.len();
             some |= !gone.is_empty();
             for request in gone {
@@ -1076,7 +1079,15 @@ impl Core {
             return None;
         }
         let io_of = |request| self.ops.slot(request).io;
-        self.nodes.iter().filter_map(|record| record.hold.deadline(io_of)).min()
+        let deadline_of = |at: usize| self.nodes[at].hold.deadline(self.abandoned_there(at), io_of);
+        (0..self.nodes.len()).filter_map(deadline_of).min()
+    }
+
+    /// Abandoned writes where a node's disk is now, if it has moved: what was held before waits for them, too.
+    fn abandoned_there(&self, at: usize) -> &[Abandoned] {
+        let there = self.moved_and_told(self.nodes[at].id).index();
+        let is_here = there == at || mutant!("held_write_stays_behind");
+        if is_here { &[] } else { &self.nodes[there].hold.abandoned }
     }
 
     /// As [`Core::op_done`]; apart, because layers nest.

@@ -43,8 +43,17 @@ pub(crate) struct Hold {
     paid: [Time; 2],
     /// Not begun, oldest first.
     pub held: Vec<ReqId>,
-    /// In flight, and nobody's any more: what they change, from and to.
-    pub abandoned: Vec<(ReqId, u64, u64)>,
+    /// In flight, and nobody's any more.
+    pub abandoned: Vec<Abandoned>,
+}
+
+/// Whose write it was, and what it changes: from and to.
+pub(crate) type Abandoned = (ReqId, u64, u64);
+
+/// Would it change bytes that one of these may still change?
+fn overtakes(io: &Io, abandoned: &[Abandoned]) -> bool {
+    let changes = io.kind.modifies() || io.kind == IoKind::Truncate;
+    changes && abandoned.iter().any(|&(_, from, to)| meets(io, from, to))
 }
 
 impl Hold {
@@ -59,15 +68,22 @@ impl Hold {
     }
 
     /// Which of those that are held may begin; `io_of` tells what one is about. `is_over`: limits do
-    /// not count any more.
-    pub fn let_go(&mut self, now: Time, is_over: bool, io_of: impl Fn(ReqId) -> Io) -> Vec<ReqId> {
+    /// not count any more. `there`: abandoned writes where the disk is now, if it has moved.
+    pub fn let_go(
+        &mut self,
+        now: Time,
+        is_over: bool,
+        there: &[Abandoned],
+        io_of: impl Fn(ReqId) -> Io,
+    ) -> Vec<ReqId> {
         let mut is_late = false;
         let mut gone = Vec::new();
         let held = std::mem::take(&mut self.held);
         for request in held {
             let io = io_of(request);
             let counts = self.rate.filter(|_| !is_over && is_limited(&io));
-            let waits_for_write = self.overtakes(&io) && !mutant!("write_overtakes_abandoned_one");
+            let overtakes = self.overtakes(&io) || overtakes(&io, there);
+            let waits_for_write = overtakes && !mutant!("write_overtakes_abandoned_one");
             is_late |= counts.is_some_and(|rate| self.due(rate) > now);
             if waits_for_write || counts.is_some() && is_late {
                 self.held.push(request);
@@ -83,8 +99,7 @@ impl Hold {
 
     /// Would it change bytes that an abandoned write may still change?
     fn overtakes(&self, io: &Io) -> bool {
-        let changes = io.kind.modifies() || io.kind == IoKind::Truncate;
-        changes && self.abandoned.iter().any(|&(_, from, to)| meets(io, from, to))
+        overtakes(io, &self.abandoned)
     }
 
     /// When the next one may begin.
@@ -103,12 +118,12 @@ impl Hold {
         }
     }
 
-    /// When to look again, if time alone lets somebody go. `io_of` as above.
-    pub fn deadline(&self, io_of: impl Fn(ReqId) -> Io) -> Option<Time> {
+    /// When to look again, if time alone lets somebody go. `there` and `io_of` as above.
+    pub fn deadline(&self, there: &[Abandoned], io_of: impl Fn(ReqId) -> Io) -> Option<Time> {
         let rate = self.rate?;
         let waits = |&request: &ReqId| {
             let io = io_of(request);
-            is_limited(&io) && !self.overtakes(&io)
+            is_limited(&io) && !self.overtakes(&io) && !overtakes(&io, there)
         };
         self.held.iter().any(waits).then(|| self.due(rate))
     }
@@ -132,7 +147,7 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     fn let_go(hold: &mut Hold, now: u64, ios: &[Io]) -> Vec<u32> {
-        let gone = hold.let_go(Time(now), false, |request| ios[request.index()]);
+        let gone = hold.let_go(Time(now), false, &[], |request| ios[request.index()]);
         gone.into_iter().map(|request| request.0).collect()
     }
 
@@ -148,7 +163,7 @@ mod tests {
         assert!((2..=3).contains(&burst), "100 ms of it: {burst}");
         let mut count = burst;
         for ms in 1..=1000 {
-            let due = hold.deadline(|request| ios[request.index()]);
+            let due = hold.deadline(&[], |request| ios[request.index()]);
             let gone = let_go(&mut hold, ms * MS, &ios).len();
             assert_eq!(gone > 0, due.is_some_and(|due| due <= Time(ms * MS)), "at {ms} ms");
             count += gone;
@@ -167,7 +182,7 @@ mod tests {
         assert_eq!(let_go(&mut hold, 0, &ios), [0, 2, 3]);
         assert!(let_go(&mut hold, MS - 1, &ios).is_empty());
         assert_eq!(let_go(&mut hold, MS, &ios), [1]);
-        assert_eq!(hold.deadline(|_| ios[0]), None);
+        assert_eq!(hold.deadline(&[], |_| ios[0]), None);
     }
 
     #[test]
@@ -198,7 +213,7 @@ mod tests {
         ];
         hold.held = (0..8).map(ReqId).collect();
         assert_eq!(let_go(&mut hold, 0, &ios), [0, 2, 4, 5, 7]);
-        assert_eq!(hold.deadline(|_| ios[0]), None, "no time lets them go");
+        assert_eq!(hold.deadline(&[], |_| ios[0]), None, "no time lets them go");
         hold.abandoned.clear();
         assert_eq!(let_go(&mut hold, 0, &ios), [1, 3, 6]);
         assert!(!hold.is_needed());

@@ -148,8 +148,10 @@ impl Core {
 
     fn keeper(&self, id: ReqId, slot: &Slot, on: On) -> Option<ReqId> {
         if on == On::Held {
-            let abandoned = &self.nodes.get(slot.node.index())?.hold.abandoned;
-            return abandoned.iter().find(|&&(_, a, b)| meets(&slot.io, a, b)).map(|&(by, ..)| by);
+            let there = self.moved_and_told(slot.node);
+            let lists = [slot.node, there].map(|node| &self.nodes[node.index()].hold.abandoned);
+            let mut abandoned = lists.into_iter().flatten();
+            return abandoned.find(|&&(_, a, b)| meets(&slot.io, a, b)).map(|&(by, ..)| by);
         }
         let Work::Align(key) = slot.work else { return None };
         let job = self.jobs.get(key as usize)?;

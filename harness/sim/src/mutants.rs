@@ -148,6 +148,10 @@ pub const MUTANTS: &[Mutant] = &[
     raw("copy_waits_for_a_time_that_has_come", "a loop is told to run again and again for nothing"),
     raw("mirror_forgets_writes", "what is written beside a mirror is not copied again"),
     raw(
+        "held_write_stays_behind",
+        "what was held before a mirror's end overtakes what was given up",
+    ),
+    raw(
         "abandoned_writes_stay_behind",
         "what was given up comes to the new disk after what is new",
     ),
