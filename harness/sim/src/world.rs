@@ -487,10 +487,10 @@ impl<S: Subject> World<S> {
         }
         self.copy_choices(out);
         // Before the first request there is nothing to be kept or lost.
+        if running && self.next > 0 && self.life.abandons > 0 && self.ended < self.next {
+            out.push(Choice::Abandon);
+        }
         if running && self.next > 0 && !self.copying.runs() {
-            if self.life.abandons > 0 && self.ended < self.next {
-                out.push(Choice::Abandon);
-            }
             if self.life.closes > 0 {
                 out.push(Choice::Close);
             }

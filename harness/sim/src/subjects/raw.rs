@@ -93,6 +93,11 @@ impl FormatSubject for Raw {
             let scope = backup(plan, 0, requests);
             Scope { budget: Budget { faults: 1, ..scope.budget }, ..scope }
         };
+        // What is given up while it waits for the end goes with the disk, and what is newer after it.
+        let moves = Image { size: Some(2 * CLUSTER + 1536), beside_size: None, ..copied };
+        let over = [Request::write(3072, CLUSTER), Request::write(CLUSTER, 512)];
+        let given_up =
+            Budget { abandons: 1, copy: Some(CopyPlan { wide: true, ..mirror }), ..QUIET };
         // The last piece is nobody's yet.
         let (zero_last, last) = (Request::zero(2 * CLUSTER, 1024), head(0, 2));
         vec![
@@ -128,6 +133,7 @@ impl FormatSubject for Raw {
                 budget: Budget { quota: true, ..QUIET },
                 ..scope(image, 0, 0, &[head(0, 0), flush])
             },
+            Scope { budget: given_up, ..scope(moves, 0, 0, &over) },
             copy(plan),
             copy(CopyPlan { pauses: 1, ..CopyPlan::new(Way::In) }),
             copy(CopyPlan { shown: true, ..CopyPlan::new(Way::In) }),

@@ -15,7 +15,7 @@ use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape};
 use crate::host::{SimFile, SimHost};
 use crate::workload::{Request, Workload};
-use crate::world::{Budget, QUIET};
+use crate::world::{Budget, CopyPlan, QUIET, Way};
 
 /// Blocks of the disk that are taken for one table: a sector's entries.
 const TABLE_BLOCKS: u64 = SECTOR / 4;
@@ -86,6 +86,8 @@ impl FormatSubject for Vdi {
 /// Holes, the count, what a drain cuts off.
 fn special() -> Vec<Scope> {
     let image = Image { layout: Layout::Tight, ahead: 16, ..Image::new(Format::Vdi) };
+    let plain = Image::new(Format::Vdi);
+    let mirror = CopyPlan { mirrors: true, target_is_zero: true, ..CopyPlan::new(Way::Out) };
     let holes = Image { state: State::Holes, ..image };
     let scarce = Image { ahead: 1, ..image };
     let one = Image { size: Some(image.cluster), ..image };
@@ -99,6 +101,14 @@ fn special() -> Vec<Scope> {
     };
     let fault = Budget { faults: 1, ..QUIET };
     vec![
+        // Given up while a mirror is at its end, and zeroed before that is told: the other disk has nothing there.
+        scope(
+            Image { size: Some(2 * plain.cluster), beside: Some(Format::Vdi), ..plain },
+            Budget { abandons: 1, copy: Some(mirror), ..QUIET },
+            &[Request::write(2048, 1536), Request::zero(3072, 512)],
+        ),
+        // A block whose write failed, and then the count: which is too low when the next block is there.
+        scope(plain, Budget { faults: 2, drains: 1, ..QUIET }, &[write(0), write(1)]),
         scope(holes, QUIET, &[write(3)]),
         scope(holes, QUIET, &[write(3), write(4)]),
         scope(image, QUIET, &[write(0), Request::read(0, image.cluster)]),
