@@ -92,7 +92,9 @@ impl Machine<'_> {
         match (self.job.state, event) {
             // The engine knows it now, and zeros are written.
             (state, Event::Io(Err(Errno::NOT_SUPPORTED))) if self.is_zeroed_by_file() => {
-                self.open();
+                if !self.wants_gate() {
+                    self.open();
+                }
                 Step::Go(if state == State::Direct { State::Claim } else { State::Chunk })
             }
             // A hint, taken or not.
@@ -180,9 +182,10 @@ impl Machine<'_> {
     fn wants_gate(&self) -> bool {
         let (file, op) = (&self.core.files[self.job.file.index()], &self.job.op);
         match op.kind {
-            OpKind::Zero { .. } => !file.zero_unsupported,
+            OpKind::Zero { .. } if !file.zero_unsupported => true,
+            OpKind::Zero { .. } if mutant!("written_zeros_need_no_gate") => false,
             // The file's end is to be put back: see `trim`.
-            OpKind::Write { .. } => self.passes_end(),
+            OpKind::Zero { .. } | OpKind::Write { .. } => self.passes_end(),
             kind => kind.locks_file(),
         }
     }

@@ -90,6 +90,10 @@ pub const MUTANTS: &[Mutant] = &[
     raw("given_up_although_in_use", "space is given back although it was written again meanwhile"),
     raw("given_up_is_read_as_it_was", "a discarded block is read before its discard is done"),
     raw("pace_of_what_is_not_taken", "a device that takes nothing is handed more and more at once"),
+    vmdk(
+        "written_zeros_need_no_gate",
+        "zeros that a file system has to be written end a file while others are at work on it",
+    ),
     raw("turn_ignored", "a run goes on for as long as there is something to do"),
     raw("zeroes_cut_blocks", "the file system zeroes part of a block behind a write's back"),
     raw("write_end_wakes_nobody", "who waits for writes in flight waits for ever"),

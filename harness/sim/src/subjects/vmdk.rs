@@ -1,6 +1,7 @@
 //! VMDK images made small: grains of a cluster, tables of 128 entries.
 
 use cowbell_engine::store::Store;
+use cowbell_formats::parts::growth::Grow;
 use cowbell_formats::vmdk::disk::descriptor::Kind;
 use cowbell_formats::vmdk::disk::layout::{Header, MAGIC, SECTOR};
 use cowbell_formats::vmdk::rest::create::{Options, write_file};
@@ -9,7 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::{BACKING, CLUSTER, FormatSubject, Image, Layout, SEED, State, TOP};
-use super::{device_scopes_with_tables, special_with_tables};
+use super::{device_scopes_with_tables, scope_of, special_with_tables};
 use crate::backend::IsMetadata;
 use crate::disk::{Contents, Sector};
 use crate::gate::{Scope, Shape, scopes_on};
@@ -84,7 +85,12 @@ impl FormatSubject for Vmdk {
     }
 
     fn special(&self) -> Vec<Scope> {
-        [special_with_tables(Format::Vmdk), stream_scopes()].concat()
+        // Zeros are written, and end the file within a sector, while tables are written, too.
+        let written =
+            Image { can_zero: false, grow: Grow::Write, ahead: 16, ..Image::new(Format::Vmdk) };
+        let requests = [Request::write(0x2200, 0x1000), Request::zero(0x1a00, 0x1f40)];
+        let written = vec![scope_of(written, 0, 1, &requests)];
+        [special_with_tables(Format::Vmdk), stream_scopes(), written].concat()
     }
 
     fn own_scopes(&self) -> Vec<Scope> {
