@@ -632,13 +632,17 @@ impl Machine<'_> {
         if zeros { self.zero(end - at) } else { self.write(end - at) }
     }
 
+    /// Does it copy what a mirror has copied, and a guest has changed since?
+    fn copies_again(&self) -> bool {
+        self.worker.is_wanted && self.job().copy.moment == Moment::End
+    }
+
     /// The next `len` bytes are zeros.
     fn zero(&mut self, len: u64) -> Step<State> {
         let job = self.job();
         let copy = job.copy;
         // What a mirror has copied, and is zeros since, is to be zeros there, too.
-        let again = self.worker.is_wanted && copy.moment == Moment::End;
-        let again = again && !mutant!("mirror_skips_zeros_again");
+        let again = self.copies_again() && !mutant!("mirror_skips_zeros_again");
         if job.skips_zeros() && !again || mutant!("copy_skips_zeros") {
             return self.written(len);
         }
@@ -676,7 +680,7 @@ impl Machine<'_> {
         }
         let counted = mutant!("copy_counted_before_it_is_written");
         // What a mirror copies again counts once.
-        let again = self.worker.is_wanted && self.job().copy.moment == Moment::End;
+        let again = self.copies_again();
         self.job_mut().done += if counted || again { 0 } else { len };
         Step::Go(State::Status)
     }

@@ -50,12 +50,6 @@ pub(crate) struct Hold {
 /// Whose write it was, and what it changes: from and to.
 pub(crate) type Abandoned = (ReqId, u64, u64);
 
-/// Would it change bytes that one of these may still change?
-fn overtakes(io: &Io, abandoned: &[Abandoned]) -> bool {
-    let changes = io.kind.modifies() || io.kind == IoKind::Truncate;
-    changes && abandoned.iter().any(|&(_, from, to)| meets(io, from, to))
-}
-
 impl Hold {
     /// Must new requests be looked at?
     pub fn is_needed(&self) -> bool {
@@ -82,7 +76,7 @@ impl Hold {
         for request in held {
             let io = io_of(request);
             let counts = self.rate.filter(|_| !is_over && is_limited(&io));
-            let overtakes = self.overtakes(&io) || overtakes(&io, there);
+            let overtakes = self.overtakes(&io, there);
             let waits_for_write = overtakes && !mutant!("write_overtakes_abandoned_one");
             is_late |= counts.is_some_and(|rate| self.due(rate) > now);
             if waits_for_write || counts.is_some() && is_late {
@@ -98,8 +92,10 @@ impl Hold {
     }
 
     /// Would it change bytes that an abandoned write may still change?
-    fn overtakes(&self, io: &Io) -> bool {
-        overtakes(io, &self.abandoned)
+    fn overtakes(&self, io: &Io, there: &[Abandoned]) -> bool {
+        let changes = io.kind.modifies() || io.kind == IoKind::Truncate;
+        let mut abandoned = self.abandoned.iter().chain(there);
+        changes && abandoned.any(|&(_, from, to)| meets(io, from, to))
     }
 
     /// When the next one may begin.
@@ -123,7 +119,7 @@ impl Hold {
         let rate = self.rate?;
         let waits = |&request: &ReqId| {
             let io = io_of(request);
-            is_limited(&io) && !self.overtakes(&io) && !overtakes(&io, there)
+            is_limited(&io) && !self.overtakes(&io, there)
         };
         self.held.iter().any(waits).then(|| self.due(rate))
     }

@@ -491,17 +491,23 @@ fn a_base_stays_until_its_last_overlay_goes() {
     engine.assert_idle();
 }
 
+/// A disk whose first block holds sevens, in an engine whose backend can be made to fail.
+fn written(path: &Path, format: Format) -> (Engine<Node, Faulty<Inline>>, NodeId) {
+    make(path, format, SIZE);
+    let mut engine = engine_of(Faulty::new(Inline::new()), 8);
+    let run = RunOptions::default();
+    let node = attach(&mut engine, chain(path, format, false), &run).expect("it attaches");
+    write(&mut engine, node, 0, 7);
+    assert_eq!(settle(&mut engine), [Ok(())]);
+    (engine, node)
+}
+
 #[test]
 fn what_could_not_be_written_is_told() {
     let folder = folder();
     for format in [Format::Qed, Format::Qcow2, Format::Vmdk, Format::Vdi] {
         let path = folder.path().join(format.name());
-        make(&path, format, SIZE);
-        let mut engine = engine_of(Faulty::new(Inline::new()), 8);
-        let run = RunOptions::default();
-        let node = attach(&mut engine, chain(&path, format, false), &run).expect("it attaches");
-        write(&mut engine, node, 0, 7);
-        assert_eq!(settle(&mut engine), [Ok(())]);
+        let (mut engine, node) = written(&path, format);
         let fault = Fault { what: Some(What::Flush), ..Fault::default() };
         engine.backend_mut().plan_mut().push(fault);
         assert_eq!(close(&mut engine, node), Err(Errno::IO), "{format}");
@@ -692,12 +698,7 @@ fn a_disk_that_could_not_be_drained_is_closed_clean() {
     let mut failed = 0;
     for format in FORMATS {
         let path = folder.path().join(format.name());
-        make(&path, format, SIZE);
-        let mut engine = engine_of(Faulty::new(Inline::new()), 8);
-        let run = RunOptions::default();
-        let node = attach(&mut engine, chain(&path, format, false), &run).expect("it attaches");
-        write(&mut engine, node, 0, 7);
-        assert_eq!(settle(&mut engine), [Ok(())]);
+        let (mut engine, node) = written(&path, format);
         let fault =
             Fault { what: Some(What::Write), errno: Some(Errno::NO_SPACE), ..Fault::default() };
         engine.backend_mut().plan_mut().push(fault);

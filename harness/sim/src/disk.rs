@@ -19,6 +19,7 @@
 //! sector's hash is computed once.
 #![expect(clippy::disallowed_types, reason = "sectors are shared between millions of worlds")]
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::ops::Range;
 use std::rc::Rc;
@@ -733,23 +734,18 @@ impl File {
     /// The lengths that a crash may leave. Completed changes of length become stable in order;
     /// those in flight, each or not.
     fn lengths(&self, changes: &[&Change], completed: usize) -> Vec<u64> {
-        let mut lengths = vec![self.stable.len()];
+        // A set: they are no more than the changes, however many of these are in flight.
+        let mut lengths = BTreeSet::from([self.stable.len()]);
         let mut len = self.stable.len();
         for change in &changes[..completed] {
             len = change.length.of(len);
-            lengths.push(len);
+            lengths.insert(len);
         }
-        let in_flight = changes[completed..].iter().filter(|change| change.length != Length::Keep);
-        for change in in_flight {
+        for change in &changes[completed..] {
             let more: Vec<u64> = lengths.iter().map(|&len| change.length.of(len)).collect();
             lengths.extend(more);
-            // Each ends somewhere: there are no more of them than changes.
-            lengths.sort_unstable();
-            lengths.dedup();
         }
-        lengths.sort_unstable();
-        lengths.dedup();
-        lengths
+        lengths.into_iter().collect()
     }
 }
 

@@ -120,13 +120,11 @@ pub fn plan(seed: u64, format: Option<Format>) -> Plan {
     let budget = Budget { faults, ticks, crashes, stalls, breaks, mends, ..lasting };
     let mut kinds = Kinds::draw(&mut draw, qcow2);
     // Where a copy runs beside it the disk is small, for all of it is copied, and keeps its size.
-    let may_copy = is_whole && crashes == 0 && !image.filter && !is_stream;
-    let copy = (may_copy && draw.one_in(5)).then(|| copy(&mut draw, image));
+    let has_another = is_whole && crashes == 0 && !image.filter && !is_stream;
+    let copy = (has_another && draw.one_in(5)).then(|| copy(&mut draw, image));
     let (copy, image) = match copy {
         Some((plan, image)) => (Some(plan), image),
-        None if is_whole && crashes == 0 && !is_stream => {
-            (None, beside(&mut draw, image, faults == 0))
-        }
+        None if has_another => (None, beside(&mut draw, image, faults == 0)),
         None => (None, image),
     };
     // Of version 2 a disk with snapshots keeps its size, too; and what lies on a device has no room.
@@ -200,7 +198,7 @@ fn surroundings(draw: &mut Draw, image: Image) -> Image {
 
 /// Another disk of the same engine, of which a guest makes use.
 fn beside(draw: &mut Draw, image: Image, is_sound: bool) -> Image {
-    if image.filter || image.medium != Medium::File || !draw.one_in(6) {
+    if image.medium != Medium::File || !draw.one_in(6) {
         return image;
     }
     // What goes wrong in a file that both read goes wrong for both.

@@ -1340,7 +1340,8 @@ const CRASH_PICKS: u32 = 4;
 /// A request counts as no more of them: what is so long is done in pieces that are longer.
 const TASKS_MAX: u64 = 64;
 
-/// Events in which all is over when nothing goes wrong any more, for each [task](World::tasks). A disk that grows far writes a table of some forty pieces.
+/// Events in which all is over when nothing goes wrong any more, for each [task](World::tasks). A disk that grows
+/// far writes a table of some forty pieces.
 const CALM_EVENTS: usize = 32;
 
 /// Deadlines that may pass meanwhile.
